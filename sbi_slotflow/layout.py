@@ -1,0 +1,251 @@
+r"""The flat row in which sbi carries a set of components.
+
+.. math::
+    \theta = [K, s_1 \ldots s_S, \theta_{1,1} \ldots \theta_{1,D}, \ldots,
+              \theta_{K_{max},1} \ldots \theta_{K_{max},D}]
+
+``K`` is the cardinality, ``s`` the shared parameters, ``theta_k`` the components.
+Entries after the K-th component are padding and hold zeros; which entries are active
+follows from ``K`` alone, never from their values. This module is the only one that
+indexes into theta.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ThetaLayout", "ThetaParts"]
+
+
+class ThetaParts(NamedTuple):
+    """A batch of theta rows taken apart.
+
+    Attributes:
+        cardinality: Number of active components K, int64, shape ``(...)``.
+        shared: Shared parameters, shape ``(..., S)``.
+        components: Components, padded with zeros, shape ``(..., Kmax, D)``.
+        mask: True where a component is active, shape ``(..., Kmax)``.
+    """
+
+    cardinality: Tensor
+    shared: Tensor
+    components: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class ThetaLayout:
+    """Sizes, names and canonical order of a theta row.
+
+    Attributes:
+        max_cardinality: Largest cardinality Kmax.
+        component_names: Names of the D parameters of one component.
+        shared_names: Names of the S parameters that all components share.
+        order_by: Index of the component parameter that defines the canonical order
+            (ascending).
+    """
+
+    max_cardinality: int
+    component_names: tuple[str, ...]
+    shared_names: tuple[str, ...] = ()
+    order_by: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_cardinality < 1:
+            raise ValueError(
+                f"max_cardinality must be at least 1, got {self.max_cardinality}."
+            )
+        if not self.component_names:
+            raise ValueError("component_names must name at least one parameter.")
+        if not 0 <= self.order_by < len(self.component_names):
+            raise ValueError(
+                f"order_by must index one of the {len(self.component_names)} "
+                f"component parameters, got {self.order_by}."
+            )
+
+    @property
+    def num_component_params(self) -> int:
+        """Number of parameters D of one component."""
+        return len(self.component_names)
+
+    @property
+    def num_shared(self) -> int:
+        """Number of shared parameters S."""
+        return len(self.shared_names)
+
+    @property
+    def size(self) -> int:
+        """Length E of a theta row."""
+        return (
+            1 + self.num_shared + self.max_cardinality * self.num_component_params
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """A name for every entry of a row, components numbered from 1."""
+        components = [
+            f"{name}_{k}"
+            for k in range(1, self.max_cardinality + 1)
+            for name in self.component_names
+        ]
+        return ["K", *self.shared_names, *components]
+
+    def mask(self, cardinality: Tensor) -> Tensor:
+        """Mark the active components.
+
+        Args:
+            cardinality: Cardinalities, shape ``(...)``.
+
+        Returns:
+            Boolean tensor of shape ``(..., Kmax)``.
+        """
+        slots = torch.arange(self.max_cardinality, device=cardinality.device)
+        return slots < cardinality.unsqueeze(-1)
+
+    def pack(
+        self, cardinality: Tensor, components: Tensor, shared: Tensor | None = None
+    ) -> Tensor:
+        """Build theta rows; padded components are set to zero.
+
+        Args:
+            cardinality: Cardinalities, shape ``(...)``.
+            components: Components, shape ``(..., Kmax, D)``; only the first K count.
+            shared: Shared parameters, shape ``(..., S)``; may be omitted if S = 0.
+
+        Returns:
+            Rows of shape ``(..., E)`` in the dtype of ``components``.
+
+        Raises:
+            ValueError: If a shape does not fit the layout.
+        """
+        batch = cardinality.shape
+        expected = (*batch, self.max_cardinality, self.num_component_params)
+        if components.shape != expected:
+            raise ValueError(
+                f"components must have shape {expected}, got "
+                f"{tuple(components.shape)}."
+            )
+        if shared is None:
+            shared = components.new_zeros(*batch, 0)
+        if shared.shape != (*batch, self.num_shared):
+            raise ValueError(
+                f"shared must have shape {(*batch, self.num_shared)}, got "
+                f"{tuple(shared.shape)}."
+            )
+        active = self.mask(cardinality).unsqueeze(-1)
+        components = torch.where(active, components, components.new_zeros(()))
+        return torch.cat(
+            [
+                cardinality.to(components.dtype).unsqueeze(-1),
+                shared.to(components.dtype),
+                components.flatten(-2),
+            ],
+            dim=-1,
+        )
+
+    def unpack(self, theta: Tensor) -> ThetaParts:
+        """Take theta rows apart.
+
+        Args:
+            theta: Rows of shape ``(..., E)``.
+
+        Returns:
+            The parts; a cardinality outside 0..Kmax is returned as it stands, see
+            :meth:`validate`.
+
+        Raises:
+            ValueError: If the last axis is not E long.
+        """
+        self._check_length(theta)
+        start = 1 + self.num_shared
+        cardinality = theta[..., 0].round().to(torch.int64)
+        components = theta[..., start:].unflatten(
+            -1, (self.max_cardinality, self.num_component_params)
+        )
+        return ThetaParts(
+            cardinality, theta[..., 1:start], components, self.mask(cardinality)
+        )
+
+    def cardinality(self, theta: Tensor) -> Tensor:
+        """Return K of every row, int64, shape ``(...)``."""
+        return self.unpack(theta).cardinality
+
+    def is_well_formed(self, theta: Tensor) -> Tensor:
+        """Tell which rows are finite, have an integer K in 0..Kmax and zero padding.
+
+        Args:
+            theta: Rows of shape ``(..., E)``.
+
+        Returns:
+            Boolean tensor of shape ``(...)``.
+        """
+        parts = self.unpack(theta)
+        k = theta[..., 0]
+        in_range = (k == k.round()) & (k >= 0) & (k <= self.max_cardinality)
+        padding = parts.components.ne(0).any(-1) & ~parts.mask
+        return in_range & torch.isfinite(theta).all(-1) & ~padding.any(-1)
+
+    def validate(self, theta: Tensor, name: str = "theta") -> None:
+        """Raise unless every row can be read.
+
+        Args:
+            theta: Rows of shape ``(..., E)``.
+            name: What to call the argument in the message.
+
+        Raises:
+            TypeError: If theta is not a floating-point tensor.
+            ValueError: If the length is wrong, an entry is NaN or infinite, or a
+                cardinality is not an integer in 0..Kmax.
+        """
+        if not isinstance(theta, Tensor) or not theta.is_floating_point():
+            kind = theta.dtype if isinstance(theta, Tensor) else type(theta).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind}.")
+        self._check_length(theta, name)
+        if not torch.isfinite(theta).all():
+            bad = int((~torch.isfinite(theta).all(-1)).sum())
+            raise ValueError(f"{name} must be finite: NaN or Inf in {bad} row(s).")
+        k = theta[..., 0]
+        wrong = (k != k.round()) | (k < 0) | (k > self.max_cardinality)
+        if wrong.any():
+            raise ValueError(
+                f"{name} must hold an integer cardinality K in "
+                f"0..{self.max_cardinality} as its first entry, got "
+                f"{k[wrong].flatten()[0].item():g}."
+            )
+
+    def canonical(self, theta: Tensor) -> Tensor:
+        """Sort the active components ascending in the ``order_by`` parameter."""
+        parts = self.unpack(theta)
+        key = parts.components[..., self.order_by]
+        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
+        return self._permute(parts, key.argsort(dim=-1, stable=True))
+
+    def relabel(self, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Give every row a labelling drawn uniformly from its K! labellings.
+
+        Args:
+            theta: Rows of shape ``(..., E)``.
+            generator: Source of randomness.
+
+        Returns:
+            Rows of the same shape that describe the same sets.
+        """
+        parts = self.unpack(theta)
+        key = torch.rand(parts.mask.shape, generator=generator, device=theta.device)
+        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
+        return self._permute(parts, key.argsort(dim=-1, stable=True))
+
+    def _permute(self, parts: ThetaParts, order: Tensor) -> Tensor:
+        index = order.unsqueeze(-1).expand_as(parts.components)
+        components = parts.components.gather(-2, index)
+        return self.pack(parts.cardinality, components, parts.shared)
+
+    def _check_length(self, theta: Tensor, name: str = "theta") -> None:
+        if theta.ndim < 1 or theta.shape[-1] != self.size:
+            raise ValueError(
+                f"{name} must have {self.size} entries on its last axis "
+                f"(K, {self.num_shared} shared, {self.max_cardinality} components of "
+                f"{self.num_component_params}), got shape {tuple(theta.shape)}."
+            )

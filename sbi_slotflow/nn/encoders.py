@@ -1,0 +1,275 @@
+r"""Encoders: from data to the embeddings that the heads and the slots read.
+
+:class:`DualStreamEncoder` is section 3.1 of the paper: each stream passes through three
+convolutions, sinusoidal positions (eq. 6) and multi-head self-attention (eq. 7), and
+is pooled by mean, maximum and attention (eq. 8). The cardinality reads the first
+stream only, through a second attention (eq. 9); the slots read both (eq. 11-12).
+
+An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a tensor
+``(B, C)`` that then serves all readers. sbi's embedding nets are of the second kind.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .domains import FRONT_ENDS
+
+__all__ = [
+    "ENCODERS",
+    "DualStreamEncoder",
+    "Encoding",
+    "MLPEncoder",
+    "encode",
+    "encoder_from_spec",
+]
+
+
+class Encoding(NamedTuple):
+    """Embeddings of a batch of observations.
+
+    Attributes:
+        context: Read by the slots, shape ``(B, C)``.
+        cardinality: Read by the cardinality head, shape ``(B, C')``.
+        shared: Read by the shared-parameter head, shape ``(B, C'')``.
+    """
+
+    context: Tensor
+    cardinality: Tensor
+    shared: Tensor
+
+
+def encode(encoder: nn.Module, x: Tensor) -> Encoding:
+    """Run an encoder; a plain tensor serves all three readers."""
+    embedding = encoder(x)
+    if isinstance(embedding, Encoding):
+        return embedding
+    return Encoding(embedding, embedding, embedding)
+
+
+class MLPEncoder(nn.Module):
+    """Fully connected encoder for short, unstructured data.
+
+    Args:
+        num_features: Length T of x.
+        hidden_features: Width of the layers and of the embedding.
+        num_layers: Number of hidden layers.
+    """
+
+    kind: ClassVar[str] = "mlp"
+
+    def __init__(
+        self, num_features: int, hidden_features: int = 64, num_layers: int = 3
+    ) -> None:
+        super().__init__()
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "num_features": num_features,
+            "hidden_features": hidden_features,
+            "num_layers": num_layers,
+        }
+        widths = [num_features, *[hidden_features] * num_layers]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed x ``(B, T)`` as ``(B, hidden_features)``."""
+        return self.network(x)
+
+
+class DualStreamEncoder(nn.Module):
+    """Encoder for a long and a short record of the same signal.
+
+    Args:
+        lengths: Samples of each stream, in the order in which x concatenates them.
+        domains: Domain in which each stream is read: ``"frequency"`` (real and
+            imaginary part of the FFT), ``"time"`` or ``"time-frequency"`` (short-time
+            Fourier transform).
+        channels: Channels of the three convolutions.
+        kernels: Their kernel sizes.
+        strides: Their strides.
+        num_heads: Attention heads.
+        hidden_features: Length of the cardinality embedding.
+        context_features: Length of the slots' context (``hidden_features`` if None).
+        noise_stack: Whether the shared parameters get convolutions of their own on
+            the first stream, as the paper's noise encoder has; otherwise they read
+            the context and the cardinality embedding.
+        residual: Whether attention is added to its input instead of replacing it.
+        centre_phase: Whether a Fourier transform's phase is referred to the middle of
+            its stream, where a tone's bins vary smoothly.
+    """
+
+    kind: ClassVar[str] = "dual_stream"
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        domains: Sequence[str] = ("frequency", "time"),
+        *,
+        channels: Sequence[int] = (32, 64, 128),
+        kernels: Sequence[int] = (8, 8, 5),
+        strides: Sequence[int] = (2, 2, 1),
+        num_heads: int = 4,
+        hidden_features: int = 256,
+        context_features: int | None = None,
+        noise_stack: bool = False,
+        residual: bool = False,
+        centre_phase: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(domains) != len(lengths):
+            raise ValueError(
+                f"domains must name one domain for each of the {len(lengths)} streams, "
+                f"got {list(domains)}."
+            )
+        context_features = context_features or hidden_features
+        self.lengths = tuple(lengths)
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "lengths": list(lengths),
+            "domains": list(domains),
+            "channels": list(channels),
+            "kernels": list(kernels),
+            "strides": list(strides),
+            "num_heads": num_heads,
+            "hidden_features": hidden_features,
+            "context_features": context_features,
+            "noise_stack": noise_stack,
+            "residual": residual,
+            "centre_phase": centre_phase,
+        }
+
+        def stack(length: int, domain: str) -> "_ConvStack":
+            return _ConvStack(length, domain, channels, kernels, strides, centre_phase)
+
+        def attention() -> "_SelfAttention":
+            return _SelfAttention(channels[-1], num_heads, residual)
+
+        streams = list(zip(lengths, domains, strict=True))
+        width = channels[-1]
+        self.stacks = nn.ModuleList(stack(*stream) for stream in streams)
+        self.attentions = nn.ModuleList(attention() for _ in streams)
+        self.pools = nn.ModuleList(_Pool(width) for _ in streams)
+        self.to_context = _projection(3 * width * len(streams), context_features)
+        self.cardinality_attention = attention()
+        self.cardinality_pool = _Pool(width)
+        self.to_cardinality = _projection(3 * width, hidden_features)
+        self.noise_stack = stack(*streams[0]) if noise_stack else None
+        if noise_stack:
+            self.noise_pool = _Pool(width)
+            self.to_noise = _projection(3 * width, hidden_features)
+
+    def forward(self, x: Tensor) -> Encoding:
+        """Embed x ``(B, T)``, the streams concatenated."""
+        streams = x.split(self.lengths, dim=-1)
+        tokens = [
+            attention(stack(stream))
+            for stream, stack, attention in zip(
+                streams, self.stacks, self.attentions, strict=True
+            )
+        ]
+        pooled = [pool(t) for pool, t in zip(self.pools, tokens, strict=True)]
+        context = self.to_context(torch.cat(pooled, dim=-1))
+        cardinality = self.to_cardinality(
+            self.cardinality_pool(self.cardinality_attention(tokens[0]))
+        )
+        if self.noise_stack is None:
+            shared = torch.cat([context, cardinality], dim=-1)
+        else:
+            shared = self.to_noise(self.noise_pool(self.noise_stack(streams[0])))
+        return Encoding(context, cardinality, shared)
+
+
+class _ConvStack(nn.Module):
+    """Three convolutions with GELU, then sinusoidal positions: (B, T) -> (B, L, C)."""
+
+    def __init__(
+        self,
+        length: int,
+        domain: str,
+        channels: Sequence[int],
+        kernels: Sequence[int],
+        strides: Sequence[int],
+        centre_phase: bool,
+    ) -> None:
+        super().__init__()
+        if domain not in FRONT_ENDS:
+            raise ValueError(f"domain must be one of {sorted(FRONT_ENDS)}, got {domain!r}.")
+        self.front_end = FRONT_ENDS[domain](length, centre_phase)
+        widths = [self.front_end.channels, *channels]
+        layers: list[nn.Module] = []
+        for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
+            layers += [
+                nn.Conv1d(widths[i], widths[i + 1], kernel, stride, kernel // 2),
+                nn.GELU(),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        tokens = self.convolutions(self.front_end(stream)).mT
+        return tokens + _positions(tokens.shape[-2], tokens.shape[-1]).to(tokens)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int, residual: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.residual = residual
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        attended, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return tokens + attended if self.residual else attended
+
+
+class _Pool(nn.Module):
+    """Mean, maximum and attention pooling (eq. 8): (B, L, C) -> (B, 3 C)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = self.score(tokens).softmax(dim=-2)
+        attended = (weights * tokens).sum(-2)
+        return torch.cat([tokens.mean(-2), tokens.amax(-2), attended], dim=-1)
+
+
+def _projection(in_features: int, out_features: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(in_features, out_features),
+        nn.GELU(),
+        nn.Linear(out_features, out_features),
+    )
+
+
+def _positions(length: int, width: int) -> Tensor:
+    """Sinusoidal positions (eq. 6), shape ``(length, width)``."""
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(length).unsqueeze(-1) * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]
+
+
+ENCODERS: dict[str, type[nn.Module]] = {
+    encoder.kind: encoder for encoder in (DualStreamEncoder, MLPEncoder)
+}
+"""Encoders that can be rebuilt from a saved file."""
+
+
+def encoder_from_spec(spec: dict[str, Any]) -> nn.Module:
+    """Rebuild an encoder from its ``spec``.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    if kind not in ENCODERS:
+        raise ValueError(f"encoder kind must be one of {sorted(ENCODERS)}, got {kind!r}.")
+    return ENCODERS[kind](**options)

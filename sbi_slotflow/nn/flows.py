@@ -1,0 +1,295 @@
+r"""The conditional flow that all slots share.
+
+.. math::
+    \log q(u | c) = \log N(f(u; c); 0, I) + \log|\det \partial f / \partial u|
+
+f alternates rational-quadratic spline couplings (Durkan et al. 2019) with affine ones
+and random permutations (section 3.4 of the paper). In front of them, next to the data,
+an optional :class:`LocationScale` layer predicts a full Gaussian from the context, so
+that the couplings only learn what is not Gaussian.
+
+Many rows share few contexts (all samples of a slot see the same one), so a context
+travels as its distinct values and an index: :class:`RowContext`. A network then
+projects each distinct context once.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from nflows.nn.nets import ResidualNet
+from nflows.transforms.base import CompositeTransform, Transform
+from nflows.transforms.coupling import (
+    AffineCouplingTransform,
+    PiecewiseRationalQuadraticCouplingTransform,
+)
+from nflows.transforms.permutations import RandomPermutation
+from torch import Tensor, nn
+
+__all__ = ["ConditionalFlow", "LocationScale", "RowContext"]
+
+_MAX_LOG_SCALE = 10.0
+_MAX_ROWS = 32_768
+
+
+class RowContext(NamedTuple):
+    """Contexts of N rows: n distinct values and which of them each row sees.
+
+    Attributes:
+        values: Distinct contexts, shape ``(n, C)``.
+        index: Position in ``values`` of each row's context, shape ``(N,)``.
+    """
+
+    values: Tensor
+    index: Tensor
+
+    def rows(self, start: int, stop: int) -> "RowContext":
+        """The contexts of rows ``start..stop``."""
+        return RowContext(self.values, self.index[start:stop])
+
+
+class ConditionalFlow(nn.Module):
+    """Normalizing flow over F coordinates given a context.
+
+    Args:
+        features: Number F of coordinates; with F = 1 the couplings act on the context
+            alone.
+        context_features: Length C of a context.
+        hidden_features: Width of the networks.
+        num_layers: Number of coupling layers; even ones are splines, odd ones affine.
+        num_bins: Bins of a spline.
+        tail_bound: Splines act on [-bound, bound] and are the identity outside.
+        num_blocks: Residual blocks of each network.
+        network: ``"projected"`` adds the projected context once, in the first layer;
+            ``"residual"`` is nflows' ``ResidualNet``, which sees it in every block.
+        location_scale: Whether to put a :class:`LocationScale` next to the data.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        *,
+        hidden_features: int = 64,
+        num_layers: int = 4,
+        num_bins: int = 8,
+        tail_bound: float = 5.0,
+        num_blocks: int = 1,
+        network: Literal["projected", "residual"] = "projected",
+        location_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.features = features
+
+        def make_network(in_features: int, out_features: int) -> nn.Module:
+            net = _ProjectedNet if network == "projected" else _GatheredResidualNet
+            return net(
+                in_features, out_features, hidden_features, context_features, num_blocks
+            )
+
+        layers: list[Transform] = []
+        if location_scale:
+            layers.append(LocationScale(features, context_features, hidden_features))
+        for i in range(num_layers):
+            if features > 1:
+                layers.append(RandomPermutation(features))
+            mask = torch.arange(features) % 2 == (0 if features == 1 else 1)
+            if i % 2 == 0:
+                layers.append(
+                    _SplineCoupling(
+                        mask, make_network, num_bins, tails="linear",
+                        tail_bound=tail_bound,
+                    )
+                )
+            else:
+                layers.append(AffineCouplingTransform(mask, make_network))
+        self.transform = CompositeTransform(layers)
+
+    def log_prob(self, u: Tensor, context: RowContext) -> Tensor:
+        """Evaluate the log density.
+
+        Args:
+            u: Coordinates, shape ``(N, F)``.
+            context: Contexts of the N rows.
+
+        Returns:
+            Log densities, shape ``(N,)``.
+        """
+        if torch.is_grad_enabled() or len(u) <= _MAX_ROWS:
+            return self._log_prob(u, context)
+        parts = [
+            self._log_prob(u[i : i + _MAX_ROWS], context.rows(i, i + _MAX_ROWS))
+            for i in range(0, len(u), _MAX_ROWS)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def sample(
+        self, context: RowContext, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw one sample for each row.
+
+        Args:
+            context: Contexts of the N rows.
+            generator: Source of randomness.
+
+        Returns:
+            Coordinates, shape ``(N, F)``.
+        """
+        num = len(context.index)
+        values = context.values
+        noise = torch.empty(num, self.features, dtype=values.dtype, device=values.device)
+        noise.normal_(generator=generator)
+        parts = [
+            self.transform.inverse(
+                noise[i : i + _MAX_ROWS], context.rows(i, i + _MAX_ROWS)
+            )[0]
+            for i in range(0, num, _MAX_ROWS)
+        ]
+        return torch.cat(parts) if parts else noise
+
+    def _log_prob(self, u: Tensor, context: RowContext) -> Tensor:
+        if len(u) == 0:
+            return u.new_zeros(0)
+        noise, log_det = self.transform(u, context)
+        normal = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
+        return normal + log_det
+
+
+class LocationScale(Transform):
+    r"""A Gaussian predicted from the context, :math:`u = \mu(c) + \Sigma(c) L(c) z`.
+
+    Sigma is diagonal, the exponential of a bounded log-scale; L is lower triangular
+    with ones on its diagonal. It starts near the identity.
+
+    Args:
+        features: Number F of coordinates.
+        context_features: Length C of a context.
+        hidden_features: Width of the network.
+    """
+
+    def __init__(
+        self, features: int, context_features: int, hidden_features: int
+    ) -> None:
+        super().__init__()
+        self.features = features
+        out = 2 * features + features * (features - 1) // 2
+        last = nn.Linear(hidden_features, out)
+        nn.init.normal_(last.weight, std=1e-3)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(
+            nn.Linear(context_features, hidden_features), nn.GELU(), last
+        )
+
+    def forward(
+        self, inputs: Tensor, context: RowContext
+    ) -> tuple[Tensor, Tensor]:
+        """Map u to z."""
+        shift, log_scale, lower = self._coefficients(context)
+        columns: list[Tensor] = []
+        for i in range(self.features):
+            value = (inputs[:, i] - shift[:, i]) * torch.exp(-log_scale[:, i])
+            for j, column in enumerate(columns):
+                value = value - lower[:, _below(i, j)] * column
+            columns.append(value)
+        return torch.stack(columns, -1), -log_scale.sum(-1)
+
+    def inverse(
+        self, inputs: Tensor, context: RowContext
+    ) -> tuple[Tensor, Tensor]:
+        """Map z to u."""
+        shift, log_scale, lower = self._coefficients(context)
+        columns = []
+        for i in range(self.features):
+            value = inputs[:, i]
+            for j in range(i):
+                value = value + lower[:, _below(i, j)] * inputs[:, j]
+            columns.append(shift[:, i] + torch.exp(log_scale[:, i]) * value)
+        return torch.stack(columns, -1), log_scale.sum(-1)
+
+    def _coefficients(self, context: RowContext) -> tuple[Tensor, Tensor, Tensor]:
+        raw = self.network(context.values)
+        shift, log_scale, lower = raw.split(
+            [self.features, self.features, raw.shape[-1] - 2 * self.features], dim=-1
+        )
+        log_scale = _MAX_LOG_SCALE * torch.tanh(log_scale / _MAX_LOG_SCALE)
+        index = context.index
+        return shift[index], log_scale[index], lower[index]
+
+
+class _SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
+    """nflows' spline coupling with its inverse solved in float64.
+
+    The inverse is a root of a quadratic whose discriminant can round below zero in
+    float32, on which nflows fails an assertion.
+    """
+
+    def _piecewise_cdf(
+        self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if not inverse:
+            return super()._piecewise_cdf(inputs, transform_params, inverse)
+        outputs, log_det = super()._piecewise_cdf(
+            inputs.double(), transform_params.double(), inverse
+        )
+        return outputs.to(inputs.dtype), log_det.to(inputs.dtype)
+
+
+class _ProjectedNet(nn.Module):
+    """Residual network that projects each distinct context once."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_features: int,
+        context_features: int,
+        num_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.hidden_features = hidden_features  # nflows scales splines' softmax by it
+        self.from_context = nn.Linear(context_features, hidden_features)
+        self.from_inputs = (
+            nn.Linear(in_features, hidden_features, bias=False) if in_features else None
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Linear(hidden_features, hidden_features))
+            for _ in range(num_blocks)
+        )
+        self.last = nn.Sequential(nn.GELU(), nn.Linear(hidden_features, out_features))
+
+    def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
+        hidden = self.from_context(context.values)[context.index]
+        if self.from_inputs is not None:
+            hidden = hidden + self.from_inputs(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden)
+
+
+class _GatheredResidualNet(nn.Module):
+    """nflows' ``ResidualNet`` behind a :class:`RowContext`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_features: int,
+        context_features: int,
+        num_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.hidden_features = hidden_features
+        self.network = ResidualNet(
+            in_features, out_features, hidden_features, context_features, num_blocks
+        )
+
+    def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
+        return self.network(inputs, context.values[context.index])
+
+
+def _below(i: int, j: int) -> int:
+    """Position of entry (i, j), j < i, in a packed strictly lower triangle."""
+    return i * (i - 1) // 2 + j
+
+
