@@ -1,0 +1,41 @@
+"""Trans-dimensional simulation-based inference, a plugin to sbi.
+
+Infer how many components are in a signal and their parameters, p(K, Theta | x).
+"""
+
+from . import calibration, problems
+from .datatree import to_datatree
+from .layout import ThetaLayout
+from .nn import (
+    CircleChart,
+    PolarChart,
+    SlotDensityEstimator,
+    WhiteningChart,
+    slot_nn,
+)
+from .noise import WhiteNoise
+from .posterior import SlotPosterior
+from .prior import VariableKPrior
+from .problems import Problem
+from .simulator import AdditiveSimulator
+from .training import SlotNPE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveSimulator",
+    "CircleChart",
+    "PolarChart",
+    "Problem",
+    "SlotDensityEstimator",
+    "SlotNPE",
+    "SlotPosterior",
+    "ThetaLayout",
+    "VariableKPrior",
+    "WhiteNoise",
+    "WhiteningChart",
+    "calibration",
+    "problems",
+    "slot_nn",
+    "to_datatree",
+]

@@ -78,9 +78,7 @@ class ThetaLayout:
     @property
     def size(self) -> int:
         """Length E of a theta row."""
-        return (
-            1 + self.num_shared + self.max_cardinality * self.num_component_params
-        )
+        return 1 + self.num_shared + self.max_cardinality * self.num_component_params
 
     @property
     def names(self) -> list[str]:
@@ -124,8 +122,7 @@ class ThetaLayout:
         expected = (*batch, self.max_cardinality, self.num_component_params)
         if components.shape != expected:
             raise ValueError(
-                f"components must have shape {expected}, got "
-                f"{tuple(components.shape)}."
+                f"components must have shape {expected}, got {tuple(components.shape)}."
             )
         if shared is None:
             shared = components.new_zeros(*batch, 0)
@@ -222,7 +219,9 @@ class ThetaLayout:
         key = torch.where(parts.mask, key, key.new_full((), torch.inf))
         return self._permute(parts, key.argsort(dim=-1, stable=True))
 
-    def relabel(self, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def relabel(
+        self, theta: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Give every row a labelling drawn uniformly from its K! labellings.
 
         Args:

@@ -14,7 +14,7 @@ one.
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from sbi.utils.torchutils import move_all_tensor_to_device, set_validate_args
@@ -52,7 +52,7 @@ class VariableKPrior(Distribution):
             all are zero, ``order_by`` is out of range, or the separation is impossible.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
     has_rsample = False
 
     def __init__(
@@ -80,9 +80,7 @@ class VariableKPrior(Distribution):
         )
         self.cardinality_probs = weights
         self.component_marginals = marginals_of(self.component)
-        self.shared_marginals = (
-            () if self.shared is None else marginals_of(self.shared)
-        )
+        self.shared_marginals = () if self.shared is None else marginals_of(self.shared)
         self.min_separation = self._checked_separation(min_separation)
         super().__init__(
             batch_shape=torch.Size(),
@@ -112,6 +110,14 @@ class VariableKPrior(Distribution):
     def variance(self) -> Tensor:
         """Variance of a canonical row, shape ``(E,)``; see :attr:`mean`."""
         return self._moments[1]
+
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of a canonical row; 1 where an entry never varies.
+
+        sbi divides by it to standardise rows.
+        """
+        return torch.where(self.variance > 0, self.variance.sqrt(), 1.0)
 
     def sample(
         self,
@@ -158,7 +164,7 @@ class VariableKPrior(Distribution):
 
     @property
     def log_cardinality_probs(self) -> Tensor:
-        """log p(K), shape ``(Kmax + 1,)``."""
+        """Log p(K), shape ``(Kmax + 1,)``."""
         return self.cardinality_probs.log()
 
     def with_cardinality(
@@ -189,7 +195,9 @@ class VariableKPrior(Distribution):
         self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "VariableKPrior":
         """Return the prior with another batch shape (independent copies)."""
-        new = self._get_checked_instance(VariableKPrior, _instance)
+        new = cast(
+            VariableKPrior, self._get_checked_instance(VariableKPrior, _instance)
+        )
         for key, value in self.__dict__.items():
             if key not in ("_batch_shape", "_event_shape", "_validate_args"):
                 new.__dict__[key] = value
@@ -239,7 +247,9 @@ class VariableKPrior(Distribution):
         components = draws.reshape(num, layout.max_cardinality, -1).float()
         if self.min_separation is not None:
             components[..., layout.order_by] = sample_separated(
-                k, layout.max_cardinality, self._order_marginal.bounds,
+                k,
+                layout.max_cardinality,
+                self._order_marginal.bounds,
                 self.min_separation,
             ).float()
         components = clamp_to_support(components, self.component_marginals)
@@ -364,9 +374,7 @@ def _one_dimensional(distribution: Distribution, name: str) -> Distribution:
     return distribution
 
 
-def _names(
-    names: Sequence[str] | None, stem: str, count: int
-) -> tuple[str, ...]:
+def _names(names: Sequence[str] | None, stem: str, count: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"{stem}_{i}" for i in range(1, count + 1))
     if len(names) != count:

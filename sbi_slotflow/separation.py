@@ -79,4 +79,8 @@ def smallest_gap(values: Tensor, mask: Tensor) -> Tensor:
     values = torch.where(mask, values, values.new_full((), math.inf))
     gaps = values.sort(-1).values.diff(dim=-1)
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)
-    return gaps.amin(-1) if gaps.shape[-1] else values.new_full(values.shape[:-1], math.inf)
+    return (
+        gaps.amin(-1)
+        if gaps.shape[-1]
+        else values.new_full(values.shape[:-1], math.inf)
+    )

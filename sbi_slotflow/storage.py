@@ -60,7 +60,9 @@ def read_tensors(
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is corrupt or no safetensors file: {error}.") from error
+        raise ValueError(
+            f"{path} is corrupt or no safetensors file: {error}."
+        ) from error
     try:
         meta = json.loads(header[_KEY])
         found, number = meta["format"], meta["version"]

@@ -1,0 +1,31 @@
+"""The network: encoder, heads, slots, chart, flow, matching, and their builder."""
+
+from .builder import slot_nn
+from .charts import Chart, CircleChart, PolarChart, WhiteningChart
+from .encoders import DualStreamEncoder, Encoding, MLPEncoder
+from .estimator import EstimatorSpec, SlotDensityEstimator
+from .flows import ConditionalFlow, RowContext
+from .heads import CardinalityHead, PriorSharedHead, SharedHead
+from .matching import hungarian, log_permanent
+from .slots import IndexedSlots
+
+__all__ = [
+    "CardinalityHead",
+    "Chart",
+    "CircleChart",
+    "ConditionalFlow",
+    "DualStreamEncoder",
+    "Encoding",
+    "EstimatorSpec",
+    "IndexedSlots",
+    "MLPEncoder",
+    "PolarChart",
+    "PriorSharedHead",
+    "RowContext",
+    "SharedHead",
+    "SlotDensityEstimator",
+    "WhiteningChart",
+    "hungarian",
+    "log_permanent",
+    "slot_nn",
+]

@@ -97,9 +97,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @classmethod
-    def paper(
-        cls, problem: ProblemLike | None = None, **changes: Any
-    ) -> "slot_nn":
+    def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
         r"""The paper's network: embeddings of 256, flow of 768, 31 million parameters.
 
         Where the paper's text and its authors' code differ, this preset follows
@@ -150,21 +148,22 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             encoder_options={
                 "channels": (32, 64, 128),
                 "kernels": (8, 8, 5),
-                "strides": (2, 2, 1),
+                "strides": ((2, 2, 1), (2, 2, 1)),
                 "context_features": 512,
                 "noise_stack": True,
                 "residual": False,
                 "centre_phase": False,
+                "bands": None,
             },
         )
         return replace(preset, **changes)
 
-    def __call__(self, batch_theta: Tensor, batch_x: Tensor) -> SlotDensityEstimator:
+    def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         """Build an estimator.
 
         Args:
-            batch_theta: Theta rows, shape ``(B, E)``; checked against the prior's layout.
-            batch_x: Data, shape ``(B, T)``; gives the length of x and its scale.
+            theta: Theta rows, shape ``(B, E)``; checked against the prior's layout.
+            x: Data, shape ``(B, T)``; gives the length of x and its scale.
 
         Returns:
             An untrained estimator.
@@ -174,17 +173,15 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 the problem is missing.
         """
         prior = self._prior
-        prior.layout.validate(batch_theta, "batch_theta")
-        if batch_x.ndim != 2:
-            raise ValueError(
-                f"batch_x must have shape (batch, T), got {tuple(batch_x.shape)}."
-            )
-        encoder, described = self._encoder(batch_x.shape[-1])
+        prior.layout.validate(theta)
+        if x.ndim != 2:
+            raise ValueError(f"x must have shape (batch, T), got {tuple(x.shape)}.")
+        encoder, described = self._encoder(x.shape[-1])
         chart = self._chart()
         shared = prior.shared_marginals
         spec = EstimatorSpec(
             layout=asdict(prior.layout),
-            num_data=batch_x.shape[-1],
+            num_data=x.shape[-1],
             cardinality_weights=prior.cardinality_probs.tolist(),
             chart=chart.spec,
             shared_chart=WhiteningChart(shared).spec if shared else None,
@@ -209,7 +206,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         )
         estimator = SlotDensityEstimator(spec, encoder)
         if self.z_score_x:
-            estimator.standardize(batch_x)
+            estimator.standardize(x)
         return estimator
 
     @property

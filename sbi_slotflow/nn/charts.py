@@ -95,7 +95,9 @@ class WhiteningChart(Chart):
     def inverse(self, u: Tensor) -> Tensor:
         """Map coordinates to components; see :meth:`Chart.inverse`."""
         columns = u.double().unbind(-1)
-        values = [m.from_normal(c) for m, c in zip(self.marginals, columns, strict=True)]
+        values = [
+            m.from_normal(c) for m, c in zip(self.marginals, columns, strict=True)
+        ]
         return clamp_to_support(torch.stack(values, -1).to(u.dtype), self.marginals)
 
 
@@ -188,9 +190,12 @@ class PolarChart(Chart):
 
 
 class CircleChart(Chart):
-    r"""The paper's coordinates, :math:`[A, w_\phi\cos\phi, w_\phi\sin\phi, w_f (f-f_0)]`.
+    r"""The paper's coordinates on a circle.
 
-    Eq. 22 of the paper, with f_0 the middle of the band. A three-parameter component
+    .. math::
+        u = [A,\; w_\phi \cos\phi,\; w_\phi \sin\phi,\; w_f (f - f_0)]
+
+    This is eq. 22 of the paper, with f_0 the middle of the band. A three-parameter component
     lies on a surface in R^4, so the flow's likelihood is unbounded above and is no
     density of (A, phi, f): :attr:`is_density` is False.
 

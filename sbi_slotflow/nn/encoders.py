@@ -11,12 +11,13 @@ An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .domains import FRONT_ENDS
+from .domains import FrontEnd, make_front_end
 
 __all__ = [
     "ENCODERS",
@@ -73,7 +74,7 @@ class MLPEncoder(nn.Module):
         }
         widths = [num_features, *[hidden_features] * num_layers]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.network = nn.Sequential(*layers)
 
@@ -92,7 +93,7 @@ class DualStreamEncoder(nn.Module):
             Fourier transform).
         channels: Channels of the three convolutions.
         kernels: Their kernel sizes.
-        strides: Their strides.
+        strides: Their strides, three for each stream.
         num_heads: Attention heads.
         hidden_features: Length of the cardinality embedding.
         context_features: Length of the slots' context (``hidden_features`` if None).
@@ -102,6 +103,7 @@ class DualStreamEncoder(nn.Module):
         residual: Whether attention is added to its input instead of replacing it.
         centre_phase: Whether a Fourier transform's phase is referred to the middle of
             its stream, where a tone's bins vary smoothly.
+        bands: For each stream, the first and last Fourier bin to keep, or None for all.
     """
 
     kind: ClassVar[str] = "dual_stream"
@@ -113,20 +115,27 @@ class DualStreamEncoder(nn.Module):
         *,
         channels: Sequence[int] = (32, 64, 128),
         kernels: Sequence[int] = (8, 8, 5),
-        strides: Sequence[int] = (2, 2, 1),
+        strides: Sequence[Sequence[int]] = ((2, 2, 1), (2, 2, 1)),
         num_heads: int = 4,
         hidden_features: int = 256,
         context_features: int | None = None,
         noise_stack: bool = False,
         residual: bool = False,
         centre_phase: bool = False,
+        bands: Sequence[Sequence[int] | None] | None = None,
     ) -> None:
         super().__init__()
-        if len(domains) != len(lengths):
-            raise ValueError(
-                f"domains must name one domain for each of the {len(lengths)} streams, "
-                f"got {list(domains)}."
-            )
+        bands = [None] * len(lengths) if bands is None else bands
+        for name, value in (
+            ("domains", domains),
+            ("strides", strides),
+            ("bands", bands),
+        ):
+            if len(value) != len(lengths):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(lengths)} "
+                    f"streams, got {list(value)}."
+                )
         context_features = context_features or hidden_features
         self.lengths = tuple(lengths)
         self.spec: dict[str, Any] = {
@@ -135,31 +144,39 @@ class DualStreamEncoder(nn.Module):
             "domains": list(domains),
             "channels": list(channels),
             "kernels": list(kernels),
-            "strides": list(strides),
+            "strides": [list(s) for s in strides],
             "num_heads": num_heads,
             "hidden_features": hidden_features,
             "context_features": context_features,
             "noise_stack": noise_stack,
             "residual": residual,
             "centre_phase": centre_phase,
+            "bands": [None if band is None else list(band) for band in bands],
         }
 
-        def stack(length: int, domain: str) -> "_ConvStack":
-            return _ConvStack(length, domain, channels, kernels, strides, centre_phase)
+        def stack(i: int) -> "_ConvStack":
+            band = bands[i]
+            front_end = make_front_end(
+                domains[i],
+                lengths[i],
+                centre_phase,
+                None if band is None else (band[0], band[1]),
+            )
+            return _ConvStack(front_end, channels, kernels, strides[i])
 
         def attention() -> "_SelfAttention":
             return _SelfAttention(channels[-1], num_heads, residual)
 
-        streams = list(zip(lengths, domains, strict=True))
+        streams = range(len(lengths))
         width = channels[-1]
-        self.stacks = nn.ModuleList(stack(*stream) for stream in streams)
+        self.stacks = nn.ModuleList(stack(i) for i in streams)
         self.attentions = nn.ModuleList(attention() for _ in streams)
         self.pools = nn.ModuleList(_Pool(width) for _ in streams)
         self.to_context = _projection(3 * width * len(streams), context_features)
         self.cardinality_attention = attention()
         self.cardinality_pool = _Pool(width)
         self.to_cardinality = _projection(3 * width, hidden_features)
-        self.noise_stack = stack(*streams[0]) if noise_stack else None
+        self.noise_stack = stack(0) if noise_stack else None
         if noise_stack:
             self.noise_pool = _Pool(width)
             self.to_noise = _projection(3 * width, hidden_features)
@@ -190,17 +207,13 @@ class _ConvStack(nn.Module):
 
     def __init__(
         self,
-        length: int,
-        domain: str,
+        front_end: FrontEnd,
         channels: Sequence[int],
         kernels: Sequence[int],
         strides: Sequence[int],
-        centre_phase: bool,
     ) -> None:
         super().__init__()
-        if domain not in FRONT_ENDS:
-            raise ValueError(f"domain must be one of {sorted(FRONT_ENDS)}, got {domain!r}.")
-        self.front_end = FRONT_ENDS[domain](length, centre_phase)
+        self.front_end = front_end
         widths = [self.front_end.channels, *channels]
         layers: list[nn.Module] = []
         for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
@@ -271,5 +284,7 @@ def encoder_from_spec(spec: dict[str, Any]) -> nn.Module:
     options = dict(spec)
     kind = options.pop("kind", None)
     if kind not in ENCODERS:
-        raise ValueError(f"encoder kind must be one of {sorted(ENCODERS)}, got {kind!r}.")
+        raise ValueError(
+            f"encoder kind must be one of {sorted(ENCODERS)}, got {kind!r}."
+        )
     return ENCODERS[kind](**options)

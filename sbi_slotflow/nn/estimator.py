@@ -4,8 +4,8 @@ r"""The trans-dimensional density estimator q(K, Theta, s | x).
     \log q = \log q(K | x) + \log q(s | x, K)
         + \log \mathrm{perm}\left[ q_i(\theta_j | x, K) \right]_{i, j \le K}
 
-with :math:`q_i(\theta | x, K) = q(u | c_i)\, |\det \partial u / \partial \theta|`: slot i's
-context conditions the shared flow, the chart carries its density back to theta. The
+with :math:`q_i(\theta | x, K) = q(u | c_i) |\det \partial u / \partial \theta|`: slot
+i's context conditions the shared flow, the chart carries its density back to theta. The
 permanent makes the density that of the *set* (the paper's eq. 18, summed over
 assignments); it is the same for every relabelling and integrates to 1 over the
 canonical region.
@@ -24,7 +24,7 @@ from ..layout import ThetaLayout, ThetaParts
 from ..prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .charts import Chart, chart_from_spec
-from .encoders import encode, encoder_from_spec
+from .encoders import Encoding, encode, encoder_from_spec
 from .flows import ConditionalFlow
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
 from .matching import hungarian, log_permanent
@@ -48,7 +48,8 @@ class EstimatorSpec:
         chart: Spec of the components' chart.
         shared_chart: Spec of the shared parameters' chart, or None if there are none.
         encoder: Spec of the encoder, or None for a module of the user's own.
-        shared_head: Whether the shared parameters are inferred; else their prior stands.
+        shared_head: Whether the shared parameters are inferred; else draws come from
+            their prior.
         flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
         slots: Options of the :class:`~sbi_slotflow.nn.IndexedSlots`.
         matching: How training matches slots with components.
@@ -94,10 +95,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 )
             encoder = encoder_from_spec(spec.encoder)
         layout = ThetaLayout(
-            **{**spec.layout, **{
-                name: tuple(spec.layout[name])
-                for name in ("component_names", "shared_names")
-            }}
+            **{
+                **spec.layout,
+                **{
+                    name: tuple(spec.layout[name])
+                    for name in ("component_names", "shared_names")
+                },
+            }
         )
         super().__init__(
             encoder, torch.Size((layout.size,)), torch.Size((spec.num_data,))
@@ -148,13 +152,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             TypeError, ValueError: If theta or x is malformed, or the training prior
                 excludes a row's K.
         """
-        terms = self.loss_terms(input, condition)
-        weights = self.spec.loss_weights
-        return (
-            weights[0] * terms["cardinality"]
-            + weights[1] * terms["flow"]
-            + weights[2] * terms["shared"]
-        )
+        return self.weigh(self.loss_terms(input, condition))
+
+    def weigh(self, terms: dict[str, Tensor]) -> Tensor:
+        """Add up the terms of :meth:`loss_terms` with the spec's weights (eq. 20)."""
+        names = ("cardinality", "flow", "shared")
+        pairs = zip(self.spec.loss_weights, names, strict=True)
+        return torch.stack([weight * terms[name] for weight, name in pairs]).sum(0)
 
     def loss_terms(self, input: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """Return the unweighted terms of the loss, each of shape ``(B,)``.
@@ -165,7 +169,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         where the most probable K is the true one; it carries no gradient.
         """
         self.layout.validate(input, "input")
-        self._check_condition(condition)
+        self.check_condition(condition)
         parts = self.layout.unpack(self.layout.canonical(input))
         excluded = ~torch.isfinite(self.cardinality_head.log_prior)[parts.cardinality]
         if excluded.any():
@@ -173,7 +177,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 "input holds a cardinality that the training prior excludes: K = "
                 f"{int(parts.cardinality[excluded][0])}."
             )
-        encoding = self._encode(condition)
+        encoding = self.encode(condition)
         log_k = self.cardinality_head(encoding.cardinality)
         owner = torch.arange(len(input), device=input.device)
         shared = log_k.new_zeros(len(input))
@@ -223,7 +227,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 condition.reshape(-1, condition.shape[-1]),
             )
             return flat.reshape(input.shape[:2])
-        self._check_condition(condition)
+        self.check_condition(condition)
         if input.ndim == 2:
             input = input.unsqueeze(0)
         num = max(input.shape[1], len(condition))
@@ -236,7 +240,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         owner = torch.arange(len(condition), device=input.device).expand(num)
         owner = owner.expand(input.shape[0], num).reshape(-1)
         parts = self.layout.unpack(input.reshape(-1, self.layout.size))
-        encoding = self._encode(condition)
+        encoding = self.encode(condition)
         log_k = self.cardinality_head(encoding.cardinality)
         result = log_k[owner, parts.cardinality]
         if self.shared_head is not None:
@@ -259,8 +263,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed.
         """
-        self._check_condition(condition)
-        return self.cardinality_head(self._encode(condition).cardinality)
+        self.check_condition(condition)
+        return self.cardinality_head(self.encode(condition).cardinality)
 
     @torch.no_grad()
     def sample(
@@ -287,34 +291,63 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed or a K is out of range.
         """
-        self._check_condition(condition)
+        self.check_condition(condition)
         shape, batch = torch.Size(sample_shape), len(condition)
-        num = shape.numel()
-        encoding = self._encode(condition)
+        encoding = self.encode(condition)
         if cardinality is None:
-            probs = self.cardinality_head(encoding.cardinality).exp()
-            k = torch.zeros(num, batch, dtype=torch.int64, device=condition.device)
-            if num:
-                k = torch.multinomial(
-                    probs, num, replacement=True, generator=generator
-                ).mT
+            k = self.draw_cardinality(encoding, shape.numel(), generator)
         else:
             k = self._checked_cardinality(cardinality).expand(*shape, batch)
-            k = k.reshape(num, batch)
-        k = k.reshape(-1)
-        owner = torch.arange(batch, device=k.device).repeat(num)
+        owner = torch.arange(batch, device=condition.device).repeat(shape.numel())
+        rows = self.draw(encoding, owner, k.reshape(-1), generator)
+        return rows.reshape(*shape, batch, self.layout.size)
+
+    def encode(self, condition: Tensor) -> Encoding:
+        """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
+        return encode(self.net, (condition - self.x_shift) / self.x_scale)
+
+    @torch.no_grad()
+    def draw_cardinality(
+        self, encoding: Encoding, num: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw K from q(K | x), shape ``(num, B)``."""
+        probs = self.cardinality_head(encoding.cardinality).exp()
+        if num == 0:
+            return torch.zeros(0, len(probs), dtype=torch.int64, device=probs.device)
+        return torch.multinomial(probs, num, replacement=True, generator=generator).mT
+
+    @torch.no_grad()
+    def draw(
+        self,
+        encoding: Encoding,
+        owner: Tensor,
+        cardinality: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw N theta rows given K, in canonical order.
+
+        Args:
+            encoding: Embeddings of B observations.
+            owner: Observation of each row, shape ``(N,)``.
+            cardinality: K of each row, shape ``(N,)``.
+            generator: Source of randomness.
+
+        Returns:
+            Rows of shape ``(N, E)``.
+        """
         layout = self.layout
-        mask = layout.mask(k)
+        mask = layout.mask(cardinality)
         row, slot = mask.nonzero(as_tuple=True)
-        context = self.slots(encoding.context, owner[row], k[row], slot)
+        context = self.slots(encoding.context, owner[row], cardinality[row], slot)
         components = self.chart.inverse(self.flow.sample(context, generator))
         padded = components.new_zeros(*mask.shape, layout.num_component_params)
         padded[mask] = components
         shared = None
         if self.shared_head is not None:
-            shared = self.shared_head.sample(encoding.shared, owner, k, generator)
-        rows = layout.canonical(layout.pack(k, padded, shared))
-        return rows.reshape(*shape, batch, layout.size)
+            shared = self.shared_head.sample(
+                encoding.shared, owner, cardinality, generator
+            )
+        return layout.canonical(layout.pack(cardinality, padded, shared))
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.
@@ -384,16 +417,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 raise ValueError(f"unexpected fields {sorted(set(spec) ^ known)}")
             spec["loss_weights"] = tuple(spec["loss_weights"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} has no readable estimator spec: {error}.") from error
+            raise ValueError(
+                f"{path} has no readable estimator spec: {error}."
+            ) from error
         estimator = cls(EstimatorSpec(**spec), encoder)
         try:
             estimator.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its spec: {error}") from error
         return estimator.eval()
-
-    def _encode(self, condition: Tensor):
-        return encode(self.net, (condition - self.x_shift) / self.x_scale)
 
     def _matched_log_prob(self, context: Tensor, parts: ThetaParts) -> Tensor:
         """Log density of each row's components under the training's matching."""
@@ -439,7 +471,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         inside = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
         return torch.where(mask.unsqueeze(-1), components, inside)
 
-    def _check_condition(self, condition: Tensor) -> None:
+    def check_condition(self, condition: Tensor) -> None:
+        """Raise unless x is a finite floating-point batch of the right length.
+
+        Raises:
+            TypeError: If x is not a floating-point tensor.
+            ValueError: If its shape is not ``(B, T)`` or it has NaN or Inf.
+        """
         if not isinstance(condition, Tensor) or not condition.is_floating_point():
             kind = (
                 condition.dtype

@@ -37,15 +37,15 @@ class RowContext(NamedTuple):
 
     Attributes:
         values: Distinct contexts, shape ``(n, C)``.
-        index: Position in ``values`` of each row's context, shape ``(N,)``.
+        which: Position in ``values`` of each row's context, shape ``(N,)``.
     """
 
     values: Tensor
-    index: Tensor
+    which: Tensor
 
     def rows(self, start: int, stop: int) -> "RowContext":
         """The contexts of rows ``start..stop``."""
-        return RowContext(self.values, self.index[start:stop])
+        return RowContext(self.values, self.which[start:stop])
 
 
 class ConditionalFlow(nn.Module):
@@ -97,7 +97,10 @@ class ConditionalFlow(nn.Module):
             if i % 2 == 0:
                 layers.append(
                     _SplineCoupling(
-                        mask, make_network, num_bins, tails="linear",
+                        mask,
+                        make_network,
+                        num_bins,
+                        tails="linear",
                         tail_bound=tail_bound,
                     )
                 )
@@ -136,9 +139,11 @@ class ConditionalFlow(nn.Module):
         Returns:
             Coordinates, shape ``(N, F)``.
         """
-        num = len(context.index)
+        num = len(context.which)
         values = context.values
-        noise = torch.empty(num, self.features, dtype=values.dtype, device=values.device)
+        noise = torch.empty(
+            num, self.features, dtype=values.dtype, device=values.device
+        )
         noise.normal_(generator=generator)
         parts = [
             self.transform.inverse(
@@ -181,7 +186,7 @@ class LocationScale(Transform):
             nn.Linear(context_features, hidden_features), nn.GELU(), last
         )
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: Tensor, context: RowContext
     ) -> tuple[Tensor, Tensor]:
         """Map u to z."""
@@ -194,7 +199,7 @@ class LocationScale(Transform):
             columns.append(value)
         return torch.stack(columns, -1), -log_scale.sum(-1)
 
-    def inverse(
+    def inverse(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: Tensor, context: RowContext
     ) -> tuple[Tensor, Tensor]:
         """Map z to u."""
@@ -213,7 +218,7 @@ class LocationScale(Transform):
             [self.features, self.features, raw.shape[-1] - 2 * self.features], dim=-1
         )
         log_scale = _MAX_LOG_SCALE * torch.tanh(log_scale / _MAX_LOG_SCALE)
-        index = context.index
+        index = context.which
         return shift[index], log_scale[index], lower[index]
 
 
@@ -259,7 +264,7 @@ class _ProjectedNet(nn.Module):
         self.last = nn.Sequential(nn.GELU(), nn.Linear(hidden_features, out_features))
 
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
-        hidden = self.from_context(context.values)[context.index]
+        hidden = self.from_context(context.values)[context.which]
         if self.from_inputs is not None:
             hidden = hidden + self.from_inputs(inputs)
         for block in self.blocks:
@@ -285,11 +290,9 @@ class _GatheredResidualNet(nn.Module):
         )
 
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
-        return self.network(inputs, context.values[context.index])
+        return self.network(inputs, context.values[context.which])
 
 
 def _below(i: int, j: int) -> int:
     """Position of entry (i, j), j < i, in a packed strictly lower triangle."""
     return i * (i - 1) // 2 + j
-
-

@@ -10,7 +10,6 @@ can be put there afterwards. The shared head is a density of the shared paramete
 given x and K, trained by likelihood (the paper instead regresses a sampled sigma).
 """
 
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -154,5 +153,3 @@ class PriorSharedHead(nn.Module):
         """Draw from the prior; see :meth:`SharedHead.sample`."""
         u = torch.empty(len(owner), self.chart.num_features).to(embedding)
         return self.chart.inverse(u.normal_(generator=generator))
-
-

@@ -100,7 +100,9 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
         raise ValueError("log_density must not be NaN inside the K x K block.")
     # Outside the block an identity matrix, which leaves the permanent unchanged.
     identity = torch.where(index.unsqueeze(-1) == index, 0.0, _LOG_ZERO)
-    padded = torch.where(block, log_density.clamp(min=_LOG_ZERO), identity.to(log_density))
+    padded = torch.where(
+        block, log_density.clamp(min=_LOG_ZERO), identity.to(log_density)
+    )
     exact = cardinality <= EXACT_LIMIT
     largest = int(cardinality[exact].max()) if exact.any() else 0
     small = _subset_recursion(padded[:, :largest, :largest])
@@ -110,9 +112,7 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
         slots = hungarian(log_density, cardinality).unsqueeze(-1)
         best = padded.gather(-1, slots).squeeze(-1).sum(-1)
         result = torch.where(exact, small, best)
-    return torch.where(
-        result > 0.5 * _LOG_ZERO, result, result.new_full((), -math.inf)
-    )
+    return torch.where(result > 0.5 * _LOG_ZERO, result, result.new_full((), -math.inf))
 
 
 def _subset_recursion(log_density: Tensor) -> Tensor:
@@ -139,7 +139,9 @@ def _subsets(size: int, count: int) -> tuple[Tensor, Tensor]:
     members = list(itertools.combinations(range(size), count))
     smaller = {
         subset: position
-        for position, subset in enumerate(itertools.combinations(range(size), count - 1))
+        for position, subset in enumerate(
+            itertools.combinations(range(size), count - 1)
+        )
     }
     previous = [
         [smaller[subset[:i] + subset[i + 1 :]] for i in range(count)]

@@ -61,10 +61,10 @@ class LinearGaussian(Problem):
         sigma: Standard deviation of the noise.
     """
 
-    design: Tensor = torch.empty(0)
-    mean: Tensor = torch.empty(0)
-    tau: float = 1.0
-    sigma: float = 1.0
+    design: Tensor
+    mean: Tensor
+    tau: float
+    sigma: float
 
     def exact_posterior(self) -> "ExactLinearGaussianPosterior":
         """Return the closed-form posterior."""
@@ -92,9 +92,7 @@ def linear_gaussian(max_cardinality: int = 3) -> LinearGaussian:
     simulator = AdditiveSimulator(
         _LinearSignal(design), WhiteNoise(sigma), prior.layout
     )
-    return LinearGaussian(
-        "linear_gaussian", prior, simulator, design, mean, tau, sigma
-    )
+    return LinearGaussian("linear_gaussian", prior, simulator, design, mean, tau, sigma)
 
 
 class ExactLinearGaussianPosterior:

@@ -51,14 +51,14 @@ class _Setup:
 _LONG, _SHORT = Grid(300.0, 10.0), Grid(10.0, 512.0)
 _SETUPS: dict[str, _Setup] = {
     "tiny": _Setup(
-        range(0, 4), (0.5, 1.5), False, (0.5, 2.0), (0.1, 1.0), 0.1,
+        range(4), (0.5, 1.5), False, (0.5, 2.0), (0.1, 1.0), 0.1,
         (Grid(20.0, 10.0), Grid(2.0, 50.0)),
     ),
     "paper": _Setup(
         range(1, 11), (0.5, 1.5), False, (2.5, 3.0), (0.0, 1.5), 0.01, (_LONG, _SHORT)
     ),
     "crowded": _Setup(
-        range(0, 11), (0.05, 1.5), True, (2.5, 3.0), (0.3, 1.5), None, (_LONG, _SHORT)
+        range(11), (0.05, 1.5), True, (2.5, 3.0), (0.3, 1.5), None, (_LONG, _SHORT)
     ),
 }  # fmt: skip
 
@@ -71,20 +71,29 @@ class Sinusoids(Problem):
         grids: Time grids of the long and the short record.
     """
 
-    grids: tuple[Grid, ...] = ()
+    grids: tuple[Grid, ...]
 
     def build_encoder(self, **options: Any) -> nn.Module:
         """Return a :class:`DualStreamEncoder` for the two records.
 
-        Sizes are small unless ``options`` say otherwise; on short records the
-        convolutions keep every bin, on long ones the first two halve them.
+        Unless ``options`` say otherwise it is small: the long record's spectrum is cut
+        to the band and kept at full resolution, the short record is strided down to
+        about 25 positions.
         """
+        long, short = self.grids
+        low, high = self.prior.component_marginals[2].bounds
+        margin = 0.1 * (high - low)
+        first = max(0, math.floor((low - margin) * long.duration))
+        last = min(long.num_samples // 2, math.ceil((high + margin) * long.duration))
+        stride = max(1, round((short.num_samples / 25) ** (1 / 3)))
         small: dict[str, Any] = {
-            "channels": (32, 64, 64),
-            "strides": (1, 1, 1) if self.grids[0].num_samples <= 512 else (2, 2, 1),
+            "channels": (32, 48, 64),
+            "kernels": (5, 5, 3),
+            "strides": ((1, 1, 1), (stride, stride, stride)),
             "hidden_features": 128,
             "residual": True,
             "centre_phase": True,
+            "bands": ((first, last), None),
         }
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})

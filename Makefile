@@ -1,0 +1,55 @@
+# Everything happens in .venv, which `make venv` creates from the pins in constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev test test-all lint types format bench demo clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## Install the library and its test tools into .venv
+	@:
+
+dev: $(VENV)/.installed-dev ## Add the linter, the type checker and the optional backends
+	@:
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes when it is new)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+test: venv ## Run the tests, except slow ones and those that need a GPU
+	$(BIN)/python -m pytest
+
+test-all: venv ## Run the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: dev ## Check style and formatting
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+types: dev ## Check types
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+format: dev ## Fix style and formatting in place
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+bench: venv ## Run the benchmarks
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+demo: venv ## Run the demo into demo/; X=FILE gives it an observation
+	$(BIN)/python -m sbi_slotflow.demo --out demo $(if $(X),--x "$(X)")
+
+clean: ## Remove caches, builds and the demo's output; .venv stays
+	rm -rf build dist demo .benchmarks .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

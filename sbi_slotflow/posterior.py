@@ -1,0 +1,421 @@
+r"""The trans-dimensional posterior q(K, Theta, s | x), sbi's ``DirectPosterior``.
+
+Slots draw inside the prior's support by construction. Only a least separation is not
+built in: then K is drawn first and the components given K are redrawn until they keep
+it, which leaves q(K | x) as it is, and densities are divided by the probability
+:math:`a_K(x)` that a draw is kept.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Protocol
+
+import torch
+from sbi.inference.posteriors import DirectPosterior
+from sbi.utils.sbiutils import within_support
+from torch import Tensor
+from torch.distributions import Categorical
+
+from .nn.encoders import Encoding
+from .nn.estimator import SlotDensityEstimator
+from .prior import VariableKPrior
+from .seeding import generator_for
+
+__all__ = ["SlotPosterior"]
+
+_ACCEPTANCE_DRAWS = 10_000
+_MAX_ROUNDS = 1_000
+
+
+class SignalModel(Protocol):
+    """What :meth:`SlotPosterior.reconstruct` needs of a simulator."""
+
+    def signal(self, theta: Tensor) -> Tensor:
+        """Return the noise-free signals of theta rows."""
+        ...
+
+
+class SlotPosterior(DirectPosterior):
+    """Posterior over the cardinality and the components.
+
+    Args:
+        posterior_estimator: A trained estimator.
+        prior: Prior over the same theta rows.
+        simulator: Simulator with a method ``signal``, for :meth:`reconstruct`.
+        max_sampling_batch_size: Most rows (draws times observations) drawn at once.
+        device: Device of the estimator, which stays where it is if None.
+
+    Raises:
+        TypeError: If the estimator or the prior is of another kind.
+        ValueError: If their layouts differ.
+    """
+
+    prior: VariableKPrior
+    posterior_estimator: SlotDensityEstimator
+
+    def __init__(
+        self,
+        posterior_estimator: SlotDensityEstimator,
+        prior: VariableKPrior,
+        simulator: SignalModel | None = None,
+        max_sampling_batch_size: int = 50_000,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(posterior_estimator, SlotDensityEstimator):
+            raise TypeError(
+                "posterior_estimator must be a SlotDensityEstimator, got "
+                f"{type(posterior_estimator).__name__}."
+            )
+        if not isinstance(prior, VariableKPrior):
+            raise TypeError(
+                f"prior must be a VariableKPrior, got {type(prior).__name__}."
+            )
+        if prior.layout != posterior_estimator.layout:
+            raise ValueError(
+                "prior and posterior_estimator must share a layout, got "
+                f"{prior.layout} and {posterior_estimator.layout}."
+            )
+        posterior_estimator.eval()
+        super().__init__(
+            posterior_estimator,
+            prior,
+            max_sampling_batch_size=max_sampling_batch_size,
+            device=device,
+            **kwargs,
+        )
+        self.simulator = simulator
+        self._purpose = "It draws sets of components of unknown size."
+
+    def cardinality(self, x: Tensor | None = None) -> Categorical:
+        """Return q(K | x).
+
+        Args:
+            x: One observation ``(T,)`` or ``(1, T)``, or a batch ``(B, T)``; the default
+                x if None.
+
+        Returns:
+            A categorical over 0..Kmax, with batch shape ``(B,)`` for a batch of more
+            than one.
+        """
+        batch = self._batch(x)
+        with torch.no_grad():
+            log_k = self.posterior_estimator.log_prob_cardinality(batch)
+        return Categorical(logits=log_k.squeeze(0) if len(batch) == 1 else log_k)
+
+    def with_cardinality_prior(
+        self, weights: Sequence[float] | Tensor
+    ) -> "SlotPosterior":
+        r"""Return the posterior under another prior of K, without retraining.
+
+        .. math::
+            q_{new}(K | x) \propto q(K | x)\, p_{new}(K) / p_{train}(K)
+
+        Args:
+            weights: Weights of K = 0..Kmax; zero excludes a cardinality.
+
+        Raises:
+            ValueError: If the weights are malformed, or give weight to a cardinality
+                that training excluded.
+        """
+        estimator = deepcopy(self.posterior_estimator)
+        estimator.set_cardinality_prior(weights)
+        new = SlotPosterior(
+            estimator,
+            self.prior.with_cardinality(weights),
+            simulator=self.simulator,
+            max_sampling_batch_size=self.max_sampling_batch_size,
+            device=self._device,
+        )
+        if self.default_x is not None:
+            new.set_default_x(self.default_x)
+        return new
+
+    def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        x: Tensor | None = None,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Draw from the posterior of one observation.
+
+        Args:
+            sample_shape: Shape of the draws.
+            x: Observation ``(T,)`` or ``(1, T)``; the default x if None.
+            k: Cardinality to condition on.
+            generator: Source of randomness; torch's global generator if None.
+            kwargs: sbi's options of rejection sampling and progress bars, which have
+                nothing to do here.
+
+        Returns:
+            Theta rows in canonical order, shape ``(*sample_shape, E)``.
+
+        Raises:
+            ValueError: If x is a batch or malformed, or k out of range.
+        """
+        batch = self._batch(x)
+        if len(batch) != 1:
+            raise ValueError(
+                f".sample() takes one observation, got a batch of {len(batch)}; use "
+                ".sample_batched()."
+            )
+        return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
+
+    @torch.no_grad()
+    def sample_batched(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        sample_shape: Sequence[int],
+        x: Tensor,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Draw from the posteriors of B observations.
+
+        Args:
+            sample_shape: Shape of the draws for each observation.
+            x: Observations, shape ``(B, T)``.
+            k: Cardinality to condition on.
+            generator: Source of randomness; torch's global generator if None.
+            kwargs: sbi's options of rejection sampling and progress bars, which have
+                nothing to do here.
+
+        Returns:
+            Theta rows in canonical order, shape ``(*sample_shape, B, E)``.
+
+        Raises:
+            ValueError: If x is malformed or k out of range.
+            RuntimeError: If draws given some K almost never keep the separation.
+        """
+        batch = self._batch(x)
+        self._check_k(k)
+        shape = torch.Size(sample_shape)
+        num = shape.numel()
+        step = max(1, self.max_sampling_batch_size // len(batch))
+        encoding = self.posterior_estimator.eval().encode(batch)
+        rows = batch.new_empty(num, len(batch), self.prior.layout.size)
+        for start in range(0, num, step):
+            size = min(step, num - start)
+            rows[start : start + size] = self._draw(size, encoding, k, generator)
+        return rows.reshape(*shape, len(batch), -1)
+
+    def log_prob(
+        self,
+        theta: Tensor,
+        x: Tensor | None = None,
+        norm_posterior: bool = True,
+        track_gradients: bool = False,
+        leakage_correction_params: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Evaluate the log density of sets given one observation.
+
+        Args:
+            theta: Rows of shape ``(S, E)`` or ``(E,)``, components in any order.
+            x: Observation; the default x if None.
+            norm_posterior: Whether to divide by the probability that a draw keeps the
+                least separation (a Monte Carlo estimate, see :meth:`log_acceptance`;
+                exactly 1 without a separation).
+            track_gradients: Whether the result can be differentiated.
+            leakage_correction_params: Ignored; nothing leaks.
+
+        Returns:
+            Log densities ``(S,)``, -inf outside the prior's support.
+        """
+        batch = self._batch(x)
+        if len(batch) != 1:
+            raise ValueError(
+                f".log_prob() takes one observation, got a batch of {len(batch)}; use "
+                ".log_prob_batched()."
+            )
+        rows = torch.atleast_2d(torch.as_tensor(theta)).unsqueeze(-2)
+        values = self.log_prob_batched(rows, batch, norm_posterior, track_gradients)
+        return values.squeeze(-1)
+
+    def log_prob_batched(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        norm_posterior: bool = True,
+        track_gradients: bool = False,
+        leakage_correction_params: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Evaluate log densities ``(S, B)`` of rows ``(S, B, E)`` or ``(B, E)``.
+
+        See :meth:`log_prob`.
+        """
+        batch = self._batch(x)
+        theta = torch.as_tensor(theta).to(self._device)
+        if theta.ndim == 2:
+            theta = theta.unsqueeze(0)
+        self.prior.layout.validate(theta)
+        self.posterior_estimator.eval()
+        with torch.set_grad_enabled(track_gradients):
+            values = self.posterior_estimator.log_prob(theta, batch)
+            if norm_posterior and self.prior.min_separation is not None:
+                k = self.prior.layout.cardinality(theta)
+                accepted = self.log_acceptance(batch)
+                values = values - accepted.expand(*k.shape, -1).gather(
+                    -1, k.unsqueeze(-1)
+                ).squeeze(-1)
+            inside = within_support(self.prior, theta)
+            return torch.where(inside, values, values.new_full((), -torch.inf))
+
+    @torch.no_grad()
+    def log_acceptance(
+        self, x: Tensor | None = None, num_draws: int = _ACCEPTANCE_DRAWS
+    ) -> Tensor:
+        """Estimate log a_K(x): how likely components given K keep the separation.
+
+        Args:
+            x: Observations ``(B, T)``; the default x if None.
+            num_draws: Draws for each K, from a fixed seed; the relative error of a_K is
+                about ``sqrt((1 / a_K - 1) / num_draws)``.
+
+        Returns:
+            Shape ``(B, Kmax + 1)``; zero where no separation is asked for.
+        """
+        batch = self._batch(x)
+        layout, estimator = self.prior.layout, self.posterior_estimator
+        encoding = estimator.eval().encode(batch)
+        result = torch.zeros(
+            len(batch), layout.max_cardinality + 1, device=batch.device
+        )
+        if self.prior.min_separation is None:
+            return result
+        for k in range(2, layout.max_cardinality + 1):
+            if self.prior.cardinality_probs[k] == 0:
+                continue
+            generator = generator_for(0, k, device=batch.device)
+            kept = torch.zeros(len(batch), device=batch.device)
+            step = max(1, self.max_sampling_batch_size // len(batch))
+            for start in range(0, num_draws, step):
+                num = min(step, num_draws - start)
+                owner = torch.arange(len(batch), device=batch.device).repeat(num)
+                rows = estimator.draw(
+                    encoding, owner, torch.full_like(owner, k), generator
+                )
+                kept += self.prior.separated(rows).reshape(num, -1).sum(0)
+            result[:, k] = ((kept + 0.5) / (num_draws + 0.5)).log()
+        return result
+
+    @torch.no_grad()
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor | None = None,
+        num_init_samples: int = 1_000,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the most probable K, then the densest of the draws given it.
+
+        Densities of sets of different size have different units, so the most probable
+        K is chosen first.
+
+        Args:
+            x: Observation; the default x if None.
+            num_init_samples: Number of draws, from a fixed seed.
+            kwargs: sbi's options of gradient ascent, which have nothing to do here.
+
+        Returns:
+            One theta row, shape ``(1, E)``.
+        """
+        batch = self._batch(x)
+        k = int(self.cardinality(batch).probs.argmax())
+        draws = self.sample(
+            (num_init_samples,),
+            batch,
+            k=k,
+            generator=generator_for(0, device=batch.device),
+        )
+        values = self.log_prob(draws, batch, norm_posterior=False)
+        return draws[values.argmax()].unsqueeze(0)
+
+    def reconstruct(
+        self, samples: Tensor, simulator: SignalModel | None = None
+    ) -> Tensor:
+        """Return the noise-free signals ``(..., T)`` of draws ``(..., E)``.
+
+        Args:
+            samples: Theta rows.
+            simulator: Simulator with a method ``signal``; the posterior's own if None.
+
+        Raises:
+            ValueError: If there is no simulator.
+        """
+        simulator = simulator or self.simulator
+        if simulator is None:
+            raise ValueError(
+                "reconstruct needs a simulator with a method signal(theta): pass "
+                "simulator=..., or build the posterior from slot_nn(problem)."
+            )
+        return simulator.signal(samples)
+
+    def to_datatree(
+        self,
+        num_samples: int = 4_000,
+        x: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        samples: Tensor | None = None,
+    ) -> Any:
+        """Return draws as an ArviZ ``DataTree``, see :func:`~sbi_slotflow.to_datatree`.
+
+        Args:
+            num_samples: Number of draws.
+            x: Observation; the default x if None.
+            generator: Source of randomness.
+            samples: Draws ``(S, E)`` to use instead of new ones.
+        """
+        from .datatree import to_datatree
+
+        batch = self._batch(x)
+        if samples is None:
+            samples = self.sample((num_samples,), batch, generator=generator)
+        return to_datatree(samples, self.prior.layout, x=batch[0])
+
+    def _draw(
+        self,
+        num: int,
+        encoding: Encoding,
+        k: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draw rows ``(num, B, E)`` that keep the separation."""
+        estimator = self.posterior_estimator
+        if k is None:
+            counts = estimator.draw_cardinality(encoding, num, generator)
+        else:
+            batch, device = len(encoding.context), encoding.context.device
+            counts = torch.full((num, batch), k, device=device)
+        owner = torch.arange(counts.shape[1], device=counts.device).repeat(num)
+        counts = counts.reshape(-1)
+        rows = estimator.draw(encoding, owner, counts, generator)
+        bad = (~self.prior.separated(rows)).nonzero().squeeze(-1)
+        rounds = 0
+        while len(bad):
+            if rounds == _MAX_ROUNDS:
+                raise RuntimeError(
+                    f"draws given K almost never keep min_separation="
+                    f"{self.prior.min_separation}: {len(bad)} of {len(rows)} are left "
+                    f"after {rounds} rounds. The estimator is hardly trained, or K is "
+                    "much too large for x."
+                )
+            new = estimator.draw(encoding, owner[bad], counts[bad], generator)
+            rows[bad] = new
+            bad = bad[~self.prior.separated(new)]
+            rounds += 1
+        return rows.reshape(num, -1, self.prior.layout.size)
+
+    def _batch(self, x: Tensor | None) -> Tensor:
+        """Return observations as a checked batch ``(B, T)`` on the device."""
+        x = self._x_else_default_x(x)
+        if x.ndim == 1:
+            x = x.unsqueeze(0)
+        x = x.to(self._device)
+        self.posterior_estimator.check_condition(x)
+        return x
+
+    def _check_k(self, k: int | None) -> None:
+        largest = self.prior.max_cardinality
+        if k is not None and not (isinstance(k, int) and 0 <= k <= largest):
+            raise ValueError(f"k must be an integer in 0..{largest}, got {k!r}.")

@@ -1,0 +1,339 @@
+r"""Training on fresh simulations, every step a new batch.
+
+All randomness of step t derives from (seed, t), so a run that was killed and resumed
+from its checkpoint ends with the same weights, bit for bit, as one that was not.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from ..nn.estimator import SlotDensityEstimator
+from ..seeding import forked_rng, generator_for
+from .checkpoint import (
+    TrainingState,
+    load_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
+from .recipes import RecipeName, make_recipe
+
+__all__ = ["OnlineSettings", "OnlineTraining"]
+
+_INIT, _VALIDATION, _STEPS = 0, 1, 2  # streams of the seed
+_TERMS = ("cardinality", "flow", "shared", "correct")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """Settings of a run; a resumed run must repeat them.
+
+    Attributes:
+        num_simulations: Simulations to train on, in whole batches.
+        batch_size: Simulations a step.
+        recipe: ``"adamw"`` or ``"paper"``.
+        learning_rate: Peak learning rate; the recipe's own if None.
+        ema_decay: Decay of the running average of the weights, which is what is
+            validated and returned; None for none.
+        clip_max_norm: Bound on the gradient's norm; None for none.
+        seed: Seed of everything random.
+        num_validation: Simulations of the fixed validation bank.
+        validate_every: Steps between validations.
+    """
+
+    num_simulations: int
+    batch_size: int = 256
+    recipe: RecipeName = "adamw"
+    learning_rate: float | None = None
+    ema_decay: float | None = 0.999
+    clip_max_norm: float | None = 5.0
+    seed: int = 0
+    num_validation: int = 2_000
+    validate_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_simulations",
+            "batch_size",
+            "num_validation",
+            "validate_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return math.ceil(self.num_simulations / self.batch_size)
+
+
+class OnlineTraining:
+    """One run of online training, fresh or resumed.
+
+    Args:
+        build: Builder of the estimator, called with a first batch (theta, x).
+        prior: Prior to draw theta from.
+        simulator: Maps theta ``(B, E)`` to x ``(B, T)``; its randomness must come from
+            torch's global generator, which is seeded for every step.
+        settings: Settings of the run.
+        device: Device of the training.
+        checkpoint: File to keep the state in; None keeps none.
+        resume: Whether to go on from the checkpoint if there is one.
+
+    Attributes:
+        estimator: The estimator in training.
+        history: One entry a validation: step, learning rate, and the mean of each term
+            over the steps since the last one (``train_*``) and over the validation
+            bank (``val_*``).
+        resumed_from: Step at which the run was taken up, 0 for a fresh one.
+
+    Raises:
+        ValueError: If the checkpoint is corrupt or was written with other settings.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Tensor, Tensor], SlotDensityEstimator],
+        prior: Distribution,
+        simulator: Callable[[Tensor], Tensor],
+        settings: OnlineSettings,
+        *,
+        device: str | torch.device = "cpu",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.device = torch.device(device)
+        self._prior, self._simulator = prior, simulator
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.history: list[dict[str, float]] = []
+        self._step = 0
+        self._sums = dict.fromkeys(_TERMS, 0.0)
+        self._since = 0
+
+        self._validation = self._simulate(_VALIDATION, num=settings.num_validation)
+        with forked_rng(generator_for(settings.seed, _INIT)):
+            self.estimator = build(*(part.cpu() for part in self._validation))
+        self.estimator.to(self.device)
+        self._recipe = make_recipe(
+            settings.recipe,
+            self.estimator.parameters(),
+            settings.learning_rate,
+            settings.num_steps,
+        )
+        self._average: AveragedModel | None = None
+        if settings.ema_decay is not None:
+            self._average = AveragedModel(
+                self.estimator, multi_avg_fn=_warmed_average(settings.ema_decay)
+            )
+        if resume and self._checkpoint is not None and self._checkpoint.exists():
+            self._restore(load_state(self._checkpoint))
+        self.resumed_from = self._step
+
+    @property
+    def averaged(self) -> SlotDensityEstimator:
+        """The estimator with averaged weights: what validation judges."""
+        if self._average is None or self._step == 0:
+            return self.estimator
+        return self._average.module  # pyright: ignore[reportReturnType]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self._step >= self.settings.num_steps
+
+    def run(
+        self,
+        *,
+        checkpoint_every: int | None = None,
+        show_progress_bar: bool = True,
+        on_validation: Callable[[dict[str, float]], None] | None = None,
+    ) -> SlotDensityEstimator:
+        """Train to the end.
+
+        Args:
+            checkpoint_every: Steps between checkpoints; every validation if None.
+            show_progress_bar: Whether to show a progress bar.
+            on_validation: Called with every new entry of :attr:`history`.
+
+        Returns:
+            The averaged estimator, in evaluation mode.
+
+        Raises:
+            FloatingPointError: If a loss is NaN or infinite; the last checkpoint
+                stands.
+        """
+        every = checkpoint_every or self.settings.validate_every
+        if self.finished:
+            _logger.info("training is complete in %s, nothing to do", self._checkpoint)
+        bar = tqdm(
+            total=self.settings.num_steps,
+            initial=self._step,
+            desc="Training",
+            unit="step",
+            disable=not show_progress_bar or self.finished,
+        )
+        with bar:
+            while not self.finished:
+                self._train_step()
+                last = self._step == self.settings.num_steps
+                if last or self._step % self.settings.validate_every == 0:
+                    entry = self._validate()
+                    bar.set_postfix(
+                        loss=f"{entry['val_loss']:.3f}", K=f"{entry['val_correct']:.3f}"
+                    )
+                    if on_validation is not None:
+                        on_validation(entry)
+                if self._checkpoint is not None and (last or self._step % every == 0):
+                    save_state(self._checkpoint, self._state())
+                bar.update()
+        return self.averaged.eval()
+
+    def _train_step(self) -> None:
+        theta, x = self._simulate(_STEPS, self._step, num=self.settings.batch_size)
+        self.estimator.train()
+        terms = self.estimator.loss_terms(theta, x)
+        loss = self.estimator.weigh(terms).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self._step}; the last "
+                "checkpoint is whole. A lower learning_rate usually helps."
+            )
+        self._recipe.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.settings.clip_max_norm is not None:
+            clip_grad_norm_(self.estimator.parameters(), self.settings.clip_max_norm)
+        self._recipe.optimizer.step()
+        self._recipe.after_step()
+        if self._average is not None:
+            self._average.update_parameters(self.estimator)
+        for name in _TERMS:
+            self._sums[name] += terms[name].detach().mean().item()
+        self._since += 1
+        self._step += 1
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        estimator = self.averaged.eval()
+        size = self.settings.batch_size
+        pairs = zip(*(part.split(size) for part in self._validation), strict=True)
+        batches = [estimator.loss_terms(theta, x) for theta, x in pairs]
+        terms = {name: torch.cat([b[name] for b in batches]) for name in _TERMS}
+        entry = {
+            "step": float(self._step),
+            "learning_rate": self._recipe.optimizer.param_groups[0]["lr"],
+            "val_loss": self.estimator.weigh(terms).mean().item(),
+        }
+        entry |= {f"val_{name}": value.mean().item() for name, value in terms.items()}
+        entry |= {f"train_{name}": self._sums[name] / self._since for name in _TERMS}
+        self._sums, self._since = dict.fromkeys(_TERMS, 0.0), 0
+        self._recipe.after_validation(entry["val_loss"])
+        self.history.append(entry)
+        return entry
+
+    def _simulate(self, *stream: int, num: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), forked_rng(generator_for(self.settings.seed, *stream)):
+            theta = self._prior.sample(torch.Size((num,)))
+            x = self._simulator(theta)
+        return theta.to(self.device), x.to(self.device)
+
+    def _state(self) -> TrainingState:
+        tensors = {f"model.{k}": v for k, v in self.estimator.state_dict().items()}
+        if self._average is not None:
+            average = self._average.state_dict()
+            tensors |= {f"average.{k}": v for k, v in average.items()}
+        moments = optimizer_tensors(self._recipe.optimizer)
+        tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
+        progress = {
+            "step": self._step,
+            "schedule": self._recipe.schedule_state(),
+            "sums": self._sums,
+            "since": self._since,
+            "history": self.history,
+        }
+        return TrainingState(tensors, progress, self._fingerprint())
+
+    def _restore(self, state: TrainingState) -> None:
+        expected = self._fingerprint()
+        if state.settings != expected:
+            names = sorted(
+                name
+                for name in expected.keys() | state.settings.keys()
+                if expected.get(name) != state.settings.get(name)
+            )
+            pairs = "; ".join(
+                f"{name} was {_short(state.settings.get(name))}, now "
+                f"{_short(expected.get(name))}"
+                for name in names
+            )
+            raise ValueError(
+                f"checkpoint {self._checkpoint} belongs to another run ({pairs}). Give "
+                "another path, pass resume=False to start over, or repeat its settings."
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in state.tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.estimator.load_state_dict(part("model."))
+        if self._average is not None:
+            self._average.load_state_dict(part("average."))
+        restore_optimizer(self._recipe.optimizer, part("optimizer."))
+        self._recipe.load_schedule_state(state.progress["schedule"])
+        self._step = state.progress["step"]
+        self._sums, self._since = state.progress["sums"], state.progress["since"]
+        self.history = state.progress["history"]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        spec = asdict(self.estimator.spec)
+        spec["loss_weights"] = list(spec["loss_weights"])
+        plain = _as_json({f"estimator.{name}": value for name, value in spec.items()})
+        return {**asdict(self.settings), **plain}
+
+
+def _warmed_average(
+    decay: float,
+) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Exponential average whose decay starts at 0.1, so that early weights fade."""
+
+    @torch.no_grad()
+    def average(kept: list[Tensor], new: list[Tensor], count: Tensor | int) -> None:
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        for old, value in zip(kept, new, strict=True):
+            old.lerp_(value, share)
+
+    return average
+
+
+def _as_json(value: Any) -> Any:
+    """Replace tuples by lists, as a JSON file would."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

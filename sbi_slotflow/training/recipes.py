@@ -1,0 +1,128 @@
+"""Optimizers with their learning-rate schedules, by name.
+
+``"adamw"`` is AdamW with a linear warm-up and a cosine decay to zero over the run;
+``"paper"`` is the paper's Adam with ``ReduceLROnPlateau`` on the validation loss.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+__all__ = ["Recipe", "RecipeName", "make_recipe"]
+
+RecipeName = Literal["adamw", "paper"]
+
+
+class Recipe(Protocol):
+    """An optimizer and its schedule."""
+
+    optimizer: Optimizer
+
+    def after_step(self) -> None:
+        """Advance the schedule after an optimizer step."""
+        ...
+
+    def after_validation(self, loss: float) -> None:
+        """Tell the schedule a validation loss."""
+        ...
+
+    def schedule_state(self) -> dict[str, Any]:
+        """State of the schedule, plain JSON."""
+        ...
+
+    def load_schedule_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`schedule_state`."""
+        ...
+
+
+@dataclass
+class _CosineRecipe:
+    optimizer: Optimizer
+    schedule: LambdaLR
+
+    def after_step(self) -> None:
+        self.schedule.step()
+
+    def after_validation(self, loss: float) -> None:
+        pass
+
+    def schedule_state(self) -> dict[str, Any]:
+        return {"step": self.schedule.last_epoch}
+
+    def load_schedule_state(self, state: dict[str, Any]) -> None:
+        # The rate is a function of the step alone.
+        self.schedule.last_epoch = state["step"]
+        rates = [
+            base * factor(state["step"])
+            for base, factor in zip(
+                self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+            )
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@dataclass
+class _PlateauRecipe:
+    optimizer: Optimizer
+    schedule: ReduceLROnPlateau
+
+    def after_step(self) -> None:
+        pass
+
+    def after_validation(self, loss: float) -> None:
+        self.schedule.step(loss)
+
+    def schedule_state(self) -> dict[str, Any]:
+        return {
+            "best": self.schedule.best,
+            "num_bad_epochs": self.schedule.num_bad_epochs,
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+        }
+
+    def load_schedule_state(self, state: dict[str, Any]) -> None:
+        self.schedule.best = state["best"]
+        self.schedule.num_bad_epochs = state["num_bad_epochs"]
+        for group, rate in zip(
+            self.optimizer.param_groups, state["rates"], strict=True
+        ):
+            group["lr"] = rate
+
+
+def make_recipe(
+    name: RecipeName,
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float | None,
+    num_steps: int,
+) -> Recipe:
+    """Make the named recipe.
+
+    Args:
+        name: ``"adamw"`` or ``"paper"``.
+        parameters: Parameters to train.
+        learning_rate: Peak learning rate; 1e-3 for ``"adamw"`` and 1e-4 for
+            ``"paper"`` if None.
+        num_steps: Length of the run in optimizer steps.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == "adamw":
+        optimizer = AdamW(parameters, lr=learning_rate or 1e-3, weight_decay=1e-4)
+        warm_up = max(1, min(500, num_steps // 20))
+
+        def factor(step: int) -> float:
+            decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+            return min(1.0, (step + 1) / warm_up) * decay
+
+        return _CosineRecipe(optimizer, LambdaLR(optimizer, factor))
+    if name == "paper":
+        adam = Adam(parameters, lr=learning_rate or 1e-4)
+        plateau = ReduceLROnPlateau(adam, factor=0.5, patience=6, min_lr=1e-6)
+        return _PlateauRecipe(adam, plateau)
+    raise ValueError(f"recipe must be 'adamw' or 'paper', got {name!r}.")

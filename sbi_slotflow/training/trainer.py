@@ -1,0 +1,199 @@
+"""The trainer: sbi's ``NPE`` with online training and a slot posterior."""
+
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from sbi.inference import NPE
+from sbi.neural_nets.estimators.base import (
+    ConditionalDensityEstimator,
+    ConditionalEstimatorBuilder,
+)
+from sbi.sbi_types import Tracker
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ..nn.builder import slot_nn
+from ..nn.estimator import SlotDensityEstimator
+from ..posterior import SlotPosterior
+from ..prior import VariableKPrior
+from .online import OnlineSettings, OnlineTraining
+from .recipes import RecipeName
+
+__all__ = ["SlotNPE"]
+
+
+class SlotNPE(NPE):
+    """Neural posterior estimation with slots.
+
+    sbi's ``append_simulations(theta, x).train()`` works unchanged;
+    :meth:`train_online` trains on fresh simulations instead, and
+    :meth:`build_posterior` returns a :class:`~sbi_slotflow.SlotPosterior`.
+
+    Args:
+        prior: Prior over theta rows.
+        density_estimator: A builder; ``slot_nn(prior)`` if None. A ``slot_nn`` without a
+            problem takes this prior.
+        device: Device of the training.
+        logging_level: As in sbi.
+        tracker: As in sbi.
+        show_progress_bars: Whether to show progress bars.
+
+    Attributes:
+        history: Entries of the last :meth:`train_online`, one a validation.
+
+    Raises:
+        TypeError: If the prior is not a :class:`~sbi_slotflow.VariableKPrior`.
+    """
+
+    def __init__(
+        self,
+        prior: VariableKPrior,
+        density_estimator: ConditionalEstimatorBuilder[ConditionalDensityEstimator]
+        | None = None,
+        device: str = "cpu",
+        logging_level: int | str = "WARNING",
+        tracker: Tracker | None = None,
+        show_progress_bars: bool = True,
+    ) -> None:
+        if not isinstance(prior, VariableKPrior):
+            raise TypeError(
+                f"prior must be a VariableKPrior, got {type(prior).__name__}; build it "
+                "from the distribution of one component."
+            )
+        builder = slot_nn() if density_estimator is None else density_estimator
+        if isinstance(builder, slot_nn) and builder.problem is None:
+            builder = replace(builder, problem=prior)
+        super().__init__(
+            prior=prior,
+            density_estimator=builder,
+            device=device,
+            logging_level=logging_level,
+            tracker=tracker,
+            show_progress_bars=show_progress_bars,
+        )
+        self._builder = builder
+        self.history: list[dict[str, float]] = []
+
+    def train_online(
+        self,
+        simulator: Callable[[Tensor], Tensor],
+        *,
+        num_simulations: int,
+        batch_size: int = 256,
+        recipe: RecipeName = "adamw",
+        learning_rate: float | None = None,
+        ema_decay: float | None = 0.999,
+        clip_max_norm: float | None = 5.0,
+        seed: int = 0,
+        num_validation: int = 2_000,
+        validate_every: int = 500,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = True,
+    ) -> SlotDensityEstimator:
+        """Train on fresh simulations, a new batch every step.
+
+        Args:
+            simulator: Maps theta ``(B, E)`` to x ``(B, T)``. Its randomness must come
+                from torch's global generator, which is seeded for every step.
+            num_simulations: Simulations to train on, in whole batches.
+            batch_size: Simulations a step.
+            recipe: ``"adamw"`` (warm-up and cosine) or ``"paper"`` (Adam, halved on
+                plateaus of the validation loss).
+            learning_rate: Peak learning rate; the recipe's own if None.
+            ema_decay: Decay of the running average of the weights; None for none.
+            clip_max_norm: Bound on the gradient's norm; None for none.
+            seed: Seed of everything random.
+            num_validation: Simulations of the fixed validation bank.
+            validate_every: Steps between validations.
+            checkpoint: File to keep the run's state in. If it exists and ``resume`` is
+                True, the run goes on from there and ends as if never interrupted; a
+                finished run is returned at once.
+            checkpoint_every: Steps between checkpoints; every validation if None.
+            resume: Whether to use an existing checkpoint.
+
+        Returns:
+            The estimator with averaged weights.
+
+        Raises:
+            ValueError: If a setting is out of range, or the checkpoint is corrupt or of
+                another run.
+            FloatingPointError: If a loss is NaN or infinite; the last checkpoint
+                stands.
+        """
+        training = OnlineTraining(
+            self._builder,  # pyright: ignore[reportArgumentType]
+            self._prior,  # pyright: ignore[reportArgumentType]
+            simulator,
+            OnlineSettings(
+                num_simulations=num_simulations,
+                batch_size=batch_size,
+                recipe=recipe,
+                learning_rate=learning_rate,
+                ema_decay=ema_decay,
+                clip_max_norm=clip_max_norm,
+                seed=seed,
+                num_validation=num_validation,
+                validate_every=validate_every,
+            ),
+            device=self._device,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        estimator = training.run(
+            checkpoint_every=checkpoint_every,
+            show_progress_bar=self._show_progress_bars,
+            on_validation=self._log,
+        )
+        self.history = training.history
+        self._neural_net = estimator
+        return estimator
+
+    def build_posterior(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        density_estimator: SlotDensityEstimator | None = None,
+        prior: Distribution | None = None,
+        sample_with: str = "direct",
+        **kwargs: Any,
+    ) -> SlotPosterior:
+        """Build the posterior.
+
+        Args:
+            density_estimator: A trained estimator; the last one trained if None.
+            prior: Another prior over the same rows; the trainer's if None.
+            sample_with: Only ``"direct"``.
+            kwargs: Options of :class:`~sbi_slotflow.SlotPosterior`.
+
+        Returns:
+            A posterior with a copy of the estimator.
+
+        Raises:
+            NotImplementedError: If ``sample_with`` is not ``"direct"``.
+            RuntimeError: If nothing was trained yet.
+        """
+        if sample_with != "direct":
+            raise NotImplementedError(
+                f"sample_with={sample_with!r} is not available: theta has a discrete "
+                "entry and a dimension that varies, on which sbi's MCMC and VI do not "
+                "work. Draw directly; to correct the draws with a likelihood, use "
+                "sbi's ImportanceSamplingPosterior with the posterior as proposal."
+            )
+        estimator = self._neural_net if density_estimator is None else density_estimator
+        if estimator is None:
+            raise RuntimeError("no estimator: call train() or train_online() first.")
+        problem = getattr(self._builder, "problem", None)
+        posterior = SlotPosterior(
+            deepcopy(estimator),  # pyright: ignore[reportArgumentType]
+            self._prior if prior is None else prior,  # pyright: ignore[reportArgumentType]
+            device=self._device,
+            **{"simulator": getattr(problem, "simulator", None), **kwargs},
+        )
+        self._posterior = posterior
+        return posterior
+
+    def _log(self, entry: dict[str, float]) -> None:
+        metrics = {name: value for name, value in entry.items() if name != "step"}
+        self._tracker.log_metrics(metrics, step=int(entry["step"]))
