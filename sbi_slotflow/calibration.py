@@ -218,7 +218,17 @@ class SetDistance:
 
         Returns:
             Distances of the broadcast batch shape.
+
+        Raises:
+            ValueError: If ``b`` holds a fractional K: sbi's ``run_tarp`` rescales
+                theta unless ``z_score_theta=False``. The references ``a`` may hold
+                one (sbi draws them uniformly); it is rounded.
         """
+        if (b[..., 0] != b[..., 0].round()).any():
+            raise ValueError(
+                "theta holds a fractional cardinality; call run_tarp with "
+                "z_score_theta=False, the distance has scales of its own."
+            )
         shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
         size = self.layout.size
         first = self.layout.unpack(a.expand(*shape, size).reshape(-1, size))

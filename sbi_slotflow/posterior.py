@@ -23,7 +23,6 @@ from .seeding import generator_for
 
 __all__ = ["SlotPosterior"]
 
-_ACCEPTANCE_DRAWS = 10_000
 _MAX_ROUNDS = 1_000
 
 
@@ -85,14 +84,19 @@ class SlotPosterior(DirectPosterior):
             **kwargs,
         )
         self.simulator = simulator
+        self._acceptance: tuple[Tensor | None, set[int], Tensor] = (
+            None,
+            set(),
+            torch.zeros(()),
+        )
         self._purpose = "It draws sets of components of unknown size."
 
     def cardinality(self, x: Tensor | None = None) -> Categorical:
         """Return q(K | x).
 
         Args:
-            x: One observation ``(T,)`` or ``(1, T)``, or a batch ``(B, T)``; the default
-                x if None.
+            x: One observation ``(T,)`` or ``(1, T)``, or a batch ``(B, T)``; the
+                default x if None.
 
         Returns:
             A categorical over 0..Kmax, with batch shape ``(B,)`` for a batch of more
@@ -255,50 +259,43 @@ class SlotPosterior(DirectPosterior):
             values = self.posterior_estimator.log_prob(theta, batch)
             if norm_posterior and self.prior.min_separation is not None:
                 k = self.prior.layout.cardinality(theta)
-                accepted = self.log_acceptance(batch)
-                values = values - accepted.expand(*k.shape, -1).gather(
-                    -1, k.unsqueeze(-1)
-                ).squeeze(-1)
+                accepted = self._cached_log_acceptance(batch, k.unique().tolist())
+                accepted = accepted.expand(*k.shape, -1)
+                values = values - accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
             inside = within_support(self.prior, theta)
             return torch.where(inside, values, values.new_full((), -torch.inf))
 
     @torch.no_grad()
     def log_acceptance(
-        self, x: Tensor | None = None, num_draws: int = _ACCEPTANCE_DRAWS
+        self,
+        x: Tensor | None = None,
+        cardinalities: Sequence[int] | None = None,
+        num_draws: int = 10_000,
     ) -> Tensor:
         """Estimate log a_K(x): how likely components given K keep the separation.
 
         Args:
             x: Observations ``(B, T)``; the default x if None.
+            cardinalities: Cardinalities to do it for; all if None.
             num_draws: Draws for each K, from a fixed seed; the relative error of a_K is
                 about ``sqrt((1 / a_K - 1) / num_draws)``.
 
         Returns:
-            Shape ``(B, Kmax + 1)``; zero where no separation is asked for.
+            Shape ``(B, Kmax + 1)``; zero for other cardinalities, for K < 2 and where
+            no separation is asked for.
         """
         batch = self._batch(x)
-        layout, estimator = self.prior.layout, self.posterior_estimator
-        encoding = estimator.eval().encode(batch)
-        result = torch.zeros(
-            len(batch), layout.max_cardinality + 1, device=batch.device
-        )
+        wanted = range(self.prior.max_cardinality + 1)
+        if cardinalities is not None:
+            wanted = sorted(set(cardinalities))
+        columns = batch.new_zeros(len(batch), self.prior.max_cardinality + 1)
         if self.prior.min_separation is None:
-            return result
-        for k in range(2, layout.max_cardinality + 1):
-            if self.prior.cardinality_probs[k] == 0:
-                continue
-            generator = generator_for(0, k, device=batch.device)
-            kept = torch.zeros(len(batch), device=batch.device)
-            step = max(1, self.max_sampling_batch_size // len(batch))
-            for start in range(0, num_draws, step):
-                num = min(step, num_draws - start)
-                owner = torch.arange(len(batch), device=batch.device).repeat(num)
-                rows = estimator.draw(
-                    encoding, owner, torch.full_like(owner, k), generator
-                )
-                kept += self.prior.separated(rows).reshape(num, -1).sum(0)
-            result[:, k] = ((kept + 0.5) / (num_draws + 0.5)).log()
-        return result
+            return columns
+        encoding = self.posterior_estimator.eval().encode(batch)
+        for k in wanted:
+            if k >= 2 and self.prior.cardinality_probs[k] > 0:
+                columns[:, k] = self._log_acceptance(encoding, k, num_draws)
+        return columns
 
     @torch.no_grad()
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -358,7 +355,7 @@ class SlotPosterior(DirectPosterior):
         generator: torch.Generator | None = None,
         samples: Tensor | None = None,
     ) -> Any:
-        """Return draws as an ArviZ ``DataTree``, see :func:`~sbi_slotflow.to_datatree`.
+        """Return draws as an ArviZ tree; see :func:`~sbi_slotflow.to_datatree`.
 
         Args:
             num_samples: Number of draws.
@@ -372,6 +369,31 @@ class SlotPosterior(DirectPosterior):
         if samples is None:
             samples = self.sample((num_samples,), batch, generator=generator)
         return to_datatree(samples, self.prior.layout, x=batch[0])
+
+    def _cached_log_acceptance(self, x: Tensor, cardinalities: list[int]) -> Tensor:
+        """As :meth:`log_acceptance`, remembering the last observations."""
+        old_x, done, columns = self._acceptance
+        if old_x is None or not torch.equal(old_x, x):
+            done, columns = set(), torch.zeros(())
+        missing = sorted(set(cardinalities) - done)
+        if missing:
+            columns = columns + self.log_acceptance(x, missing)
+            self._acceptance = (x.clone(), done | set(missing), columns)
+        return columns
+
+    def _log_acceptance(self, encoding: Encoding, k: int, num_draws: int) -> Tensor:
+        batch, device = len(encoding.context), encoding.context.device
+        generator = generator_for(0, k, device=device)
+        kept = torch.zeros(batch, device=device)
+        step = max(1, self.max_sampling_batch_size // batch)
+        for start in range(0, num_draws, step):
+            num = min(step, num_draws - start)
+            owner = torch.arange(batch, device=device).repeat(num)
+            counts = torch.full_like(owner, k)
+            rows = self.posterior_estimator.draw(encoding, owner, counts, generator)
+            kept += self.prior.separated(rows).reshape(num, -1).sum(0)
+        # Half a draw keeps the logarithm finite where none was kept.
+        return ((kept + 0.5) / (num_draws + 0.5)).log()
 
     def _draw(
         self,

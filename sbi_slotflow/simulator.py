@@ -1,7 +1,8 @@
 r"""Simulators whose signal is the sum of the components' signals.
 
 .. math::
-    x = \sum_{k=1}^{K} s(\theta_k) + \epsilon, \qquad \epsilon \sim p(\epsilon | s_1..s_S)
+    x = \sum_{k=1}^{K} s(\theta_k) + \epsilon, \qquad
+    \epsilon \sim p(\epsilon | s_1 \ldots s_S)
 """
 
 from collections.abc import Callable

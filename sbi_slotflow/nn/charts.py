@@ -195,9 +195,9 @@ class CircleChart(Chart):
     .. math::
         u = [A,\; w_\phi \cos\phi,\; w_\phi \sin\phi,\; w_f (f - f_0)]
 
-    This is eq. 22 of the paper, with f_0 the middle of the band. A three-parameter component
-    lies on a surface in R^4, so the flow's likelihood is unbounded above and is no
-    density of (A, phi, f): :attr:`is_density` is False.
+    This is eq. 22 of the paper, with f_0 the middle of the band. A three-parameter
+    component lies on a surface in R^4, so the flow's likelihood is unbounded above and
+    is no density of (A, phi, f): :attr:`is_density` is False.
 
     Args:
         marginals: Prior marginals of amplitude, phase and frequency, in this order.

@@ -363,8 +363,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         trained = torch.tensor(self.spec.cardinality_weights)
         if len(probs) != len(trained):
             raise ValueError(
-                f"weights must hold {len(trained)} numbers (K = 0..{len(trained) - 1}), "
-                f"got {len(probs)}."
+                f"weights must hold {len(trained)} numbers for K = "
+                f"0..{len(trained) - 1}, got {len(probs)}."
             )
         if (probs[trained == 0] > 0).any():
             raise ValueError(

@@ -5,12 +5,13 @@ density under independent slots is the log of a permanent, the sum over all
 assignments:
 
 .. math::
-    \log q(\{\theta_1..\theta_K\}) = \log \sum_{\pi \in S_K} \prod_i q_i(\theta_{\pi(i)})
+    \log q(\{\theta_1..\theta_K\})
+        = \log \sum_{\pi \in S_K} \prod_i q_i(\theta_{\pi(i)})
 
 - :func:`log_permanent` evaluates it exactly,
 - :func:`hungarian` finds its largest term (the paper, eq. 21),
-- the ordered matching pairs slot i with the i-th component in canonical order; it is
-  the diagonal and needs no function.
+- the ordered matching pairs slot i with the i-th component in canonical order; it
+  is the diagonal and needs no function.
 
 All work on batches of ragged K: only the upper left K x K block of a row counts.
 """
@@ -31,6 +32,8 @@ EXACT_LIMIT = 12
 
 # Stands for log 0: finite, so that gradients through logsumexp stay finite.
 _LOG_ZERO = -1e30
+# Bounds the memory of the recursion.
+_MAX_TERMS = 2**22
 
 
 def hungarian(log_density: Tensor, cardinality: Tensor) -> Tensor:
@@ -105,7 +108,10 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
     )
     exact = cardinality <= EXACT_LIMIT
     largest = int(cardinality[exact].max()) if exact.any() else 0
-    small = _subset_recursion(padded[:, :largest, :largest])
+    # The widest layer of the recursion has about this many terms a row.
+    width = max(1, math.comb(largest, largest // 2) * largest // 2)
+    chunks = padded[:, :largest, :largest].split(max(1, _MAX_TERMS // width))
+    small = torch.cat([_subset_recursion(chunk) for chunk in chunks])
     if bool(exact.all()):
         result = small
     else:

@@ -193,7 +193,7 @@ class ResampledNoise:
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Raise NotImplementedError: interpolated noise has no simple likelihood."""
         raise NotImplementedError(
-            'noise="resampled" has no likelihood; use noise="white" where one is needed.'
+            'noise="resampled" has no likelihood; use noise="white" to get one.'
         )
 
 

@@ -34,8 +34,8 @@ class SlotNPE(NPE):
 
     Args:
         prior: Prior over theta rows.
-        density_estimator: A builder; ``slot_nn(prior)`` if None. A ``slot_nn`` without a
-            problem takes this prior.
+        density_estimator: A builder; ``slot_nn(prior)`` if None. A ``slot_nn`` without
+            a problem takes this prior.
         device: Device of the training.
         logging_level: As in sbi.
         tracker: As in sbi.
