@@ -11,7 +11,7 @@ between sets, blind to labels and defined across cardinalities.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -202,12 +202,17 @@ class SetDistance:
         scale: Scale of each component parameter, shape ``(D,)``.
         shared_scale: Scale of each shared parameter, shape ``(S,)``.
         cutoff: Penalty c of a missing component, in units of the scales.
+        jitter: Uniform noise up to this is added, to break ties. Sets of one size all
+            have the same distance to an empty set, and TARP counts ties as misses.
+        generator: Source of the jitter.
     """
 
     layout: ThetaLayout
     scale: Tensor
     shared_scale: Tensor
     cutoff: float = 2.0
+    jitter: float = 0.0
+    generator: torch.Generator = field(default_factory=lambda: generator_for(0))
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return distances of rows.
@@ -245,11 +250,12 @@ class SetDistance:
         larger = torch.maximum(first.cardinality, second.cardinality).clamp(min=1)
         shared = (first.shared - second.shared) / self.shared_scale.to(a)
         squared = best.to(a) / larger + shared.square().sum(-1)
-        return squared.sqrt().reshape(shape)
+        noise = torch.rand(shape, generator=self.generator).to(a)
+        return squared.sqrt().reshape(shape) + self.jitter * noise
 
 
 def set_distance(
-    layout: ThetaLayout, theta: Tensor, cutoff: float = 2.0
+    layout: ThetaLayout, theta: Tensor, cutoff: float = 2.0, seed: int = 0
 ) -> SetDistance:
     """Make a set distance for ``run_tarp(..., distance=..., z_score_theta=False)``.
 
@@ -258,15 +264,24 @@ def set_distance(
         theta: Rows (of the prior, say) whose active entries' standard deviations become
             the scales.
         cutoff: Penalty of a missing component, in standard deviations.
+        seed: Seed of the tie-breaking jitter, which is at most 1e-5.
+
+    Raises:
+        ValueError: If theta is malformed or holds fewer than two components.
     """
     layout.validate(theta)
     parts = layout.unpack(theta)
     active = parts.components[parts.mask]
     if len(active) < 2:
         raise ValueError("theta must hold at least two components to give a scale.")
-    shared = parts.shared.reshape(-1, layout.num_shared)
+    shared = parts.shared.flatten(0, -2)
     return SetDistance(
-        layout, active.std(0).clamp(min=1e-12), shared.std(0).clamp(min=1e-12), cutoff
+        layout,
+        active.std(0).clamp(min=1e-12),
+        shared.std(0).clamp(min=1e-12),
+        cutoff,
+        jitter=1e-5,
+        generator=generator_for(seed),
     )
 
 

@@ -203,7 +203,7 @@ class SlotPosterior(DirectPosterior):
         for start in range(0, num, step):
             size = min(step, num - start)
             rows[start : start + size] = self._draw(size, encoding, k, generator)
-        return rows.reshape(*shape, len(batch), -1)
+        return rows.reshape(*shape, len(batch), self.prior.layout.size)
 
     def log_prob(
         self,
@@ -373,7 +373,8 @@ class SlotPosterior(DirectPosterior):
     def _cached_log_acceptance(self, x: Tensor, cardinalities: list[int]) -> Tensor:
         """As :meth:`log_acceptance`, remembering the last observations."""
         old_x, done, columns = self._acceptance
-        if old_x is None or not torch.equal(old_x, x):
+        same_device = old_x is not None and old_x.device == x.device
+        if old_x is None or not same_device or not torch.equal(old_x, x):
             done, columns = set(), torch.zeros(())
         missing = sorted(set(cardinalities) - done)
         if missing:
@@ -426,14 +427,16 @@ class SlotPosterior(DirectPosterior):
             rows[bad] = new
             bad = bad[~self.prior.separated(new)]
             rounds += 1
-        return rows.reshape(num, -1, self.prior.layout.size)
+        return rows.reshape(num, len(encoding.context), self.prior.layout.size)
 
     def _batch(self, x: Tensor | None) -> Tensor:
         """Return observations as a checked batch ``(B, T)`` on the device."""
-        x = self._x_else_default_x(x)
+        x = self._x_else_default_x(None) if x is None else torch.as_tensor(x)
         if x.ndim == 1:
             x = x.unsqueeze(0)
         x = x.to(self._device)
+        if x.dtype == torch.float64:  # numpy's default
+            x = x.float()
         self.posterior_estimator.check_condition(x)
         return x
 

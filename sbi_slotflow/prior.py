@@ -386,4 +386,6 @@ def _flat_log_prob(distribution: Distribution, values: Tensor) -> Tensor:
     """Evaluate a distribution over vectors on values of any batch shape."""
     flat = values.reshape(-1, values.shape[-1])
     log_p = distribution.log_prob(flat)
-    return log_p.reshape(len(flat), -1).sum(-1).reshape(values.shape[:-1])
+    # MultipleIndependent and un-wrapped univariate distributions differ in shape.
+    log_p = log_p.sum(-1) if log_p.ndim > 1 else log_p
+    return log_p.reshape(values.shape[:-1])

@@ -155,13 +155,10 @@ class AdditiveSimulator:
     def _in_chunks(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         self.layout.validate(theta)
         rows = theta.reshape(-1, self.layout.size)
-        if not len(rows):
-            return function(rows).reshape(*theta.shape[:-1], -1)
-        out: Tensor | None = None
-        for start in range(0, len(rows), self.chunk_size):
+        out = theta.new_empty(0)
+        for start in range(0, max(1, len(rows)), self.chunk_size):
             part = function(rows[start : start + self.chunk_size])
-            if out is None:
+            if start == 0:
                 out = part.new_empty(len(rows), part.shape[-1])
             out[start : start + len(part)] = part
-        assert out is not None
-        return out.reshape(*theta.shape[:-1], -1)
+        return out.reshape(*theta.shape[:-1], out.shape[-1])

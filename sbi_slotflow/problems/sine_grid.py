@@ -72,7 +72,8 @@ class SineSignal:
         """
         flat = components.reshape(-1, 1, 3)
         mask = torch.ones(flat.shape[:2], dtype=torch.bool, device=flat.device)
-        return self.total(flat, mask).reshape(*components.shape[:-1], -1)
+        total = self.total(flat, mask)
+        return total.reshape(*components.shape[:-1], self.num_samples)
 
     def total(self, components: Tensor, mask: Tensor) -> Tensor:
         """Add up the active components of each row.

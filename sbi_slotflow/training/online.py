@@ -7,7 +7,7 @@ from its checkpoint ends with the same weights, bit for bit, as one that was not
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -313,11 +313,13 @@ class OnlineTraining:
 
 def _warmed_average(
     decay: float,
-) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """Exponential average whose decay starts at 0.1, so that early weights fade."""
 
     @torch.no_grad()
-    def average(kept: list[Tensor], new: list[Tensor], count: Tensor | int) -> None:
+    def average(
+        kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int
+    ) -> None:
         share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
         for old, value in zip(kept, new, strict=True):
             old.lerp_(value, share)

@@ -1,0 +1,232 @@
+"""sbi's own tools, unmodified, on our objects."""
+
+import pickle
+
+import pytest
+import torch
+from sbi.diagnostics import check_sbc, check_tarp, run_sbc, run_tarp
+from sbi.inference import (
+    NPE,
+    DirectPosterior,
+    EnsemblePosterior,
+    ImportanceSamplingPosterior,
+    simulate_for_sbi,
+)
+from sbi.neural_nets.embedding_nets import FCEmbedding
+from sbi.utils.user_input_checks import (
+    check_sbi_inputs,
+    process_prior,
+    process_simulator,
+)
+from trained import SilentTracker, linear_gaussian_posterior
+
+from sbi_slotflow import SlotNPE, SlotPosterior, calibration, problems, slot_nn
+
+linear = problems.linear_gaussian()
+tiny = problems.sinusoids("tiny")
+
+
+def simulations(problem, num=400):
+    theta = problem.prior.sample((num,))
+    return theta, problem.simulator(theta)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return linear_gaussian_posterior()
+
+
+@pytest.fixture(scope="module")
+def npe():
+    torch.manual_seed(0)
+    trainer = NPE(
+        linear.prior,
+        density_estimator=slot_nn(linear),
+        tracker=SilentTracker(),
+        show_progress_bars=False,
+    )
+    theta, x = simulations(linear)
+    trainer.append_simulations(theta, x).train(max_num_epochs=2)
+    return trainer
+
+
+@pytest.mark.parametrize("problem", [linear, tiny], ids=lambda p: p.name)
+def test_npe_trains_and_its_posterior_samples(problem):
+    trainer = NPE(
+        problem.prior,
+        density_estimator=slot_nn(problem),
+        tracker=SilentTracker(),
+        show_progress_bars=False,
+    )
+    theta, x = simulations(problem)
+    estimator = trainer.append_simulations(theta, x).train(max_num_epochs=1)
+    posterior = trainer.build_posterior(estimator)
+    assert type(posterior) is DirectPosterior
+    draws = posterior.sample((50,), x=x[0], show_progress_bars=False)
+    assert problem.prior.support.check(draws).all()
+    batched = posterior.sample_batched((20,), x=x[:3], show_progress_bars=False)
+    assert batched.shape == (20, 3, problem.layout.size)
+    assert torch.isfinite(posterior.log_prob(draws, x=x[0])).all()
+    assert torch.isfinite(posterior.log_prob_batched(batched, x=x[:3])).all()
+
+
+def test_npe_resumes_training(npe):
+    before = npe.epoch
+    npe.train(resume_training=True, max_num_epochs=before + 1)
+    assert npe.epoch > before
+
+
+def test_npe_posterior_pickles(npe):
+    posterior = pickle.loads(pickle.dumps(npe.build_posterior()))
+    _, x = simulations(linear, 1)
+    assert posterior.sample((5,), x=x, show_progress_bars=False).shape == (5, 7)
+
+
+def test_slot_npe_fills_in_the_prior_and_trains_like_npe():
+    trainer = SlotNPE(linear.prior, tracker=SilentTracker(), show_progress_bars=False)
+    theta, x = simulations(linear)
+    trainer.append_simulations(theta, x).train(max_num_epochs=1)
+    posterior = trainer.build_posterior()
+    assert isinstance(posterior, SlotPosterior)
+    assert posterior.sample((5,), x=x[0]).shape == (5, 7)
+
+
+def test_an_sbi_embedding_net_is_an_encoder():
+    trainer = NPE(
+        linear.prior,
+        density_estimator=slot_nn(linear.prior, encoder=FCEmbedding(6)),
+        tracker=SilentTracker(),
+        show_progress_bars=False,
+    )
+    theta, x = simulations(linear)
+    trainer.append_simulations(theta, x).train(max_num_epochs=1)
+    draws = trainer.build_posterior().sample((5,), x=x[0], show_progress_bars=False)
+    assert draws.shape == (5, 7)
+
+
+@pytest.mark.parametrize("sample_with", ["mcmc", "vi", "rejection", "importance"])
+def test_other_samplers_say_why_not(sample_with):
+    trainer = SlotNPE(linear.prior, tracker=SilentTracker(), show_progress_bars=False)
+    with pytest.raises(NotImplementedError, match="discrete entry and a dimension"):
+        trainer.build_posterior(sample_with=sample_with)
+
+
+def test_a_foreign_prior_is_refused():
+    with pytest.raises(TypeError, match="prior must be a VariableKPrior, got Normal"):
+        SlotNPE(torch.distributions.Normal(0.0, 1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("problem", [linear, tiny], ids=lambda p: p.name)
+def test_prior_and_simulator_pass_sbis_checks(problem):
+    prior, num_parameters, returns_numpy = process_prior(problem.prior)
+    assert num_parameters == problem.layout.size
+    simulator = process_simulator(problem.simulator, prior, returns_numpy)
+    check_sbi_inputs(simulator, prior)
+    theta, x = simulate_for_sbi(simulator, prior, 10, show_progress_bar=False)
+    assert theta.shape == (10, problem.layout.size)
+    assert x.shape == (10, problem.num_data)
+
+
+def test_ensemble_mixes_posteriors(posterior, npe):
+    other = SlotPosterior(npe.build_posterior().posterior_estimator, linear.prior)
+    ensemble = EnsemblePosterior([posterior, other])
+    _, x = simulations(linear, 1)
+    ensemble.set_default_x(x)
+    draws = ensemble.sample((40,))
+    assert draws.shape == (40, 7)
+    expected = torch.logaddexp(
+        posterior.log_prob(draws, x), other.log_prob(draws, x)
+    ) - torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(ensemble.log_prob(draws), expected)
+    assert ensemble.sample_batched(torch.Size((10,)), x).shape == (10, 1, 7)
+
+
+def test_importance_sampling_corrects_towards_the_exact_posterior(posterior):
+    torch.manual_seed(5)
+    theta, x = simulations(linear, 1)
+
+    def potential(theta, x_o):
+        return linear.log_likelihood(theta, x_o) + linear.prior.log_prob(theta)
+
+    sampler = ImportanceSamplingPosterior(
+        potential,
+        proposal=posterior.set_default_x(x),
+        method="importance",
+    ).set_default_x(x)
+    draws, log_weights = sampler.sample((20_000,))
+    weights = log_weights.double().exp()
+    exact = linear.exact_posterior()
+    # The mean weight estimates the evidence; 5 standard errors, false alarms below 1e-6.
+    evidence = exact.log_evidence(x).exp()
+    error = weights.std() / len(weights) ** 0.5
+    assert (weights.mean() - evidence).abs() <= 5 * error
+    share = torch.stack([weights[draws[:, 0] == k].sum() for k in range(4)])
+    probs = exact.cardinality(x[0]).probs
+    assert (share / share.sum() - probs).abs().max() < 0.03
+
+
+def test_sbc_runs_on_set_reductions_and_ranks_are_uniform(posterior):
+    torch.manual_seed(6)
+    theta, x = simulations(linear, 300)
+    functions = calibration.reduce_fns(linear.layout, band=(1.0, 2.0))
+    ranks, draws = run_sbc(
+        theta,
+        x,
+        posterior,
+        num_posterior_samples=200,
+        reduce_fns=functions,
+        show_progress_bar=False,
+    )
+    assert ranks.shape == (300, len(functions))
+    # Four tests at 1e-4 each: a false alarm in 2,500 runs for a perfect posterior.
+    checks = check_sbc(ranks, theta, draws, num_posterior_samples=200)
+    assert (checks["ks_pvals"] > 1e-4).all()
+
+
+def test_sbc_ranks_of_the_exact_posterior_are_uniform():
+    torch.manual_seed(7)
+    theta, x = simulations(linear, 400)
+    ranks, _ = run_sbc(
+        theta,
+        x,
+        linear.exact_posterior(),  # type: ignore[arg-type]
+        num_posterior_samples=199,
+        reduce_fns=calibration.reduce_fns(linear.layout, band=(1.0, 2.0)),
+        show_progress_bar=False,
+    )
+    # Mean rank 99.5, standard error 200 / sqrt(12 * 400); 4 tests at 5 sigma: 1e-6.
+    assert ((ranks.mean(0) - 99.5).abs() < 5 * 200 / (12 * 400) ** 0.5).all()
+
+
+def test_expected_coverage_runs(posterior):
+    torch.manual_seed(8)
+    theta, x = simulations(linear, 150)
+    ranks, _ = run_sbc(
+        theta,
+        x,
+        posterior,
+        num_posterior_samples=100,
+        reduce_fns=posterior.log_prob,
+        show_progress_bar=False,
+    )
+    # Mean rank 50, 5 standard errors: false alarms below 1e-6.
+    assert abs(ranks.mean() - 50) < 5 * 100 / (12 * 150) ** 0.5
+
+
+def test_tarp_runs_with_the_set_distance(posterior):
+    torch.manual_seed(9)
+    theta, x = simulations(linear, 200)
+    coverage, levels = run_tarp(
+        theta,
+        x,
+        posterior,
+        references=linear.prior.sample((200,)),
+        num_posterior_samples=100,
+        distance=calibration.set_distance(linear.layout, theta),
+        z_score_theta=False,
+        show_progress_bar=False,
+    )
+    area, p_value = check_tarp(coverage, levels)
+    # The area's standard error is near 0.01 for 200 pairs.
+    assert abs(area) < 0.06
+    assert p_value > 1e-3
