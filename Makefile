@@ -45,7 +45,7 @@ format: dev ## Fix style and formatting in place
 	$(BIN)/python -m ruff format
 
 bench: venv ## Run the benchmarks
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 
 demo: venv ## Run the demo into demo/; X=FILE gives it an observation
 	$(BIN)/python -m sbi_slotflow.demo --out demo $(if $(X),--x "$(X)")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ __all__ = ["main"]
 NUM_SIMULATIONS = 400_000
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
-OBSERVATION_SEED = 7
+OBSERVATION_SEED = 32  # a weak component 0.11 Hz from a strong one, sigma 0.84
 TRAINING_SEED = 0
+CHECKPOINT_EVERY = 100  # steps
 TEST_SEED = 1
 UNITS = {"phase": "rad", "frequency": "Hz"}
 PERIODS = {"phase": 2 * math.pi}
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             observation = read_observation(problem, args.x)
         _make_folder(args.out)
-        print(f"Signal: {observation.name}; {_describe(problem)}.")
+        print(f"signal: {observation.name}\n  {_describe(problem)}", flush=True)
         posterior = train(problem, args.out / "training.safetensors", args.simulations)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,8 +120,9 @@ def read_observation(problem: Sinusoids, path: Path) -> Observation:
     except FileNotFoundError as error:
         raise DemoError(f"there is no file {path}. {expected}") from error
     except OSError as error:
-        raise DemoError(f"cannot read {path}: {error.strerror}. {expected}") from error
-    except (ValueError, EOFError, SyntaxError) as error:
+        reason = error.strerror or error
+        raise DemoError(f"cannot read {path}: {reason}. {expected}") from error
+    except (ValueError, EOFError, MemoryError, BadZipFile) as error:
         raise DemoError(f"{path} is not a .npy file of numbers. {expected}") from error
     if not isinstance(array, np.ndarray):
         raise DemoError(f"{path} is an archive of several arrays. {expected}")
@@ -153,7 +156,7 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
             seed=TRAINING_SEED,
             validate_every=250,
             checkpoint=checkpoint,
-            checkpoint_every=100,
+            checkpoint_every=CHECKPOINT_EVERY,
         )
     except ValueError as error:
         if not exists:
@@ -285,7 +288,7 @@ def _describe(problem: Sinusoids) -> str:
 def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
     """Say whether the training is new, resumed or reused; tell if there is one."""
     if not checkpoint.exists():
-        print(f"training on {num_simulations:,} fresh simulations")
+        print(f"training on {num_simulations:,} fresh simulations", flush=True)
         return False
     try:
         state = load_state(checkpoint)
@@ -304,7 +307,7 @@ def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
     if step >= total:
         print(f"reusing the trained network in {checkpoint} ({step:,} steps)")
     else:
-        print(f"resuming at step {step:,} of {total:,} from {checkpoint}")
+        print(f"resuming at step {step:,} of {total:,} from {checkpoint}", flush=True)
     return True
 
 
@@ -385,17 +388,24 @@ def _print_reconstruction(
 ) -> None:
     """Print how far the posterior mean of the signal is from the truth, or from x."""
     if observation.theta is None:
-        sigma = problem.layout.unpack(draws).shared[:, 0].median()
+        sigma = _sigma(problem, draws).median()
         print(
             f"\nRMS residual of the reconstruction: {_rms(observation.x - mean):.3f} "
             f"(the posterior median of sigma is {sigma:.3f})"
         )
         return
     signal = problem.simulator.signal(observation.theta)
-    sigma = problem.layout.unpack(observation.theta).shared[0, 0]
+    sigma = _sigma(problem, observation.theta).item()
     error, size = _rms(mean - signal), _rms(signal)
-    relative = f"{error / size:.1%} of the signal's RMS" if size else "no signal"
-    print(f"\nRMS error of the reconstruction: {error / sigma:.3f} sigma, {relative}")
+    relative = "the true signal is zero"
+    if size > 0:
+        relative = f"{100 * error / size:.1f} % of the true signal's RMS"
+    print(f"\nRMS error of the reconstruction: {error / sigma:.3f} sigma ({relative})")
+
+
+def _sigma(problem: Sinusoids, theta: Tensor) -> Tensor:
+    index = problem.shared_names.index("sigma")
+    return problem.layout.unpack(theta).shared[:, index]
 
 
 def _rms(values: Tensor) -> float:

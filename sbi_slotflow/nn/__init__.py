@@ -2,17 +2,20 @@
 
 from .builder import slot_nn
 from .charts import Chart, CircleChart, PolarChart, WhiteningChart
+from .component_head import ComponentHead
 from .encoders import DualStreamEncoder, Encoding, MLPEncoder
-from .estimator import EstimatorSpec, SlotDensityEstimator
+from .estimator import SlotDensityEstimator
 from .flows import ConditionalFlow, RowContext
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
 from .matching import hungarian, log_permanent
 from .slots import IndexedSlots
+from .spec import EstimatorSpec
 
 __all__ = [
     "CardinalityHead",
     "Chart",
     "CircleChart",
+    "ComponentHead",
     "ConditionalFlow",
     "DualStreamEncoder",
     "Encoding",

@@ -1,7 +1,7 @@
 """Builders of slot density estimators, for sbi's ``density_estimator=`` argument."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..prior import VariableKPrior
 from .charts import Chart, CircleChart, WhiteningChart
 from .encoders import MLPEncoder
-from .estimator import EstimatorSpec, Matching, SlotDensityEstimator
+from .estimator import SlotDensityEstimator
+from .spec import EstimatorSpec, Matching
 
 __all__ = ["ProblemLike", "slot_nn"]
 
@@ -180,9 +181,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         chart = self._chart()
         shared = prior.shared_marginals
         spec = EstimatorSpec(
-            layout=asdict(prior.layout),
+            layout=prior.layout,
             num_data=x.shape[-1],
-            cardinality_weights=prior.cardinality_probs.tolist(),
+            cardinality_weights=tuple(prior.cardinality_probs.tolist()),
             chart=chart.spec,
             shared_chart=WhiteningChart(shared).spec if shared else None,
             encoder=described,

@@ -1,75 +1,35 @@
 r"""The trans-dimensional density estimator q(K, Theta, s | x).
 
 .. math::
-    \log q = \log q(K | x) + \log q(s | x, K)
-        + \log \mathrm{perm}\left[ q_i(\theta_j | x, K) \right]_{i, j \le K}
+    \log q = \log q(K | x) + \log q(s | x, K) + \log q(\{\theta_1..\theta_K\} | x, K)
 
-with :math:`q_i(\theta | x, K) = q(u | c_i) |\det \partial u / \partial \theta|`: slot
-i's context conditions the shared flow, the chart carries its density back to theta. The
-permanent makes the density that of the *set* (the paper's eq. 18, summed over
-assignments); it is the same for every relabelling and integrates to 1 over the
-canonical region.
+An encoder embeds x; three heads give the three terms: the cardinality's classifier,
+the shared parameters' density, and the components' (the paper's eq. 18, summed over
+assignments, so that it is the density of the *set*).
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
-from ..layout import ThetaLayout, ThetaParts
 from ..prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .charts import Chart, chart_from_spec
+from .component_head import ComponentHead
 from .encoders import Encoding, encode, encoder_from_spec
 from .flows import ConditionalFlow
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
-from .matching import hungarian, log_permanent
 from .slots import IndexedSlots
+from .spec import EstimatorSpec
 
-__all__ = ["EstimatorSpec", "Matching", "SlotDensityEstimator"]
+__all__ = ["SlotDensityEstimator"]
 
-Matching = Literal["hungarian", "permanent", "ordered"]
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class EstimatorSpec:
-    """Everything that rebuilds an estimator but its weights; plain JSON.
-
-    Attributes:
-        layout: Fields of the :class:`~sbi_slotflow.ThetaLayout`.
-        num_data: Length T of x.
-        cardinality_weights: Training prior p(K), K = 0..Kmax.
-        chart: Spec of the components' chart.
-        shared_chart: Spec of the shared parameters' chart, or None if there are none.
-        encoder: Spec of the encoder, or None for a module of the user's own.
-        shared_head: Whether the shared parameters are inferred; else draws come from
-            their prior.
-        flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
-        slots: Options of the :class:`~sbi_slotflow.nn.IndexedSlots`.
-        matching: How training matches slots with components.
-        mean_flow_loss: Whether the flow's loss is averaged over components (the
-            paper) instead of summed (the likelihood of the set).
-        loss_weights: Weights of the cardinality, flow and shared terms of the loss.
-    """
-
-    layout: dict[str, Any]
-    num_data: int
-    cardinality_weights: list[float]
-    chart: dict[str, Any]
-    shared_chart: dict[str, Any] | None
-    encoder: dict[str, Any] | None
-    shared_head: bool = True
-    flow: dict[str, Any] = field(default_factory=dict)
-    slots: dict[str, Any] = field(default_factory=dict)
-    matching: Matching = "hungarian"
-    mean_flow_loss: bool = False
-    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 class SlotDensityEstimator(ConditionalDensityEstimator):
@@ -94,21 +54,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                     "the user's own, which a file cannot describe."
                 )
             encoder = encoder_from_spec(spec.encoder)
-        layout = ThetaLayout(
-            **{
-                **spec.layout,
-                **{
-                    name: tuple(spec.layout[name])
-                    for name in ("component_names", "shared_names")
-                },
-            }
-        )
+        layout = spec.layout
         super().__init__(
             encoder, torch.Size((layout.size,)), torch.Size((spec.num_data,))
         )
         self.spec = spec
         self.layout = layout
-        self.chart: Chart = chart_from_spec(spec.chart)
         with torch.no_grad():
             probe = encode(encoder, torch.zeros(2, spec.num_data))
         weights = torch.tensor(spec.cardinality_weights)
@@ -123,14 +74,19 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 if spec.shared_head
                 else PriorSharedHead(chart)
             )
-        self.slots = IndexedSlots(
+        chart = chart_from_spec(spec.chart)
+        slots = IndexedSlots(
             probe.context.shape[-1], layout.max_cardinality, **spec.slots
         )
-        self.flow = ConditionalFlow(
-            self.chart.num_features, self.slots.num_features, **spec.flow
-        )
+        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
+        self.component_head = ComponentHead(chart, slots, flow)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
+
+    @property
+    def chart(self) -> Chart:
+        """The components' chart."""
+        return self.component_head.chart
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -185,7 +141,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             shared = -self.shared_head.log_prob(
                 parts.shared, encoding.shared, owner, parts.cardinality
             )
-        flow = -self._matched_log_prob(encoding.context, parts)
+        flow = -self.component_head.matched_log_prob(
+            parts, encoding.context, owner, self.spec.matching
+        )
         if self.spec.mean_flow_loss:
             flow = flow / parts.cardinality.clamp(min=1)
         chosen = log_k.gather(-1, parts.cardinality.unsqueeze(-1)).squeeze(-1)
@@ -247,8 +205,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             result = result + self.shared_head.log_prob(
                 parts.shared, encoding.shared, owner, parts.cardinality
             )
-        pairs, log_det = self._pairwise_log_density(encoding.context, parts, owner)
-        result = result + log_permanent(pairs, parts.cardinality) + log_det
+        result = result + self.component_head.log_prob(parts, encoding.context, owner)
         return result.reshape(input.shape[:2])
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
@@ -337,17 +294,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         layout = self.layout
         mask = layout.mask(cardinality)
-        row, slot = mask.nonzero(as_tuple=True)
-        context = self.slots(encoding.context, owner[row], cardinality[row], slot)
-        components = self.chart.inverse(self.flow.sample(context, generator))
-        padded = components.new_zeros(*mask.shape, layout.num_component_params)
-        padded[mask] = components
+        components = self.component_head.sample(
+            mask, encoding.context, owner, generator
+        )
         shared = None
         if self.shared_head is not None:
             shared = self.shared_head.sample(
                 encoding.shared, owner, cardinality, generator
             )
-        return layout.canonical(layout.pack(cardinality, padded, shared))
+        return layout.canonical(layout.pack(cardinality, components, shared))
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.
@@ -387,7 +342,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Args:
             path: Where to write, by custom ending in ``.safetensors``.
         """
-        meta = {"format": _FORMAT, "version": _VERSION, "spec": asdict(self.spec)}
+        meta = {"format": _FORMAT, "version": _VERSION, "spec": self.spec.to_json()}
         write_tensors(path, self.state_dict(), meta)
 
     @classmethod
@@ -411,65 +366,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         tensors, meta = read_tensors(path, _FORMAT, _VERSION)
         try:
-            known = {f.name for f in fields(EstimatorSpec)}
-            spec = dict(meta["spec"])
-            if set(spec) != known:
-                raise ValueError(f"unexpected fields {sorted(set(spec) ^ known)}")
-            spec["loss_weights"] = tuple(spec["loss_weights"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} has no readable estimator spec: {error}."
-            ) from error
-        estimator = cls(EstimatorSpec(**spec), encoder)
+            spec = EstimatorSpec.from_json(meta["spec"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        estimator = cls(spec, encoder)
         try:
             estimator.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its spec: {error}") from error
         return estimator.eval()
-
-    def _matched_log_prob(self, context: Tensor, parts: ThetaParts) -> Tensor:
-        """Log density of each row's components under the training's matching."""
-        owner = torch.arange(len(context), device=context.device)
-        if self.spec.matching == "permanent":
-            pairs, log_det = self._pairwise_log_density(context, parts, owner)
-            return log_permanent(pairs, parts.cardinality) + log_det
-        matched = torch.arange(parts.mask.shape[-1], device=context.device)
-        matched = matched.expand_as(parts.mask)
-        if self.spec.matching == "hungarian":
-            with torch.no_grad():
-                pairs, _ = self._pairwise_log_density(context, parts, owner)
-            matched = hungarian(pairs, parts.cardinality)
-        u, log_det = self.chart.forward(self._fill(parts.components, parts.mask))
-        row, slot = parts.mask.nonzero(as_tuple=True)
-        component = matched[row, slot]
-        slot_context = self.slots(context, row, parts.cardinality[row], slot)
-        value = self.flow.log_prob(u[row, component], slot_context)
-        value = value + log_det[row, component]
-        return value.new_zeros(len(context)).index_add(0, row, value)
-
-    def _pairwise_log_density(
-        self, context: Tensor, parts: ThetaParts, owner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log densities of all components under all slots of their row.
-
-        Returns:
-            Log densities of the coordinates ``(N, Kmax, Kmax)`` (slot, component), zero
-            outside the K x K block, and the rows' summed log-Jacobians ``(N,)``.
-        """
-        mask = parts.mask
-        u, log_det = self.chart.forward(self._fill(parts.components, mask))
-        log_det = torch.where(mask, log_det, log_det.new_zeros(())).sum(-1)
-        block = mask.unsqueeze(-1) & mask.unsqueeze(-2)
-        row, slot, component = block.nonzero(as_tuple=True)
-        slot_context = self.slots(context, owner[row], parts.cardinality[row], slot)
-        values = self.flow.log_prob(u[row, component], slot_context)
-        pairs = values.new_zeros(block.shape).masked_scatter(block, values)
-        return pairs, log_det
-
-    def _fill(self, components: Tensor, mask: Tensor) -> Tensor:
-        """Put a point of the support where there is no component."""
-        inside = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
-        return torch.where(mask.unsqueeze(-1), components, inside)
 
     def check_condition(self, condition: Tensor) -> None:
         """Raise unless x is a finite floating-point batch of the right length.

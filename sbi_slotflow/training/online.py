@@ -305,10 +305,9 @@ class OnlineTraining:
         self.history = state.progress["history"]
 
     def _fingerprint(self) -> dict[str, Any]:
-        spec = asdict(self.estimator.spec)
-        spec["loss_weights"] = list(spec["loss_weights"])
-        plain = _as_json({f"estimator.{name}": value for name, value in spec.items()})
-        return {**asdict(self.settings), **plain}
+        spec = self.estimator.spec.to_json()
+        described = {f"estimator.{name}": value for name, value in spec.items()}
+        return {**asdict(self.settings), **described}
 
 
 def _warmed_average(
@@ -325,15 +324,6 @@ def _warmed_average(
             old.lerp_(value, share)
 
     return average
-
-
-def _as_json(value: Any) -> Any:
-    """Replace tuples by lists, as a JSON file would."""
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(entry) for entry in value]
-    return value
 
 
 def _short(value: Any) -> str:
