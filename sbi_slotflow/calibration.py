@@ -32,7 +32,7 @@ __all__ = [
     "set_distance",
 ]
 
-ReduceFn = Callable[[Tensor, Tensor], Tensor]
+ReduceFn = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class _Reduction:

@@ -34,6 +34,8 @@ from .training.trainer import SlotNPE
 __all__ = ["main"]
 
 NUM_SIMULATIONS = 400_000
+BATCH_SIZE = 128  # more steps for the same simulations than the trainer's 256
+LEARNING_RATE = 2e-3
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
 OBSERVATION_SEED = 32  # a weak component 0.11 Hz from a strong one, sigma 0.84
@@ -43,7 +45,8 @@ TEST_SEED = 1
 UNITS = {"phase": "rad", "frequency": "Hz"}
 PERIODS = {"phase": 2 * math.pi}
 
-_THETA, _NOISE, _DRAWS, _DRAWS_GIVEN_K = range(4)  # streams of a seed
+# Streams of a seed.
+_THETA, _NOISE, _DRAWS, _DRAWS_GIVEN_K, _TEST_THETA, _TEST_NOISE = range(6)
 
 
 class DemoError(Exception):
@@ -153,6 +156,8 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
         trainer.train_online(
             problem.simulator,
             num_simulations=num_simulations,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
             seed=TRAINING_SEED,
             validate_every=250,
             checkpoint=checkpoint,
@@ -175,40 +180,47 @@ def analyse(
     seed: int,
 ) -> None:
     """Print what the posterior says of the signal and write draws and figures."""
-    x, theta, layout = observation.x, observation.theta, problem.layout
-    cardinality = posterior.cardinality(x)
-    k = int(cardinality.probs.argmax())
+    x = observation.x
+    probs = posterior.cardinality(x).probs
+    k = int(probs.argmax())
     draws = posterior.sample((NUM_DRAWS,), x, generator=generator_for(seed, _DRAWS))
     given_k = posterior.sample(
         (NUM_DRAWS,), x, k=k, generator=generator_for(seed, _DRAWS_GIVEN_K)
     )
-    tests = problem.prior.sample((NUM_TEST_SIGNALS,), generator_for(TEST_SEED, _THETA))
-    signals = problem.simulator(tests, generator_for(TEST_SEED, _NOISE))
+    tests = problem.prior.sample(
+        (NUM_TEST_SIGNALS,), generator_for(TEST_SEED, _TEST_THETA)
+    )
+    signals = problem.simulator(tests, generator_for(TEST_SEED, _TEST_NOISE))
 
-    if theta is None:
+    if observation.theta is None:
         _warn_if_foreign(x, signals)
-    _print_cardinality(cardinality.probs, theta, problem)
-    _print_table(given_k, theta, problem, k)
-    _print_reconstruction(
-        posterior.reconstruct(draws).mean(0), observation, draws, problem
-    )
-    guesses = posterior.cardinality(signals).probs.argmax(-1)
-    correct = (guesses == layout.cardinality(tests)).float().mean().item()
-    print(
-        f"\nK accuracy on {NUM_TEST_SIGNALS:,} fresh signals: {correct:.3f} (the most "
-        "probable K against the true one)"
-    )
+    _print_cardinality(probs, observation.theta, problem)
+    _print_table(given_k, observation.theta, problem, k)
+    mean = posterior.reconstruct(draws).mean(0)
+    _print_reconstruction(mean, observation, draws, problem)
+    _print_accuracy(posterior.cardinality(signals).probs, tests, problem)
+    _write(problem, observation, draws, given_k, out)
 
-    tree = to_datatree(
-        draws, layout, x=x[0], true_theta=None if theta is None else theta[0]
-    )
+
+def _write(
+    problem: Sinusoids,
+    observation: Observation,
+    draws: Tensor,
+    given_k: Tensor,
+    out: Path,
+) -> None:
+    """Write the draws and the figures."""
+    x, theta, layout = observation.x, observation.theta, problem.layout
+    true_row = None if theta is None else theta[0]
+    tree = to_datatree(draws, layout, x=x[0], true_theta=true_row)
     tree.to_netcdf(out / "posterior.nc", engine="h5netcdf")
+    corner = plot_corner(
+        given_k, layout, true_theta=theta, units=UNITS, periods=PERIODS
+    )
     figures = {
         "reconstruction.png": plot_reconstruction(problem, draws, x, theta),
         "spectrum.png": plot_spectrum(problem, draws, x, theta),
-        "corner.png": plot_corner(
-            given_k, layout, k, theta, units=UNITS, periods=PERIODS
-        ),
+        "corner.png": corner,
     }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)
@@ -303,7 +315,7 @@ def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
             f"{num_simulations}. To reuse it, give --simulations {trained_on}; to "
             "train anew, delete it or give another --out."
         )
-    total = OnlineSettings(num_simulations).num_steps
+    total = OnlineSettings(num_simulations, BATCH_SIZE).num_steps
     if step >= total:
         print(f"reusing the trained network in {checkpoint} ({step:,} steps)")
     else:
@@ -328,7 +340,7 @@ def _print_cardinality(probs: Tensor, theta: Tensor | None, problem: Sinusoids) 
     true = None if theta is None else int(problem.layout.cardinality(theta))
     for k, p in enumerate(probs.tolist()):
         bar, mark = "#" * round(30 * p), "  truth" if k == true else ""
-        print(f"  K = {k}  {p:.3f}  {bar}{mark}")
+        print(f"  K = {k}  {p:.3f}  {bar}{mark}".rstrip())
 
 
 def _print_table(
@@ -360,6 +372,8 @@ def _print_table(
         unit = f" ({UNITS[name]})" if name in UNITS else ""
         shown = "" if truth is None else f"{truth:10.3f}"
         print(f"  {label + unit:<18}{median:9.3f}  [{low:7.3f}, {high:7.3f}]{shown}")
+    if k:
+        print("  phases are shifted by whole turns to lie around their circular mean")
     if true is not None and not same:
         print("  true components, not matched with these because K differs:")
         for row in true.components[true.mask].tolist():
@@ -401,6 +415,14 @@ def _print_reconstruction(
     if size > 0:
         relative = f"{100 * error / size:.1f} % of the true signal's RMS"
     print(f"\nRMS error of the reconstruction: {error / sigma:.3f} sigma ({relative})")
+
+
+def _print_accuracy(probs: Tensor, theta: Tensor, problem: Sinusoids) -> None:
+    correct = probs.argmax(-1) == problem.layout.cardinality(theta)
+    print(
+        f"\nK accuracy on {len(theta):,} fresh signals: {correct.float().mean():.3f} "
+        "(the most probable K against the true one)"
+    )
 
 
 def _sigma(problem: Sinusoids, theta: Tensor) -> Tensor:

@@ -116,8 +116,13 @@ class ThetaLayout:
             Rows of shape ``(..., E)`` in the dtype of ``components``.
 
         Raises:
-            ValueError: If a shape does not fit the layout.
+            ValueError: If a shape does not fit the layout or a K is out of range.
         """
+        if ((cardinality < 0) | (cardinality > self.max_cardinality)).any():
+            raise ValueError(
+                f"cardinality must lie in 0..{self.max_cardinality}, got "
+                f"{cardinality.min().item():g}..{cardinality.max().item():g}."
+            )
         batch = cardinality.shape
         expected = (*batch, self.max_cardinality, self.num_component_params)
         if components.shape != expected:

@@ -179,13 +179,14 @@ def clamp_to_support(values: Tensor, marginals: Sequence[Marginal]) -> Tensor:
     high = values.new_tensor([m.bounds[1] for m in marginals])
     inside = torch.nextafter(high, torch.full_like(high, -math.inf))
     high = torch.where(torch.isfinite(high), inside, high)
-    # log(a) and back may round a lower bound: nudge one float up as well.
+    # A log-uniform density compares logarithms, which round on their own scale.
     log_uniform = torch.tensor(
         [m.family == "log_uniform" for m in marginals], device=values.device
     )
-    above = low + 4 * torch.finfo(values.dtype).eps * low.abs()
+    nudge = 2 * torch.finfo(values.dtype).eps
+    above = low * (1 + nudge * low.log().abs().clamp(min=1.0))
+    below = high * (1 - nudge * high.log().abs().clamp(min=1.0))
     low = torch.where(log_uniform, above, low)
-    below = high - 4 * torch.finfo(values.dtype).eps * high.abs()
     high = torch.where(log_uniform, below, high)
     return torch.maximum(torch.minimum(values, high), low)
 

@@ -57,8 +57,9 @@ class WhiteNoise:
         return noise.mul_(self.scale(shared).unsqueeze(-1))
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
-        """Log density of residuals."""
+        """Log density of residuals, -inf where sigma is not positive."""
         sigma = self.scale(shared).to(residual)
         num = residual.shape[-1]
         norm = num * (sigma.log() + 0.5 * math.log(2 * math.pi))
-        return -norm - 0.5 * residual.square().sum(-1) / sigma.square()
+        value = -norm - 0.5 * residual.square().sum(-1) / sigma.square()
+        return torch.where(sigma > 0, value, value.new_full((), -math.inf))

@@ -38,8 +38,7 @@ __all__ = [
 _DATA, _POSTERIOR, _TRUTH = "#7f7f7f", "#0072b2", "#d55e00"
 _SHADES = {0.9: "#a6cee3", 0.5: "#4a9bca"}  # probability enclosed: colour
 _FONT, _SMALL = 9, 8
-_MOST_SIGNALS = 1_000
-_MOST_POINTS = 5_000
+_MOST_DRAWS = 1_000
 _ZERO_PADDING = 8
 _NUM_BANDS = 300
 _NUM_CELLS = 40
@@ -76,7 +75,7 @@ def plot_reconstruction(
     """
     samples = _checked_samples(samples, problem.layout)
     data = _checked_data(x)
-    signals = problem.simulator.signal(_thinned(samples, _MOST_SIGNALS))
+    signals = problem.simulator.signal(_thinned(samples, _MOST_DRAWS))
     if signals.shape[-1] != len(data):
         raise ValueError(f"x must have {signals.shape[-1]} entries, got {len(data)}.")
     low, median, high = np.quantile(signals.cpu().numpy(), [0.05, 0.5, 0.95], axis=0)
@@ -130,7 +129,8 @@ def plot_spectrum(
 
     in which a sinusoid peaks near its amplitude, and the draws' (frequency, amplitude)
     pairs. The upper panel holds the expected number of components per Hz, which needs
-    no labels and integrates to E[K | x]. All cardinalities are taken together.
+    no labels and integrates to E[K | x]. All cardinalities are taken together. Of
+    the pairs those of at most 1,000 draws are shown, evenly spaced.
 
     Args:
         problem: A problem with time ``grids`` and a component parameter in Hz.
@@ -175,8 +175,9 @@ def plot_spectrum(
     lower.plot(grid[shown], spectrum[shown], color=_DATA, linewidth=1.1)
     handles: list[Artist] = [Line2D([], [], color=_DATA, label="spectrum of the data")]
     if len(drawn):
-        points = drawn[:: math.ceil(len(drawn) / _MOST_POINTS)]
-        lower.plot(*points.T, ".", color=_POSTERIOR, markersize=3, alpha=0.15, mew=0)
+        # Whole rows are left out: every n-th point may belong to the same component.
+        points = _active(layout, _thinned(samples, _MOST_DRAWS))[:, index].numpy()
+        lower.plot(*points.T, ".", color=_POSTERIOR, markersize=3, alpha=0.25, mew=0)
         handles.append(
             Line2D([], [], color=_POSTERIOR, marker=".", ls="", label="posterior draws")
         )

@@ -21,7 +21,7 @@ from sbi.utils.torchutils import move_all_tensor_to_device, set_validate_args
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
-from .layout import ThetaLayout
+from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, clamp_to_support, marginals_of
 from .seeding import forked_rng, generator_for
 from .separation import log_separation_constant, sample_separated, smallest_gap
@@ -70,8 +70,8 @@ class VariableKPrior(Distribution):
         self.component = _one_dimensional(component, "component")
         self.shared = None if shared is None else _one_dimensional(shared, "shared")
         weights = cardinality_weights(cardinality)
-        num_params = self.component.sample().numel()
-        num_shared = 0 if self.shared is None else self.shared.sample().numel()
+        num_params = _num_parameters(self.component)
+        num_shared = 0 if self.shared is None else _num_parameters(self.shared)
         self.layout = ThetaLayout(
             max_cardinality=len(weights) - 1,
             component_names=_names(component_names, "theta", num_params),
@@ -153,8 +153,7 @@ class VariableKPrior(Distribution):
         parts = self.layout.unpack(value)
         k = parts.cardinality.clamp(0, self.max_cardinality)
         log_p = self.log_cardinality_probs.to(value)[k] + torch.lgamma(k.to(value) + 1)
-        each = self._component_log_prob(parts.components)
-        log_p = log_p + torch.where(parts.mask, each, each.new_zeros(())).sum(-1)
+        log_p = log_p + self._component_log_prob(parts).sum(-1)
         if self.shared is not None:
             log_p = log_p + _flat_log_prob(self.shared, parts.shared)
         if self.min_separation is not None:
@@ -259,8 +258,17 @@ class VariableKPrior(Distribution):
             shared = clamp_to_support(shared, self.shared_marginals)
         return layout.canonical(layout.pack(k, components, shared))
 
-    def _component_log_prob(self, components: Tensor) -> Tensor:
-        return _flat_log_prob(self.component, components)
+    def _component_log_prob(self, parts: ThetaParts) -> Tensor:
+        """Log density of every component ``(..., Kmax)``, zero where there is none."""
+        # Padding becomes a point of the support, so that its gradient is no NaN.
+        inside = [m.quantile(torch.tensor(0.5)) for m in self.component_marginals]
+        filled = torch.where(
+            parts.mask.unsqueeze(-1),
+            parts.components,
+            torch.stack(inside).to(parts.components),
+        )
+        each = _flat_log_prob(self.component, filled)
+        return torch.where(parts.mask, each, each.new_zeros(()))
 
     def _log_separation(self, k: Tensor) -> Tensor:
         assert self.min_separation is not None
@@ -320,8 +328,7 @@ class _SetSupport(constraints.Constraint):
         k = parts.cardinality.clamp(0, prior.max_cardinality)
         inside = prior.layout.is_well_formed(value)
         inside &= (prior.cardinality_probs.to(value.device) > 0)[k]
-        each = torch.isfinite(prior._component_log_prob(parts.components))
-        inside &= (each | ~parts.mask).all(-1)
+        inside &= torch.isfinite(prior._component_log_prob(parts)).all(-1)
         if prior.shared is not None:
             inside &= torch.isfinite(_flat_log_prob(prior.shared, parts.shared))
         return inside & prior.separated(value)
@@ -365,13 +372,19 @@ def _one_dimensional(distribution: Distribution, name: str) -> Distribution:
         )
     distribution = deepcopy(distribution)
     set_validate_args(distribution, False)
-    shape = distribution.sample(torch.Size((2,))).shape
+    with forked_rng(generator_for(0)):
+        shape = distribution.sample(torch.Size((2,))).shape
     if len(shape) != 2:
         raise ValueError(
             f"{name} must have a one-dimensional event (a vector of parameters), got "
             f"samples of shape {tuple(shape[1:])}."
         )
     return distribution
+
+
+def _num_parameters(distribution: Distribution) -> int:
+    with forked_rng(generator_for(0)):
+        return distribution.sample().numel()
 
 
 def _names(names: Sequence[str] | None, stem: str, count: int) -> tuple[str, ...]:
@@ -385,6 +398,8 @@ def _names(names: Sequence[str] | None, stem: str, count: int) -> tuple[str, ...
 def _flat_log_prob(distribution: Distribution, values: Tensor) -> Tensor:
     """Evaluate a distribution over vectors on values of any batch shape."""
     flat = values.reshape(-1, values.shape[-1])
+    if not len(flat):
+        return values.new_zeros(values.shape[:-1])
     log_p = distribution.log_prob(flat)
     # MultipleIndependent and un-wrapped univariate distributions differ in shape.
     log_p = log_p.sum(-1) if log_p.ndim > 1 else log_p

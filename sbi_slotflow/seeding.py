@@ -41,7 +41,14 @@ def generator_for(
 
     Streams of one seed are independent: the pair is hashed, so stream 1 of seed 0 and
     stream 0 of seed 1 differ. Used to give every training step its own randomness.
+
+    Raises:
+        ValueError: If a number is negative.
     """
+    if min(seed, *stream, 0) < 0:
+        raise ValueError(
+            f"seed and stream must not be negative, got {(seed, *stream)}."
+        )
     state = 0x9E3779B97F4A7C15
     for number in (seed, *stream):
         # splitmix64 (Steele, Lea, Flood 2014), one round per number

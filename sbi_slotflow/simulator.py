@@ -120,6 +120,8 @@ class AdditiveSimulator:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor, got {kind}.")
+        if x.ndim < 1:
+            raise ValueError("x must have at least one axis, got a scalar.")
         if not torch.isfinite(x).all():
             raise ValueError("x must be finite, got NaN or Inf.")
         batch = torch.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
@@ -147,7 +149,14 @@ class AdditiveSimulator:
         parts = self.layout.unpack(rows)
         if isinstance(self.component_signal, SummedSignal):
             return self.component_signal.total(parts.components, parts.mask)
-        signals = self.component_signal(parts.components[parts.mask])
+        active = parts.components[parts.mask]
+        if len(active):
+            signals = self.component_signal(active)
+        else:  # the length of a signal is all that is asked
+            signals = self.component_signal(
+                parts.components.new_zeros(1, active.shape[-1])
+            )
+            signals = signals[:0]
         owner = parts.mask.nonzero()[:, 0]
         total = signals.new_zeros(len(rows), signals.shape[-1])
         return total.index_add(0, owner, signals)

@@ -6,7 +6,7 @@ nothing and checks the format before anything is built from it.
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,12 @@ def read_tensors(
     try:
         meta = json.loads(header[_KEY])
         found, number = meta["format"], meta["version"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if not isinstance(number, int):
+            raise TypeError(f"version {number!r} is no number")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not written by sbi_slotflow.") from error
     if found != format:
-        raise ValueError(f"{path} holds a {found}, expected a {format}.")
+        raise ValueError(f"{path} holds {found}, expected {format}.")
     if number > version:
         raise ValueError(
             f"{path} has version {number} of its format; this package reads up to "
@@ -82,14 +84,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with aside.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise

@@ -143,7 +143,7 @@ def test_ensemble_mixes_posteriors(posterior, npe):
 
 def test_importance_sampling_corrects_towards_the_exact_posterior(posterior):
     torch.manual_seed(5)
-    theta, x = simulations(linear, 1)
+    _, x = simulations(linear, 1)
 
     def potential(theta, x_o):
         return linear.log_likelihood(theta, x_o) + linear.prior.log_prob(theta)
@@ -156,7 +156,7 @@ def test_importance_sampling_corrects_towards_the_exact_posterior(posterior):
     draws, log_weights = sampler.sample((20_000,))
     weights = log_weights.double().exp()
     exact = linear.exact_posterior()
-    # The mean weight estimates the evidence; 5 standard errors, false alarms below 1e-6.
+    # The mean weight estimates the evidence; 5 standard errors: false alarms < 1e-6.
     evidence = exact.log_evidence(x).exp()
     error = weights.std() / len(weights) ** 0.5
     assert (weights.mean() - evidence).abs() <= 5 * error

@@ -54,6 +54,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             problem's own.
         matching: ``"hungarian"`` (the paper), ``"permanent"`` (the likelihood of the
             set) or ``"ordered"`` (slot i learns the i-th component in canonical order).
+            Slots part ways soonest under the first; the second ends at the highest
+            likelihood where components overlap.
         phase_weight: Weight w_phi of the paper's chart; needs ``chart="circle"``.
         frequency_weight: Weight w_f of the paper's chart; needs ``chart="circle"``.
         shared_head: Whether the shared parameters are inferred (the paper's noise

@@ -205,6 +205,8 @@ class DualStreamEncoder(nn.Module):
 class _ConvStack(nn.Module):
     """Three convolutions with GELU, then sinusoidal positions: (B, T) -> (B, L, C)."""
 
+    positions: Tensor
+
     def __init__(
         self,
         front_end: FrontEnd,
@@ -222,10 +224,14 @@ class _ConvStack(nn.Module):
                 nn.GELU(),
             ]
         self.convolutions = nn.Sequential(*layers)
+        with torch.no_grad():
+            probe = self.convolutions(front_end(torch.zeros(1, front_end.length)))
+        self.register_buffer(
+            "positions", _positions(probe.shape[-1], channels[-1]), persistent=False
+        )
 
     def forward(self, stream: Tensor) -> Tensor:
-        tokens = self.convolutions(self.front_end(stream)).mT
-        return tokens + _positions(tokens.shape[-2], tokens.shape[-1]).to(tokens)
+        return self.convolutions(self.front_end(stream)).mT + self.positions
 
 
 class _SelfAttention(nn.Module):

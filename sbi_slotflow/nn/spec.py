@@ -40,7 +40,7 @@ class EstimatorSpec:
     shared_head: bool = True
     flow: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, Any] = field(default_factory=dict)
-    matching: Matching = "permanent"
+    matching: Matching = "hungarian"
     mean_flow_loss: bool = False
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 

@@ -50,8 +50,7 @@ class Problem:
     @property
     def num_data(self) -> int:
         """Length T of x."""
-        probe = self.prior.component.sample(torch.Size((1,))).float()
-        return self.simulator.component_signal(probe).shape[-1]
+        return self.simulator.signal(torch.zeros(self.layout.size)).shape[-1]
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
         """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""

@@ -134,10 +134,9 @@ class ExactLinearGaussianPosterior:
         return torch.logsumexp(joint + self.prior.log_cardinality_probs, dim=-1)
 
     def cardinality(self, x: Tensor | None = None) -> Categorical:
-        """Return p(K | x) over 0..Kmax, with a batch shape if x has one."""
+        """Return p(K | x) over 0..Kmax, batched if x is a batch of more than one."""
         logits = self.log_evidence_by_cardinality(x) + self.prior.log_cardinality_probs
-        single = (self.default_x if x is None else torch.as_tensor(x)).ndim == 1  # type: ignore[union-attr]
-        return Categorical(logits=logits.squeeze(0) if single else logits)
+        return Categorical(logits=logits.squeeze(0) if len(logits) == 1 else logits)
 
     def sample(
         self,
@@ -167,6 +166,9 @@ class ExactLinearGaussianPosterior:
         **kwargs: object,
     ) -> Tensor:
         """Draw theta rows for B observations, shape ``(*sample_shape, B, E)``."""
+        largest = self.prior.max_cardinality
+        if k is not None and not 0 <= k <= largest:
+            raise ValueError(f"k must be an integer in 0..{largest}, got {k!r}.")
         layout, problem = self.prior.layout, self.problem
         x = self._batch(x)
         shape = torch.Size(sample_shape)
@@ -213,7 +215,8 @@ class ExactLinearGaussianPosterior:
         dim = layout.num_component_params
         log_det = dim * (left.log() + 2 * k * math.log(problem.tau))
         log_det = log_det + dim * k * math.log(2 * math.pi)
-        return value + torch.lgamma(k + 1.0).double() - 0.5 * (square + log_det)
+        value = value + torch.lgamma(k + 1.0).double() - 0.5 * (square + log_det)
+        return torch.where(self.prior.support.check(theta), value, -math.inf)
 
     def _moments(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean ``(..., B, D)`` of each component, and g_K ``(..., B)``."""
@@ -235,4 +238,12 @@ class ExactLinearGaussianPosterior:
             if self.default_x is None:
                 raise ValueError("x must be given where no default x is set.")
             return self.default_x
-        return torch.atleast_2d(torch.as_tensor(x)).double()
+        batch = torch.atleast_2d(torch.as_tensor(x)).double()
+        num = self.problem.design.shape[0]
+        if batch.ndim != 2 or batch.shape[-1] != num:
+            raise ValueError(
+                f"x must have shape (batch, {num}), got {tuple(batch.shape)}."
+            )
+        if not torch.isfinite(batch).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
+        return batch

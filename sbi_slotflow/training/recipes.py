@@ -105,7 +105,7 @@ def make_recipe(
     Args:
         name: ``"adamw"`` or ``"paper"``.
         parameters: Parameters to train.
-        learning_rate: Peak learning rate; 1e-3 for ``"adamw"`` and 1e-4 for
+        learning_rate: Peak learning rate; 2e-3 for ``"adamw"`` and 1e-4 for
             ``"paper"`` if None.
         num_steps: Length of the run in optimizer steps.
 
@@ -113,7 +113,7 @@ def make_recipe(
         ValueError: If the name is unknown.
     """
     if name == "adamw":
-        optimizer = AdamW(parameters, lr=learning_rate or 1e-3, weight_decay=1e-4)
+        optimizer = AdamW(parameters, lr=learning_rate or 2e-3, weight_decay=1e-4)
         warm_up = max(1, min(500, num_steps // 20))
 
         def factor(step: int) -> float:

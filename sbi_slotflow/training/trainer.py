@@ -82,7 +82,7 @@ class SlotNPE(NPE):
         simulator: Callable[[Tensor], Tensor],
         *,
         num_simulations: int,
-        batch_size: int = 256,
+        batch_size: int = 128,
         recipe: RecipeName = "adamw",
         learning_rate: float | None = None,
         ema_decay: float | None = 0.999,

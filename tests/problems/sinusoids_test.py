@@ -1,0 +1,219 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from sbi_slotflow.problems import Sinusoids, sinusoids
+
+# K, amplitude, frequency, separation, sigma, samples of the two records
+TABLE: dict[str, tuple[Any, ...]] = {
+    "tiny": (range(4), (0.5, 1.5), (0.5, 2.0), 0.1, (0.1, 1.0), (200, 100)),
+    "paper": (range(1, 11), (0.5, 1.5), (2.5, 3.0), 0.01, (0, 1.5), (3000, 5120)),
+    "crowded": (range(11), (0.05, 1.5), (2.5, 3.0), None, (0.3, 1.5), (3000, 5120)),
+}
+RATES = {"tiny": (10, 50), "paper": (10, 512), "crowded": (10, 512)}
+
+
+@pytest.fixture(params=TABLE, name="preset")
+def _preset(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def with_sigma(problem: Sinusoids, sigma: Tensor, k: int | None = None) -> Tensor:
+    """Draw rows of the prior and give them these noise levels."""
+    prior = problem.prior
+    if k is not None:
+        prior = prior.with_cardinality(
+            [k == j for j in range(1 + prior.max_cardinality)]
+        )
+    parts = prior.layout.unpack(prior.sample((len(sigma),)))
+    return prior.layout.pack(parts.cardinality, parts.components, sigma.unsqueeze(-1))
+
+
+def standardised(problem: Sinusoids, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise of the long and the short record, divided by sigma, float64."""
+    theta = with_sigma(problem, sigma)
+    residual = problem.simulator(theta).double() - problem.simulator.signal(
+        theta.double()
+    )
+    noise = residual / sigma.double().unsqueeze(-1)
+    long, short = noise.split([grid.num_samples for grid in problem.grids], dim=-1)
+    return long, short
+
+
+def test_the_preset_is_the_one_of_the_table(preset: Any) -> None:
+    cardinalities, amplitude, frequency, separation, sigma, lengths = TABLE[preset]
+    problem = sinusoids(preset)
+    prior, layout = problem.prior, problem.layout
+    weights = [float(k in cardinalities) for k in range(cardinalities[-1] + 1)]
+    expected = torch.tensor(weights) / sum(weights)
+    torch.testing.assert_close(prior.cardinality_probs, expected)
+    assert prior.min_separation == separation
+    assert layout.order_by == 2
+    assert problem.component_names == ("amplitude", "phase", "frequency")
+    assert problem.shared_names == ("sigma",)
+    assert layout.names[:5] == ["K", "sigma", "amplitude_1", "phase_1", "frequency_1"]
+    assert [grid.num_samples for grid in problem.grids] == [*lengths]
+    assert [grid.rate for grid in problem.grids] == [*RATES[preset]]
+    assert problem.num_data == sum(lengths)
+    x = problem.simulator(prior.sample((2,)))
+    assert x.shape == (2, sum(lengths))
+    assert x.dtype == torch.float32
+
+    theta = prior.sample((20_000,))
+    parts = layout.unpack(theta)
+    active = parts.components[parts.mask].double()
+    columns = [parts.shared[:, 0].double(), *active.unbind(-1)]
+    ranges = [sigma, amplitude, (0.0, 2 * math.pi), frequency]
+    for column, (low, high) in zip(columns, ranges, strict=True):
+        # 20,000 draws or more miss 1 % of the range at an end in 1 of 10^9 seeds at
+        # most (the logarithm of the amplitude's range is 3.4 wide in "crowded")
+        width = high - low
+        assert low - 1e-6 <= column.min() < low + 0.01 * width
+        assert high - 0.01 * width < column.max() <= high + 1e-6
+
+
+def test_parameters_have_the_law_of_the_table(preset: Any) -> None:
+    _, amplitude, frequency, _, sigma, _ = TABLE[preset]
+    problem = sinusoids(preset)
+    # components of K = 1 are independent draws, whatever the separation
+    weights = [float(k == 1) for k in range(problem.layout.max_cardinality + 1)]
+    theta = problem.prior.with_cardinality(weights).sample((20_000,))
+    parts = problem.layout.unpack(theta)
+    first = parts.components[:, 0].double().numpy()
+    family = stats.loguniform if preset == "crowded" else uniform_between
+    pairs = [
+        (parts.shared[:, 0].double().numpy(), uniform_between(*sigma)),
+        (first[:, 0], family(*amplitude)),
+        (first[:, 1], uniform_between(0.0, 2 * math.pi)),
+        (first[:, 2], uniform_between(*frequency)),
+    ]
+    # false alarm in 4 of 10^6 seeds for each preset
+    assert min(stats.kstest(a, b.cdf).pvalue for a, b in pairs) > 1e-6
+
+
+def uniform_between(low: float, high: float) -> Any:
+    return stats.uniform(low, high - low)
+
+
+def test_the_noise_has_standard_deviation_sigma_on_both_records(preset: Any) -> None:
+    problem = sinusoids(preset)
+    sigma = torch.tensor([0.05, 0.3, 0.8, 1.5]).repeat_interleave(25)
+    for stream in standardised(problem, sigma):
+        for part in stream.reshape(4, -1).numpy():
+            # exact two-sided chi-square bound, false alarm in 1 of 10^6 seeds for each
+            # of the 24 noise levels, records and presets; it is 0.7 % wide in "paper"
+            chi_square = stats.chi2(part.size)
+            assert chi_square.ppf(5e-7) < np.square(part).sum() < chi_square.isf(5e-7)
+
+
+def test_the_noise_is_normal_and_white(preset: Any) -> None:
+    problem = sinusoids(preset)
+    for stream in standardised(problem, torch.full((40,), 0.7)):
+        # false alarm in 1 of 10^6 seeds for each of the 6 records
+        assert stats.kstest(stream.flatten().numpy(), "norm").pvalue > 1e-6
+        for lag in (1, 2, 5):
+            products = stream[:, lag:] * stream[:, :-lag]
+            # 18 correlations, each beyond 6 standard errors in 2 of 10^9 seeds
+            assert abs(products.mean().item()) < 6 / math.sqrt(products.numel())
+
+
+def cross_correlation(problem: Sinusoids) -> tuple[float, int]:
+    """Correlation of the two records' noise at the times nearest to each other."""
+    long, short = standardised(problem, torch.full((100,), 0.7))
+    first, second = problem.grids
+    times = first.times[first.times < second.duration]
+    nearest = (times * second.rate).round().long()
+    pairs = long[:, : len(times)], short[:, nearest]
+    pair = torch.stack([p.flatten() for p in pairs])
+    return torch.corrcoef(pair)[0, 1].item(), pair.shape[1]
+
+
+def test_the_two_records_have_independent_noise(preset: Any) -> None:
+    correlation, num = cross_correlation(sinusoids(preset))
+    # 6 standard errors: false alarm in 2 of 10^9 seeds for each preset
+    assert abs(correlation) < 6 / math.sqrt(num)
+
+
+def test_the_likelihood_equals_scipys_on_both_records(preset: Any) -> None:
+    problem = sinusoids(preset)
+    theta = with_sigma(problem, torch.tensor([0.01, 0.3, 0.9, 1.5]))
+    x = problem.simulator(theta)
+    parts = problem.layout.unpack(theta.double())
+    times = torch.cat([grid.times for grid in problem.grids]).numpy()
+    for i in range(4):
+        mean = np.zeros(problem.num_data)
+        for a, phi, f in parts.components[i, : parts.cardinality[i]].tolist():
+            mean += a * np.cos(2 * np.pi * f * times + phi)
+        sigma = parts.shared[i, 0].item()
+        expected = stats.norm.logpdf(x[i].double().numpy(), mean, sigma).sum()
+        value = problem.log_likelihood(theta[i], x[i])
+        assert value.dtype == torch.float64
+        assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_true_parameters_are_more_likely_than_wrong_ones(preset: Any) -> None:
+    problem = sinusoids(preset)
+    theta = with_sigma(problem, torch.full((20,), 0.3), k=1)
+    x = problem.simulator(theta)
+    joint = problem.log_likelihood(theta.unsqueeze(1), x)
+    # a wrong row explains x as well only if its one sinusoid is nearly the same
+    assert (joint.argmax(0) == torch.arange(20)).float().mean() > 0.9
+
+
+# resampled noise
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_resampled_noise_is_smaller_than_sigma(preset: Any) -> None:
+    problem = sinusoids(preset, noise="resampled")
+    streams = standardised(problem, torch.full((100,), 0.7))
+    for stream in streams:  # sqrt(2 / 3) = 0.816 where no sample meets the fine grid
+        assert 0.75 < stream.std().item() < 0.88
+    whole = torch.cat(streams, dim=-1)
+    # at every sample an interpolation of two normals: between sqrt(1/2) and 1, less or
+    # more 6 standard errors of 100 rows
+    each = whole.square().mean(0).sqrt()
+    assert each.min() > math.sqrt(0.5) - 0.3
+    assert each.max() < 1 + 0.43
+
+
+def test_resampled_noise_is_shared_by_the_two_records() -> None:
+    correlation, _ = cross_correlation(sinusoids("paper", noise="resampled"))
+    assert correlation > 0.5
+
+
+def test_resampled_noise_has_no_likelihood() -> None:
+    problem = sinusoids("tiny", noise="resampled")
+    theta = problem.prior.sample((2,))
+    x = problem.simulator(theta)
+    assert x.shape == (2, 300)
+    with pytest.raises(
+        NotImplementedError, match='noise="resampled" has no likelihood'
+    ):
+        problem.log_likelihood(theta, x)
+
+
+def test_resampled_noise_takes_its_randomness_from_the_generator() -> None:
+    problem = sinusoids("tiny", noise="resampled")
+    theta = problem.prior.sample((20,))
+    state = torch.random.get_rng_state()
+    first = problem.simulator(theta, torch.Generator().manual_seed(1))
+    again = problem.simulator(theta, torch.Generator().manual_seed(1))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# what is refused
+
+
+def test_an_unknown_preset_or_noise_is_rejected() -> None:
+    bad: Any = "large"
+    with pytest.raises(ValueError, match=r"preset must be one of \['crowded', 'paper'"):
+        sinusoids(bad)
+    with pytest.raises(ValueError, match=r"noise must be one of \['resampled', 'white"):
+        sinusoids("tiny", noise=bad)
