@@ -32,7 +32,7 @@ __all__ = [
     "set_distance",
 ]
 
-ReduceFn = Callable[[Tensor, Tensor | None], Tensor]
+ReduceFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Reduction:
