@@ -11,6 +11,7 @@ interrupted one is resumed.
 import argparse
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .circular import unwrap
 from .datatree import to_datatree
 from .nn.builder import slot_nn
-from .plots import plot_corner, plot_reconstruction, plot_spectrum, unwrap
+from .plots import plot_corner, plot_reconstruction, plot_spectrum
 from .posterior import SlotPosterior
 from .problems import Sinusoids, sinusoids
 from .seeding import generator_for
@@ -33,9 +35,7 @@ from .training.trainer import SlotNPE
 
 __all__ = ["main"]
 
-NUM_SIMULATIONS = 400_000
-BATCH_SIZE = 128  # more steps for the same simulations than the trainer's 256
-LEARNING_RATE = 2e-3
+NUM_SIMULATIONS = 180_000
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
 OBSERVATION_SEED = 32  # a weak component 0.11 Hz from a strong one, sigma 0.84
@@ -152,12 +152,11 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
     """
     exists = _announce_training(checkpoint, num_simulations)
     trainer = SlotNPE(problem.prior, slot_nn(problem), tracker=_NoTracker())
+    started = time.monotonic()
     try:
         trainer.train_online(
             problem.simulator,
             num_simulations=num_simulations,
-            batch_size=BATCH_SIZE,
-            learning_rate=LEARNING_RATE,
             seed=TRAINING_SEED,
             validate_every=250,
             checkpoint=checkpoint,
@@ -169,6 +168,7 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
         raise DemoError(
             f"{error} To train anew, delete the file or give another --out."
         ) from error
+    print(f"training took {time.monotonic() - started:.0f} s", flush=True)
     return trainer.build_posterior()
 
 
@@ -315,7 +315,7 @@ def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
             f"{num_simulations}. To reuse it, give --simulations {trained_on}; to "
             "train anew, delete it or give another --out."
         )
-    total = OnlineSettings(num_simulations, BATCH_SIZE).num_steps
+    total = OnlineSettings(num_simulations).num_steps
     if step >= total:
         print(f"reusing the trained network in {checkpoint} ({step:,} steps)")
     else:
@@ -435,4 +435,7 @@ def _rms(values: Tensor) -> float:
 
 
 if __name__ == "__main__":
+    # The network's matrices are small: threads that wait for each other cost more than
+    # they gain, several times more on a busy machine.
+    torch.set_num_threads(1)
     sys.exit(main())

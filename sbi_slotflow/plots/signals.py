@@ -1,0 +1,234 @@
+"""Data and posterior in the time and frequency domains."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from ..layout import ThetaLayout
+from ..problems import Problem
+from .checks import checked_data, checked_row, checked_samples, thinned
+from .style import DATA, POSTERIOR, SHADES, TRUTH, dress, legend_above, padded
+
+_MOST_DRAWS = 1_000
+_ZERO_PADDING = 8
+_NUM_BANDS = 300
+
+
+def plot_reconstruction(
+    problem: Problem,
+    samples: Tensor,
+    x: Tensor,
+    true_theta: Tensor | None = None,
+    *,
+    max_points: int = 200,
+) -> Figure:
+    """Plot data and the posterior of the noise-free signal, a panel for each stream.
+
+    The band holds 90 % of the draws' signals at each sample, all cardinalities
+    together; the line is their median. At most 1,000 draws are used, evenly spaced.
+
+    Args:
+        problem: A problem. Its attribute ``grids``, if there is one, splits x into
+            streams and gives their times in seconds; else x is one stream of samples.
+        samples: Theta rows, shape ``(S, E)``.
+        x: The observation, shape ``(T,)`` or ``(1, T)``.
+        true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
+        max_points: Longer streams are cut to this many samples, and their titles say
+            so.
+
+    Returns:
+        A figure with one axes a stream.
+
+    Raises:
+        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
+        ValueError: If a shape does not fit, or samples are empty or malformed.
+    """
+    samples = checked_samples(samples, problem.layout)
+    data = checked_data(x)
+    signals = problem.simulator.signal(thinned(samples, _MOST_DRAWS))
+    if signals.shape[-1] != len(data):
+        raise ValueError(f"x must have {signals.shape[-1]} entries, got {len(data)}.")
+    low, median, high = np.quantile(signals.cpu().numpy(), [0.05, 0.5, 0.95], axis=0)
+    truth = None
+    if true_theta is not None:
+        row = checked_row(true_theta, problem.layout)
+        truth = problem.simulator.signal(row).cpu().numpy()
+
+    streams = _streams(problem, len(data))
+    figure = Figure(figsize=(8.0, 0.6 + 2.4 * len(streams)), layout="constrained")
+    rows = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
+    for axes, stream in zip(rows, streams, strict=True):
+        part = slice(stream.start, stream.start + min(stream.num_samples, max_points))
+        times = stream.times[: part.stop - part.start]
+        axes.plot(times, data[part], ".", color=DATA, markersize=4)
+        axes.fill_between(times, low[part], high[part], color=SHADES[0.9], linewidth=0)
+        axes.plot(times, median[part], color=POSTERIOR, linewidth=1.3)
+        if truth is not None:
+            axes.plot(times, truth[part], "--", color=TRUTH, linewidth=1.1)
+        axes.set_xlim(*padded(times[0], times[-1], 0.01))
+        title = stream.title
+        if len(times) < stream.num_samples:
+            title = f"{title}, first {len(times):,} of {stream.num_samples:,} samples"
+        dress(axes, stream.axis_label, "signal", title)
+    handles: list[Artist] = [
+        Line2D([], [], color=DATA, marker=".", linestyle="", label="data"),
+        Line2D([], [], color=POSTERIOR, label="posterior median"),
+        Patch(color=SHADES[0.9], label="90 % band"),
+    ]
+    if truth is not None:
+        handles.append(Line2D([], [], color=TRUTH, linestyle="--", label="truth"))
+    legend_above(figure, handles)
+    return figure
+
+
+def plot_spectrum(
+    problem: Problem,
+    samples: Tensor,
+    x: Tensor,
+    true_theta: Tensor | None = None,
+    *,
+    frequency: str = "frequency",
+    amplitude: str = "amplitude",
+) -> Figure:
+    r"""Plot the first stream's spectrum with the posterior of frequency and amplitude.
+
+    The lower panel holds the amplitude spectrum
+
+    .. math::
+        \hat{A}(f) = \tfrac{2}{N} \left| \sum_n x_n e^{-2\pi i f t_n} \right|
+
+    in which a sinusoid peaks near its amplitude, and the draws' (frequency, amplitude)
+    pairs. The upper panel holds the expected number of components per Hz, which needs
+    no labels and integrates to E[K | x]. All cardinalities are taken together. Of
+    the pairs those of at most 1,000 draws are shown, evenly spaced.
+
+    Args:
+        problem: A problem with time ``grids`` and a component parameter in Hz.
+        samples: Theta rows, shape ``(S, E)``.
+        x: The observation, shape ``(T,)`` or ``(1, T)``.
+        true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
+        frequency: Name of the component parameter that is a frequency in Hz.
+        amplitude: Name of the component parameter that is an amplitude.
+
+    Returns:
+        A figure with two axes.
+
+    Raises:
+        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
+        ValueError: If the problem has no time grids or no such parameter, a shape does
+            not fit, or samples are empty or malformed.
+    """
+    layout = problem.layout
+    samples = checked_samples(samples, layout)
+    data = checked_data(x)
+    if getattr(problem, "grids", None) is None:
+        raise ValueError(
+            "plot_spectrum needs a problem with time grids (attribute grids), got "
+            f"{problem.name!r}."
+        )
+    index = _component_index(layout, frequency), _component_index(layout, amplitude)
+    stream = _streams(problem, len(data))[0]
+    grid, spectrum = _amplitude_spectrum(data[: stream.num_samples], stream.rate)
+    band = _band(problem, index[0], grid[-1])
+    drawn = _active(layout, samples)[:, index].numpy()
+    shown = (grid >= band[0]) & (grid <= band[1])
+
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    upper, lower = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 2]}
+    )
+    edges = np.linspace(*band, _NUM_BANDS + 1)
+    per_hertz = 1 / (len(samples) * (edges[1] - edges[0]))
+    counts = np.histogram(drawn[:, 0], edges)[0] * per_hertz
+    upper.stairs(counts, edges, fill=True, color=POSTERIOR)
+    upper.set_ylim(0, 1.08 * counts.max() if len(drawn) else 1.0)
+    lower.plot(grid[shown], spectrum[shown], color=DATA, linewidth=1.1)
+    handles: list[Artist] = [Line2D([], [], color=DATA, label="spectrum of the data")]
+    if len(drawn):
+        # Whole rows are left out: every n-th point may belong to the same component.
+        points = _active(layout, thinned(samples, _MOST_DRAWS))[:, index].numpy()
+        lower.plot(*points.T, ".", color=POSTERIOR, markersize=3, alpha=0.25, mew=0)
+        handles.append(
+            Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
+        )
+    if true_theta is not None:
+        true = _active(layout, checked_row(true_theta, layout)[None])[:, index].numpy()
+        for axes in (upper, lower):
+            for value in true[:, 0]:
+                axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)
+        if len(true):
+            style = {"marker": "+", "ms": 11, "mew": 1.8, "ls": "", "color": TRUTH}
+            lower.plot(*true.T, **style)
+            handles.append(Line2D([], [], label="truth", **style))
+    lower.set_xlim(*band)
+    lower.set_ylim(bottom=0)
+    dress(upper, "", "components per Hz")
+    dress(lower, "frequency (Hz)", "amplitude", f"Spectrum of {stream.title}")
+    legend_above(figure, handles)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A contiguous part of x with its times."""
+
+    start: int
+    times: np.ndarray
+    rate: float
+    title: str
+    axis_label: str
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.times)
+
+
+def _streams(problem: Problem, num_data: int) -> list[_Stream]:
+    grids = getattr(problem, "grids", None)
+    if grids is None:
+        return [_Stream(0, np.arange(num_data), 1.0, "", "sample")]
+    total = sum(grid.num_samples for grid in grids)
+    if total != num_data:
+        raise ValueError(f"x must have {total} entries, got {num_data}.")
+    streams, start = [], 0
+    for number, grid in enumerate(grids, 1):
+        title = f"stream {number} ({grid.duration:g} s at {grid.rate:g} Hz)"
+        streams.append(_Stream(start, grid.times.numpy(), grid.rate, title, "time (s)"))
+        start += grid.num_samples
+    return streams
+
+
+def _amplitude_spectrum(data: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    length = _ZERO_PADDING * len(data)
+    spectrum = np.abs(np.fft.rfft(data, length)) * 2 / len(data)
+    return np.fft.rfftfreq(length, 1 / rate), spectrum
+
+
+def _band(problem: Problem, index: int, nyquist: float) -> tuple[float, float]:
+    """The prior's range of the frequency and a margin, within 0..Nyquist."""
+    low, high = problem.prior.component_marginals[index].bounds
+    if not math.isfinite(high - low):
+        return 0.0, nyquist
+    low, high = padded(low, high, 0.1)
+    return max(0.0, low), min(nyquist, high)
+
+
+def _active(layout: ThetaLayout, samples: Tensor) -> Tensor:
+    """All components of all rows, shape ``(n, D)``."""
+    parts = layout.unpack(samples)
+    return parts.components[parts.mask]
+
+
+def _component_index(layout: ThetaLayout, name: str) -> int:
+    if name not in layout.component_names:
+        raise ValueError(
+            f"no component parameter {name!r}; there are "
+            f"{list(layout.component_names)}."
+        )
+    return layout.component_names.index(name)

@@ -1,0 +1,42 @@
+"""Colours, fonts and dress that the figures share.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart: data are grey, the
+posterior is blue, the truth is vermilion.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DATA, POSTERIOR, TRUTH = "#7f7f7f", "#0072b2", "#d55e00"
+SHADES = {0.9: "#a6cee3", 0.5: "#4a9bca"}  # probability enclosed: colour
+FONT, SMALL = 9, 8
+
+
+def dress(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
+    """Label axes and remove the upper and right spines."""
+    axes.set_xlabel(x_label, fontsize=FONT)
+    axes.set_ylabel(y_label, fontsize=FONT)
+    title = title[:1].upper() + title[1:]
+    axes.set_title(title, fontsize=FONT, loc="left")
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Put a legend in one row above all axes; needs a constrained layout."""
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=FONT,
+    )
+
+
+def padded(low: float, high: float, share: float) -> tuple[float, float]:
+    """The interval, wider at either end by a share of its length."""
+    margin = share * (high - low)
+    return low - margin, high + margin
