@@ -46,9 +46,7 @@ def one_thread():
 def test_sampling(benchmark, name, observation):
     network = estimator(name)
     benchmark.extra_info["parameters"] = sum(p.numel() for p in network.parameters())
-    rows = benchmark.pedantic(
-        network.sample, ((10_000,), observation, ten), rounds=3, warmup_rounds=1
-    )
+    rows = benchmark.pedantic(network.sample, ((10_000,), observation, ten), rounds=3)
     assert rows.shape == (10_000, 1, problem.layout.size)
 
 
