@@ -157,7 +157,6 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 "residual": False,
                 "centre_phase": False,
                 "bands": None,
-                "num_queries": 1,
             },
         )
         return replace(preset, **changes)

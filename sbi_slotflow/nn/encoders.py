@@ -104,7 +104,6 @@ class DualStreamEncoder(nn.Module):
         centre_phase: Whether a Fourier transform's phase is referred to the middle of
             its stream, where a tone's bins vary smoothly.
         bands: For each stream, the first and last Fourier bin to keep, or None for all.
-        num_queries: Places that the slots' attention pooling can look at in a stream.
     """
 
     kind: ClassVar[str] = "dual_stream"
@@ -124,7 +123,6 @@ class DualStreamEncoder(nn.Module):
         residual: bool = False,
         centre_phase: bool = False,
         bands: Sequence[Sequence[int] | None] | None = None,
-        num_queries: int = 1,
     ) -> None:
         super().__init__()
         bands = [None] * len(lengths) if bands is None else bands
@@ -154,7 +152,6 @@ class DualStreamEncoder(nn.Module):
             "residual": residual,
             "centre_phase": centre_phase,
             "bands": [None if band is None else list(band) for band in bands],
-            "num_queries": num_queries,
         }
 
         def stack(i: int) -> "_ConvStack":
@@ -174,11 +171,8 @@ class DualStreamEncoder(nn.Module):
         width = channels[-1]
         self.stacks = nn.ModuleList(stack(i) for i in streams)
         self.attentions = nn.ModuleList(attention() for _ in streams)
-        pools = [_Pool(width, num_queries) for _ in streams]
-        self.pools = nn.ModuleList(pools)
-        self.to_context = _projection(
-            sum(pool.num_features for pool in pools), context_features
-        )
+        self.pools = nn.ModuleList(_Pool(width) for _ in streams)
+        self.to_context = _projection(3 * width * len(streams), context_features)
         self.cardinality_attention = attention()
         self.cardinality_pool = _Pool(width)
         self.to_cardinality = _projection(3 * width, hidden_features)
@@ -252,20 +246,17 @@ class _SelfAttention(nn.Module):
 
 
 class _Pool(nn.Module):
-    """Mean, maximum and attention pooling (eq. 8): (B, L, C) -> (B, (2 + Q) C)."""
+    """Mean, maximum and attention pooling (eq. 8): (B, L, C) -> (B, 3 C)."""
 
-    def __init__(self, width: int, num_queries: int = 1) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.num_features = (2 + num_queries) * width
         self.score = nn.Sequential(
-            nn.Linear(width, width),
-            nn.Tanh(),
-            nn.Linear(width, num_queries, bias=False),
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False)
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
         weights = self.score(tokens).softmax(dim=-2)
-        attended = torch.einsum("blq,blc->bqc", weights, tokens).flatten(1)
+        attended = (weights * tokens).sum(-2)
         return torch.cat([tokens.mean(-2), tokens.amax(-2), attended], dim=-1)
 
 

@@ -94,7 +94,6 @@ class Sinusoids(Problem):
             "residual": True,
             "centre_phase": True,
             "bands": ((first, last), None),
-            "num_queries": self.layout.max_cardinality,
         }
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})
