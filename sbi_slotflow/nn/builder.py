@@ -1,14 +1,16 @@
 """Builders of slot density estimators, for sbi's ``density_estimator=`` argument."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..prior import VariableKPrior
 from .charts import Chart, CircleChart, WhiteningChart
-from .encoders import MLPEncoder
+from .encoders import MLPEncoder, encoder_spec
 from .estimator import SlotDensityEstimator
 from .spec import EstimatorSpec, Matching
 
@@ -99,6 +101,12 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     z_score_x: bool = True
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def __post_init__(self) -> None:
+        _check_choice("matching", self.matching, get_args(Matching))
+        _check_choice("flow_network", self.flow_network, ("projected", "residual"))
+        if not isinstance(self.chart, Chart):
+            _check_choice("chart", self.chart, ("default", "circle"))
+
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
         r"""The paper's network: embeddings of 256, flow of 768, 31 million parameters.
@@ -177,8 +185,17 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         """
         prior = self._prior
         prior.layout.validate(theta)
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}.")
         if x.ndim != 2:
             raise ValueError(f"x must have shape (batch, T), got {tuple(x.shape)}.")
+        if not torch.isfinite(x).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
+        if len(theta) != len(x):
+            raise ValueError(
+                "theta and x must be batches of one size, got "
+                f"{len(theta)} and {len(x)}."
+            )
         encoder, described = self._encoder(x.shape[-1])
         chart = self._chart()
         shared = prior.shared_marginals
@@ -234,7 +251,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                     "domains and encoder_options configure the problem's encoder; they "
                     "do nothing beside an encoder of your own."
                 )
-            return self.encoder, getattr(self.encoder, "spec", None)
+            # A copy: two estimators from one builder share no weights.
+            return deepcopy(self.encoder), encoder_spec(self.encoder)
         if isinstance(self.problem, VariableKPrior):
             encoder: nn.Module = MLPEncoder(
                 num_data, hidden_features=self.hidden_features, **options
@@ -244,7 +262,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             encoder = self.problem.build_encoder(
                 hidden_features=self.hidden_features, **options
             )
-        return encoder, getattr(encoder, "spec", None)
+        return encoder, encoder_spec(encoder)
 
     def _chart(self) -> Chart:
         weighted = self.phase_weight != 1.0 or self.frequency_weight != 1.0
@@ -265,3 +283,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             return WhiteningChart(self.problem.component_marginals)
         assert self.problem is not None
         return self.problem.build_chart()
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")

@@ -64,16 +64,18 @@ class Chart(ABC):
 
         Returns:
             Coordinates ``(..., F)`` and log-Jacobians ``(...)`` in the dtype of
-            ``components``.
-
-        Raises:
-            NotImplementedError: Never for u itself; a chart that is no density returns
-                a log-Jacobian of zero.
+            ``components``; a chart that is no density has a log-Jacobian of zero.
         """
 
     @abstractmethod
     def inverse(self, u: Tensor) -> Tensor:
         """Map coordinates ``(..., F)`` to components ``(..., D)`` in the support."""
+
+    def contains(self, components: Tensor) -> Tensor:
+        """Tell which components ``(..., D)`` lie within the bounds, shape ``(...)``."""
+        low = components.new_tensor([m.bounds[0] for m in self.marginals])
+        high = components.new_tensor([m.bounds[1] for m in self.marginals])
+        return ((components >= low) & (components <= high)).all(-1)
 
     def _options(self) -> dict[str, Any]:
         return {}

@@ -120,11 +120,16 @@ class ComponentHead(nn.Module):
         return values.new_zeros(block.shape).masked_scatter(block, values)
 
     def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
-        """Coordinates ``(N, Kmax, F)``; log-Jacobians ``(N, Kmax)``, 0 if inactive."""
+        """Coordinates ``(N, Kmax, F)`` and log-Jacobians ``(N, Kmax)``.
+
+        The latter are 0 if inactive and -inf outside the support.
+        """
         components, mask = parts.components, parts.mask
         # Padding may lie outside the support: put a point of it there instead.
-        inside = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
+        point = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
+        inside = self.chart.contains(components)
         u, log_det = self.chart.forward(
-            torch.where(mask.unsqueeze(-1), components, inside)
+            torch.where((mask & inside).unsqueeze(-1), components, point)
         )
+        log_det = torch.where(inside, log_det, log_det.new_full((), -torch.inf))
         return u, torch.where(mask, log_det, log_det.new_zeros(()))

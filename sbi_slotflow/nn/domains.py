@@ -91,6 +91,8 @@ class FrequencyDomain(FrontEnd):
             return parts
         first, last = self.band
         outside = torch.cat([parts[..., :first], parts[..., last + 1 :]], dim=-1)
+        if not outside.shape[-1]:  # the band is the whole spectrum
+            outside = parts
         level = 0.5 * (outside.square().mean((-2, -1)) + 1e-12).log()
         inside = parts[..., first : last + 1]
         level = level[:, None, None].expand(-1, 1, inside.shape[-1])

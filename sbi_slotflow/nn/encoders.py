@@ -12,7 +12,7 @@ An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "MLPEncoder",
     "encode",
     "encoder_from_spec",
+    "encoder_spec",
 ]
 
 
@@ -183,6 +184,11 @@ class DualStreamEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Encoding:
         """Embed x ``(B, T)``, the streams concatenated."""
+        if x.shape[-1] != sum(self.lengths):
+            raise ValueError(
+                f"x must have {sum(self.lengths)} entries, streams of "
+                f"{list(self.lengths)}, got {x.shape[-1]}."
+            )
         streams = x.split(self.lengths, dim=-1)
         tokens = [
             attention(stack(stream))
@@ -279,6 +285,14 @@ ENCODERS: dict[str, type[nn.Module]] = {
     encoder.kind: encoder for encoder in (DualStreamEncoder, MLPEncoder)
 }
 """Encoders that can be rebuilt from a saved file."""
+
+
+def encoder_spec(encoder: nn.Module) -> dict[str, Any] | None:
+    """Describe an encoder of this package; None for a module of the user's own."""
+    # A subclass may compute something else.
+    if type(encoder) not in ENCODERS.values():
+        return None
+    return cast(dict[str, Any], encoder.spec)
 
 
 def encoder_from_spec(spec: dict[str, Any]) -> nn.Module:

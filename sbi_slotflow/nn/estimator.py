@@ -126,6 +126,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         self.layout.validate(input, "input")
         self.check_condition(condition)
+        if len(input) != len(condition):
+            raise ValueError(
+                "input and condition must be batches of one size, got "
+                f"{len(input)} and {len(condition)}."
+            )
         parts = self.layout.unpack(self.layout.canonical(input))
         excluded = ~torch.isfinite(self.cardinality_head.log_prior)[parts.cardinality]
         if excluded.any():
@@ -178,7 +183,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 "no density of theta. Use the default slot_nn() for densities."
             )
         self.layout.validate(input, "input")
-        if condition.ndim > 2:
+        if isinstance(condition, Tensor) and condition.ndim > 2:
             input, condition, _ = self._broadcast_and_align(input, condition)
             flat = self.log_prob(
                 input.reshape(-1, input.shape[-1]),
@@ -369,7 +374,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             spec = EstimatorSpec.from_json(meta["spec"])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        estimator = cls(spec, encoder)
+        try:
+            estimator = cls(spec, encoder)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit its spec: {error}.") from error
         try:
             estimator.load_state_dict(tensors)
         except RuntimeError as error:

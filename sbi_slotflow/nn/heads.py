@@ -93,7 +93,8 @@ class SharedHead(nn.Module):
         """
         u, log_det = self.chart.forward(shared)
         context = self._context(embedding, owner, cardinality)
-        return self.flow.log_prob(u, context) + log_det
+        value = self.flow.log_prob(u, context) + log_det
+        return torch.where(self.chart.contains(shared), value, -torch.inf)
 
     def sample(
         self,
@@ -141,7 +142,8 @@ class PriorSharedHead(nn.Module):
         """Evaluate the prior's log density; see :meth:`SharedHead.log_prob`."""
         u, log_det = self.chart.forward(shared)
         normal = torch.distributions.Normal(u.new_zeros(()), u.new_ones(()))
-        return normal.log_prob(u).sum(-1) + log_det
+        value = normal.log_prob(u).sum(-1) + log_det
+        return torch.where(self.chart.contains(shared), value, -torch.inf)
 
     def sample(
         self,

@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__all__ = ["EXACT_LIMIT", "hungarian", "log_permanent"]
+__all__ = ["EXACT_LIMIT", "NonFiniteDensityError", "hungarian", "log_permanent"]
 
 EXACT_LIMIT = 12
 """Largest K whose permanent is evaluated exactly (K 2^(K-1) terms)."""
@@ -34,6 +34,10 @@ EXACT_LIMIT = 12
 _LOG_ZERO = -1e30
 # Bounds the memory of the recursion.
 _MAX_TERMS = 2**22
+
+
+class NonFiniteDensityError(ValueError):
+    """A pairwise log density is NaN or +inf: the network has diverged."""
 
 
 def hungarian(log_density: Tensor, cardinality: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def hungarian(log_density: Tensor, cardinality: Tensor) -> Tensor:
         themselves.
 
     Raises:
-        ValueError: If a density inside the K x K block is NaN or +inf.
+        NonFiniteDensityError: If a density inside the K x K block is NaN or +inf.
     """
     size = log_density.shape[-1]
     values = log_density.detach().double().cpu().numpy()
@@ -57,7 +61,9 @@ def hungarian(log_density: Tensor, cardinality: Tensor) -> Tensor:
     active = np.arange(size) < counts[:, None]
     block = active[:, :, None] & active[:, None, :]
     if np.isnan(values[block]).any() or np.isposinf(values[block]).any():
-        raise ValueError("log_density must not be NaN or +inf, cannot match slots.")
+        raise NonFiniteDensityError(
+            "log_density must not be NaN or +inf, cannot match slots."
+        )
     values = np.where(np.isneginf(values), _LOG_ZERO, values)
     assignment = np.tile(np.arange(size), (len(values), 1))
     for row, k in enumerate(counts):
@@ -90,7 +96,7 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
         positive density.
 
     Raises:
-        ValueError: If a density inside the K x K block is NaN.
+        NonFiniteDensityError: If a density inside the K x K block is NaN.
     """
     batch, size, _ = log_density.shape
     result = log_density.new_zeros(batch)
@@ -100,7 +106,9 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
     active = index < cardinality.unsqueeze(-1)
     block = active.unsqueeze(-1) & active.unsqueeze(-2)
     if torch.isnan(log_density).logical_and(block).any():
-        raise ValueError("log_density must not be NaN inside the K x K block.")
+        raise NonFiniteDensityError(
+            "log_density must not be NaN inside the K x K block."
+        )
     # Outside the block an identity matrix, which leaves the permanent unchanged.
     identity = torch.where(index.unsqueeze(-1) == index, 0.0, _LOG_ZERO)
     padded = torch.where(

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..nn.estimator import SlotDensityEstimator
+from ..nn.matching import NonFiniteDensityError
 from ..seeding import forked_rng, generator_for
 from .checkpoint import (
     TrainingState,
@@ -75,6 +76,10 @@ class OnlineSettings:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
+        if self.clip_max_norm is not None and not self.clip_max_norm > 0:
+            raise ValueError(
+                f"clip_max_norm must be positive, got {self.clip_max_norm}."
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
 
@@ -209,13 +214,13 @@ class OnlineTraining:
     def _train_step(self) -> None:
         theta, x = self._simulate(_STEPS, self._step, num=self.settings.batch_size)
         self.estimator.train()
-        terms = self.estimator.loss_terms(theta, x)
-        loss = self.estimator.weigh(terms).mean()
+        try:
+            terms = self.estimator.loss_terms(theta, x)
+            loss = self.estimator.weigh(terms).mean()
+        except NonFiniteDensityError as error:
+            raise self._divergence("NaN") from error
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self._step}; the last "
-                "checkpoint is whole. A lower learning_rate usually helps."
-            )
+            raise self._divergence(str(loss.item()))
         self._recipe.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.settings.clip_max_norm is not None:
@@ -228,6 +233,12 @@ class OnlineTraining:
             self._sums[name] += terms[name].detach().mean().item()
         self._since += 1
         self._step += 1
+
+    def _divergence(self, loss: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"the loss became {loss} at step {self._step}; the last checkpoint is "
+            "whole. A lower learning_rate usually helps."
+        )
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:

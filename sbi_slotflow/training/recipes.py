@@ -113,7 +113,8 @@ def make_recipe(
         ValueError: If the name is unknown.
     """
     if name == "adamw":
-        optimizer = AdamW(parameters, lr=learning_rate or 2e-3, weight_decay=1e-4)
+        rate = 2e-3 if learning_rate is None else learning_rate
+        optimizer = AdamW(parameters, lr=rate, weight_decay=1e-4)
         warm_up = max(1, min(500, num_steps // 20))
 
         def factor(step: int) -> float:
@@ -122,7 +123,7 @@ def make_recipe(
 
         return _CosineRecipe(optimizer, LambdaLR(optimizer, factor))
     if name == "paper":
-        adam = Adam(parameters, lr=learning_rate or 1e-4)
+        adam = Adam(parameters, lr=1e-4 if learning_rate is None else learning_rate)
         plateau = ReduceLROnPlateau(adam, factor=0.5, patience=6, min_lr=1e-6)
         return _PlateauRecipe(adam, plateau)
     raise ValueError(f"recipe must be 'adamw' or 'paper', got {name!r}.")

@@ -1,0 +1,337 @@
+"""Builders: what each field does, the paper's preset, and what is refused."""
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+import torch
+from nflows.transforms.coupling import (
+    AffineCouplingTransform,
+    PiecewiseRationalQuadraticCouplingTransform,
+)
+from sbi.utils import BoxUniform
+from torch import Tensor, nn
+
+from sbi_slotflow import VariableKPrior, problems
+from sbi_slotflow.nn import (
+    CircleChart,
+    DualStreamEncoder,
+    EstimatorSpec,
+    MLPEncoder,
+    PolarChart,
+    SlotDensityEstimator,
+    WhiteningChart,
+    slot_nn,
+)
+
+SMALL: dict[str, Any] = {
+    "hidden_features": 16,
+    "trunk_features": 16,
+    "flow_hidden_features": 16,
+    "flow_layers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> problems.Sinusoids:
+    return problems.sinusoids("tiny")
+
+
+def batch(problem: problems.Problem, num: int = 32) -> tuple[Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theta = problem.prior.sample((num,))
+        return theta, problem.simulator(theta)
+
+
+def build(problem: problems.Problem, builder: slot_nn) -> SlotDensityEstimator:
+    return builder(*batch(problem))
+
+
+def couplings(estimator: SlotDensityEstimator) -> list[nn.Module]:
+    kinds = (AffineCouplingTransform, PiecewiseRationalQuadraticCouplingTransform)
+    return [m for m in estimator.component_head.flow.modules() if isinstance(m, kinds)]
+
+
+@pytest.fixture(scope="module")
+def paper() -> SlotDensityEstimator:
+    problem = problems.sinusoids("paper")
+    builder = slot_nn.paper(problem)
+    return builder(*batch(problem, 2))
+
+
+def test_paper_preset_has_31_million_parameters(paper: SlotDensityEstimator) -> None:
+    number = sum(p.numel() for p in paper.parameters())
+    assert 30e6 < number < 32e6
+
+
+def test_paper_preset_is_what_its_docstring_says(paper: SlotDensityEstimator) -> None:
+    spec = paper.spec
+    assert isinstance(paper.chart, CircleChart)
+    assert paper.chart.phase_weight == 2.0
+    assert paper.chart.frequency_weight == 3.0
+    assert paper.chart.centre == pytest.approx(2.75)
+    assert spec.matching == "hungarian"
+    assert spec.mean_flow_loss
+    assert not paper.component_head.slots.condition_on_cardinality
+    # 512 of global context and a one-hot slot index, no trunk, no K
+    assert paper.component_head.slots.num_features == 512 + 10
+    assert spec.flow["tail_bound"] == 2.0
+    assert spec.flow["num_bins"] == 48
+    layers = couplings(paper)
+    assert len(layers) == 8
+    splines = [
+        isinstance(m, PiecewiseRationalQuadraticCouplingTransform) for m in layers
+    ]
+    assert splines == [True, False] * 4
+    convolutions = [m for m in paper.net.modules() if isinstance(m, nn.Conv1d)]
+    assert len(convolutions) == 9  # two streams and the noise stack
+    for i, layer in enumerate(convolutions):
+        assert layer.kernel_size == ((8,), (8,), (5,))[i % 3]
+        assert layer.stride == ((2,), (2,), (1,))[i % 3]
+        assert layer.out_channels == (32, 64, 128)[i % 3]
+    encoding = paper.encode(torch.zeros(1, 8_120))
+    assert encoding.cardinality.shape[-1] == 256
+    assert float(paper.x_scale) == 1.0
+
+
+def test_paper_preset_has_no_density(paper: SlotDensityEstimator) -> None:
+    theta, x = batch(problems.sinusoids("paper"), 2)
+    with pytest.raises(NotImplementedError, match="Use the default slot_nn"):
+        paper.log_prob(theta, x)
+
+
+def test_paper_preset_takes_the_ablations(tiny: problems.Sinusoids) -> None:
+    builder = slot_nn.paper(
+        tiny,
+        domains=("time", "time"),
+        phase_weight=1.0,
+        frequency_weight=1.0,
+        flow_layers=2,
+        shared_head=False,
+        flow_hidden_features=16,
+        hidden_features=16,
+    )
+    estimator = build(tiny, builder)
+    assert isinstance(estimator.chart, CircleChart)
+    assert estimator.chart.phase_weight == 1.0
+    assert len(couplings(estimator)) == 2
+    assert estimator.spec.encoder is not None
+    assert estimator.spec.encoder["domains"] == ["time", "time"]
+    assert not estimator.spec.shared_head
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ({"matching": "ordered"}, lambda e: e.spec.matching == "ordered"),
+        ({"mean_flow_loss": True}, lambda e: e.spec.mean_flow_loss),
+        (
+            {"trunk_features": None},
+            lambda e: e.component_head.slots.num_features == 16 + 3 + 4,
+        ),
+        ({"trunk_features": 7}, lambda e: e.component_head.slots.num_features == 7),
+        (
+            {"trunk_features": None, "condition_on_cardinality": False},
+            lambda e: e.component_head.slots.num_features == 16 + 3,
+        ),
+        ({"flow_layers": 5}, lambda e: len(couplings(e)) == 5),
+        ({"hidden_features": 24}, lambda e: e.spec.encoder["hidden_features"] == 24),
+        (
+            {"encoder_options": {"noise_stack": True}},
+            lambda e: e.net.noise_stack is not None,
+        ),
+        ({"loss_weights": (1.0, 2.0, 3.0)}, lambda e: e.spec.loss_weights[2] == 3),
+        ({"z_score_x": False}, lambda e: float(e.x_scale) == 1.0),
+        ({"chart": "circle"}, lambda e: isinstance(e.chart, CircleChart)),
+        (
+            {"chart": "circle", "phase_weight": 4.0, "frequency_weight": 5.0},
+            lambda e: (
+                e.spec.chart.get("phase_weight") == 4.0
+                and e.spec.chart.get("frequency_weight") == 5.0
+            ),
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_field_changes_what_it_names(
+    tiny: problems.Sinusoids, change: dict[str, Any], read: Any
+) -> None:
+    builder = slot_nn(tiny, **{**SMALL, **change})
+    assert read(build(tiny, builder))
+    assert not read(build(tiny, slot_nn(tiny, **SMALL)))
+
+
+def test_default_asks_the_problem_for_chart_and_encoder(
+    tiny: problems.Sinusoids,
+) -> None:
+    estimator = build(tiny, slot_nn(tiny))
+    assert isinstance(estimator.chart, PolarChart)
+    assert isinstance(estimator.net, DualStreamEncoder)
+    linear = problems.linear_gaussian()
+    estimator = build(linear, slot_nn(linear))
+    assert isinstance(estimator.chart, WhiteningChart)
+    assert isinstance(estimator.net, MLPEncoder)
+    assert estimator.shared_head is None
+
+
+def test_bare_prior_gets_a_whitening_chart_and_an_mlp(
+    tiny: problems.Sinusoids,
+) -> None:
+    estimator = build(tiny, slot_nn(tiny.prior, **SMALL))
+    assert isinstance(estimator.chart, WhiteningChart)
+    assert isinstance(estimator.net, MLPEncoder)
+    assert estimator.net.spec["hidden_features"] == 16
+
+
+def test_chart_of_the_users_own_is_used(tiny: problems.Sinusoids) -> None:
+    chart = WhiteningChart(tiny.prior.component_marginals)
+    assert build(tiny, slot_nn(tiny, chart=chart)).chart.spec == chart.spec
+
+
+def test_x_is_scaled_by_its_mean_and_standard_deviation(
+    tiny: problems.Sinusoids,
+) -> None:
+    theta, x = batch(tiny)
+    x = 7.0 * x + 3.0
+    estimator = slot_nn(tiny, **SMALL)(theta, x)
+    scaled = (x - estimator.x_shift) / estimator.x_scale
+    assert float(scaled.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(scaled.std()) == pytest.approx(1.0, abs=1e-5)
+    # an estimator that sees scaled x answers as one that sees x
+    plain = slot_nn(tiny, **SMALL, z_score_x=False)(theta, x)
+    state = estimator.state_dict()
+    plain.load_state_dict(state | {"x_shift": plain.x_shift, "x_scale": plain.x_scale})
+    torch.testing.assert_close(
+        estimator.log_prob_cardinality(x), plain.log_prob_cardinality(scaled)
+    )
+
+
+def test_weights_follow_torchs_seed_only(tiny: problems.Sinusoids) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build(tiny, slot_nn(tiny, **SMALL)).state_dict())
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_estimators_of_one_builder_share_no_weights(tiny: problems.Sinusoids) -> None:
+    builder = slot_nn(tiny, **SMALL)
+    assert not shared_weights(build(tiny, builder), build(tiny, builder))
+
+
+def test_estimators_with_the_users_encoder_share_no_weights(
+    tiny: problems.Sinusoids,
+) -> None:
+    # Else training one trains the other, and the same seed twice gives two results.
+    builder = slot_nn(tiny, **SMALL, encoder=nn.Linear(300, 8))
+    assert not shared_weights(build(tiny, builder), build(tiny, builder))
+
+
+def shared_weights(first: nn.Module, second: nn.Module) -> set[int]:
+    left, right = ({p.data_ptr() for p in m.parameters()} for m in (first, second))
+    return left & right
+
+
+def test_spec_survives_json(tiny: problems.Sinusoids) -> None:
+    for builder in (slot_nn(tiny, **SMALL), slot_nn.paper(tiny, hidden_features=16)):
+        spec = build(tiny, replace(builder, flow_hidden_features=16)).spec
+        entries = json.loads(json.dumps(spec.to_json()))
+        assert entries == spec.to_json()
+        assert EstimatorSpec.from_json(entries).to_json() == entries
+
+
+def test_builder_cannot_be_changed_in_place(tiny: problems.Sinusoids) -> None:
+    with pytest.raises(FrozenInstanceError):
+        slot_nn(tiny).matching = "ordered"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_missing_problem_is_refused(tiny: problems.Sinusoids) -> None:
+    with pytest.raises(ValueError, match="needs to know the layout of theta"):
+        slot_nn()(*batch(tiny))
+
+
+@pytest.mark.parametrize("name", ["phase_weight", "frequency_weight"])
+def test_weights_without_the_papers_chart_are_refused(
+    tiny: problems.Sinusoids, name: str
+) -> None:
+    builder = replace(slot_nn(tiny), **{name: 2.0})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match='set chart="circle"'):
+        build(tiny, builder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"domains": ("time", "time")}, {"encoder_options": {"noise_stack": True}}],
+)
+def test_encoder_options_beside_an_encoder_are_refused(
+    tiny: problems.Sinusoids, options: dict[str, Any]
+) -> None:
+    builder = slot_nn(tiny, encoder=nn.Linear(300, 8), **options)
+    with pytest.raises(ValueError, match="do nothing beside an encoder of your own"):
+        build(tiny, builder)
+
+
+def test_circle_chart_without_a_phase_is_refused() -> None:
+    problem = problems.linear_gaussian()
+    with pytest.raises(ValueError, match="three parameters"):
+        build(problem, slot_nn(problem, chart="circle"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t, x: (t[:, :-1], x), ValueError, "theta must have 11 entries"),
+        (lambda t, x: (t * float("nan"), x), ValueError, "theta must be finite"),
+        (lambda t, x: (t.long(), x), TypeError, "theta must be a floating-point"),
+        (lambda t, x: (t, x.unsqueeze(1)), ValueError, "x must have shape"),
+        (lambda t, x: (t, x[:, :-1]), ValueError, "x must have|300"),
+        (lambda t, x: (t, x * float("nan")), ValueError, "x must be finite"),
+        (lambda t, x: (t, x.long()), TypeError, "x must be a floating-point"),
+        (lambda t, x: (t, x[:3]), ValueError, "theta and x|batch"),
+    ],
+    ids=[
+        "short theta",
+        "nan theta",
+        "int theta",
+        "3-d x",
+        "short x",
+        "nan x",
+        "int x",
+        "fewer x",
+    ],
+)
+def test_malformed_batches_are_refused(
+    tiny: problems.Sinusoids, change: Any, error: type[Exception], message: str
+) -> None:
+    theta, x = change(*batch(tiny))
+    with pytest.raises(error, match=message):
+        slot_nn(tiny, **SMALL)(theta, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("matching", "hungarain"),
+        ("flow_network", "resnet"),
+        ("chart", "circel"),
+        ("domains", ("frequency", "wavelet")),
+    ],
+)
+def test_a_misspelt_choice_is_refused(
+    tiny: problems.Sinusoids, name: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=name.removeprefix("flow_").rstrip("s")):
+        build(tiny, slot_nn(tiny, **{**SMALL, name: value}))
+
+
+def test_a_prior_of_one_parameter_makes_an_estimator() -> None:
+    prior = VariableKPrior(BoxUniform(torch.zeros(1), torch.ones(1)), [1, 1, 1])
+    theta = prior.sample((20,))
+    x = theta.sum(-1, keepdim=True) + torch.randn(20, 4)
+    estimator = slot_nn(prior, **SMALL)(theta, x)
+    assert estimator.loss(theta, x).isfinite().all()
+    assert prior.support.check(estimator.sample((5,), x)).all()
