@@ -80,7 +80,9 @@ class VariableKPrior(Distribution):
         )
         self.cardinality_probs = weights
         self.component_marginals = marginals_of(self.component)
-        self.shared_marginals = () if self.shared is None else marginals_of(self.shared)
+        self.shared_marginals: tuple[Marginal, ...] = (
+            () if self.shared is None else marginals_of(self.shared)
+        )
         self.min_separation = self._checked_separation(min_separation)
         super().__init__(
             batch_shape=torch.Size(),

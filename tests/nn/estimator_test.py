@@ -698,7 +698,7 @@ def test_a_shared_head_that_is_off_is_the_prior() -> None:
     expected = prior.log_prob(shared).reshape(-1)
     torch.testing.assert_close(log_q, expected, rtol=1e-4, atol=1e-4)
     draws = head.sample(embedding, owner, k, seeded()).squeeze(-1)
-    (marginal,) = variant.prior.shared_marginals
+    marginal = variant.prior.shared_marginals[0]
     test = stats.kstest(marginal.fraction(draws.double()).numpy(), "uniform")
     assert test.pvalue > 1e-6
 
