@@ -240,6 +240,25 @@ def test_forward_is_finite_on_the_bounds_of_the_support(case: Case) -> None:
         assert log_det.isfinite().all()
 
 
+def test_support_is_that_of_the_prior(case: Case) -> None:
+    inside = case.draw(500)
+    assert case.chart.contains(inside).all()
+    for d, marginal in enumerate(case.chart.marginals):
+        low, high = marginal.bounds
+        for value in (low - 1e-3, high + 1e-3):
+            outside = inside.clone()
+            outside[:, d] = value
+            if math.isfinite(value):
+                assert not case.chart.contains(outside).any()
+                assert (
+                    case.component.log_prob(outside)
+                    .reshape(500, -1)
+                    .sum(-1)
+                    .isneginf()
+                    .all()
+                )
+
+
 def test_spec_survives_json(case: Case) -> None:
     rebuilt = chart_from_spec(json.loads(json.dumps(case.chart.spec)))
     assert type(rebuilt) is type(case.chart)
