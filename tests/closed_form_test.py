@@ -12,14 +12,13 @@ from trained import linear_gaussian_posterior
 from sbi_slotflow import problems
 from sbi_slotflow.seeding import generator_for
 
-NUM_SIMULATIONS = 120_000
 problem = problems.linear_gaussian()
 exact = problem.exact_posterior()
 
 
 @pytest.fixture(scope="module")
 def posterior():
-    return linear_gaussian_posterior(NUM_SIMULATIONS)
+    return linear_gaussian_posterior()
 
 
 def observations(num: int) -> tuple[torch.Tensor, torch.Tensor]:

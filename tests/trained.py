@@ -27,8 +27,8 @@ class SilentTracker:
 
 
 @cache
-def linear_gaussian_posterior(num_simulations: int = 60_000) -> SlotPosterior:
-    """Posterior of ``problems.linear_gaussian()``, trained in about 10 s."""
+def linear_gaussian_posterior(num_simulations: int = 80_000) -> SlotPosterior:
+    """Posterior of ``problems.linear_gaussian()``, trained in under a minute."""
     problem = problems.linear_gaussian()
     trainer = SlotNPE(
         problem.prior,

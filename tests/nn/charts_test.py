@@ -246,17 +246,13 @@ def test_support_is_that_of_the_prior(case: Case) -> None:
     for d, marginal in enumerate(case.chart.marginals):
         low, high = marginal.bounds
         for value in (low - 1e-3, high + 1e-3):
+            if math.isinf(value):
+                continue
             outside = inside.clone()
             outside[:, d] = value
-            if math.isfinite(value):
-                assert not case.chart.contains(outside).any()
-                assert (
-                    case.component.log_prob(outside)
-                    .reshape(500, -1)
-                    .sum(-1)
-                    .isneginf()
-                    .all()
-                )
+            log_p = case.component.log_prob(outside).reshape(500, -1).sum(-1)
+            assert log_p.isneginf().all()
+            assert not case.chart.contains(outside).any()
 
 
 def test_spec_survives_json(case: Case) -> None:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -349,7 +348,7 @@ def test_a_run_that_is_killed_ends_as_an_unbroken_one(
         process.start()
         wait_for_new_file(path, old, process)
         time.sleep(moments.uniform(0, 0.05))
-        os.kill(process.pid or 0, signal.SIGKILL)
+        process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         load_state(path)  # whole at any moment
