@@ -35,7 +35,7 @@ from .training.trainer import SlotNPE
 
 __all__ = ["main"]
 
-NUM_SIMULATIONS = 120_000
+NUM_SIMULATIONS = 140_000
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
 OBSERVATION_SEED = 1

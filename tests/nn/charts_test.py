@@ -245,7 +245,7 @@ def test_support_is_that_of_the_prior(case: Case) -> None:
     assert case.chart.contains(inside).all()
     for d, marginal in enumerate(case.chart.marginals):
         low, high = marginal.bounds
-        for value in (low - 1e-3, high + 1e-3):
+        for value in (low - 5e-4, high + 5e-4):
             if math.isinf(value):
                 continue
             outside = inside.clone()
