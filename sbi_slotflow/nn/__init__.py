@@ -8,10 +8,11 @@ from .estimator import SlotDensityEstimator
 from .flows import ConditionalFlow, RowContext
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
 from .matching import hungarian, log_permanent
-from .slots import IndexedSlots
+from .slots import AttentionSlots, GlobalSlots
 from .spec import EstimatorSpec
 
 __all__ = [
+    "AttentionSlots",
     "CardinalityHead",
     "Chart",
     "CircleChart",
@@ -20,7 +21,7 @@ __all__ = [
     "DualStreamEncoder",
     "Encoding",
     "EstimatorSpec",
-    "IndexedSlots",
+    "GlobalSlots",
     "MLPEncoder",
     "PolarChart",
     "PriorSharedHead",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..prior import VariableKPrior
 from .charts import Chart, CircleChart, WhiteningChart
-from .encoders import MLPEncoder, encoder_spec
+from .encoders import MLPEncoder, encode, encoder_spec
 from .estimator import SlotDensityEstimator
 from .spec import EstimatorSpec, Matching
 
@@ -60,12 +60,16 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             likelihood where components overlap.
         phase_weight: Weight w_phi of the paper's chart; needs ``chart="circle"``.
         frequency_weight: Weight w_f of the paper's chart; needs ``chart="circle"``.
+        slots: ``"attention"`` (each slot looks for its component among the encoder's
+            tokens) or ``"global"`` (the paper: all slots read one pooled vector).
+            ``"default"`` is attention where the encoder keeps tokens.
         shared_head: Whether the shared parameters are inferred (the paper's noise
             head); else draws come from their prior.
         condition_on_cardinality: Whether a slot sees K.
         mean_flow_loss: Whether the flow's loss is averaged over components.
         hidden_features: Width of the encoder's embeddings.
-        trunk_features: Width of the trunk that mixes slot contexts, None for none.
+        trunk_features: Width of the slots; None, for global slots only, leaves the
+            parts of a slot's context side by side.
         flow_layers: Coupling layers of the flow.
         flow_hidden_features: Width of the flow's networks.
         flow_bins: Bins of the splines.
@@ -85,6 +89,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     matching: Matching = "hungarian"
     phase_weight: float = 1.0
     frequency_weight: float = 1.0
+    slots: Literal["default", "global", "attention"] = "default"
     shared_head: bool = True
     condition_on_cardinality: bool = True
     mean_flow_loss: bool = False
@@ -104,6 +109,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     def __post_init__(self) -> None:
         _check_choice("matching", self.matching, get_args(Matching))
         _check_choice("flow_network", self.flow_network, ("projected", "residual"))
+        _check_choice("slots", self.slots, ("default", "global", "attention"))
         if not isinstance(self.chart, Chart):
             _check_choice("chart", self.chart, ("default", "circle"))
 
@@ -142,6 +148,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             problem=problem,
             chart="circle",
             matching="hungarian",
+            slots="global",
             phase_weight=2.0,
             frequency_weight=3.0,
             condition_on_cardinality=False,
@@ -217,6 +224,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 "location_scale": self.location_scale,
             },
             slots={
+                "kind": self._slots_kind(encoder, x),
                 "trunk_features": self.trunk_features,
                 "condition_on_cardinality": self.condition_on_cardinality,
             },
@@ -263,6 +271,13 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 hidden_features=self.hidden_features, **options
             )
         return encoder, encoder_spec(encoder)
+
+    @torch.no_grad()
+    def _slots_kind(self, encoder: nn.Module, x: Tensor) -> str:
+        if self.slots != "default":
+            return self.slots
+        keeps_tokens = encode(encoder, x[:2]).tokens is not None
+        return "attention" if keeps_tokens and self.trunk_features else "global"
 
     def _chart(self) -> Chart:
         weighted = self.phase_weight != 1.0 or self.frequency_weight != 1.0

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..layout import ThetaParts
 from .charts import Chart
-from .flows import ConditionalFlow
+from .encoders import Encoding
+from .flows import ConditionalFlow, RowContext
 from .matching import hungarian, log_permanent
-from .slots import IndexedSlots
+from .slots import Slots
 from .spec import Matching
 
 __all__ = ["ComponentHead"]
@@ -29,18 +30,16 @@ class ComponentHead(nn.Module):
         flow: Flow over the chart's coordinates.
     """
 
-    def __init__(
-        self, chart: Chart, slots: IndexedSlots, flow: ConditionalFlow
-    ) -> None:
+    def __init__(self, chart: Chart, slots: Slots, flow: ConditionalFlow) -> None:
         super().__init__()
         self.chart, self.slots, self.flow = chart, slots, flow
 
-    def log_prob(self, parts: ThetaParts, context: Tensor, owner: Tensor) -> Tensor:
+    def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
         """Evaluate the log density of N sets.
 
         Args:
             parts: The sets, taken apart.
-            context: Global contexts of B observations, shape ``(B, C)``.
+            encoding: Embeddings of B observations.
             owner: Observation of each set, shape ``(N,)``.
 
         Returns:
@@ -48,17 +47,18 @@ class ComponentHead(nn.Module):
             canonical region; exact up to K = 12, see :func:`log_permanent`.
         """
         u, log_det = self._coordinates(parts)
-        pairs = self._pairwise_log_density(u, parts, context, owner)
+        contexts = self._contexts(parts.mask, encoding, owner)
+        pairs = self._pairwise_log_density(u, parts.mask, contexts)
         return log_permanent(pairs, parts.cardinality) + log_det.sum(-1)
 
     def matched_log_prob(
-        self, parts: ThetaParts, context: Tensor, owner: Tensor, matching: Matching
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
     ) -> Tensor:
         """Evaluate what training maximises; see :meth:`log_prob`.
 
         Args:
             parts: The sets, in canonical order.
-            context: Global contexts of B observations, shape ``(B, C)``.
+            encoding: Embeddings of B observations.
             owner: Observation of each set, shape ``(N,)``.
             matching: ``"permanent"`` is :meth:`log_prob`; ``"hungarian"`` and
                 ``"ordered"`` take the log density of one assignment.
@@ -67,15 +67,15 @@ class ComponentHead(nn.Module):
             Shape ``(N,)``.
         """
         if matching == "permanent":
-            return self.log_prob(parts, context, owner)
+            return self.log_prob(parts, encoding, owner)
         u, log_det = self._coordinates(parts)
+        contexts = self._contexts(parts.mask, encoding, owner)
         matched = torch.arange(u.shape[-2], device=u.device).expand_as(parts.mask)
         if matching == "hungarian":
             with torch.no_grad():
-                pairs = self._pairwise_log_density(u, parts, context, owner)
+                pairs = self._pairwise_log_density(u, parts.mask, contexts)
             matched = hungarian(pairs, parts.cardinality)
         row, slot = parts.mask.nonzero(as_tuple=True)
-        contexts = self.slots(context, owner[row], parts.cardinality[row], slot)
         value = self.flow.log_prob(u[row, matched[row, slot]], contexts)
         return log_det.sum(-1).index_add(0, row, value)
 
@@ -83,7 +83,7 @@ class ComponentHead(nn.Module):
     def sample(
         self,
         mask: Tensor,
-        context: Tensor,
+        encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -91,32 +91,39 @@ class ComponentHead(nn.Module):
 
         Args:
             mask: Active components of each set, shape ``(N, Kmax)``.
-            context: Global contexts of B observations, shape ``(B, C)``.
+            encoding: Embeddings of B observations.
             owner: Observation of each set, shape ``(N,)``.
             generator: Source of randomness.
 
         Returns:
             Components in slot order, shape ``(N, Kmax, D)``, zero where inactive.
         """
-        row, slot = mask.nonzero(as_tuple=True)
-        contexts = self.slots(context, owner[row], mask.sum(-1)[row], slot)
+        contexts = self._contexts(mask, encoding, owner)
         components = self.chart.inverse(self.flow.sample(contexts, generator))
         padded = components.new_zeros(*mask.shape, components.shape[-1])
         padded[mask] = components
         return padded
 
+    def _contexts(self, mask: Tensor, encoding: Encoding, owner: Tensor) -> RowContext:
+        """Contexts of the active slots, in the order of ``mask.nonzero()``."""
+        row, slot = mask.nonzero(as_tuple=True)
+        return self.slots(encoding, owner[row], mask.sum(-1)[row], slot)
+
     def _pairwise_log_density(
-        self, u: Tensor, parts: ThetaParts, context: Tensor, owner: Tensor
+        self, u: Tensor, mask: Tensor, contexts: RowContext
     ) -> Tensor:
         """Log densities of all coordinates under all slots of their row.
 
         Returns:
             Shape ``(N, Kmax, Kmax)`` (slot, component), zero outside the K x K block.
         """
-        block = parts.mask.unsqueeze(-1) & parts.mask.unsqueeze(-2)
+        block = mask.unsqueeze(-1) & mask.unsqueeze(-2)
         row, slot, component = block.nonzero(as_tuple=True)
-        contexts = self.slots(context, owner[row], parts.cardinality[row], slot)
-        values = self.flow.log_prob(u[row, component], contexts)
+        which = contexts.which.new_zeros(mask.shape).masked_scatter(
+            mask, contexts.which
+        )
+        pairs = RowContext(contexts.values, which[row, slot])
+        values = self.flow.log_prob(u[row, component], pairs)
         return values.new_zeros(block.shape).masked_scatter(block, values)
 
     def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,14 @@ class Encoding(NamedTuple):
         context: Read by the slots, shape ``(B, C)``.
         cardinality: Read by the cardinality head, shape ``(B, C')``.
         shared: Read by the shared-parameter head, shape ``(B, C'')``.
+        tokens: What attention slots attend to, shape ``(B, L, C''')``; None if the
+            encoder keeps no tokens.
     """
 
     context: Tensor
     cardinality: Tensor
     shared: Tensor
+    tokens: Tensor | None = None
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:
@@ -205,7 +208,7 @@ class DualStreamEncoder(nn.Module):
             shared = torch.cat([context, cardinality], dim=-1)
         else:
             shared = self.to_noise(self.noise_pool(self.noise_stack(streams[0])))
-        return Encoding(context, cardinality, shared)
+        return Encoding(context, cardinality, shared, torch.cat(tokens, dim=-2))
 
 
 class _ConvStack(nn.Module):

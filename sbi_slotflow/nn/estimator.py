@@ -23,7 +23,7 @@ from .component_head import ComponentHead
 from .encoders import Encoding, encode, encoder_from_spec
 from .flows import ConditionalFlow
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
-from .slots import IndexedSlots
+from .slots import slots_from_spec
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]
@@ -75,9 +75,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 else PriorSharedHead(chart)
             )
         chart = chart_from_spec(spec.chart)
-        slots = IndexedSlots(
-            probe.context.shape[-1], layout.max_cardinality, **spec.slots
-        )
+        slots = slots_from_spec(spec.slots, probe, layout.max_cardinality)
         flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
         self.component_head = ComponentHead(chart, slots, flow)
         self.register_buffer("x_shift", torch.zeros(()))
@@ -147,7 +145,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 parts.shared, encoding.shared, owner, parts.cardinality
             )
         flow = -self.component_head.matched_log_prob(
-            parts, encoding.context, owner, self.spec.matching
+            parts, encoding, owner, self.spec.matching
         )
         if self.spec.mean_flow_loss:
             flow = flow / parts.cardinality.clamp(min=1)
@@ -210,7 +208,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             result = result + self.shared_head.log_prob(
                 parts.shared, encoding.shared, owner, parts.cardinality
             )
-        result = result + self.component_head.log_prob(parts, encoding.context, owner)
+        result = result + self.component_head.log_prob(parts, encoding, owner)
         return result.reshape(input.shape[:2])
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
@@ -299,9 +297,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         layout = self.layout
         mask = layout.mask(cardinality)
-        components = self.component_head.sample(
-            mask, encoding.context, owner, generator
-        )
+        components = self.component_head.sample(mask, encoding, owner, generator)
         shared = None
         if self.shared_head is not None:
             shared = self.shared_head.sample(

@@ -1,28 +1,36 @@
-r"""Slot contexts: what slot i of K sees of an observation (eq. 13-14 of the paper).
+r"""Slot contexts: what slot i of K sees of an observation.
+
+:class:`GlobalSlots` are the paper's (eq. 13-14),
 
 .. math::
     c_i = [g, e_i, e_K]
 
-is the global context g beside one-hot vectors of the slot and, unlike in the authors'
-code, of K: the posterior of a component depends on how many there are. An optional
-trunk mixes the three once per (observation, K, slot), however many samples are drawn.
+the pooled context g beside one-hot vectors of the slot and, unlike in the authors'
+code, of K: the posterior of a component depends on how many there are. Everything that
+a slot learns of its component has then passed through one vector. In
+:class:`AttentionSlots` each slot, starting from c_i, also looks for its component among
+the encoder's tokens, which are not pooled.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .encoders import Encoding
 from .flows import RowContext
 
-__all__ = ["IndexedSlots"]
+__all__ = ["AttentionSlots", "GlobalSlots", "Slots", "slots_from_spec"]
 
 
-class IndexedSlots(nn.Module):
-    """Slots told apart by their index.
+class GlobalSlots(nn.Module):
+    """Slots that see the global context and their index.
 
     Args:
         context_features: Length of the global context.
         max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of the trunk; None hands the concatenation on as it is.
+        trunk_features: Width of a trunk that mixes the parts of a context; None hands
+            the concatenation on as it is.
         condition_on_cardinality: Whether a slot sees K.
 
     Attributes:
@@ -55,12 +63,12 @@ class IndexedSlots(nn.Module):
         )
 
     def forward(
-        self, context: Tensor, owner: Tensor, cardinality: Tensor, slot: Tensor
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
         """Build the contexts of N rows, each distinct one once.
 
         Args:
-            context: Global contexts of the observations, shape ``(B, C)``.
+            encoding: Embeddings of the observations.
             owner: Observation of each row, shape ``(N,)``.
             cardinality: K of each row, shape ``(N,)``.
             slot: Slot of each row, in 0..K-1, shape ``(N,)``.
@@ -68,13 +76,136 @@ class IndexedSlots(nn.Module):
         Returns:
             Contexts of the rows.
         """
+        return self.with_owners(encoding, owner, cardinality, slot)[0]
+
+    def with_owners(
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
+    ) -> tuple[RowContext, Tensor]:
+        """Return :meth:`forward` and the observation of each distinct context."""
         size = self.max_cardinality
         code = (owner * (size + 1) + cardinality) * size + slot
         distinct, index = torch.unique(code, return_inverse=True)
-        slots = nn.functional.one_hot(distinct % size, size)
-        rest = distinct // size
-        parts = [context[rest // (size + 1)], slots.to(context)]
+        rest, slots = distinct // size, distinct % size
+        owners, cardinalities = rest // (size + 1), rest % (size + 1)
+        context = encoding.context[owners]
+        parts = [context, nn.functional.one_hot(slots, size).to(context)]
         if self.condition_on_cardinality:
-            cardinalities = nn.functional.one_hot(rest % (size + 1), size + 1)
-            parts.append(cardinalities.to(context))
-        return RowContext(self.trunk(torch.cat(parts, dim=-1)), index)
+            parts.append(nn.functional.one_hot(cardinalities, size + 1).to(context))
+        return RowContext(self.trunk(torch.cat(parts, dim=-1)), index), owners
+
+
+class AttentionSlots(nn.Module):
+    r"""Slots that look for their component among the encoder's tokens.
+
+    .. math::
+        s^{0} = \mathrm{trunk}(c_i), \qquad
+        s^{r} = s^{r-1} + \mathrm{MLP}_r\left([s^{r-1},
+            \mathrm{attention}(s^{r-1}, \text{tokens})]\right)
+
+    Args:
+        context_features: Length of the global context.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        trunk_features: Width of a slot; a multiple of ``num_heads``.
+        condition_on_cardinality: Whether a slot sees K.
+        num_rounds: Rounds of attention.
+        num_heads: Attention heads.
+
+    Attributes:
+        num_features: Length of a slot context.
+
+    Raises:
+        ValueError: If the width is no multiple of the number of heads.
+    """
+
+    def __init__(
+        self,
+        context_features: int,
+        token_features: int,
+        max_cardinality: int,
+        trunk_features: int = 128,
+        condition_on_cardinality: bool = True,
+        num_rounds: int = 2,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if trunk_features is None or trunk_features % num_heads:
+            raise ValueError(
+                f"trunk_features must be a multiple of {num_heads}, the number of "
+                f"heads of attention slots, got {trunk_features}."
+            )
+        width = self.num_features = trunk_features
+        self.num_heads = num_heads
+        self.start = GlobalSlots(
+            context_features, max_cardinality, width, condition_on_cardinality
+        )
+        self.norm = nn.LayerNorm(token_features)
+        self.keys, self.values, self.queries, self.mixers = (
+            nn.ModuleList(make() for _ in range(num_rounds))
+            for make in (
+                lambda: nn.Linear(token_features, width),
+                lambda: nn.Linear(token_features, width),
+                lambda: nn.Linear(width, width),
+                lambda: nn.Sequential(
+                    nn.Linear(2 * width, 2 * width),
+                    nn.GELU(),
+                    nn.Linear(2 * width, width),
+                ),
+            )
+        )
+
+    def forward(
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
+    ) -> RowContext:
+        """Build the contexts of N rows; see :meth:`GlobalSlots.forward`."""
+        (slots, which), owners = self.start.with_owners(
+            encoding, owner, cardinality, slot
+        )
+        assert encoding.tokens is not None
+        tokens = self.norm(encoding.tokens)
+        rounds = zip(self.keys, self.values, self.queries, self.mixers, strict=True)
+        for key, value, query, mixer in rounds:
+            found = nn.functional.scaled_dot_product_attention(
+                self._heads(query(slots).unsqueeze(-2)),
+                self._heads(key(tokens)[owners]),
+                self._heads(value(tokens)[owners]),
+            )
+            slots = slots + mixer(torch.cat([slots, found.flatten(1)], dim=-1))
+        return RowContext(slots, which)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """Map (n, L, C) to (n, heads, L, C / heads)."""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+
+
+Slots = GlobalSlots | AttentionSlots
+
+
+def slots_from_spec(
+    spec: dict[str, Any], probe: Encoding, max_cardinality: int
+) -> Slots:
+    """Build slots from their spec.
+
+    Args:
+        spec: ``"kind"`` and the options of the class.
+        probe: An encoding, for its sizes.
+        max_cardinality: Largest cardinality Kmax.
+
+    Raises:
+        ValueError: If the kind is unknown, or the encoder lacks what it needs.
+    """
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    context_features = probe.context.shape[-1]
+    if kind == "global":
+        return GlobalSlots(context_features, max_cardinality, **options)
+    if kind != "attention":
+        raise ValueError(f"slots must be 'global' or 'attention', got {kind!r}.")
+    if probe.tokens is None:
+        raise ValueError(
+            "slots='attention' need an encoder that returns an Encoding with tokens; "
+            "use slots='global' with this one."
+        )
+    return AttentionSlots(
+        context_features, probe.tokens.shape[-1], max_cardinality, **options
+    )

@@ -24,7 +24,8 @@ class EstimatorSpec:
         shared_head: Whether the shared parameters are inferred; else draws come from
             their prior.
         flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
-        slots: Options of the :class:`~sbi_slotflow.nn.IndexedSlots`.
+        slots: Kind and options of the slots, see
+            :func:`~sbi_slotflow.nn.slots.slots_from_spec`.
         matching: How training matches slots with components.
         mean_flow_loss: Whether the flow's loss is averaged over components (the
             paper) instead of summed (the likelihood of the set).

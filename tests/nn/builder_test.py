@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn import (
+    AttentionSlots,
     CircleChart,
     DualStreamEncoder,
     EstimatorSpec,
+    GlobalSlots,
     MLPEncoder,
     PolarChart,
     SlotDensityEstimator,
@@ -131,7 +133,11 @@ def test_paper_preset_takes_the_ablations(tiny: problems.Sinusoids) -> None:
             {"trunk_features": None},
             lambda e: e.component_head.slots.num_features == 16 + 3 + 4,
         ),
-        ({"trunk_features": 7}, lambda e: e.component_head.slots.num_features == 7),
+        ({"trunk_features": 8}, lambda e: e.component_head.slots.num_features == 8),
+        (
+            {"slots": "global"},
+            lambda e: isinstance(e.component_head.slots, GlobalSlots),
+        ),
         (
             {"trunk_features": None, "condition_on_cardinality": False},
             lambda e: e.component_head.slots.num_features == 16 + 3,
@@ -169,10 +175,12 @@ def test_default_asks_the_problem_for_chart_and_encoder(
     estimator = build(tiny, slot_nn(tiny))
     assert isinstance(estimator.chart, PolarChart)
     assert isinstance(estimator.net, DualStreamEncoder)
+    assert isinstance(estimator.component_head.slots, AttentionSlots)
     linear = problems.linear_gaussian()
     estimator = build(linear, slot_nn(linear))
     assert isinstance(estimator.chart, WhiteningChart)
     assert isinstance(estimator.net, MLPEncoder)
+    assert isinstance(estimator.component_head.slots, GlobalSlots)
     assert estimator.shared_head is None
 
 
@@ -335,3 +343,16 @@ def test_a_prior_of_one_parameter_makes_an_estimator() -> None:
     estimator = slot_nn(prior, **SMALL)(theta, x)
     assert estimator.loss(theta, x).isfinite().all()
     assert prior.support.check(estimator.sample((5,), x)).all()
+
+
+def test_attention_slots_need_tokens() -> None:
+    linear = problems.linear_gaussian()
+    with pytest.raises(ValueError, match=r"need an encoder that returns .* tokens"):
+        build(linear, slot_nn(linear, slots="attention"))
+
+
+def test_the_heads_must_divide_the_width_of_attention_slots(
+    tiny: problems.Sinusoids,
+) -> None:
+    with pytest.raises(ValueError, match=r"multiple of 4, .* got 7"):
+        build(tiny, slot_nn(tiny, trunk_features=7))

@@ -25,7 +25,13 @@ from torch.distributions import (
 )
 
 from sbi_slotflow import VariableKPrior, problems
-from sbi_slotflow.nn import Encoding, MLPEncoder, SlotDensityEstimator, slot_nn
+from sbi_slotflow.nn import (
+    Encoding,
+    GlobalSlots,
+    MLPEncoder,
+    SlotDensityEstimator,
+    slot_nn,
+)
 from sbi_slotflow.storage import read_tensors, write_tensors
 
 FORMAT = "sbi_slotflow.SlotDensityEstimator"
@@ -123,6 +129,7 @@ VARIANTS: dict[str, Callable[[], slot_nn]] = {
     "ordered": lambda: tiny(matching="ordered"),
     "blind-to-k": lambda: tiny(condition_on_cardinality=False),
     "no-shared-head": lambda: tiny(shared_head=False),
+    "global-slots": lambda: tiny(slots="global"),
     "no-trunk": lambda: tiny(trunk_features=None),
     "residual-flow": lambda: tiny(flow_network="residual"),
     "no-location-scale": lambda: tiny(location_scale=False),
@@ -376,7 +383,8 @@ def shake_slots(estimator: SlotDensityEstimator) -> None:
     """Make the slots differ, by the same amount on every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        shake(estimator.component_head.slots, 0.5)
+        slots = estimator.component_head.slots
+        shake(slots if isinstance(slots, GlobalSlots) else slots.start, 0.5)
 
 
 # --- draws
@@ -498,7 +506,7 @@ def brute_force_log_prob(
     table = torch.zeros(k, k)
     for i in range(k):
         context = estimator.component_head.slots(
-            encoding.context, owner, count, torch.tensor([i])
+            encoding, owner, count, torch.tensor([i])
         )
         for j in range(k):
             u, log_det = estimator.chart.forward(parts.components[j : j + 1])
@@ -655,9 +663,7 @@ def test_a_slot_sees_k_exactly_if_it_was_asked_to(name: str) -> None:
     values = [
         estimator.component_head.flow.log_prob(
             u,
-            estimator.component_head.slots(
-                encoding.context, owner, torch.tensor([k]), slot
-            ),
+            estimator.component_head.slots(encoding, owner, torch.tensor([k]), slot),
         )
         for k in (1, 2, 3)
     ]
