@@ -1,11 +1,10 @@
 r"""The trans-dimensional posterior q(K, Theta, s | x), sbi's ``DirectPosterior``.
 
 Slots draw inside the prior's support by construction. Only a least separation is not
-built in: then K is drawn first and the components given K are redrawn until they keep
-it, which leaves q(K | x) as it is, and densities are divided by the probability
-:math:`a_K(x)` that a draw is kept.
+built in, see :mod:`sbi_slotflow.truncation`.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Protocol
@@ -16,14 +15,12 @@ from sbi.utils.sbiutils import within_support
 from torch import Tensor
 from torch.distributions import Categorical
 
-from .nn.encoders import Encoding
 from .nn.estimator import SlotDensityEstimator
 from .prior import VariableKPrior
 from .seeding import generator_for
+from .truncation import LEAST_ACCEPTANCE, SeparatedSlots
 
 __all__ = ["SlotPosterior"]
-
-_MAX_ROUNDS = 1_000
 
 
 class SignalModel(Protocol):
@@ -191,7 +188,6 @@ class SlotPosterior(DirectPosterior):
 
         Raises:
             ValueError: If x is malformed or k out of range.
-            RuntimeError: If draws given some K almost never keep the separation.
         """
         batch = self._batch(x)
         self._check_k(k)
@@ -202,7 +198,7 @@ class SlotPosterior(DirectPosterior):
         rows = batch.new_empty(num, len(batch), self.prior.layout.size)
         for start in range(0, num, step):
             size = min(step, num - start)
-            rows[start : start + size] = self._draw(size, encoding, k, generator)
+            rows[start : start + size] = self._slots.draw(size, encoding, k, generator)
         return rows.reshape(*shape, len(batch), self.prior.layout.size)
 
     def log_prob(
@@ -261,7 +257,12 @@ class SlotPosterior(DirectPosterior):
                 k = self.prior.layout.cardinality(theta)
                 accepted = self._cached_log_acceptance(batch, k.unique().tolist())
                 accepted = accepted.expand(*k.shape, -1)
-                values = values - accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+                accepted = accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+                values = values - accepted
+                replaced = accepted < math.log(LEAST_ACCEPTANCE)
+                if replaced.any():
+                    stand_in = self._stand_in_log_prob(theta, k, batch)
+                    values = torch.where(replaced, stand_in, values)
             inside = within_support(self.prior, theta)
             return torch.where(inside, values, values.new_full((), -torch.inf))
 
@@ -285,17 +286,8 @@ class SlotPosterior(DirectPosterior):
             no separation is asked for.
         """
         batch = self._batch(x)
-        wanted = range(self.prior.max_cardinality + 1)
-        if cardinalities is not None:
-            wanted = sorted(set(cardinalities))
-        columns = batch.new_zeros(len(batch), self.prior.max_cardinality + 1)
-        if self.prior.min_separation is None:
-            return columns
         encoding = self.posterior_estimator.eval().encode(batch)
-        for k in wanted:
-            if k >= 2 and self.prior.cardinality_probs[k] > 0:
-                columns[:, k] = self._log_acceptance(encoding, k, num_draws)
-        return columns
+        return self._slots.log_acceptance(encoding, cardinalities, num_draws)
 
     @torch.no_grad()
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -370,6 +362,19 @@ class SlotPosterior(DirectPosterior):
             samples = self.sample((num_samples,), batch, generator=generator)
         return to_datatree(samples, self.prior.layout, x=batch[0])
 
+    @property
+    def _slots(self) -> SeparatedSlots:
+        return SeparatedSlots(
+            self.posterior_estimator, self.prior, self.max_sampling_batch_size
+        )
+
+    def _stand_in_log_prob(self, theta: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        """Log of q(K | x) p(Theta, s | K), the density where slots keep colliding."""
+        log_k = self.posterior_estimator.log_prob_cardinality(x)
+        log_k = log_k.expand(*k.shape, -1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
+        log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
+        return log_k + self.prior.log_prob(theta) - log_prior_k
+
     def _cached_log_acceptance(self, x: Tensor, cardinalities: list[int]) -> Tensor:
         """As :meth:`log_acceptance`, remembering the last observations."""
         old_x, done, columns = self._acceptance
@@ -381,53 +386,6 @@ class SlotPosterior(DirectPosterior):
             columns = columns + self.log_acceptance(x, missing)
             self._acceptance = (x.clone(), done | set(missing), columns)
         return columns
-
-    def _log_acceptance(self, encoding: Encoding, k: int, num_draws: int) -> Tensor:
-        batch, device = len(encoding.context), encoding.context.device
-        generator = generator_for(0, k, device=device)
-        kept = torch.zeros(batch, device=device)
-        step = max(1, self.max_sampling_batch_size // batch)
-        for start in range(0, num_draws, step):
-            num = min(step, num_draws - start)
-            owner = torch.arange(batch, device=device).repeat(num)
-            counts = torch.full_like(owner, k)
-            rows = self.posterior_estimator.draw(encoding, owner, counts, generator)
-            kept += self.prior.separated(rows).reshape(num, -1).sum(0)
-        # Half a draw keeps the logarithm finite where none was kept.
-        return ((kept + 0.5) / (num_draws + 0.5)).log()
-
-    def _draw(
-        self,
-        num: int,
-        encoding: Encoding,
-        k: int | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Draw rows ``(num, B, E)`` that keep the separation."""
-        estimator = self.posterior_estimator
-        if k is None:
-            counts = estimator.draw_cardinality(encoding, num, generator)
-        else:
-            batch, device = len(encoding.context), encoding.context.device
-            counts = torch.full((num, batch), k, device=device)
-        owner = torch.arange(counts.shape[1], device=counts.device).repeat(num)
-        counts = counts.reshape(-1)
-        rows = estimator.draw(encoding, owner, counts, generator)
-        bad = (~self.prior.separated(rows)).nonzero().squeeze(-1)
-        rounds = 0
-        while len(bad):
-            if rounds == _MAX_ROUNDS:
-                raise RuntimeError(
-                    f"draws given K almost never keep min_separation="
-                    f"{self.prior.min_separation}: {len(bad)} of {len(rows)} are left "
-                    f"after {rounds} rounds. The estimator is hardly trained, or K is "
-                    "much too large for x."
-                )
-            new = estimator.draw(encoding, owner[bad], counts[bad], generator)
-            rows[bad] = new
-            bad = bad[~self.prior.separated(new)]
-            rounds += 1
-        return rows.reshape(num, len(encoding.context), self.prior.layout.size)
 
     def _batch(self, x: Tensor | None) -> Tensor:
         """Return observations as a checked batch ``(B, T)`` on the device."""

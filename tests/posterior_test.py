@@ -3,9 +3,12 @@ import pickle
 
 import pytest
 import torch
+from scipy.stats import ks_2samp
+from torch import nn
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow.nn.flows import LocationScale
 from sbi_slotflow.seeding import generator_for
 
 
@@ -170,6 +173,36 @@ def test_separated_density_is_normalised(separated, signal):
     error = ratio.std() / math.sqrt(len(ratio))
     assert abs(ratio.mean() - 1) <= 5 * error + 0.02  # false alarms below 1e-6
     assert error < 0.05
+
+
+def test_the_prior_stands_in_for_slots_that_collide(signal):
+    collided = untrained(problems.sinusoids("tiny"))
+    first = collided.posterior_estimator.component_head.flow.transform._transforms[0]
+    assert isinstance(first, LocationScale)
+    with torch.no_grad():  # all slots agree on a sharp frequency
+        last = first.network[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias[5] = -8.0
+    draws = collided.sample((3_000,), signal[0], generator=generator_for(2))
+    prior, k = collided.prior, draws[:, 0].long()
+    assert prior.support.check(draws).all()
+    plain = collided.posterior_estimator.sample(
+        (3_000,), signal[:1], generator=generator_for(2)
+    )[:, 0]
+    assert torch.equal(draws[:, 0].sort().values, plain[:, 0].sort().values)
+    two = draws[k == 2]
+    log_p = prior.log_prob(two) - prior.log_cardinality_probs[2]
+    log_q = (
+        collided.log_prob(two, signal[0]) - collided.cardinality(signal[0]).logits[2]
+    )
+    torch.testing.assert_close(log_q, log_p, rtol=0, atol=1e-4)
+    # given K = 2 the gap has the prior's distribution; false alarms below 1e-6
+    gaps = two[:, 7] - two[:, 4]
+    expected = prior.with_cardinality([0, 0, 1, 0]).sample((3_000,), generator_for(5))
+    _, p_value = ks_2samp(gaps, expected[:, 7] - expected[:, 4])
+    assert p_value > 1e-6
+    # K = 1 is the slots' own: sharp
+    assert draws[k == 1][:, 4].std() < 0.01
 
 
 def test_density_is_zero_outside_the_support(separated, signal):

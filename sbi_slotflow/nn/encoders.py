@@ -46,6 +46,13 @@ class Encoding(NamedTuple):
     shared: Tensor
     tokens: Tensor | None = None
 
+    def rows(self, index: Tensor) -> "Encoding":
+        """Embeddings of some of the observations."""
+        tokens = None if self.tokens is None else self.tokens[index]
+        return Encoding(
+            self.context[index], self.cardinality[index], self.shared[index], tokens
+        )
+
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:
     """Run an encoder; a plain tensor serves all three readers."""

@@ -12,6 +12,7 @@ a slot learns of its component has then passed through one vector. In
 the encoder's tokens, which are not pooled.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -99,23 +100,23 @@ class AttentionSlots(nn.Module):
 
     .. math::
         s^{0} = \mathrm{trunk}(c_i), \qquad
-        s^{r} = s^{r-1} + \mathrm{MLP}_r\left([s^{r-1},
-            \mathrm{attention}(s^{r-1}, \text{tokens})]\right)
+        s^{r} = s^{r-1} + \mathrm{MLP}_r\left([s^{r-1}, T^\top
+            \mathrm{softmax}(T q_r(s^{r-1}))]\right)
+
+    T holds the tokens, and q_r makes one query for each head. As queries and results
+    live in the tokens' own space, nothing is computed for each token.
 
     Args:
         context_features: Length of the global context.
         token_features: Length of a token.
         max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of a slot; a multiple of ``num_heads``.
+        trunk_features: Width of a slot.
         condition_on_cardinality: Whether a slot sees K.
         num_rounds: Rounds of attention.
         num_heads: Attention heads.
 
     Attributes:
         num_features: Length of a slot context.
-
-    Raises:
-        ValueError: If the width is no multiple of the number of heads.
     """
 
     def __init__(
@@ -129,29 +130,19 @@ class AttentionSlots(nn.Module):
         num_heads: int = 4,
     ) -> None:
         super().__init__()
-        if trunk_features is None or trunk_features % num_heads:
-            raise ValueError(
-                f"trunk_features must be a multiple of {num_heads}, the number of "
-                f"heads of attention slots, got {trunk_features}."
-            )
         width = self.num_features = trunk_features
         self.num_heads = num_heads
         self.start = GlobalSlots(
             context_features, max_cardinality, width, condition_on_cardinality
         )
         self.norm = nn.LayerNorm(token_features)
-        self.keys, self.values, self.queries, self.mixers = (
-            nn.ModuleList(make() for _ in range(num_rounds))
-            for make in (
-                lambda: nn.Linear(token_features, width),
-                lambda: nn.Linear(token_features, width),
-                lambda: nn.Linear(width, width),
-                lambda: nn.Sequential(
-                    nn.Linear(2 * width, 2 * width),
-                    nn.GELU(),
-                    nn.Linear(2 * width, width),
-                ),
+        found = num_heads * token_features
+        self.queries = nn.ModuleList(nn.Linear(width, found) for _ in range(num_rounds))
+        self.mixers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width + found, width), nn.GELU(), nn.Linear(width, width)
             )
+            for _ in range(num_rounds)
         )
 
     def forward(
@@ -162,20 +153,13 @@ class AttentionSlots(nn.Module):
             encoding, owner, cardinality, slot
         )
         assert encoding.tokens is not None
-        tokens = self.norm(encoding.tokens)
-        rounds = zip(self.keys, self.values, self.queries, self.mixers, strict=True)
-        for key, value, query, mixer in rounds:
-            found = nn.functional.scaled_dot_product_attention(
-                self._heads(query(slots).unsqueeze(-2)),
-                self._heads(key(tokens)[owners]),
-                self._heads(value(tokens)[owners]),
-            )
-            slots = slots + mixer(torch.cat([slots, found.flatten(1)], dim=-1))
+        tokens = self.norm(encoding.tokens)[owners]
+        for query, mixer in zip(self.queries, self.mixers, strict=True):
+            heads = query(slots).unflatten(-1, (self.num_heads, -1))
+            weights = (heads @ tokens.mT / math.sqrt(tokens.shape[-1])).softmax(-1)
+            found = (weights @ tokens).flatten(1)
+            slots = slots + mixer(torch.cat([slots, found], dim=-1))
         return RowContext(slots, which)
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        """Map (n, L, C) to (n, heads, L, C / heads)."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
 
 Slots = GlobalSlots | AttentionSlots

@@ -349,10 +349,3 @@ def test_attention_slots_need_tokens() -> None:
     linear = problems.linear_gaussian()
     with pytest.raises(ValueError, match=r"need an encoder that returns .* tokens"):
         build(linear, slot_nn(linear, slots="attention"))
-
-
-def test_the_heads_must_divide_the_width_of_attention_slots(
-    tiny: problems.Sinusoids,
-) -> None:
-    with pytest.raises(ValueError, match=r"multiple of 4, .* got 7"):
-        build(tiny, slot_nn(tiny, trunk_features=7))
