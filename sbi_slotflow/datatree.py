@@ -25,6 +25,7 @@ def to_datatree(
     *,
     x: Tensor | None = None,
     true_theta: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> "DataTree":
     """Turn theta rows into an ArviZ ``DataTree``.
 
@@ -37,6 +38,8 @@ def to_datatree(
         layout: Layout of theta.
         x: The observation, kept in the group ``observed_data``.
         true_theta: A true theta row, kept in ``constant_data`` if known.
+        weights: Importance weights, shape ``(chains, draws)``, kept in
+            ``sample_stats``.
 
     Returns:
         The tree.
@@ -54,6 +57,8 @@ def to_datatree(
         )
     groups = {"posterior": _variables(samples, layout)}
     dims = {name: ["component"] for name in layout.component_names}
+    if weights is not None:
+        groups["sample_stats"] = {"weight": weights.detach().cpu().numpy()}
     if x is not None:
         groups["observed_data"] = {"x": x.detach().cpu().numpy()}
         dims["x"] = ["sample_index"]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -35,7 +35,7 @@ from .training.trainer import SlotNPE
 
 __all__ = ["main"]
 
-NUM_SIMULATIONS = 140_000
+NUM_SIMULATIONS = 120_000
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
 OBSERVATION_SEED = 61  # two components, sigma 0.69
@@ -150,7 +150,7 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
     Raises:
         DemoError: If the checkpoint is corrupt or belongs to another training.
     """
-    exists = _announce_training(checkpoint, num_simulations)
+    state = _announce_training(checkpoint, num_simulations)
     trainer = SlotNPE(problem.prior, slot_nn(problem), tracker=_NoTracker())
     started = time.monotonic()
     try:
@@ -163,12 +163,13 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
             checkpoint_every=CHECKPOINT_EVERY,
         )
     except ValueError as error:
-        if not exists:
+        if state == "new":
             raise
         raise DemoError(
             f"{error} To train anew, delete the file or give another --out."
         ) from error
-    print(f"training took {time.monotonic() - started:.0f} s", flush=True)
+    if state != "reused":
+        print(f"training took {time.monotonic() - started:.0f} s", flush=True)
     return trainer.build_posterior()
 
 
@@ -297,11 +298,13 @@ def _describe(problem: Sinusoids) -> str:
     return ", then ".join(parts)
 
 
-def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
-    """Say whether the training is new, resumed or reused; tell if there is one."""
+def _announce_training(
+    checkpoint: Path, num_simulations: int
+) -> Literal["new", "resumed", "reused"]:
+    """Say and return what becomes of the checkpoint."""
     if not checkpoint.exists():
         print(f"training on {num_simulations:,} fresh simulations", flush=True)
-        return False
+        return "new"
     try:
         state = load_state(checkpoint)
     except ValueError as error:
@@ -318,9 +321,9 @@ def _announce_training(checkpoint: Path, num_simulations: int) -> bool:
     total = OnlineSettings(num_simulations).num_steps
     if step >= total:
         print(f"reusing the trained network in {checkpoint} ({step:,} steps)")
-    else:
-        print(f"resuming at step {step:,} of {total:,} from {checkpoint}", flush=True)
-    return True
+        return "reused"
+    print(f"resuming at step {step:,} of {total:,} from {checkpoint}", flush=True)
+    return "resumed"
 
 
 def _warn_if_foreign(x: Tensor, signals: Tensor) -> None:

@@ -1,0 +1,165 @@
+r"""Draws of sets that stand for a posterior: what samplers and refinement return.
+
+Draws may carry importance weights, and MCMC's come in chains. Either way they answer as
+a :class:`~sbi_slotflow.SlotPosterior` does: ``sample``, ``cardinality``,
+``to_datatree``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from .datatree import to_datatree
+from .layout import ThetaLayout
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+__all__ = ["PosteriorDraws"]
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    """Draws from one observation's posterior.
+
+    Attributes:
+        layout: Layout of theta.
+        theta: Theta rows in canonical order, shape ``(chains, draws, E)``.
+        x: The observation, shape ``(T,)``.
+        log_weights: Log importance weights, shape ``(chains, draws)``, up to a
+            constant; None where all draws count the same.
+
+    Raises:
+        ValueError: If a shape is wrong, or no draw has a positive weight.
+    """
+
+    layout: ThetaLayout
+    theta: Tensor
+    x: Tensor
+    log_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta.ndim != 3:
+            raise ValueError(
+                "theta must have shape (chains, draws, E), got "
+                f"{tuple(self.theta.shape)}."
+            )
+        self.layout.validate(self.theta)
+        if self.log_weights is None:
+            return
+        if self.log_weights.shape != self.theta.shape[:-1]:
+            raise ValueError(
+                f"log_weights must have shape {tuple(self.theta.shape[:-1])}, got "
+                f"{tuple(self.log_weights.shape)}."
+            )
+        largest = self.log_weights.max()
+        if not torch.isfinite(largest):
+            raise ValueError(
+                "log_weights must have a finite largest entry, got "
+                f"{largest.item()}: no draw has a positive weight."
+            )
+
+    @property
+    def rows(self) -> Tensor:
+        """All draws, chain after chain, shape ``(chains * draws, E)``."""
+        return self.theta.flatten(0, 1)
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of :attr:`rows`, float64, summing to one."""
+        if self.log_weights is None:
+            num = len(self.rows)
+            return torch.full((num,), 1 / num, dtype=torch.float64)
+        return self.log_weights.flatten().double().softmax(-1)
+
+    @property
+    def ess(self) -> float:
+        r"""Kish's effective sample size of the weights, :math:`1 / \sum_i w_i^2`.
+
+        It knows nothing of the autocorrelation of a chain.
+        """
+        return float(1 / self.weights.square().sum())
+
+    def cardinality(self, x: Tensor | None = None) -> Categorical:
+        """Return the estimate of p(K | x).
+
+        Args:
+            x: Left out, or the observation of the draws.
+        """
+        self._check_x(x)
+        k = self.layout.cardinality(self.rows)
+        probs = torch.zeros(self.layout.max_cardinality + 1, dtype=torch.float64)
+        return Categorical(probs=probs.index_add(0, k, self.weights))
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        x: Tensor | None = None,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows of equal weight.
+
+        Draws are resampled systematically: each appears as often as its weight says, up
+        to one. From draws of equal weight it takes evenly spaced ones.
+
+        Args:
+            sample_shape: Shape of the draws.
+            x: Left out, or the observation of the draws.
+            k: Cardinality to condition on.
+            generator: Source of randomness.
+
+        Returns:
+            Theta rows, shape ``(*sample_shape, E)``.
+
+        Raises:
+            ValueError: If no draw of positive weight has k components.
+        """
+        self._check_x(x)
+        rows, weights = self.rows, self.weights
+        if k is not None:
+            weights = weights * (self.layout.cardinality(rows) == k)
+            if not weights.sum() > 0:
+                raise ValueError(f"no draw has k={k} components and a positive weight.")
+        shape = torch.Size(sample_shape)
+        num = shape.numel()
+        start = torch.rand((), dtype=torch.float64, generator=generator)
+        points = (torch.arange(num, dtype=torch.float64) + start) / max(1, num)
+        edges = weights.cumsum(0)
+        index = torch.searchsorted(edges, points * edges[-1], right=True)
+        # Rounding may push the last point beyond the last edge.
+        index = index.clamp(max=int(weights.nonzero().max()))
+        index = index[torch.randperm(num, generator=generator)]
+        return rows[index].reshape(*shape, -1)
+
+    def to_datatree(
+        self,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "DataTree":
+        """Return the draws as an ArviZ tree; see :func:`~sbi_slotflow.to_datatree`.
+
+        Args:
+            num_samples: Number of resampled draws. If None, all draws are returned in
+                their chains, weights beside them in the group ``sample_stats``.
+            generator: Source of randomness of the resampling.
+        """
+        if num_samples is not None:
+            rows = self.sample((num_samples,), generator=generator)
+            return to_datatree(rows, self.layout, x=self.x)
+        weights = None
+        if self.log_weights is not None:
+            weights = self.weights.reshape(self.log_weights.shape)
+        return to_datatree(self.theta, self.layout, x=self.x, weights=weights)
+
+    def _check_x(self, x: Tensor | None) -> None:
+        if x is not None and not torch.equal(
+            torch.as_tensor(x).reshape(-1).to(self.x), self.x.reshape(-1)
+        ):
+            raise ValueError(
+                "x differs from the observation that these draws belong to."
+            )

@@ -1,0 +1,225 @@
+r"""Sufficient statistics of sinusoids in white noise.
+
+About a reference time t_0 in the middle of the long record, a component is
+:math:`a \cos 2\pi f(t - t_0) + b \sin 2\pi f(t - t_0)`. The likelihood needs the data
+only through their energy and
+
+.. math::
+    c(f) = \sum_n x_n\, e^{-2\pi i f (t_n - t_0)}, \qquad
+    s(f) = \sum_n e^{2\pi i f (t_n - t_0)} .
+
+Each record's share of c, about the record's own middle, is tabulated once on a grid far
+finer than the resolution, with its derivative, and read by cubic Hermite interpolation;
+s has a closed form. So a likelihood costs the same
+however long the record is. All arithmetic is float64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import fft
+
+from ..problems.sine_grid import Grid
+
+__all__ = ["Floats", "SineStatistics"]
+
+Floats = NDArray[np.float64]
+Complexes = NDArray[np.complex128]
+
+# Table points for each resolution element; the relative error of c is about
+# (pi / n)^4 / 384, 6e-11.
+_OVERSAMPLING = 256
+
+
+@dataclass(frozen=True)
+class SineStatistics:
+    """Statistics of one observation.
+
+    Attributes:
+        grids: Time grids of the records.
+        reference_time: Time t_0.
+        energy: Sum of the squared data.
+        starts: First frequency of each record's table.
+        steps: Its step.
+        values: Each record's c about its own middle, zero-padded to one length, shape
+            ``(records, points)``.
+        slopes: Derivatives of the values times the step, same shape.
+    """
+
+    grids: tuple[Grid, ...]
+    reference_time: float
+    energy: float
+    starts: Floats
+    steps: Floats
+    values: Complexes
+    slopes: Complexes
+
+    @classmethod
+    def of(
+        cls, x: Floats, grids: tuple[Grid, ...], band: tuple[float, float]
+    ) -> "SineStatistics":
+        """Tabulate the statistics of an observation.
+
+        Args:
+            x: The observation, the records one after the other, shape ``(T,)``.
+            grids: Time grids of the records.
+            band: Lowest and highest frequency that will be asked for.
+
+        Raises:
+            ValueError: If x has the wrong length.
+        """
+        x = np.asarray(x, dtype=np.float64)
+        lengths = [grid.num_samples for grid in grids]
+        if x.shape != (sum(lengths),):
+            raise ValueError(
+                f"x must have shape ({sum(lengths)},), got {tuple(x.shape)}."
+            )
+        tables = [
+            _table(record, grid, band)
+            for record, grid in zip(
+                np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True
+            )
+        ]
+        most = max(len(values) for _, _, values, _ in tables)
+
+        def padded(column: int) -> Complexes:
+            rows = [np.pad(t[column], (0, most - len(t[column]))) for t in tables]
+            return np.ascontiguousarray(rows)
+
+        return cls(
+            grids=grids,
+            reference_time=0.5 * grids[0].duration,
+            energy=float(x @ x),
+            starts=np.array([t[0] for t in tables]),
+            steps=np.array([t[1] for t in tables]),
+            values=padded(2),
+            slopes=padded(3),
+        )
+
+    @property
+    def num_data(self) -> int:
+        """Number T of samples."""
+        return sum(grid.num_samples for grid in self.grids)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Samples of each record."""
+        return np.array([grid.num_samples for grid in self.grids], dtype=np.int64)
+
+    @property
+    def intervals(self) -> Floats:
+        """Time between samples of each record."""
+        return np.array([1 / grid.rate for grid in self.grids])
+
+    @property
+    def offsets(self) -> Floats:
+        """Middle of each record less the reference time."""
+        return 0.5 * (self.lengths - 1) * self.intervals - self.reference_time
+
+    def projections(self, frequency: Floats) -> Floats:
+        """Inner products of the data with the cosine and the sine.
+
+        Args:
+            frequency: Frequencies in the band, shape ``(...)``.
+
+        Returns:
+            Shape ``(..., 2)``.
+        """
+        total = np.zeros(np.shape(frequency), dtype=np.complex128)
+        tables = zip(
+            self.starts, self.steps, self.offsets, self.values, self.slopes, strict=True
+        )
+        for start, step, offset, values, slopes in tables:
+            position = (np.asarray(frequency) - start) / step
+            left = np.clip(position.astype(np.int64), 0, len(values) - 2)
+            u = position - left
+            v = 1 - u
+            share = v * v * ((1 + 2 * u) * values[left] + u * slopes[left])
+            share += u * u * ((1 + 2 * v) * values[left + 1] - v * slopes[left + 1])
+            total += share * np.exp(-2j * math.pi * offset * frequency)
+        return np.stack([total.real, -total.imag], axis=-1)
+
+    def gram(self, frequency: Floats) -> Floats:
+        """Inner products of all cosines and sines with each other.
+
+        Args:
+            frequency: K frequencies, shape ``(..., K)``.
+
+        Returns:
+            Shape ``(..., 2K, 2K)``, in the order cos 1, sin 1, cos 2, ...
+        """
+        first, second = frequency[..., :, None], frequency[..., None, :]
+        below, above = self._sum(first - second), self._sum(first + second)
+        blocks = np.empty((*below.shape, 2, 2))
+        blocks[..., 0, 0] = below.real + above.real
+        blocks[..., 1, 1] = below.real - above.real
+        blocks[..., 0, 1] = above.imag - below.imag
+        blocks[..., 1, 0] = above.imag + below.imag
+        size = 2 * frequency.shape[-1]
+        return 0.5 * np.swapaxes(blocks, -3, -2).reshape(*below.shape[:-2], size, size)
+
+    def log_likelihood(self, components: Floats, sigma: Floats) -> Floats:
+        """Evaluate log p(x | theta).
+
+        Args:
+            components: (A, phi, f), shape ``(..., K, 3)``, phases at time zero. A
+                component that is not there has A = 0.
+            sigma: Noise levels, shape ``(...)``.
+
+        Returns:
+            Shape ``(...)``.
+        """
+        amplitudes = self.linear_amplitudes(components)
+        frequency = components[..., 2]
+        inner = (self.projections(frequency) * amplitudes).sum((-2, -1))
+        flat = amplitudes.reshape(*amplitudes.shape[:-2], -1)
+        square = np.einsum("...i,...ij,...j->...", flat, self.gram(frequency), flat)
+        residual = self.energy - 2 * inner + square
+        norm = self.num_data * (np.log(sigma) + 0.5 * math.log(2 * math.pi))
+        return -norm - 0.5 * residual / sigma**2
+
+    def linear_amplitudes(self, components: Floats) -> Floats:
+        """Map (A, phi, f) ``(..., 3)`` to the amplitudes (a, b) ``(..., 2)``."""
+        amplitude, phase, frequency = np.moveaxis(components, -1, 0)
+        angle = phase + 2 * math.pi * self.reference_time * frequency
+        return np.stack([amplitude * np.cos(angle), -amplitude * np.sin(angle)], -1)
+
+    def components(self, amplitudes: Floats, frequency: Floats) -> Floats:
+        """Map (a, b) ``(..., 2)`` and f ``(...)`` to (A, phi, f) ``(..., 3)``."""
+        a, b = np.moveaxis(amplitudes, -1, 0)
+        angle = np.arctan2(-b, a) - 2 * math.pi * self.reference_time * frequency
+        return np.stack([np.hypot(a, b), angle % (2 * math.pi), frequency], -1)
+
+    def _sum(self, frequency: Floats) -> Complexes:
+        """The sums s(f)."""
+        total = np.zeros(np.shape(frequency), dtype=np.complex128)
+        records = zip(self.lengths, self.intervals, self.offsets, strict=True)
+        for num, interval, offset in records:
+            below = np.sin(math.pi * frequency * interval)
+            level = np.abs(below) < 1e-13
+            kernel = np.sin(math.pi * frequency * interval * num)
+            kernel = np.where(level, num, kernel / np.where(level, 1.0, below))
+            total += kernel * np.exp(2j * math.pi * frequency * offset)
+        return total
+
+
+def _table(
+    x: Floats, grid: Grid, band: tuple[float, float]
+) -> tuple[float, float, Complexes, Complexes]:
+    """Start, step, values and slopes of c for one record."""
+    num = grid.num_samples * _OVERSAMPLING
+    step = grid.rate / num
+    first = max(0, math.floor(band[0] / step) - 1)
+    last = math.ceil(band[1] / step) + 1
+    middle = 0.5 * (grid.num_samples - 1) / grid.rate
+    times = np.arange(grid.num_samples) / grid.rate - middle
+    bins = np.arange(first, last + 1)
+    turn = np.exp(2j * math.pi * bins * step * middle)
+
+    def transform(values: Floats) -> Complexes:
+        return np.asarray(fft(values, num))[bins % num] * turn
+
+    slopes = -2j * math.pi * step * transform(x * times)
+    return first * step, step, transform(x), slopes
