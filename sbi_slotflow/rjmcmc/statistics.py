@@ -16,6 +16,7 @@ however long the record is. All arithmetic is float64.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,20 +83,19 @@ class SineStatistics:
                 np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True
             )
         ]
-        most = max(len(values) for _, _, values, _ in tables)
+        most = max(len(table.values) for table in tables)
 
-        def padded(column: int) -> Complexes:
-            rows = [np.pad(t[column], (0, most - len(t[column]))) for t in tables]
-            return np.ascontiguousarray(rows)
+        def padded(row: Complexes) -> Complexes:
+            return np.pad(row, (0, most - len(row)))
 
         return cls(
             grids=grids,
             reference_time=0.5 * grids[0].duration,
             energy=float(x @ x),
-            starts=np.array([t[0] for t in tables]),
-            steps=np.array([t[1] for t in tables]),
-            values=padded(2),
-            slopes=padded(3),
+            starts=np.array([table.start for table in tables]),
+            steps=np.array([table.step for table in tables]),
+            values=np.stack([padded(table.values) for table in tables]),
+            slopes=np.stack([padded(table.slopes) for table in tables]),
         )
 
     @property
@@ -142,23 +142,27 @@ class SineStatistics:
         return np.stack([total.real, -total.imag], axis=-1)
 
     def gram(self, frequency: Floats) -> Floats:
-        """Inner products of all cosines and sines with each other.
+        """Inner products of the cosines and sines of K frequencies with each other.
 
         Args:
-            frequency: K frequencies, shape ``(..., K)``.
+            frequency: Shape ``(..., K)``.
 
         Returns:
             Shape ``(..., 2K, 2K)``, in the order cos 1, sin 1, cos 2, ...
         """
-        first, second = frequency[..., :, None], frequency[..., None, :]
+        return self.cross_gram(frequency, frequency)
+
+    def cross_gram(self, rows: Floats, columns: Floats) -> Floats:
+        """As :meth:`gram`, between J and K frequencies: ``(..., 2J, 2K)``."""
+        first, second = rows[..., :, None], columns[..., None, :]
         below, above = self._sum(first - second), self._sum(first + second)
         blocks = np.empty((*below.shape, 2, 2))
         blocks[..., 0, 0] = below.real + above.real
         blocks[..., 1, 1] = below.real - above.real
         blocks[..., 0, 1] = above.imag - below.imag
         blocks[..., 1, 0] = above.imag + below.imag
-        size = 2 * frequency.shape[-1]
-        return 0.5 * np.swapaxes(blocks, -3, -2).reshape(*below.shape[:-2], size, size)
+        shape = (*below.shape[:-2], 2 * rows.shape[-1], 2 * columns.shape[-1])
+        return 0.5 * np.swapaxes(blocks, -3, -2).reshape(shape)
 
     def log_likelihood(self, components: Floats, sigma: Floats) -> Floats:
         """Evaluate log p(x | theta).
@@ -205,10 +209,16 @@ class SineStatistics:
         return total
 
 
-def _table(
-    x: Floats, grid: Grid, band: tuple[float, float]
-) -> tuple[float, float, Complexes, Complexes]:
-    """Start, step, values and slopes of c for one record."""
+class _Table(NamedTuple):
+    """One record's c about its own middle."""
+
+    start: float
+    step: float
+    values: Complexes
+    slopes: Complexes
+
+
+def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
     num = grid.num_samples * _OVERSAMPLING
     step = grid.rate / num
     first = max(0, math.floor(band[0] / step) - 1)
@@ -222,4 +232,4 @@ def _table(
         return np.asarray(fft(values, num))[bins % num] * turn
 
     slopes = -2j * math.pi * step * transform(x * times)
-    return first * step, step, transform(x), slopes
+    return _Table(first * step, step, transform(x), slopes)

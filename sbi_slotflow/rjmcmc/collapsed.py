@@ -1,0 +1,294 @@
+r"""Exact trans-dimensional posterior of sinusoids, by collapsed reversible-jump MCMC.
+
+Given frequencies and sigma the model is linear and Gaussian in (A cos phi, A sin phi).
+So moves propose frequencies only: random walks on scales from a thousandth to thrice
+the resolution, of one frequency or of two neighbours, independent redraws, births,
+deaths, splits and merges. All amplitudes are then drawn from their exact conditional
+under a working prior, and the move is accepted with the marginal likelihood times the
+amplitudes' true prior over the working one. sigma has a Gibbs step. No network and no
+sampling package is involved: this is what others are judged by.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..draws import PosteriorDraws
+from ..prior import VariableKPrior
+from ..problems import Sinusoids
+from ..separation import log_separation_constant
+from .laplace import sinusoid_statistics
+from .pursuit import SinusoidFit, matching_pursuit, residual_power
+from .statistics import Floats, SineStatistics
+
+__all__ = ["CollapsedDraws", "CollapsedSampler", "collapsed"]
+
+# Probabilities of the moves, in the kernel's order.
+_MOVES: dict[str, float] = {
+    "walk": 0.36,
+    "pair": 0.1,
+    "redraw": 0.08,
+    "birth": 0.12,
+    "death": 0.12,
+    "split": 0.06,
+    "merge": 0.06,
+    "refresh": 0.1,
+}
+_UNIFORM_SHARE = 0.3
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class CollapsedDraws(PosteriorDraws):
+    """Draws of the collapsed sampler, one chain a seed.
+
+    Attributes:
+        acceptance: Share of each kind of move that was accepted.
+    """
+
+    acceptance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def cardinality_by_chain(self) -> Tensor:
+        """Each chain's estimate of p(K | x), shape ``(chains, Kmax + 1)``."""
+        k = self.layout.cardinality(self.theta)
+        one_hot = torch.nn.functional.one_hot(k, self.layout.max_cardinality + 1)
+        return one_hot.double().mean(1)
+
+    @property
+    def disagreement(self) -> float:
+        """Mean total variation of p(K | x) between two chains: the sampler's floor."""
+        probs = self.cardinality_by_chain
+        first, second = torch.triu_indices(len(probs), len(probs), 1)
+        distance = 0.5 * (probs[first] - probs[second]).abs().sum(-1)
+        return float(distance.mean()) if len(distance) else math.nan
+
+
+def collapsed(
+    problem: Sinusoids,
+    x: Tensor,
+    *,
+    seed: int = 0,
+    num_chains: int = 4,
+    num_draws: int = 5_000,
+    thin: int = 20,
+    burn_in: int = 40_000,
+) -> CollapsedDraws:
+    """Draw from the exact posterior p(K, Theta, sigma | x).
+
+    Args:
+        problem: A sinusoid problem with white noise.
+        x: The observation, shape ``(T,)`` or ``(1, T)``.
+        seed: Seed; chains have streams of their own.
+        num_chains: Number of chains. They start from pursuits of different size.
+        num_draws: Draws kept from each chain.
+        thin: Moves between two draws.
+        burn_in: Moves at the start that are thrown away.
+
+    Returns:
+        Float64 draws, shape ``(num_chains, num_draws, E)``.
+
+    Raises:
+        ImportError: If numba is missing (``pip install sbi-slotflow[rjmcmc]``).
+        TypeError: If the problem is no sinusoid problem with white noise.
+        ValueError: If x is malformed or a number is not positive.
+    """
+    for name, number, least in (
+        ("num_chains", num_chains, 1),
+        ("num_draws", num_draws, 1),
+        ("thin", thin, 1),
+        ("burn_in", burn_in, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    sampler = CollapsedSampler(problem, x)
+    skipped = math.ceil(burn_in / thin)
+    chains, counts = [], []
+    for chain in range(num_chains):
+        # 0, -1, +1, 0, -1, ... components more than the best fit
+        start = sampler.start(sampler.best_size + (0, -1, 1)[chain % 3])
+        rng = np.random.default_rng([seed, chain])
+        rows, tried = sampler.run(start, skipped + num_draws, thin, rng)
+        chains.append(rows[skipped:])
+        counts.append(tried)
+    tried, accepted = np.sum(counts, axis=0).T
+    shares = accepted / np.maximum(tried, 1)
+    return CollapsedDraws(
+        problem.prior.layout,
+        torch.stack(chains),
+        x.reshape(-1),
+        acceptance=dict(zip(_MOVES, shares.tolist(), strict=True)),
+    )
+
+
+class CollapsedSampler:
+    """The sampler of one observation; :func:`collapsed` runs it.
+
+    Args:
+        problem: A sinusoid problem with white noise.
+        x: The observation.
+
+    Attributes:
+        best_size: Number of components that the Bayesian information criterion prefers.
+
+    Raises:
+        ImportError, TypeError, ValueError: See :func:`collapsed`.
+    """
+
+    def __init__(self, problem: Sinusoids, x: Tensor) -> None:
+        try:
+            from . import _kernel
+        except ImportError as error:
+            raise ImportError(
+                "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
+            ) from error
+        self._kernel = _kernel
+        self.statistics = statistics = sinusoid_statistics(problem, x)
+        self.prior = problem.prior
+        _check_families(self.prior)
+        band = self.prior.component_marginals[2].bounds
+        self.fits = matching_pursuit(
+            x.reshape(-1).double().numpy(),
+            statistics,
+            band,
+            self.prior.max_cardinality,
+            self.prior.min_separation or 0.0,
+        )
+        self.best_size = _best_size(self.fits, statistics)
+        self._births = _kernel.Births(
+            *_birth_density(self.fits[: self.best_size + 2], statistics, band)
+        )
+        self._data = _kernel.Data(
+            statistics.energy,
+            float(statistics.num_data),
+            statistics.starts,
+            statistics.steps,
+            statistics.offsets,
+            statistics.lengths.astype(float),
+            statistics.intervals,
+            statistics.values,
+            statistics.slopes,
+        )
+        low, high = band
+        amplitude = self.prior.component_marginals[0]
+        self._target = _kernel.Target(
+            log_prior=_log_prior(self.prior, high - low),
+            band=band,
+            separation=float(self.prior.min_separation or 0.0),
+            amplitude=amplitude.bounds,
+            log_amplitude=amplitude.family == "log_uniform",
+            sigma=self.prior.shared_marginals[0].bounds,
+            working_variance=0.25 * amplitude.bounds[1] ** 2,
+            resolution=1 / statistics.grids[0].duration,
+            edges=np.cumsum(list(_MOVES.values())),
+        )
+
+    def start(self, size: int) -> Tensor:
+        """A theta row near the fit of ``size`` components, inside the prior's bounds.
+
+        If the prior or the pursuit has no such size, the nearest is taken.
+        """
+        possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
+        fit = self.fits[int(possible[(possible - size).abs().argmin()])]
+        components = self.statistics.components(fit.amplitudes, fit.frequency)
+        low, high = self.prior.component_marginals[0].bounds
+        margin = 1e-6 * (high - low)
+        components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
+        low, high = self.prior.shared_marginals[0].bounds
+        sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
+        sigma = min(max(sigma, low + 1e-3 * (high - low)), high)
+        layout = self.prior.layout
+        padded = torch.zeros(layout.max_cardinality, 3, dtype=torch.float64)
+        padded[: len(components)] = torch.from_numpy(components)
+        number = torch.tensor(len(components))
+        return layout.pack(number, padded, padded.new_tensor([sigma]))
+
+    def run(
+        self, start: Tensor, num_draws: int, thin: int, rng: np.random.Generator
+    ) -> tuple[Tensor, np.ndarray]:
+        """Run one chain.
+
+        Args:
+            start: Theta row ``(E,)`` of positive prior density.
+            num_draws: Number of draws.
+            thin: Moves before each.
+            rng: Source of randomness.
+
+        Returns:
+            Theta rows ``(num_draws, E)``, and for each move how often it was tried and
+            accepted, ``(moves, 2)``.
+        """
+        layout, statistics = self.prior.layout, self.statistics
+        parts = layout.unpack(start.double())
+        components = parts.components[parts.mask].numpy()
+        k, frequency, amplitudes, sigma, counts = self._kernel.run_chain(
+            rng,
+            self._data,
+            self._target,
+            self._births,
+            components[:, 2].copy(),
+            statistics.linear_amplitudes(components).ravel(),
+            float(parts.shared[0]),
+            num_draws,
+            thin,
+        )
+        amplitudes = amplitudes.reshape(*frequency.shape, 2)
+        rows = layout.pack(
+            torch.from_numpy(k),
+            torch.from_numpy(statistics.components(amplitudes, frequency)),
+            torch.from_numpy(sigma[:, None]),
+        )
+        return layout.canonical(rows), counts
+
+
+def _check_families(prior: VariableKPrior) -> None:
+    amplitude, phase, frequency = prior.component_marginals
+    sigma = prior.shared_marginals[0]
+    families = [m.family for m in (amplitude, phase, frequency, sigma)]
+    fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
+    exact = all(m.exact for m in (amplitude, phase, frequency, sigma))
+    if not (fits and exact):
+        raise ValueError(
+            "the prior must have a uniform or log-uniform amplitude and a uniform "
+            f"phase, frequency and sigma, got {families}."
+        )
+
+
+def _log_prior(prior: VariableKPrior, width: float) -> Floats:
+    """Log p(K) plus the log density of K sorted frequencies, for each K."""
+    k = torch.arange(prior.max_cardinality + 1)
+    values = prior.log_cardinality_probs.double() + torch.lgamma(k + 1.0).double()
+    values = values - k * math.log(width)
+    if prior.min_separation is not None:
+        values = values - log_separation_constant(k, prior.min_separation, width)
+    return values.numpy()
+
+
+def _best_size(fits: list[SinusoidFit], statistics: SineStatistics) -> int:
+    """Number of components that the Bayesian information criterion prefers."""
+    num = statistics.num_data
+    energy = np.array([max(fit.energy, 1e-300) for fit in fits])
+    criterion = num * np.log(energy) + 3 * np.arange(len(fits)) * math.log(num)
+    return int(criterion.argmin())
+
+
+def _birth_density(
+    fits: list[SinusoidFit], statistics: SineStatistics, band: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """Where new components are tried: at peaks of the residuals of all fits."""
+    width = 1 / statistics.grids[0].duration
+    num = max(16, math.ceil((band[1] - band[0]) / width * _OVERSAMPLING))
+    middle = band[0] + (np.arange(num) + 0.5) * (band[1] - band[0]) / num
+    variance = fits[-1].energy / statistics.num_data + 1e-300
+    probs = np.full(num, _UNIFORM_SHARE / num)
+    for fit in fits:
+        # Half the gain in log likelihood: a flattened posterior of one more component.
+        gain = 0.25 * residual_power(statistics, fit, middle) / variance
+        peak = np.exp(gain - gain.max())
+        probs += (1 - _UNIFORM_SHARE) / len(fits) * peak / peak.sum()
+    log_density = np.log(probs * num / (band[1] - band[0]))
+    return np.cumsum(probs) / probs.sum(), log_density
