@@ -15,7 +15,7 @@ can be refined, and be the classical rival of a trained one.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -324,7 +324,7 @@ class _Mode:
         half = np.linalg.solve(root, right)
         mean = np.linalg.solve(np.swapaxes(root, -1, -2), half)[..., 0]
         energy = statistics.energy - np.square(half[..., 0]).sum(-1)
-        return np.asarray(mean), np.asarray(root), np.maximum(energy, 1e-300)
+        return cast(Floats, mean), cast(Floats, root), np.maximum(energy, 1e-300)
 
     def _precision(self, energy: Floats) -> tuple[Any, Floats, Floats]:
         """1 / sigma^2 given f, a gamma variable, and its range in probability."""
