@@ -1,0 +1,35 @@
+"""How far one posterior over sets is from another, given draws of both.
+
+:func:`compare` measures everything and prints it beside the run-to-run floor: the same
+numbers between two independent runs of the reference. A value at its floor is as good
+as the reference can tell.
+"""
+
+from .cardinality import jensen_shannon, total_variation
+from .comparison import Samples, compare
+from .distances import (
+    FEWEST_DRAWS,
+    c2st,
+    correlation_error,
+    sliced_wasserstein2,
+    wasserstein2,
+    whiten,
+)
+from .labels import ReferencePoints
+from .result import Comparison, ParameterDistance
+
+__all__ = [
+    "FEWEST_DRAWS",
+    "Comparison",
+    "ParameterDistance",
+    "ReferencePoints",
+    "Samples",
+    "c2st",
+    "compare",
+    "correlation_error",
+    "jensen_shannon",
+    "sliced_wasserstein2",
+    "total_variation",
+    "wasserstein2",
+    "whiten",
+]

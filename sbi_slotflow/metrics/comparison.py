@@ -1,0 +1,259 @@
+"""All distances between two posteriors at once, beside the run-to-run floor."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from ..layout import ThetaLayout
+from ..seeding import generator_for
+from .cardinality import jensen_shannon, total_variation
+from .distances import (
+    FEWEST_DRAWS,
+    c2st,
+    correlation_error,
+    sliced_wasserstein2,
+    wasserstein2,
+)
+from .labels import ReferencePoints, centres, near
+from .result import Comparison, ParameterDistance
+
+__all__ = ["Samples", "compare"]
+
+
+class Samples(Protocol):
+    """A posterior of one observation that can be sampled given K.
+
+    Such are a :class:`~sbi_slotflow.SlotPosterior` with a default x and
+    :class:`~sbi_slotflow.draws.PosteriorDraws`.
+    """
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = ...,
+        *,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw theta rows of k components."""
+        ...
+
+    def cardinality(self) -> Categorical:
+        """Return p(K | x)."""
+        ...
+
+
+def compare(
+    draws: Tensor | Samples,
+    reference: Tensor | Samples,
+    floor: Tensor | Samples | None = None,
+    *,
+    layout: ThetaLayout,
+    k: int | None = None,
+    periods: Mapping[str, float] | None = None,
+    num_samples: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a posterior over sets with a reference.
+
+    Marginals and correlations are compared after labelling the components of all draws
+    by the reference's :class:`ReferencePoints`, joint distributions (``sliced_w2``,
+    ``c2st``) in canonical order, which needs no labels. Circular parameters are cut
+    opposite to the reference's circular mean.
+
+    Args:
+        draws: Theta rows of one observation's posterior, shape ``(S, E)``, or a
+            posterior that can be sampled.
+        reference: The posterior to compare with, likewise.
+        floor: A second, independent run of the reference, likewise.
+        layout: Layout of theta.
+        k: Cardinality to condition on; the reference's most probable if None.
+        periods: Periods of circular parameters by name.
+        num_samples: Number of draws of k components taken from what can be sampled. Of
+            rows, all with k components count.
+        seed: Seed of all that is random here.
+
+    Returns:
+        The distances, those of the floor beside them.
+
+    Raises:
+        TypeError: If an argument is neither rows nor can be sampled.
+        ValueError: If rows do not fit the layout or are not finite, a period is unknown
+            or not positive, k is not in 0..Kmax, fewer than 50 draws have k components,
+            theta has no parameters at k, or the reference does not vary in each.
+    """
+    given = {"draws": draws, "reference": reference}
+    if floor is not None:
+        given["floor"] = floor
+    probs = {name: _probs(source, layout, name) for name, source in given.items()}
+    if k is None:
+        k = int(probs["reference"].argmax())
+    if not 0 <= k <= layout.max_cardinality:
+        raise ValueError(f"k must lie in 0..{layout.max_cardinality}, got {k}.")
+    if k == 0 and layout.num_shared == 0:
+        raise ValueError("k must be positive without shared parameters, got 0.")
+    generator = generator_for(seed)
+    rows = {
+        name: _rows(source, probs[name], name, layout, k, num_samples, generator)
+        for name, source in given.items()
+    }
+    frame = _Frame(rows["reference"], layout, k, periods or {})
+
+    def measured(name: str, floor: Comparison | None = None) -> Comparison:
+        ordered, target = frame.ordered(rows[name]), frame.ordered(rows["reference"])
+        labelled = frame.labelled(rows[name])
+        target_labelled = frame.labelled(rows["reference"])
+        error = None
+        if k > 1:
+            error = correlation_error(
+                frame.components(labelled), frame.components(target_labelled)
+            )
+        generator = generator_for(seed, 1)
+        return Comparison(
+            k=k,
+            total_variation=float(total_variation(probs[name], probs["reference"])),
+            jensen_shannon=float(jensen_shannon(probs[name], probs["reference"])),
+            sliced_w2=sliced_wasserstein2(ordered, target, generator=generator),
+            c2st=c2st(ordered, target, generator=generator),
+            correlation_error=error,
+            parameters=_parameters(frame.names, labelled, target_labelled),
+            num_draws=len(ordered),
+            num_reference=len(target),
+            floor=floor,
+        )
+
+    return measured("draws", None if floor is None else measured("floor"))
+
+
+class _Frame:
+    """Reads rows of k components as vectors, in a way that the reference fixes.
+
+    A vector holds the shared parameters, then the components, circular parameters cut
+    opposite to the reference's mean.
+
+    Args:
+        reference: Rows of the reference, float64, shape ``(M, E)``.
+        layout: Layout of theta.
+        k: Number of components in every row.
+        periods: Periods of circular parameters by name.
+    """
+
+    def __init__(
+        self,
+        reference: Tensor,
+        layout: ThetaLayout,
+        k: int,
+        periods: Mapping[str, float],
+    ) -> None:
+        known = (*layout.shared_names, *layout.component_names)
+        if unknown := sorted(set(periods) - set(known)):
+            raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
+        self._layout, self._k = layout, k
+        component_names = [
+            f"{name}_{i}" for i in range(1, k + 1) for name in layout.component_names
+        ]
+        self.names = (*layout.shared_names, *component_names)
+        shared_periods = [periods.get(name, math.inf) for name in layout.shared_names]
+        component_periods = [
+            periods.get(name, math.inf) for name in layout.component_names
+        ]
+        self._periods = shared_periods + component_periods * k
+        shared, components = self._parts(reference)
+        vectors = torch.cat([shared, components.flatten(1)], dim=-1)
+        self._cut = centres(vectors, self._periods)
+        for name, column in zip(self.names, vectors.unbind(-1), strict=True):
+            if not column.std() > 0:
+                raise ValueError(
+                    f"reference must vary in every parameter, got {name} = "
+                    f"{column[0].item():g} in all draws."
+                )
+        self._points = ReferencePoints.of(
+            components, component_periods, layout.order_by
+        )
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Vectors ``(S, C)`` with components in canonical order."""
+        shared, components = self._parts(rows)
+        vectors = torch.cat([shared, components.flatten(1)], dim=-1)
+        return near(vectors, self._cut, self._periods)
+
+    def labelled(self, rows: Tensor) -> Tensor:
+        """Vectors ``(S, C)`` with components in the order of the reference points."""
+        shared, components = self._parts(rows)
+        num = shared.shape[-1]
+        shared = near(shared, self._cut[:num], self._periods[:num])
+        return torch.cat([shared, self._points.label(components).flatten(1)], dim=-1)
+
+    def components(self, vectors: Tensor) -> Tensor:
+        """Components ``(S, K, D)`` of vectors."""
+        return vectors[:, self._layout.num_shared :].unflatten(-1, (self._k, -1))
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        parts = self._layout.unpack(self._layout.canonical(rows))
+        return parts.shared, parts.components[:, : self._k]
+
+
+def _probs(source: Tensor | Samples, layout: ThetaLayout, name: str) -> Tensor:
+    """p(K) of a source, shape ``(Kmax + 1,)``."""
+    if isinstance(source, Tensor):
+        layout.validate(source, name)
+        if source.ndim != 2 or len(source) == 0:
+            raise ValueError(
+                f"{name} must have shape (S, {layout.size}) with S > 0, got "
+                f"{tuple(source.shape)}."
+            )
+        counts = layout.cardinality(source).cpu()
+        counts = counts.bincount(minlength=layout.max_cardinality + 1)
+        return counts.double() / len(source)
+    if not (hasattr(source, "sample") and hasattr(source, "cardinality")):
+        raise TypeError(
+            f"{name} must be theta rows or have sample and cardinality, got "
+            f"{type(source).__name__}."
+        )
+    return source.cardinality().probs
+
+
+def _rows(
+    source: Tensor | Samples,
+    probs: Tensor,
+    name: str,
+    layout: ThetaLayout,
+    k: int,
+    num_samples: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Rows of k components, float64 on the CPU."""
+    if not probs[k] > 0:
+        raise ValueError(
+            f"{name} must hold draws with K={k}, got p(K={k}) = 0; its K are "
+            f"{probs.nonzero().flatten().tolist()}."
+        )
+    if isinstance(source, Tensor):
+        rows = source[layout.cardinality(source) == k]
+    else:
+        rows = source.sample((num_samples,), k=k, generator=generator)
+        layout.validate(rows, name)
+    if len(rows) < FEWEST_DRAWS:
+        raise ValueError(
+            f"{name} must hold at least {FEWEST_DRAWS} draws with K={k}, got "
+            f"{len(rows)}."
+        )
+    return rows.detach().double().cpu()
+
+
+def _parameters(
+    names: Sequence[str], draws: Tensor, reference: Tensor
+) -> tuple[ParameterDistance, ...]:
+    std = reference.std(0)
+    raw = wasserstein2(draws, reference)
+    columns = zip(
+        names,
+        (raw / std).tolist(),
+        raw.tolist(),
+        (draws.std(0) / std).tolist(),
+        strict=True,
+    )
+    return tuple(ParameterDistance(*column) for column in columns)

@@ -1,0 +1,162 @@
+r"""Importance weights of sets, with a proposal that can see a missing component.
+
+Draws of q that lack a component all fit alike, and plain weights look perfect. So a
+share :math:`\epsilon` of the draws gets one more component c from the prior:
+
+.. math::
+    q'(\theta) = (1 - \epsilon\,[K < K_{max}])\, q(\theta)
+        + \epsilon \sum_j q(\theta \setminus j)\, p_c(\theta_j)
+
+If something is missing some of these fit far better, and the weights' tail shows it.
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
+
+from ..layout import ThetaLayout
+from ..prior import VariableKPrior
+from ..seeding import forked_rng
+
+__all__ = ["Proposal", "WithExtraComponent", "pareto_smoothed"]
+
+
+# Fewer draws have no tail to speak of.
+_MIN_DRAWS = 25
+
+
+class Proposal(Protocol):
+    """A posterior that can be refined: it draws sets and evaluates their density."""
+
+    @property
+    def prior(self) -> VariableKPrior:
+        """Prior over the theta rows."""
+        ...
+
+    def sample_batched(
+        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw rows ``(*sample_shape, B, E)`` for observations ``(B, T)``."""
+        ...
+
+    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate log densities ``(S, B)`` of rows ``(S, B, E)``."""
+        ...
+
+
+class WithExtraComponent:
+    """The proposal q', see the module.
+
+    Args:
+        proposal: The proposal q.
+        share: Share epsilon of draws with a component from the prior.
+    """
+
+    def __init__(self, proposal: Proposal, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"defensive must lie in [0, 1), got {share}.")
+        self.proposal, self.prior, self.share = proposal, proposal.prior, share
+
+    def sample(
+        self, num: int, x: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw rows ``(num, B, E)``; some may break the least separation."""
+        layout = self.prior.layout
+        theta = self.proposal.sample_batched(
+            torch.Size((num,)), x, generator=generator
+        )
+        parts = layout.unpack(theta)
+        with forked_rng(generator):
+            chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
+            extra = self.prior.component.sample(torch.Size((chosen.numel(),)))
+        chosen &= parts.cardinality < layout.max_cardinality
+        extra = extra.reshape(*chosen.shape, -1).to(theta)
+        slots = torch.arange(layout.max_cardinality, device=theta.device)
+        place = (slots == parts.cardinality.unsqueeze(-1)) & chosen.unsqueeze(-1)
+        components = torch.where(
+            place.unsqueeze(-1), extra.unsqueeze(-2), parts.components
+        )
+        k = parts.cardinality + chosen.long()
+        return layout.canonical(layout.pack(k, components, parts.shared))
+
+    def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate log q' of rows ``(S, B, E)``, float64, shape ``(S, B)``."""
+        layout = self.prior.layout
+        k = layout.cardinality(theta)
+        log_q = self.proposal.log_prob_batched(theta, x).double()
+        if not self.share:
+            return log_q
+        keep = torch.where(k < layout.max_cardinality, 1 - self.share, 1.0).double()
+        terms = [log_q + keep.log()]
+        for j in range(int(k.max())):
+            present = j < k
+            shorter = _without(layout, theta, torch.full_like(k, j))
+            shorter = torch.where(present.unsqueeze(-1), shorter, theta)
+            rest = self.proposal.log_prob_batched(shorter, x).double()
+            extra = self._log_component(layout.unpack(theta).components[..., j, :])
+            term = rest + extra + torch.tensor(self.share).double().log()
+            terms.append(torch.where(present, term, -torch.inf))
+        return torch.stack(terms).logsumexp(0)
+
+    def _log_component(self, components: Tensor) -> Tensor:
+        flat = components.reshape(-1, components.shape[-1])
+        inside = [m.quantile(torch.tensor(0.5)) for m in self.prior.component_marginals]
+        zero = (flat == 0).all(-1, keepdim=True)  # padding, which is not used
+        flat = torch.where(zero, torch.stack(inside).to(flat), flat)
+        log_p = self.prior.component.log_prob(flat)
+        log_p = log_p.sum(-1) if log_p.ndim > 1 else log_p
+        return log_p.double().reshape(components.shape[:-1])
+
+
+def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
+    """Rows without component ``index``; unchanged where it is padding."""
+    parts = layout.unpack(theta)
+    slots = torch.arange(layout.max_cardinality, device=theta.device)
+    source = slots + (slots >= index.unsqueeze(-1))
+    source = source.clamp(max=layout.max_cardinality - 1)
+    components = parts.components.gather(
+        -2, source.unsqueeze(-1).expand_as(parts.components)
+    )
+    k = torch.where(index < parts.cardinality, parts.cardinality - 1, parts.cardinality)
+    return layout.pack(k, components, parts.shared)
+
+
+class SmoothedWeights(NamedTuple):
+    """Pareto-smoothed log weights ``(S,)`` and the tail's shape."""
+
+    log_weights: Tensor
+    pareto_k: float
+
+
+def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
+    """Smooth the tail of importance weights (Vehtari et al. 2024).
+
+    Args:
+        log_weights: Log weights of one observation's draws, shape ``(S,)``.
+
+    Returns:
+        Smoothed log weights and k-hat, the shape of their upper tail.
+    """
+    finite = torch.isfinite(log_weights)
+    values = log_weights[finite].double().cpu().numpy()
+    if len(values) < _MIN_DRAWS:
+        return SmoothedWeights(log_weights, math.nan)
+    # The tail that the method fits; equal weights have none.
+    tail = math.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values))))
+    if np.ptp(np.sort(values)[-tail:]) < 1e-4:
+        return SmoothedWeights(log_weights, 0.0)
+    # The function takes log likelihoods of left-out data: weights are their inverse.
+    with np.errstate(all="ignore"):
+        result, shape = array_stats.psislw(-values)
+    if not np.isfinite(result).all():  # the fit fails on a tail with ties
+        tied = (values > values.max() - 1e-4).sum() > 1
+        return SmoothedWeights(log_weights, 0.0 if tied else math.inf)
+    # What it returns sums to one; keep our scale.
+    shift = np.logaddexp.reduce(values) - np.logaddexp.reduce(result)
+    smoothed = log_weights.clone()
+    smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
+    return SmoothedWeights(smoothed, float(shape))

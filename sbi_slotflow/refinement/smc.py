@@ -1,0 +1,179 @@
+r"""Sequential Monte Carlo from an approximate posterior to the exact one.
+
+Particles pass through the targets
+
+.. math::
+    \pi_\beta(\theta) \propto q''(\theta)^{1 - \beta}\, [p(\theta)\, p(x|\theta)]^\beta,
+    \qquad q'' = (1 - \delta)\, q' + \delta\, p
+
+from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
+Each step is as long as half of the particles stay effective, but no longer than doubles
+beta: a component that q misses shows in no weight, and is found while beta is small
+and births are cheap. Then the particles are resampled and moved. The small share of the
+prior lets moves reach every set.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..nn.charts import Chart, WhiteningChart
+from ..posterior import SlotPosterior
+from ..rjmcmc.component_proposals import (
+    ComponentProposal,
+    PriorComponents,
+    slot_mixtures,
+)
+from ..seeding import forked_rng
+from .importance import Proposal, WithExtraComponent, pareto_smoothed
+from .moves import (
+    EXCHANGES,
+    DifferenceMove,
+    ExchangeMove,
+    Move,
+    Population,
+    metropolis,
+)
+from .refine import LogLikelihood, RefinedPosterior, checked_log_likelihood
+
+__all__ = ["temper"]
+
+_EFFECTIVE_SHARE = 0.5
+_FIRST_STEP = 0.01
+_PRIOR_SHARE = 0.01
+_SWEEPS = 2
+_LAST_SWEEPS = 5
+_MAX_STEPS = 200
+
+
+@torch.no_grad()
+def temper(
+    posterior: Proposal,
+    log_likelihood: LogLikelihood,
+    x: Tensor,
+    num_samples: int,
+    defensive: float,
+    generator: torch.Generator | None,
+) -> RefinedPosterior:
+    """Run SMC for one observation ``(T,)``; see :func:`refine`.
+
+    Raises:
+        ValueError: If no particle has a positive weight.
+    """
+    prior, one = posterior.prior, x.unsqueeze(0)
+    proposal = WithExtraComponent(posterior, defensive)
+
+    def evaluate(theta: Tensor) -> Population:
+        log_prior = prior.log_prob(theta).double()
+        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1), one)[:, 0]
+        log_q = torch.logaddexp(
+            log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
+        )
+        log_p = torch.full_like(log_prior, -math.inf)
+        inside = torch.isfinite(log_prior)
+        if inside.any():
+            values = checked_log_likelihood(
+                log_likelihood, theta[inside], x.expand(int(inside.sum()), -1)
+            )
+            log_p[inside] = log_prior[inside] + values
+        # Outside the prior's support both vanish.
+        return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
+
+    start = _start(proposal, one, num_samples, generator)
+    dtype = start.dtype
+    population = evaluate(start.double())
+    moves = _moves(posterior, x)
+    beta, steps, log_evidence, variance, worst = 0.0, 0, 0.0, 0.0, -math.inf
+    rates: dict[str, list[float]] = {move.name: [] for move in moves}
+    while beta < 1:
+        gain = population.log_p - population.log_q
+        gain = torch.where(torch.isfinite(population.log_q), gain, -math.inf)
+        step = _step(gain, min(1 - beta, max(beta, _FIRST_STEP)))
+        log_weights = step * gain
+        mean = log_weights.logsumexp(0) - math.log(num_samples)
+        if not torch.isfinite(mean):
+            raise ValueError("no draw has a positive prior density and likelihood.")
+        log_evidence += float(mean)
+        variance += float((log_weights - mean).exp().var()) / num_samples
+        worst = max(worst, pareto_smoothed(log_weights).pareto_k)
+        beta, steps = beta + step, steps + 1
+        if 1 - beta < 1e-9 or steps == _MAX_STEPS:
+            beta = 1.0
+        population = population.rows(_resample(log_weights, generator))
+        for _ in range(_LAST_SWEEPS if beta == 1.0 else _SWEEPS):
+            for move in moves:
+                population, rate = metropolis(
+                    population, move, beta, evaluate, generator
+                )
+                rates[move.name].append(rate)
+    diagnostics = {name: sum(r) / max(1, len(r)) for name, r in rates.items()}
+    return RefinedPosterior(
+        prior.layout,
+        population.theta.unsqueeze(0),
+        x,
+        log_evidence=log_evidence,
+        log_evidence_error=math.sqrt(variance),
+        pareto_k=worst,
+        diagnostics={"steps": float(steps), **diagnostics},
+    )
+
+
+def _start(
+    proposal: WithExtraComponent,
+    x: Tensor,
+    num: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draw from q''."""
+    theta = proposal.sample(num, x, generator)[:, 0]
+    with forked_rng(generator):
+        chosen = torch.rand(num) < _PRIOR_SHARE
+        broad = proposal.prior.sample(torch.Size((num,))).to(theta)
+    return torch.where(chosen.unsqueeze(-1), broad, theta)
+
+
+def _moves(posterior: Proposal, x: Tensor) -> list[Move]:
+    prior = posterior.prior
+    chart: Chart = WhiteningChart(prior.component_marginals)
+    components: ComponentProposal = PriorComponents(prior.component)
+    if isinstance(posterior, SlotPosterior):
+        chart = posterior.posterior_estimator.chart
+        # One slot more than q thinks there are components.
+        most = int(posterior.cardinality(x).probs.argmax())
+        mixtures = slot_mixtures(posterior, x, defensive_share=0.3)
+        components = mixtures[min(most, len(mixtures) - 1)]
+    shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
+    differences = [
+        DifferenceMove(prior.layout, chart, shared, single) for single in (False, True)
+    ]
+    exchanges = [ExchangeMove(prior.layout, name, components) for name in EXCHANGES]
+    return [*differences, *exchanges]
+
+
+def _step(gain: Tensor, most: float) -> float:
+    """Longest step after which enough particles are effective, by bisection."""
+
+    def effective(step: float) -> float:
+        weights = (step * gain).softmax(-1)
+        return float(1 / weights.square().sum()) / len(gain)
+
+    if effective(most) >= _EFFECTIVE_SHARE:
+        return most
+    low, high = 0.0, most
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if effective(middle) >= _EFFECTIVE_SHARE:
+            low = middle
+        else:
+            high = middle
+    return max(low, 1e-6)
+
+
+def _resample(log_weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Systematic resampling, indices ``(N,)``."""
+    num = len(log_weights)
+    edges = log_weights.double().softmax(-1).cumsum(0)
+    start = torch.rand((), dtype=torch.float64, generator=generator)
+    points = (torch.arange(num) + start) / num * edges[-1]
+    return torch.searchsorted(edges, points).clamp(max=num - 1)

@@ -1,0 +1,370 @@
+"""Eryn's sampler against known answers.
+
+Walkers start as independent draws from the target, and many walkers make few steps:
+whatever a move does wrong then shows in the walkers' distribution, and the walkers of
+the last step are nearly independent. Each statistical test rejects at p < 1e-4, its
+false-alarm rate.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+from torch.distributions import Independent, Normal
+from trained import linear_gaussian_posterior
+
+from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow.nn.charts import PolarChart
+from sbi_slotflow.problems.base import Problem
+from sbi_slotflow.problems.linear_gaussian import LinearGaussian
+from sbi_slotflow.rjmcmc.component_proposals import PriorComponents, slot_mixtures
+from sbi_slotflow.rjmcmc.eryn_bridge import eryn_sampler
+from sbi_slotflow.rjmcmc.eryn_import import require_eryn
+from sbi_slotflow.seeding import generator_for
+
+pytest.importorskip("eryn")
+require_eryn()
+
+from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove, leaf_limits  # noqa: E402
+
+gaussian = problems.linear_gaussian()
+exact = gaussian.exact_posterior()
+tiny = problems.sinusoids("tiny")
+WEIGHTS = [0.4, 0.3, 0.2, 0.1]
+
+
+@dataclass(frozen=True)
+class PriorOnly(Problem):
+    """Sinusoids of which nothing was observed."""
+
+    def log_likelihood(self, theta, x):
+        return torch.zeros(theta.shape[:-1], dtype=torch.float64)
+
+    def build_chart(self):
+        return PolarChart(self.prior.component_marginals, frequency=2)
+
+
+def prior_only(preset: Any = "tiny", weights=WEIGHTS) -> PriorOnly:
+    problem = problems.sinusoids(preset)
+    weights = weights + [0.0] * (problem.prior.max_cardinality + 1 - len(weights))
+    prior = problem.prior.with_cardinality(weights)
+    return PriorOnly("prior only", prior, problem.simulator)
+
+
+def observation(problem, seed: int = 3) -> torch.Tensor:
+    generator = generator_for(seed)
+    return problem.simulator(problem.prior.sample((1,), generator), generator)[0]
+
+
+def last_rows(draws) -> torch.Tensor:
+    return draws.theta[:, -1]
+
+
+def cardinality_p_value(problem, rows, probs) -> float:
+    counts = problem.layout.cardinality(rows).bincount(minlength=len(probs)).numpy()
+    assert not counts[probs == 0].any()
+    counts, probs = counts[probs > 0], probs[probs > 0].astype(np.float64)
+    return chisquare(counts, probs / probs.sum() * counts.sum()).pvalue
+
+
+def test_the_prior_comes_back_without_data():
+    # p(K) is neither flat nor free of K = 0, the separation's constant depends on K,
+    # and a second branch of one leaf holds sigma.
+    problem = prior_only()
+    sampler = eryn_sampler(
+        problem, observation(tiny), num_walkers=600, num_temperatures=2, seed=1
+    )
+    rows = last_rows(sampler.run(25))
+    probs = problem.prior.cardinality_probs.numpy()
+    assert cardinality_p_value(problem, rows, probs) > 1e-4
+    assert problem.prior.support.check(rows).all()
+    assert torch.equal(rows, problem.layout.canonical(rows))
+    parts = problem.layout.unpack(rows)
+    assert kstest(parts.shared[:, 0], "uniform", (0.1, 0.9)).pvalue > 1e-4
+    # one component of each row: those of one row depend on each other
+    reference = problem.prior.sample((20_000,), generator_for(9))
+    for k in (1, 3):
+        ours = rows[rows[:, 0] == k]
+        theirs = reference[reference[:, 0] == k]
+        for column in range(2, 2 + 3 * k):
+            assert kstest(ours[:, column], theirs[:, column].numpy()).pvalue > 1e-4
+
+
+def test_log_uniform_amplitudes_keep_their_prior():
+    problem = prior_only("crowded")
+    x = torch.zeros(problem.num_data)
+    sampler = eryn_sampler(problem, x, num_walkers=600, num_temperatures=1, seed=2)
+    rows = last_rows(sampler.run(20))
+    ours = rows[rows[:, 0] > 0][:, 2].log()
+    low, high = np.log(0.05), np.log(1.5)
+    assert kstest(ours, "uniform", (low, high - low)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "tilted"])
+def test_cardinality_posterior_is_exact(weights):
+    # Without shared parameters K = 0 has no leaf at all, and Eryn its own prior there.
+    problem = gaussian
+    if weights:
+        prior = gaussian.prior.with_cardinality(weights)
+        problem = LinearGaussian(**{**gaussian.__dict__, "prior": prior})
+    posterior, x = problem.exact_posterior(), observation(gaussian)
+    sampler = eryn_sampler(
+        problem,
+        x,
+        "slotflow",
+        posterior=posterior,
+        num_walkers=600,
+        num_temperatures=2,
+    )
+    rows = last_rows(sampler.run(20))
+    probs = posterior.cardinality(x).probs.numpy()
+    assert cardinality_p_value(problem, rows, probs) > 1e-4
+    reference = posterior.sample((20_000,), x, k=1)
+    ours = rows[rows[:, 0] == 1]
+    for column in (1, 2):
+        assert kstest(ours[:, column], reference[:, column].numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("update_share", [0.0, 0.5])
+def test_births_from_a_hand_made_density_keep_the_posterior(update_share):
+    # A density that is neither the prior's nor the posterior's, another for each K.
+    @dataclass(frozen=True)
+    class HandMade:
+        normal: Independent
+
+        def sample_component(self, n, generator):
+            noise = torch.randn(n, 2, generator=generator)
+            return self.normal.mean + self.normal.stddev * noise
+
+        def log_prob_component(self, components):
+            return self.normal.log_prob(components)
+
+    proposals = [
+        HandMade(Independent(Normal(torch.tensor([1.5 - 0.3 * k, 0.1 * k]), 0.7), 1))
+        for k in range(3)
+    ]
+    move = SlotFlowMove(
+        proposals, *leaf_limits(gaussian.prior), update_share=update_share
+    )
+    x = observation(gaussian)
+    sampler = eryn_sampler(
+        gaussian,
+        x,
+        "slotflow",
+        posterior=exact,
+        moves=[move],
+        num_walkers=600,
+        num_temperatures=1,
+    )
+    rows = last_rows(sampler.run(25))
+    probs = exact.cardinality(x).probs.numpy()
+    assert cardinality_p_value(gaussian, rows, probs) > 1e-4
+    reference = exact.sample((20_000,), x, k=1)
+    ours = rows[rows[:, 0] == 1]
+    for column in (1, 2):
+        assert kstest(ours[:, column], reference[:, column].numpy()).pvalue > 1e-4
+
+
+def test_the_target_is_the_set_density_less_the_labellings():
+    problem = tiny
+    x = observation(problem)
+    sampler = eryn_sampler(problem, x, num_temperatures=2, num_walkers=30)
+    state: Any = sampler._state
+    # leaves out of use anywhere between those in use
+    order = np.random.default_rng(0).permuted(
+        np.broadcast_to(np.arange(3), (2, 30, 3)), axis=-1
+    )
+    coords = dict(state.branches_coords)
+    inds = dict(state.branches_inds)
+    coords["components"] = np.take_along_axis(
+        coords["components"], order[..., None], axis=2
+    )
+    inds["components"] = np.take_along_axis(inds["components"], order, axis=2)
+    coords["components"][~inds["components"]] = 7.0
+    rows = problem.prior.sample((60,), generator_for(0)).reshape(2, 30, -1)
+    k = problem.layout.cardinality(rows)
+    log_prior = sampler.sampler.compute_log_prior(coords, inds)
+    expected = problem.prior.log_prob(rows.double()) - torch.lgamma(k + 1.0)
+    np.testing.assert_allclose(log_prior, expected, rtol=0, atol=1e-6)
+    log_like, _ = sampler.sampler.compute_log_like(coords, inds, logp=log_prior)
+    expected = problem.log_likelihood(rows, x)
+    np.testing.assert_allclose(log_like, expected, rtol=1e-8, atol=1e-5)
+
+
+def test_the_empty_model_has_its_likelihood():
+    # Without leaves Eryn does not call the likelihood.
+    x = observation(gaussian)
+    sampler = eryn_sampler(gaussian, x, num_temperatures=1, num_walkers=30)
+    state: Any = sampler._state
+    coords, inds = state.branches_coords, state.branches_inds
+    inds["components"][:] = False
+    log_prior = sampler.sampler.compute_log_prior(coords, inds)
+    assert np.all(log_prior == 0)
+    log_like, _ = sampler.sampler.compute_log_like(coords, inds, logp=log_prior)
+    expected = gaussian.log_likelihood(torch.zeros(gaussian.layout.size), x)
+    np.testing.assert_allclose(log_like, expected.item())
+
+
+def test_phases_are_periodic_in_every_move():
+    problem = tiny
+    sampler = eryn_sampler(problem, observation(problem), num_walkers=6)
+    for move in [*sampler.sampler.moves, *sampler.sampler.rj_moves]:
+        assert move.periodic.inds_periodic["components"].tolist() == [1]
+        assert len(move.periodic.inds_periodic["shared"]) == 0
+        np.testing.assert_allclose(move.periodic.periods["components"], 2 * np.pi)
+
+
+@pytest.mark.parametrize("start", ["prior", "truth", "slotflow"])
+def test_a_seeded_run_repeats_and_leaves_no_trace(start):
+    x = observation(gaussian)
+    theta = torch.tensor([1.0, 1.5, 0.2, 0.0, 0.0, 0.0, 0.0])
+
+    def run(seed: int) -> torch.Tensor:
+        np.random.seed(seed + 5)  # noqa: NPY002
+        before: Any = np.random.get_state()  # noqa: NPY002
+        sampler = eryn_sampler(
+            gaussian,
+            x,
+            start,
+            theta=theta,
+            posterior=exact,
+            num_walkers=6,
+            num_temperatures=3,
+            seed=seed,
+        )
+        first = sampler.run(6, burn_in=3, thin=2)
+        assert first.theta.shape == (6, 3, 7)
+        rows = torch.cat([first.theta, sampler.run(2).theta], dim=1)
+        after: Any = np.random.get_state()  # noqa: NPY002
+        assert np.array_equal(before[1], after[1])
+        assert before[2:] == after[2:]
+        return rows
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def untrained() -> SlotPosterior:
+    theta = gaussian.prior.sample((64,), generator_for(0))
+    x = gaussian.simulator(theta, generator_for(1))
+    posterior = SlotPosterior(slot_nn(gaussian)(theta, x), gaussian.prior)
+    with torch.no_grad():  # slots that differ
+        for p in posterior.posterior_estimator.component_head.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator_for(2)))
+    return posterior
+
+
+def test_slot_mixture_is_the_density_of_its_samples():
+    # E_q[p / q] = 1 with p / q <= 10: a standard error of at most 3 / sqrt(20,000),
+    # so that 0.09 is more than four of them.
+    posterior, x = untrained(), observation(gaussian)
+    for mixture in slot_mixtures(posterior, x):
+        draws = mixture.sample_component(20_000, generator_for(4))
+        log_q = mixture.log_prob_component(draws)
+        log_p = gaussian.prior.component.log_prob(draws)
+        assert abs((log_p - log_q).exp().mean() - 1) < 0.09
+
+
+def test_slot_mixture_of_one_slot_is_the_estimator():
+    posterior, x = untrained(), observation(gaussian)
+    (mixture, *_) = slot_mixtures(posterior, x, defensive_share=0.25)
+    components = gaussian.prior.component.sample((50,))
+    theta = torch.zeros(50, 7)
+    theta[:, 0], theta[:, 1:3] = 1.0, components
+    expected = posterior.log_prob(theta, x)
+    expected = expected - posterior.cardinality(x).logits[1] + np.log(0.75)
+    log_prior = gaussian.prior.component.log_prob(components) + np.log(0.25)
+    expected = torch.logaddexp(expected, log_prior)
+    ours = mixture.log_prob_component(components)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_slots_of_a_wrong_network_keep_the_posterior():
+    posterior, x = untrained(), observation(gaussian)
+    sampler = eryn_sampler(
+        gaussian,
+        x,
+        "slotflow",
+        posterior=exact,
+        moves=[SlotFlowMove.from_posterior(posterior, x)],
+        num_walkers=600,
+        num_temperatures=1,
+    )
+    rows = last_rows(sampler.run(20))
+    probs = exact.cardinality(x).probs.numpy()
+    assert cardinality_p_value(gaussian, rows, probs) > 1e-4
+
+
+@pytest.mark.slow
+def test_trained_slots_keep_the_posterior():
+    # The likelihood is weak, so that births from the prior are accepted as often as
+    # from the slots: 0.40 both. 60,000 correlated draws put the total variation near
+    # 0.003; 0.02 is far out.
+    posterior, x = linear_gaussian_posterior(), observation(gaussian)
+    sampler = eryn_sampler(
+        gaussian,
+        x,
+        "slotflow",
+        posterior=posterior,
+        moves=[SlotFlowMove.from_posterior(posterior, x, update_share=0.0)],
+        num_walkers=200,
+        num_temperatures=1,
+    )
+    draws = sampler.run(300, burn_in=50)
+    error = draws.cardinality().probs - exact.cardinality(x).probs
+    assert 0.5 * error.abs().sum() < 0.02
+    assert sampler.sampler.rj_moves[0].acceptance_fraction.mean() > 0.3
+
+
+def test_bad_arguments_are_named():
+    x = observation(gaussian)
+    short: Any = {"num_walkers": 4, "num_temperatures": 1}
+    with pytest.raises(TypeError, match="problem must be a Problem"):
+        eryn_sampler(exact, x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="x must be one observation of length 6"):
+        eryn_sampler(gaussian, torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="x must be finite"):
+        eryn_sampler(gaussian, torch.full((6,), torch.nan))
+    with pytest.raises(ValueError, match="start must be"):
+        eryn_sampler(gaussian, x, "somewhere")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="theta must be given"):
+        eryn_sampler(gaussian, x, "truth")
+    with pytest.raises(ValueError, match="posterior must be given"):
+        eryn_sampler(gaussian, x, "slotflow")
+    with pytest.raises(ValueError, match="num_walkers must be an integer >= 2, got 1"):
+        eryn_sampler(gaussian, x, num_walkers=1)
+    outside = tiny.prior.sample((1,), generator_for(0))[0]
+    outside[1] = 5.0
+    with pytest.raises(ValueError, match="in the prior's support"):
+        eryn_sampler(tiny, observation(tiny), "truth", theta=outside)
+    with pytest.raises(ValueError, match="num_steps must be an integer >= 1, got 0"):
+        eryn_sampler(gaussian, x, **short).run(0)
+    gap = gaussian.prior.with_cardinality([0.5, 0.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match=r"consecutive.*K = \[0, 2\]"):
+        leaf_limits(gap)
+    limits = leaf_limits(gaussian.prior)
+    with pytest.raises(TypeError, match="sample_component"):
+        SlotFlowMove(exact, *limits)  # pyright: ignore[reportArgumentType]
+    proposal = PriorComponents(gaussian.prior.component)
+    with pytest.raises(ValueError, match=r"K = 1\.\.3, got 2"):
+        SlotFlowMove([proposal, proposal], *limits)
+    with pytest.raises(ValueError, match="update_share must lie in"):
+        SlotFlowMove(proposal, *limits, update_share=1.0)
+    with pytest.raises(ValueError, match="entry for branch 'pulsars'"):
+        SlotFlowMove(proposal, *limits, branch="pulsars")
+    with pytest.raises(TypeError, match="posterior must be a SlotPosterior"):
+        slot_mixtures(exact)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="defensive_share must lie in"):
+        slot_mixtures(untrained(), x, defensive_share=0.0)
+
+
+def test_a_missing_eryn_says_what_to_install(monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "eryn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "eryn", None)
+    with pytest.raises(ImportError, match=r"pip install sbi-slotflow\[rjmcmc\]"):
+        require_eryn()
