@@ -3,8 +3,9 @@
 Infer how many components are in a signal and their parameters, p(K, Theta | x).
 """
 
-from . import calibration, problems
+from . import calibration, metrics, problems
 from .datatree import to_datatree
+from .draws import PosteriorDraws
 from .layout import ThetaLayout
 from .nn import (
     CircleChart,
@@ -17,6 +18,7 @@ from .noise import WhiteNoise
 from .posterior import SlotPosterior
 from .prior import VariableKPrior
 from .problems import Problem
+from .refinement import RefinedPosterior, refine
 from .simulator import AdditiveSimulator
 from .training import SlotNPE
 
@@ -26,7 +28,9 @@ __all__ = [
     "AdditiveSimulator",
     "CircleChart",
     "PolarChart",
+    "PosteriorDraws",
     "Problem",
+    "RefinedPosterior",
     "SlotDensityEstimator",
     "SlotNPE",
     "SlotPosterior",
@@ -35,7 +39,9 @@ __all__ = [
     "WhiteNoise",
     "WhiteningChart",
     "calibration",
+    "metrics",
     "problems",
+    "refine",
     "slot_nn",
     "to_datatree",
 ]

@@ -1,7 +1,8 @@
-"""The only module that talks to ArviZ: draws as a ``DataTree``.
+"""Draws as an ArviZ ``DataTree``.
 
 ArviZ 1.x needs Python 3.12; its parts ``arviz-base``, ``arviz-stats`` and
-``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts.
+``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts,
+here and in :mod:`sbi_slotflow.psis`.
 """
 
 from typing import TYPE_CHECKING

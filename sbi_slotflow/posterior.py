@@ -5,9 +5,9 @@ built in, see :mod:`sbi_slotflow.truncation`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from sbi.inference.posteriors import DirectPosterior
@@ -19,6 +19,9 @@ from .nn.estimator import SlotDensityEstimator
 from .prior import VariableKPrior
 from .seeding import generator_for
 from .truncation import LEAST_ACCEPTANCE, SeparatedSlots
+
+if TYPE_CHECKING:
+    from .refinement import RefinedPosterior
 
 __all__ = ["SlotPosterior"]
 
@@ -319,6 +322,29 @@ class SlotPosterior(DirectPosterior):
         )
         values = self.log_prob(draws, batch, norm_posterior=False)
         return draws[values.argmax()].unsqueeze(0)
+
+    def refine(
+        self,
+        log_likelihood: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor | None = None,
+        num_samples: int = 10_000,
+        **options: Any,
+    ) -> "RefinedPosterior | list[RefinedPosterior]":
+        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`.
+
+        Args:
+            log_likelihood: Maps rows ``(..., E)`` and observations ``(..., T)`` that
+                broadcast to log p(x | theta).
+            x: One observation or a batch ``(B, T)``; the default x if None.
+            num_samples: Draws for each observation.
+            options: ``method``, ``defensive``, ``generator``.
+
+        Returns:
+            The refined posterior, or a list of them for a batch.
+        """
+        from .refinement import refine
+
+        return refine(self, log_likelihood, self._batch(x), num_samples, **options)
 
     def reconstruct(
         self, samples: Tensor, simulator: SignalModel | None = None

@@ -10,23 +10,16 @@ share :math:`\epsilon` of the draws gets one more component c from the prior:
 If something is missing some of these fit far better, and the weights' tail shows it.
 """
 
-import math
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from arviz_stats.base import array_stats
 from torch import Tensor
 
 from ..layout import ThetaLayout
 from ..prior import VariableKPrior
 from ..seeding import forked_rng
 
-__all__ = ["Proposal", "WithExtraComponent", "pareto_smoothed"]
-
-
-# Fewer draws have no tail to speak of.
-_MIN_DRAWS = 25
+__all__ = ["Proposal", "WithExtraComponent"]
 
 
 class Proposal(Protocol):
@@ -61,14 +54,10 @@ class WithExtraComponent:
             raise ValueError(f"defensive must lie in [0, 1), got {share}.")
         self.proposal, self.prior, self.share = proposal, proposal.prior, share
 
-    def sample(
-        self, num: int, x: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
+    def sample(self, num: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw rows ``(num, B, E)``; some may break the least separation."""
         layout = self.prior.layout
-        theta = self.proposal.sample_batched(
-            torch.Size((num,)), x, generator=generator
-        )
+        theta = self.proposal.sample_batched(torch.Size((num,)), x, generator=generator)
         parts = layout.unpack(theta)
         with forked_rng(generator):
             chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
@@ -123,40 +112,3 @@ def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
     )
     k = torch.where(index < parts.cardinality, parts.cardinality - 1, parts.cardinality)
     return layout.pack(k, components, parts.shared)
-
-
-class SmoothedWeights(NamedTuple):
-    """Pareto-smoothed log weights ``(S,)`` and the tail's shape."""
-
-    log_weights: Tensor
-    pareto_k: float
-
-
-def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
-    """Smooth the tail of importance weights (Vehtari et al. 2024).
-
-    Args:
-        log_weights: Log weights of one observation's draws, shape ``(S,)``.
-
-    Returns:
-        Smoothed log weights and k-hat, the shape of their upper tail.
-    """
-    finite = torch.isfinite(log_weights)
-    values = log_weights[finite].double().cpu().numpy()
-    if len(values) < _MIN_DRAWS:
-        return SmoothedWeights(log_weights, math.nan)
-    # The tail that the method fits; equal weights have none.
-    tail = math.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values))))
-    if np.ptp(np.sort(values)[-tail:]) < 1e-4:
-        return SmoothedWeights(log_weights, 0.0)
-    # The function takes log likelihoods of left-out data: weights are their inverse.
-    with np.errstate(all="ignore"):
-        result, shape = array_stats.psislw(-values)
-    if not np.isfinite(result).all():  # the fit fails on a tail with ties
-        tied = (values > values.max() - 1e-4).sum() > 1
-        return SmoothedWeights(log_weights, 0.0 if tied else math.inf)
-    # What it returns sums to one; keep our scale.
-    shift = np.logaddexp.reduce(values) - np.logaddexp.reduce(result)
-    smoothed = log_weights.clone()
-    smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
-    return SmoothedWeights(smoothed, float(shape))

@@ -294,7 +294,7 @@ def _partners(
     found = num >= 2
     safe = num.clamp(min=2)
     first = (torch.rand(len(k), generator=generator) * safe).long()
-    second = (first + 1 + (torch.rand(len(k), generator=generator) * (safe - 1)).long())
+    second = first + 1 + (torch.rand(len(k), generator=generator) * (safe - 1)).long()
     second = second % safe
     last = len(k_others) - 1
     return (

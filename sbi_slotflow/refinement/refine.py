@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..draws import PosteriorDraws
-from .importance import Proposal, WithExtraComponent, pareto_smoothed
+from ..psis import pareto_smoothed
+from .importance import Proposal, WithExtraComponent
 
 __all__ = ["LogLikelihood", "RefinedPosterior", "UnreliableWeights", "refine"]
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..nn.charts import Chart, WhiteningChart
 from ..posterior import SlotPosterior
+from ..psis import pareto_smoothed
 from ..rjmcmc.component_proposals import (
     ComponentProposal,
     PriorComponents,
     slot_mixtures,
 )
 from ..seeding import forked_rng
-from .importance import Proposal, WithExtraComponent, pareto_smoothed
+from .importance import Proposal, WithExtraComponent
 from .moves import (
     EXCHANGES,
     DifferenceMove,

@@ -1,6 +1,32 @@
-"""Reference samplers of the exact posterior, and a proposal made by hand."""
+"""Reference samplers of the exact posterior, and a proposal made by hand.
+
+``SlotFlowMove`` subclasses a move of Eryn, which is imported when it is asked for.
+"""
+
+from typing import Any
 
 from .collapsed import CollapsedDraws, collapsed
+from .component_proposals import slot_mixtures
+from .eryn_bridge import ErynSampler, eryn_sampler
+from .fixed_k import fixed_k
 from .laplace import LaplaceProposal, laplace_proposal
 
-__all__ = ["CollapsedDraws", "LaplaceProposal", "collapsed", "laplace_proposal"]
+__all__ = [
+    "CollapsedDraws",
+    "ErynSampler",
+    "LaplaceProposal",
+    "SlotFlowMove",
+    "collapsed",
+    "eryn_sampler",
+    "fixed_k",
+    "laplace_proposal",
+    "slot_mixtures",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SlotFlowMove":
+        from .eryn_moves import SlotFlowMove
+
+        return SlotFlowMove
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

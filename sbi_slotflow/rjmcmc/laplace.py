@@ -15,11 +15,11 @@ can be refined, and be the classical rival of a trained one.
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 from scipy.stats import gamma
 from torch import Tensor
 from torch.distributions import Categorical
@@ -211,6 +211,30 @@ class LaplaceProposal:
         """Evaluate log densities ``(S, 1)`` of rows ``(S, 1, E)``."""
         return self.log_prob(theta, x)
 
+    def log_likelihood(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Evaluate log p(x | theta) from the sufficient statistics.
+
+        The same as the problem's own, at a cost that does not grow with the record.
+
+        Args:
+            theta: Rows ``(..., E)``.
+            x: Left out, or the observation of the proposal.
+
+        Returns:
+            Float64, shape ``(...)``.
+        """
+        self._check_x(x)
+        parts = self.prior.layout.unpack(theta.double())
+        most = int(parts.cardinality.max()) if len(theta) else 0
+        # Padding lies outside the band; with no amplitude any frequency will do.
+        low = self.prior.component_marginals[2].bounds[0]
+        padding = parts.components.new_tensor([0.0, 0.0, low])
+        components = torch.where(parts.mask.unsqueeze(-1), parts.components, padding)
+        values = self.statistics.log_likelihood(
+            components[..., :most, :].numpy(), parts.shared[..., 0].numpy()
+        )
+        return torch.from_numpy(np.asarray(values))
+
     @property
     def _log_q_k(self) -> Tensor:
         log_joint = self.log_evidence_by_cardinality.clone()
@@ -240,7 +264,8 @@ class LaplaceProposal:
             )
             log_p = self.prior.log_prob(rows) - self.prior.log_cardinality_probs[k]
             weights = log_p.double().numpy() + likelihood - log_q
-            values[k] = float(logsumexp(weights)) - math.log(_PILOT_DRAWS)
+            log_sum = torch.from_numpy(weights).logsumexp(0)
+            values[k] = log_sum - math.log(_PILOT_DRAWS)
         return values
 
     def _check_k(self, k: int) -> None:
@@ -283,8 +308,10 @@ class _Mode:
         mean, root, energy = self._conditional(frequency)
         sigma = self._draw_sigma(energy, rng)
         noise = rng.standard_normal((size, 2 * self.num, 1))
-        spread = np.linalg.solve(np.swapaxes(root, -1, -2), noise)[..., 0]
-        amplitudes = mean + sigma[:, None] * spread
+        spread = torch.linalg.solve_triangular(
+            torch.from_numpy(root).mT, torch.from_numpy(noise), upper=True
+        )
+        amplitudes = mean + sigma[:, None] * spread.squeeze(-1).numpy()
         components = self.owner.statistics.components(
             amplitudes.reshape(size, self.num, 2), frequency
         )
@@ -319,12 +346,13 @@ class _Mode:
         statistics = self.owner.statistics
         gram = statistics.gram(frequency)
         size = gram.shape[-1]
-        root = np.linalg.cholesky(gram + 1e-9 * statistics.num_data * np.eye(size))
+        ridge = 1e-9 * statistics.num_data * np.eye(size)
+        root = torch.linalg.cholesky(torch.from_numpy(gram + ridge))
         right = statistics.projections(frequency).reshape(len(frequency), size, 1)
-        half = np.linalg.solve(root, right)
-        mean = np.linalg.solve(np.swapaxes(root, -1, -2), half)[..., 0]
-        energy = statistics.energy - np.square(half[..., 0]).sum(-1)
-        return cast(Floats, mean), cast(Floats, root), np.maximum(energy, 1e-300)
+        half = torch.linalg.solve_triangular(root, torch.from_numpy(right), upper=False)
+        mean = torch.linalg.solve_triangular(root.mT, half, upper=True).squeeze(-1)
+        energy = statistics.energy - half.square().sum((-2, -1)).numpy()
+        return mean.numpy(), root.numpy(), np.maximum(energy, 1e-300)
 
     def _precision(self, energy: Floats) -> tuple[Any, Floats, Floats]:
         """1 / sigma^2 given f, a gamma variable, and its range in probability."""

@@ -1,0 +1,51 @@
+r"""Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024)."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from arviz_stats.base.array import array_stats
+from torch import Tensor
+
+__all__ = ["SmoothedWeights", "pareto_smoothed"]
+
+# Fewer draws have no tail to speak of.
+_MIN_DRAWS = 25
+
+
+class SmoothedWeights(NamedTuple):
+    """Pareto-smoothed log weights ``(S,)`` and the tail's shape."""
+
+    log_weights: Tensor
+    pareto_k: float
+
+
+def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
+    """Smooth the tail of importance weights (Vehtari et al. 2024).
+
+    Args:
+        log_weights: Log weights of one observation's draws, shape ``(S,)``.
+
+    Returns:
+        Smoothed log weights and k-hat, the shape of their upper tail.
+    """
+    finite = torch.isfinite(log_weights)
+    values = log_weights[finite].double().cpu().numpy()
+    if len(values) < _MIN_DRAWS:
+        return SmoothedWeights(log_weights, math.nan)
+    # The tail that the method fits; equal weights have none.
+    tail = math.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values))))
+    if np.ptp(np.sort(values)[-tail:]) < 1e-4:
+        return SmoothedWeights(log_weights, 0.0)
+    # The function takes log likelihoods of left-out data: weights are their inverse.
+    with np.errstate(all="ignore"):
+        result, shape = array_stats.psislw(-values)
+    if not np.isfinite(result).all():  # the fit fails on a tail with ties
+        tied = (values > values.max() - 1e-4).sum() > 1
+        return SmoothedWeights(log_weights, 0.0 if tied else math.inf)
+    # What it returns sums to one; keep our scale.
+    shift = np.logaddexp.reduce(values) - np.logaddexp.reduce(result)
+    smoothed = log_weights.clone()
+    smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
+    return SmoothedWeights(smoothed, float(shape))
