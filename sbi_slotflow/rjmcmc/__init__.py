@@ -3,13 +3,16 @@
 ``SlotFlowMove`` subclasses a move of Eryn, which is imported when it is asked for.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .collapsed import CollapsedDraws, collapsed
 from .component_proposals import slot_mixtures
 from .eryn_bridge import ErynSampler, eryn_sampler
 from .fixed_k import fixed_k
 from .laplace import LaplaceProposal, laplace_proposal
+
+if TYPE_CHECKING:
+    from .eryn_moves import SlotFlowMove
 
 __all__ = [
     "CollapsedDraws",
