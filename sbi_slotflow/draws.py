@@ -34,7 +34,8 @@ class PosteriorDraws:
             constant; None where all draws count the same.
 
     Raises:
-        ValueError: If a shape is wrong, or no draw has a positive weight.
+        ValueError: If a shape is wrong, there is no draw, or none has a positive
+            weight.
     """
 
     layout: ThetaLayout
@@ -49,6 +50,10 @@ class PosteriorDraws:
                 f"{tuple(self.theta.shape)}."
             )
         self.layout.validate(self.theta)
+        if not self.theta.numel():
+            raise ValueError(
+                f"theta must hold at least one draw, got {tuple(self.theta.shape)}."
+            )
         if self.log_weights is None:
             return
         if self.log_weights.shape != self.theta.shape[:-1]:
@@ -134,7 +139,7 @@ class PosteriorDraws:
         # Rounding may push the last point beyond the last edge.
         index = index.clamp(max=int(weights.nonzero().max()))
         index = index[torch.randperm(num, generator=generator)]
-        return rows[index].reshape(*shape, -1)
+        return rows[index].reshape(*shape, self.layout.size)
 
     def to_datatree(
         self,

@@ -113,6 +113,10 @@ def refine(
     if x.ndim not in (1, 2):
         raise ValueError(f"x must have shape (T,) or (B, T), got {tuple(x.shape)}.")
     batch = torch.atleast_2d(x)
+    if not len(batch):
+        raise ValueError(f"x must hold at least one observation, got {tuple(x.shape)}.")
+    if not torch.isfinite(batch).all():
+        raise ValueError("x must be finite, got NaN or Inf.")
     if method == "importance":
         results = _weigh(
             posterior, log_likelihood, batch, num_samples, defensive, generator

@@ -74,9 +74,7 @@ def temper(
         log_p = torch.full_like(log_prior, -math.inf)
         inside = torch.isfinite(log_prior)
         if inside.any():
-            values = checked_log_likelihood(
-                log_likelihood, theta[inside], x.expand(int(inside.sum()), -1)
-            )
+            values = checked_log_likelihood(log_likelihood, theta[inside], one)
             log_p[inside] = log_prior[inside] + values
         # Outside the prior's support both vanish.
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)

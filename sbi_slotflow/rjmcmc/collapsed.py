@@ -21,8 +21,9 @@ from ..draws import PosteriorDraws
 from ..prior import VariableKPrior
 from ..problems import Sinusoids
 from ..separation import log_separation_constant
+from .frequencies import SpectralDensity
 from .laplace import sinusoid_statistics
-from .pursuit import SinusoidFit, matching_pursuit, residual_power
+from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
 __all__ = ["CollapsedDraws", "CollapsedSampler", "collapsed"]
@@ -39,7 +40,6 @@ _MOVES: dict[str, float] = {
     "refresh": 0.1,
 }
 _UNIFORM_SHARE = 0.3
-_OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,15 @@ class CollapsedSampler:
     def start(self, size: int) -> Tensor:
         """A theta row near the fit of ``size`` components, inside the prior's bounds.
 
-        If the prior or the pursuit has no such size, the nearest is taken.
+        If that fit has an amplitude that the prior excludes, or the prior or the
+        pursuit has no such size, the nearest size will do. (Two components that the
+        data want gone hold each other: whichever leaves, the other's amplitude must be
+        drawn anew where its conditional has no mass.)
         """
         possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
-        fit = self.fits[int(possible[(possible - size).abs().argmin()])]
+        nearest = [int(k) for k in possible[(possible - size).abs().argsort()]]
+        fitting = [k for k in nearest if self._fits_prior(self.fits[k])]
+        fit = self.fits[(fitting or nearest)[0]]
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
         margin = 1e-6 * (high - low)
@@ -206,6 +211,14 @@ class CollapsedSampler:
         padded[: len(components)] = torch.from_numpy(components)
         number = torch.tensor(len(components))
         return layout.pack(number, padded, padded.new_tensor([sigma]))
+
+    def _fits_prior(self, fit: SinusoidFit) -> bool:
+        """Whether all amplitudes lie within the prior's bounds or near them."""
+        low, high = self.prior.component_marginals[0].bounds
+        num = self.statistics.num_data
+        slack = 4 * math.sqrt(2 * max(fit.energy, 0.0)) / num
+        radius = np.hypot(fit.amplitudes[:, 0], fit.amplitudes[:, 1])
+        return bool(((radius > low - slack) & (radius < high + slack)).all())
 
     def run(
         self, start: Tensor, num_draws: int, thin: int, rng: np.random.Generator
@@ -280,15 +293,11 @@ def _birth_density(
     fits: list[SinusoidFit], statistics: SineStatistics, band: tuple[float, float]
 ) -> tuple[Floats, Floats]:
     """Where new components are tried: at peaks of the residuals of all fits."""
-    width = 1 / statistics.grids[0].duration
-    num = max(16, math.ceil((band[1] - band[0]) / width * _OVERSAMPLING))
-    middle = band[0] + (np.arange(num) + 0.5) * (band[1] - band[0]) / num
-    variance = fits[-1].energy / statistics.num_data + 1e-300
-    probs = np.full(num, _UNIFORM_SHARE / num)
-    for fit in fits:
-        # Half the gain in log likelihood: a flattened posterior of one more component.
-        gain = 0.25 * residual_power(statistics, fit, middle) / variance
-        peak = np.exp(gain - gain.max())
-        probs += (1 - _UNIFORM_SHARE) / len(fits) * peak / peak.sum()
-    log_density = np.log(probs * num / (band[1] - band[0]))
-    return np.cumsum(probs) / probs.sum(), log_density
+    variance = max(fits[-1].energy, 1e-300) / statistics.num_data
+    densities = [
+        SpectralDensity(fit, statistics, band, variance, 0.5, _UNIFORM_SHARE)
+        for fit in fits
+    ]
+    cumulative = np.mean([d.cumulative for d in densities], axis=0)
+    density = np.mean([np.exp(d.log_density) for d in densities], axis=0)
+    return cumulative, np.log(density)

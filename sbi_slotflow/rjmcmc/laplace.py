@@ -1,16 +1,15 @@
 r"""A posterior of sinusoids made by hand: pursuit, Gauss-Newton, Laplace for each K.
 
-For each K the fit of :func:`matching_pursuit` gives the frequencies' centre and
-covariance. Then
+For each K the fits of :func:`matching_pursuit` give a density of the frequencies, see
+:mod:`.frequencies`. Then
 
 .. math::
-    q(K, f, \sigma, a, b) = q(K)\; t_\nu(f | \hat f_K, C_K)\;
+    q(K, f, \sigma, a, b) = q(K)\; q(f | K)\;
         p(\sigma | f)\; N(a, b | \hat a(f), \sigma^2 G(f)^{-1}),
 
-the last two being the exact conditionals under a flat prior of the amplitudes; t is cut
-to sorted frequencies in the band that keep the separation. q(K) follows from a pilot
-estimate of each K's evidence. It stands behind the interface of a posterior, so that it
-can be refined, and be the classical rival of a trained one.
+the last two being the exact conditionals under a flat prior of the amplitudes. q(K)
+follows from a pilot estimate of each K's evidence. It stands behind the interface of a
+posterior, so that it can be refined, and be the classical rival of a trained one.
 """
 
 import math
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import gammaln
 from scipy.stats import gamma
 from torch import Tensor
 from torch.distributions import Categorical
@@ -27,14 +25,13 @@ from torch.distributions import Categorical
 from ..noise import WhiteNoise
 from ..problems import Sinusoids
 from ..seeding import draw_seed
+from .frequencies import FrequencyProposal
 from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
 __all__ = ["LaplaceProposal", "laplace_proposal", "sinusoid_statistics"]
 
-_DEGREES = 8.0
 _PILOT_DRAWS = 1_000
-_NORM_DRAWS = 10_000
 
 
 def laplace_proposal(
@@ -68,8 +65,8 @@ def laplace_proposal(
         max(wanted),
         prior.min_separation or 0.0,
     )
-    modes = {k: fits[k] for k in wanted if k < len(fits)}
-    return LaplaceProposal(problem, x.reshape(-1), statistics, modes, seed)
+    fitted = [k for k in wanted if k < len(fits)]
+    return LaplaceProposal(problem, x.reshape(-1), statistics, fits, fitted, seed)
 
 
 def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
@@ -112,7 +109,8 @@ class LaplaceProposal:
         problem: The sinusoid problem.
         x: The observation, shape ``(T,)``.
         statistics: Its statistics.
-        modes: Fit of each cardinality.
+        fits: Fits of 0, 1, ... components.
+        cardinalities: Those to consider, each with a fit.
         seed: Seed of the pilot draws.
     """
 
@@ -121,14 +119,15 @@ class LaplaceProposal:
         problem: Sinusoids,
         x: Tensor,
         statistics: SineStatistics,
-        modes: dict[int, SinusoidFit],
+        fits: list[SinusoidFit],
+        cardinalities: Sequence[int],
         seed: int = 0,
     ) -> None:
         self.problem, self.prior = problem, problem.prior
         self.default_x = x
         self.statistics = statistics
         self.sigma_bounds = problem.prior.shared_marginals[0].bounds
-        self.modes = {k: _Mode(self, fit, seed) for k, fit in modes.items()}
+        self.modes = {k: _Mode(self, fits[k::-1], seed) for k in cardinalities}
         self.log_evidence_by_cardinality = self._pilot(seed)
 
     def cardinality(self, x: Tensor | None = None) -> Categorical:
@@ -254,18 +253,18 @@ class LaplaceProposal:
         )
         layout = self.prior.layout
         for k, mode in self.modes.items():
-            rows = mode.sample(_PILOT_DRAWS, rng)
-            parts = layout.unpack(rows)
-            log_q = mode.log_prob(
-                parts.components[:, :k].numpy(), parts.shared[:, 0].numpy()
-            )
-            likelihood = self.statistics.log_likelihood(
-                parts.components[:, :k].numpy(), parts.shared[:, 0].numpy()
-            )
-            log_p = self.prior.log_prob(rows) - self.prior.log_cardinality_probs[k]
-            weights = log_p.double().numpy() + likelihood - log_q
-            log_sum = torch.from_numpy(weights).logsumexp(0)
-            values[k] = log_sum - math.log(_PILOT_DRAWS)
+            for _ in range(2):  # the second with the shares that the first asks for
+                rows = mode.sample(_PILOT_DRAWS, rng)
+                parts = layout.unpack(rows)
+                components = parts.components[:, :k].numpy()
+                log_p = self.prior.log_prob(rows) - self.prior.log_cardinality_probs[k]
+                weights = log_p.double() + self.log_likelihood(rows)
+                weights -= torch.from_numpy(
+                    mode.log_prob(components, parts.shared[:, 0].numpy())
+                )
+                values[k] = weights.logsumexp(0) - math.log(_PILOT_DRAWS)
+                if torch.isfinite(values[k]):
+                    mode.frequencies.adapt(components[..., 2], weights.numpy())
         return values
 
     def _check_k(self, k: int) -> None:
@@ -281,30 +280,29 @@ class LaplaceProposal:
 
 
 class _Mode:
-    """q(f, sigma, a, b | K) around one fit."""
+    """q(f, sigma, a, b | K), from the fits of K, K - 1, ... components."""
 
-    def __init__(self, owner: LaplaceProposal, fit: SinusoidFit, seed: int) -> None:
-        self.owner, self.fit = owner, fit
-        self.num = len(fit.frequency)
+    def __init__(
+        self, owner: LaplaceProposal, fits: list[SinusoidFit], seed: int
+    ) -> None:
+        self.owner = owner
+        self.num = len(fits[0].frequency)
         self.band = owner.prior.component_marginals[2].bounds
         statistics = owner.statistics
         low, high = owner.sigma_bounds
-        sigma = math.sqrt(fit.energy / statistics.num_data)
-        sigma = min(max(sigma, low, 1e-12), high)
-        width = 1 / statistics.grids[0].duration
-        # No narrower than the information allows, no wider than a resolution element.
-        information = fit.information / sigma**2 + np.eye(self.num) / (0.5 * width) ** 2
-        covariance = np.linalg.inv(information) if self.num else fit.information
-        self.root = np.linalg.cholesky(covariance) if self.num else covariance
-        accepted = 1.0
-        if self.num:
-            rng = np.random.default_rng([seed, 2, self.num])
-            accepted = self._allowed(self._draw_t(_NORM_DRAWS, rng)).mean()
-        self.log_accepted = math.log(accepted)
+        sigma = math.sqrt(max(fits[0].energy, 0.0) / statistics.num_data)
+        self.frequencies = FrequencyProposal(
+            fits,
+            statistics,
+            self.band,
+            owner.prior.min_separation or 0.0,
+            min(max(sigma, low, 1e-12), high),
+            seed,
+        )
 
     def sample(self, size: int, rng: np.random.Generator) -> Tensor:
         """Draw theta rows, shape ``(size, E)``."""
-        frequency = self._draw_frequencies(size, rng)
+        frequency = self.frequencies.sample(size, rng)
         mean, root, energy = self._conditional(frequency)
         sigma = self._draw_sigma(energy, rng)
         noise = rng.standard_normal((size, 2 * self.num, 1))
@@ -327,7 +325,6 @@ class _Mode:
     def log_prob(self, components: Floats, sigma: Floats) -> Floats:
         """Log density of sorted components ``(N, K, 3)`` and sigma ``(N,)``."""
         frequency = components[..., 2]
-        inside = self._allowed(frequency)
         mean, root, energy = self._conditional(np.clip(frequency, *self.band))
         amplitudes = self.owner.statistics.linear_amplitudes(components)
         miss = amplitudes.reshape(len(sigma), -1) - mean
@@ -336,10 +333,10 @@ class _Mode:
         value -= 2 * self.num * (np.log(sigma) + 0.5 * math.log(2 * math.pi))
         value += np.log(np.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
         value += self._log_prob_sigma(sigma, energy)
-        value += self._log_t(frequency) - self.log_accepted
+        value += self.frequencies.log_prob(frequency)
         # (a, b) to (A, phi)
         value += np.log(components[..., 0]).sum(-1)
-        return np.where(inside, value, -np.inf)
+        return value
 
     def _conditional(self, frequency: Floats) -> tuple[Floats, Floats, Floats]:
         """Best amplitudes, root of the Gram matrix and residual energy."""
@@ -384,35 +381,3 @@ class _Mode:
             log_p - np.log(np.maximum(mass, 1e-300)),
         )
         return np.where((sigma >= low) & (sigma <= high), log_p, -np.inf)
-
-    def _draw_t(self, size: int, rng: np.random.Generator) -> Floats:
-        noise = rng.standard_normal((size, self.num)) @ self.root.T
-        scale = np.sqrt(_DEGREES / rng.chisquare(_DEGREES, size))
-        return self.fit.frequency + noise * scale[:, None]
-
-    def _draw_frequencies(self, size: int, rng: np.random.Generator) -> Floats:
-        frequency = np.empty((size, self.num))
-        left = np.arange(size)
-        while len(left):
-            frequency[left] = self._draw_t(len(left), rng)
-            left = left[~self._allowed(frequency[left])]
-        return frequency
-
-    def _allowed(self, frequency: Floats) -> np.ndarray:
-        """Sorted, in the band and separated."""
-        low, high = self.band
-        inside = ((frequency >= low) & (frequency <= high)).all(-1)
-        gaps = np.diff(frequency, axis=-1)
-        separated = (gaps >= (self.owner.prior.min_separation or 0.0)).all(-1)
-        return np.asarray(inside & separated)
-
-    def _log_t(self, frequency: Floats) -> Floats:
-        dim = self.num
-        if not dim:
-            return np.zeros(len(frequency))
-        z = np.linalg.solve(self.root, (frequency - self.fit.frequency).T)
-        norm = gammaln(0.5 * (_DEGREES + dim)) - gammaln(0.5 * _DEGREES)
-        norm -= 0.5 * dim * math.log(_DEGREES * math.pi)
-        norm -= np.log(np.diag(self.root)).sum()
-        tail = 0.5 * (_DEGREES + dim)
-        return norm - tail * np.log1p(np.square(z).sum(0) / _DEGREES)

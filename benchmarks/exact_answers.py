@@ -1,0 +1,496 @@
+"""How good, and how fast, are the exact answers? ``python -m benchmarks.exact_answers``.
+
+Parts, each a function: ``floor`` (two runs of the collapsed sampler on ``crowded``
+signals), ``evidence`` (collapsed against fixed-K evidences on ambiguous signals),
+``laplace`` (the refined Laplace proposal against the collapsed sampler on ``paper``
+signals), ``eryn`` (Eryn against the collapsed sampler) and ``speed`` (seconds per
+effective draw of every method on one signal). Each prints a table and, with ``--out``,
+writes its numbers as JSON.
+"""
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arviz_stats.base.array import array_stats
+from torch import Tensor
+
+from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
+from sbi_slotflow.problems import Sinusoids
+from sbi_slotflow.refinement import RefinedPosterior, refine
+from sbi_slotflow.seeding import generator_for
+
+PERIODS = {"phase": 2 * math.pi}
+Numbers = dict[str, Any]
+
+
+def floor(num_signals: int, seed: int) -> Numbers:
+    """Total variation of p(K | x) between two runs on ``crowded`` signals."""
+    problem = problems.sinusoids("crowded")
+    _, x = simulate(problem, num_signals, seed)
+    distances, seconds = [], []
+    for i in range(num_signals):
+        probs = []
+        for run in range(2):
+            started = time.monotonic()
+            draws = rjmcmc.collapsed(
+                problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80
+            )
+            seconds.append(time.monotonic() - started)
+            probs.append(draws.cardinality().probs)
+        distances.append(float(metrics.total_variation(*probs)))
+        progress(f"signal {i + 1}: {distances[-1]:.3f}, {seconds[-1]:.0f} s")
+    return {
+        "total variation between two runs": spread(distances),
+        "seconds a run": spread(seconds),
+    }
+
+
+def evidence(num_signals: int, seed: int) -> Numbers:
+    """p(K | x) of the collapsed sampler against that of fixed-K evidences."""
+    problem = ambiguous_problem()
+    theta, x = simulate(problem, num_signals, seed)
+    distances, floors, errors, effective = [], [], [], []
+    log_prior = problem.prior.log_cardinality_probs.double()
+    for i in range(num_signals):
+        runs = [
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=20_000)
+            for run in range(2)
+        ]
+        given_k = [
+            rjmcmc.fixed_k(problem, x[i], k, seed=i)
+            for k in range(problem.prior.max_cardinality + 1)
+        ]
+        log_joint = log_prior + torch.tensor([g.log_evidence for g in given_k])
+        probs = log_joint.softmax(-1)
+        first, second = (run.cardinality().probs for run in runs)
+        distances.append(float(metrics.total_variation(probs, 0.5 * (first + second))))
+        floors.append(float(metrics.total_variation(first, second)))
+        errors.append(max(g.log_evidence_error for g in given_k))
+        effective.append(min(g.efficiency for g in given_k))
+        progress(f"signal {i + 1}: exact {probs.numpy().round(3)}, {distances[-1]:.4f}")
+    return {
+        "total variation, collapsed - evidences": spread(distances),
+        "total variation between two collapsed runs": spread(floors),
+        "largest error of a log evidence": spread(errors),
+        "least ESS/N": spread(effective),
+    }
+
+
+def laplace(num_signals: int, seed: int) -> Numbers:
+    """The refined Laplace proposal against the collapsed sampler, ``paper``."""
+    problem = problems.sinusoids("paper")
+    _, x = simulate(problem, num_signals, seed)
+    variation, efficiency, k_hat, seconds = [], [], [], []
+    ratios: dict[str, list[float]] = {}
+    for i in range(num_signals):
+        started = time.monotonic()
+        proposal = rjmcmc.laplace_proposal(problem, x[i])
+        refined = one(
+            refine(
+                proposal,
+                proposal.log_likelihood,
+                x[i],
+                10_000,
+                defensive=0.0,
+                generator=generator_for(seed, 2, i),
+            )
+        )
+        seconds.append(time.monotonic() - started)
+        reference, second = (
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=100)
+            for run in range(2)
+        )
+        found = metrics.compare(
+            refined.sample((10_000,), generator=generator_for(seed, 3, i)),
+            reference.rows,
+            second.rows,
+            layout=problem.layout,
+            periods=PERIODS,
+        )
+        assert found.floor is not None
+        variation.append(found.total_variation)
+        efficiency.append(refined.efficiency)
+        k_hat.append(refined.pareto_k)
+        # The floor of one pair of runs is noisy: ratios of means over components.
+        for name in ("sigma", *problem.component_names):
+            mine, theirs = (
+                np.mean([p.w2 for p in c.parameters if p.name.startswith(name)])
+                for c in (found, found.floor)
+            )
+            ratios.setdefault(name, []).append(float(mine / theirs))
+        progress(
+            f"signal {i + 1}: K = {found.k}, ESS/N {efficiency[-1]:.2f}, "
+            f"W2 / floor { ({n: round(r[-1], 2) for n, r in ratios.items()}) }"
+        )
+    return {
+        "total variation of p(K | x)": spread(variation),
+        "ESS/N": spread(efficiency),
+        "k-hat": spread(k_hat),
+        "seconds, proposal and 10,000 draws": spread(seconds),
+        **{f"W2 / floor, {name}": spread(r) for name, r in ratios.items()},
+    }
+
+
+def eryn(num_signals: int, seed: int) -> Numbers:
+    """Eryn, from the truth, against the collapsed sampler: ``paper``, K = 3."""
+    problem = problems.sinusoids("paper")
+    theta, x = simulate(given_k(problem, 3), num_signals, seed)
+    numbers: Numbers = {}
+    for i in range(num_signals):
+        sampler = rjmcmc.eryn_sampler(
+            problem, x[i], start="truth", theta=theta[i], seed=i
+        )
+        started = time.monotonic()
+        draws = sampler.run(2_000, burn_in=500, thin=5)
+        seconds = time.monotonic() - started
+        reference, second = (
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=100)
+            for run in range(2)
+        )
+        found = metrics.compare(
+            draws.rows,
+            reference.rows,
+            second.rows,
+            layout=problem.layout,
+            periods=PERIODS,
+        )
+        progress(f"signal {i + 1}, {seconds:.0f} s\n{found}")
+        assert found.floor is not None
+        numbers[f"signal {i + 1}"] = {
+            "total variation": found.total_variation,
+            "mean W2": found.mean_w2,
+            "floor": found.floor.mean_w2,
+            "sd ratios": spread([p.std_ratio for p in found.parameters]),
+        }
+    return numbers
+
+
+def speed(num_signals: int, seed: int) -> Numbers:
+    """Seconds per effective draw of each method, ``paper``, K = 3."""
+    problem = problems.sinusoids("paper")
+    theta, x = simulate(given_k(problem, 3), num_signals, seed)
+    rows: dict[str, list[Numbers]] = {}
+    for i in range(num_signals):
+        for name, method in _methods(problem, theta[i], x[i], i).items():
+            started = time.monotonic()
+            try:
+                timed = method()
+            except ImportError as error:
+                progress(f"{name}: skipped, {error}")
+                continue
+            seconds = time.monotonic() - started
+            rows.setdefault(name, []).append(_efficiency(timed, seconds, problem))
+            progress(f"signal {i + 1}, {name}: {rows[name][-1]}")
+    baseline = rows["Eryn from the prior"]
+    return {
+        name: {
+            "seconds": spread([r["seconds"] for r in found]),
+            "share of draws with K = 3": spread([r["right K"] for r in found]),
+            "seconds per effective draw, worst parameter": spread(
+                [r["seconds per draw"] for r in found]
+            ),
+            "over Eryn from the prior": spread(
+                [
+                    r["seconds per draw"] / b["seconds per draw"]
+                    for r, b in zip(found, baseline, strict=True)
+                ]
+            ),
+        }
+        for name, found in rows.items()
+    }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Draws, and whether they are independent but for their weights."""
+
+    draws: PosteriorDraws
+    independent: bool
+
+
+def _methods(
+    problem: Sinusoids, theta: Tensor, x: Tensor, seed: int
+) -> dict[str, Callable[[], Timed]]:
+    def eryn_from(start: Any, steps: int, **options: Any) -> Timed:
+        sampler = rjmcmc.eryn_sampler(problem, x, start=start, seed=seed, **options)
+        return Timed(sampler.run(steps, burn_in=steps // 2, thin=5), False)
+
+    def eryn_with_move() -> Timed:
+        from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove
+
+        proposal = rjmcmc.laplace_proposal(problem, x)
+        components = _Pool(problem, proposal.sample((2_000,), k=3))
+        move = SlotFlowMove(problem, [components] * problem.prior.max_cardinality)
+        sampler = rjmcmc.eryn_sampler(problem, x, seed=seed, moves=[move])
+        return Timed(sampler.run(2_000, burn_in=1_000, thin=5), False)
+
+    def refined(method: Any, num: int) -> Timed:
+        proposal = rjmcmc.laplace_proposal(problem, x)
+        result = refine(
+            proposal,
+            proposal.log_likelihood,
+            x,
+            num,
+            method=method,
+            generator=generator_for(seed),
+        )
+        return Timed(one(result), True)
+
+    def evidences() -> Timed:
+        results = [rjmcmc.fixed_k(problem, x, k, seed=seed) for k in range(1, 6)]
+        return Timed(results[2], True)
+
+    def smc_by_k() -> Timed:
+        likelihood = rjmcmc.laplace_proposal(problem, x).log_likelihood
+        results = [
+            one(
+                refine(
+                    _Prior(given_k(problem, k).prior),
+                    likelihood,
+                    x,
+                    1_000,
+                    method="smc",
+                    defensive=0.0,
+                    generator=generator_for(seed, k),
+                )
+            )
+            for k in range(1, 6)
+        ]
+        return Timed(results[2], True)
+
+    return {
+        "Eryn from the prior": lambda: eryn_from("prior", 4_000),
+        "Eryn from the truth": lambda: eryn_from("truth", 2_000, theta=theta),
+        "Eryn with SlotFlowMove": eryn_with_move,
+        "collapsed": lambda: Timed(rjmcmc.collapsed(problem, x, seed=seed), False),
+        "fixed-K evidences, K = 1..5": evidences,
+        "SMC for each K = 1..5, from the prior": smc_by_k,
+        "nested sampling for each K = 1..4": lambda: _nested(problem, x, seed),
+        "refine, importance": lambda: refined("importance", 10_000),
+        "refine, smc": lambda: refined("smc", 2_000),
+    }
+
+
+def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
+    """Effective draws of the worst of A, phi, f of three components and sigma."""
+    draws, layout = timed.draws, problem.layout
+    k = layout.cardinality(draws.theta)
+    right = float((k == 3).double().flatten() @ draws.weights)
+    if timed.independent:
+        effective = draws.ess * right
+    elif right < 0.5:
+        effective = 0.0  # it has not arrived
+    else:
+        # Draws of another K would mix components up: the nearest K = 3 stands in.
+        parts = layout.unpack(draws.theta)
+        series = torch.cat([parts.shared, parts.components[..., :3, :].flatten(-2)], -1)
+        effective = min(
+            float(array_stats.ess(column.numpy())) for column in series.unbind(-1)
+        )
+    return {
+        "seconds": seconds,
+        "right K": right,
+        "effective": effective,
+        # Less than one effective draw counts as one: a bound in the method's favour.
+        "seconds per draw": seconds / max(effective, 1.0),
+    }
+
+
+def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
+    """Nested sampling (dynesty) at each K; draws are those of K = 3."""
+    try:
+        import dynesty
+    except ImportError as error:
+        raise ImportError(
+            "nested sampling needs dynesty: pip install dynesty"
+        ) from error
+    statistics = rjmcmc.laplace_proposal(problem, x).statistics
+    low = np.array([m.bounds[0] for m in problem.prior.component_marginals])
+    high = np.array([m.bounds[1] for m in problem.prior.component_marginals])
+    sigma_low, sigma_high = problem.prior.shared_marginals[0].bounds
+    kept: Timed | None = None
+    for k in range(1, 5):
+
+        def transform(u: np.ndarray, k: int = k) -> np.ndarray:
+            parts = u[1:].reshape(k, 3)
+            # Sorted frequencies, so that each set counts once.
+            parts = np.column_stack([parts[:, :2], np.sort(parts[:, 2])])
+            components = low + parts * (high - low)
+            return np.append(sigma_low + u[0] * (sigma_high - sigma_low), components)
+
+        def log_likelihood(v: np.ndarray, k: int = k) -> float:
+            sigma = np.array(max(v[0], 1e-6))
+            return float(statistics.log_likelihood(v[1:].reshape(k, 3), sigma))
+
+        sampler = dynesty.NestedSampler(
+            log_likelihood,
+            transform,
+            1 + 3 * k,
+            nlive=250,
+            sample="rwalk",
+            rstate=np.random.default_rng([seed, k]),
+        )
+        sampler.run_nested(print_progress=False, maxcall=150_000)
+        if k == 3:
+            found = sampler.results
+            padded = torch.zeros(len(found.samples), problem.prior.max_cardinality, 3)
+            padded = padded.double()
+            padded[:, :3] = torch.from_numpy(found.samples[:, 1:]).reshape(-1, 3, 3)
+            rows = problem.layout.pack(
+                torch.full((len(padded),), 3),
+                padded,
+                torch.from_numpy(found.samples[:, :1]),
+            )
+            weights = torch.from_numpy(found.logwt).unsqueeze(0)
+            rows = problem.layout.canonical(rows).unsqueeze(0)
+            kept = Timed(PosteriorDraws(problem.layout, rows, x, weights), True)
+    assert kept is not None
+    return kept
+
+
+class _Prior:
+    """The prior as a proposal."""
+
+    def __init__(self, prior: VariableKPrior) -> None:
+        self.prior = prior
+
+    def sample_batched(
+        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
+    ) -> Tensor:
+        return self.prior.sample((*sample_shape, len(x)), generator)
+
+    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+        return self.prior.log_prob(theta)
+
+
+class _Pool:
+    """Gaussians around pooled components, 10 % prior: slots made by hand."""
+
+    def __init__(self, problem: Sinusoids, rows: Tensor) -> None:
+        self.chart = problem.build_chart()
+        self.prior = problem.prior.component
+        parts = problem.layout.unpack(rows)
+        u, _ = self.chart.forward(parts.components[:, :3].double())
+        self.mean, self.scale = u.mean(0), 2 * u.std(0)
+
+    def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
+        slot = torch.randint(len(self.mean), (n,), generator=generator)
+        noise = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+        near = self.chart.inverse(self.mean[slot] + self.scale[slot] * noise)
+        far = self.prior.sample(torch.Size((n,))).double()
+        from_prior = torch.rand(n, 1, generator=generator) < 0.1
+        return torch.where(from_prior, far, near)
+
+    def log_prob_component(self, components: Tensor) -> Tensor:
+        u, log_det = self.chart.forward(components.double())
+        z = (u.unsqueeze(-2) - self.mean) / self.scale
+        each = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+        each = each - self.scale.log().sum(-1)
+        near = each.logsumexp(-1) - math.log(len(self.mean)) + log_det
+        far = self.prior.log_prob(components.float()).double()
+        return torch.logaddexp(near + math.log(0.9), far + math.log(0.1))
+
+
+def ambiguous_problem() -> Sinusoids:
+    """``tiny`` with amplitudes near the noise, so that K is uncertain."""
+    problem = problems.sinusoids("tiny")
+    prior = problem.prior
+    component = torch.distributions.Independent(
+        torch.distributions.Uniform(
+            torch.tensor([0.1, 0.0, 0.5]), torch.tensor([0.6, 2 * math.pi, 2.0])
+        ),
+        1,
+    )
+    quiet = VariableKPrior(
+        component,
+        prior.cardinality_probs,
+        shared=torch.distributions.Independent(
+            torch.distributions.Uniform(torch.tensor([0.7]), torch.tensor([1.0])), 1
+        ),
+        min_separation=prior.min_separation,
+        order_by=2,
+        component_names=prior.layout.component_names,
+        shared_names=prior.layout.shared_names,
+    )
+    return replace(problem, prior=quiet)
+
+
+def given_k(problem: Sinusoids, k: int) -> Sinusoids:
+    """The problem with all its prior at one cardinality."""
+    weights = torch.zeros(problem.prior.max_cardinality + 1)
+    weights[k] = 1.0
+    return replace(problem, prior=problem.prior.with_cardinality(weights))
+
+
+def simulate(problem: Sinusoids, num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw parameters and signals from the prior."""
+    theta = problem.prior.sample((num,), generator_for(seed, 0))
+    return theta, problem.simulator(theta, generator_for(seed, 1))
+
+
+def one(result: RefinedPosterior | list[RefinedPosterior]) -> RefinedPosterior:
+    """The result for a single observation."""
+    assert isinstance(result, RefinedPosterior)
+    return result
+
+
+def spread(values: list[float]) -> Numbers:
+    """Mean with its standard error, median and extremes."""
+    array = np.array(values)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return {
+        "mean": float(array.mean()),
+        "error": float(error),
+        "median": float(np.median(array)),
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "n": len(array),
+    }
+
+
+def progress(text: str) -> None:
+    """Print at once."""
+    print(text, flush=True)
+
+
+PARTS: dict[str, tuple[Callable[[int, int], Numbers], int]] = {
+    "floor": (floor, 50),
+    "evidence": (evidence, 5),
+    "laplace": (laplace, 50),
+    "eryn": (eryn, 1),
+    "speed": (speed, 1),
+}
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--signals", type=int, help="signals a part")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for JSON files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("default")
+    for name in args.parts or PARTS:
+        part, usual = PARTS[name]
+        progress(f"\n== {name}: {(part.__doc__ or '').splitlines()[0]}")
+        numbers = part(args.signals or usual, args.seed)
+        progress(json.dumps(numbers, indent=2))
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            path = args.out / f"exact_{name}.json"
+            path.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
