@@ -1,4 +1,4 @@
-"""How good, and how fast, are the exact answers? ``python -m benchmarks.exact_answers``.
+"""How good and how fast the exact answers are: ``python -m benchmarks.exact_answers``.
 
 Parts, each a function: ``floor`` (two runs of the collapsed sampler on ``crowded``
 signals), ``evidence`` (collapsed against fixed-K evidences on ambiguous signals),
@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def floor(num_signals: int, seed: int) -> Numbers:
 def evidence(num_signals: int, seed: int) -> Numbers:
     """p(K | x) of the collapsed sampler against that of fixed-K evidences."""
     problem = ambiguous_problem()
-    theta, x = simulate(problem, num_signals, seed)
+    _, x = simulate(problem, num_signals, seed)
     distances, floors, errors, effective = [], [], [], []
     log_prior = problem.prior.log_cardinality_probs.double()
     for i in range(num_signals):
@@ -166,6 +167,9 @@ def eryn(num_signals: int, seed: int) -> Numbers:
         progress(f"signal {i + 1}, {seconds:.0f} s\n{found}")
         assert found.floor is not None
         numbers[f"signal {i + 1}"] = {
+            "effective draws, worst parameter": _efficiency(
+                Timed(draws, False), seconds, problem
+            )["effective"],
             "total variation": found.total_variation,
             "mean W2": found.mean_w2,
             "floor": found.floor.mean_w2,
@@ -225,13 +229,13 @@ def _methods(
         return Timed(sampler.run(steps, burn_in=steps // 2, thin=5), False)
 
     def eryn_with_move() -> Timed:
-        from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove
+        from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove, leaf_limits
 
         proposal = rjmcmc.laplace_proposal(problem, x)
         components = _Pool(problem, proposal.sample((2_000,), k=3))
-        move = SlotFlowMove(problem, [components] * problem.prior.max_cardinality)
+        move = SlotFlowMove(components, *leaf_limits(problem.prior))
         sampler = rjmcmc.eryn_sampler(problem, x, seed=seed, moves=[move])
-        return Timed(sampler.run(2_000, burn_in=1_000, thin=5), False)
+        return Timed(sampler.run(1_000, burn_in=500, thin=5), False)
 
     def refined(method: Any, num: int) -> Timed:
         proposal = rjmcmc.laplace_proposal(problem, x)
@@ -268,8 +272,8 @@ def _methods(
         return Timed(results[2], True)
 
     return {
-        "Eryn from the prior": lambda: eryn_from("prior", 4_000),
-        "Eryn from the truth": lambda: eryn_from("truth", 2_000, theta=theta),
+        "Eryn from the prior": lambda: eryn_from("prior", 2_000),
+        "Eryn from the truth": lambda: eryn_from("truth", 1_000, theta=theta),
         "Eryn with SlotFlowMove": eryn_with_move,
         "collapsed": lambda: Timed(rjmcmc.collapsed(problem, x, seed=seed), False),
         "fixed-K evidences, K = 1..5": evidences,
@@ -293,9 +297,8 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
         # Draws of another K would mix components up: the nearest K = 3 stands in.
         parts = layout.unpack(draws.theta)
         series = torch.cat([parts.shared, parts.components[..., :3, :].flatten(-2)], -1)
-        effective = min(
-            float(array_stats.ess(column.numpy())) for column in series.unbind(-1)
-        )
+        each: list[Any] = [array_stats.ess(c.numpy()) for c in series.unbind(-1)]
+        effective = min(float(value) for value in each)
     return {
         "seconds": seconds,
         "right K": right,
@@ -308,7 +311,7 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
 def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
     """Nested sampling (dynesty) at each K; draws are those of K = 3."""
     try:
-        import dynesty
+        dynesty: Any = import_module("dynesty")
     except ImportError as error:
         raise ImportError(
             "nested sampling needs dynesty: pip install dynesty"
@@ -331,7 +334,7 @@ def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
             sigma = np.array(max(v[0], 1e-6))
             return float(statistics.log_likelihood(v[1:].reshape(k, 3), sigma))
 
-        sampler = dynesty.NestedSampler(
+        sampler: Any = dynesty.NestedSampler(
             log_likelihood,
             transform,
             1 + 3 * k,
