@@ -7,10 +7,11 @@ Particles pass through the targets
     \qquad q'' = (1 - \delta)\, q' + \delta\, p
 
 from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
-Each step is as long as half of the particles stay effective, but no longer than doubles
+Each step is as long as 80 % of the particles stay effective, but no longer than doubles
 beta: a component that q misses shows in no weight, and is found while beta is small
-and births are cheap. Then the particles are resampled and moved. The small share of the
-prior lets moves reach every set.
+and births are cheap. Then the particles are resampled, and moved for as long as the
+mean weight of the next step still grows: particles that lag behind their target make
+the evidence too small. The small share of the prior lets moves reach every set.
 """
 
 import math
@@ -40,10 +41,11 @@ from .refine import LogLikelihood, RefinedPosterior, checked_log_likelihood
 
 __all__ = ["temper"]
 
-_EFFECTIVE_SHARE = 0.5
+_EFFECTIVE_SHARE = 0.8
 _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
-_SWEEPS = 2
+_SWEEPS, _MOST_SWEEPS = 2, 20
+_DRIFT = 2.0
 _LAST_SWEEPS = 5
 _MAX_STEPS = 200
 
@@ -86,26 +88,30 @@ def temper(
     beta, steps, log_evidence, variance, worst = 0.0, 0, 0.0, 0.0, -math.inf
     rates: dict[str, list[float]] = {move.name: [] for move in moves}
     while beta < 1:
-        gain = population.log_p - population.log_q
-        gain = torch.where(torch.isfinite(population.log_q), gain, -math.inf)
-        step = _step(gain, min(1 - beta, max(beta, _FIRST_STEP)))
-        log_weights = step * gain
-        mean = log_weights.logsumexp(0) - math.log(num_samples)
-        if not torch.isfinite(mean):
+        step, log_weights = _step(population, beta)
+        mean = _log_mean(log_weights)
+        if not math.isfinite(mean):
             raise ValueError("no draw has a positive prior density and likelihood.")
-        log_evidence += float(mean)
+        log_evidence += mean
         variance += float((log_weights - mean).exp().var()) / num_samples
         worst = max(worst, pareto_smoothed(log_weights).pareto_k)
         beta, steps = beta + step, steps + 1
         if 1 - beta < 1e-9 or steps == _MAX_STEPS:
             beta = 1.0
         population = population.rows(_resample(log_weights, generator))
-        for _ in range(_LAST_SWEEPS if beta == 1.0 else _SWEEPS):
+        least, before = _LAST_SWEEPS if beta == 1.0 else _SWEEPS, math.inf
+        for sweep in range(1, _MOST_SWEEPS + 1):
             for move in moves:
                 population, rate = metropolis(
                     population, move, beta, evaluate, generator
                 )
                 rates[move.name].append(rate)
+            if sweep >= least:
+                ahead = _log_mean(_step(population, beta)[1])
+                # The mean weight's own error is at most 1 / sqrt(N).
+                if ahead - before < _DRIFT / math.sqrt(num_samples):
+                    break
+                before = ahead
     diagnostics = {name: sum(r) / max(1, len(r)) for name, r in rates.items()}
     return RefinedPosterior(
         prior.layout,
@@ -150,23 +156,33 @@ def _moves(posterior: Proposal, x: Tensor) -> list[Move]:
     return [*differences, *exchanges]
 
 
-def _step(gain: Tensor, most: float) -> float:
-    """Longest step after which enough particles are effective, by bisection."""
+def _step(population: Population, beta: float) -> tuple[float, Tensor]:
+    """Longest step that leaves enough particles effective, and its log weights."""
+    gain = population.log_p - population.log_q
+    gain = torch.where(torch.isfinite(population.log_q), gain, -math.inf)
+    most = min(1 - beta, max(beta, _FIRST_STEP))
 
     def effective(step: float) -> float:
         weights = (step * gain).softmax(-1)
         return float(1 / weights.square().sum()) / len(gain)
 
-    if effective(most) >= _EFFECTIVE_SHARE:
-        return most
+    if most <= 0:
+        return 0.0, torch.zeros_like(gain)
     low, high = 0.0, most
-    for _ in range(60):
+    if effective(most) >= _EFFECTIVE_SHARE:
+        low = most
+    while high - low > 1e-3 * high and high > 1e-6:
         middle = 0.5 * (low + high)
         if effective(middle) >= _EFFECTIVE_SHARE:
             low = middle
         else:
             high = middle
-    return max(low, 1e-6)
+    step = max(low, 1e-6)
+    return step, step * gain
+
+
+def _log_mean(log_weights: Tensor) -> float:
+    return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
 
 
 def _resample(log_weights: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -7,6 +7,7 @@ a nearly normal mean.
 import math
 import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,7 +57,7 @@ class PriorWide:
 
     def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
         k = LAYOUT.cardinality(theta)
-        log_k = EXACT.cardinality(x).expand((len(x),)).logits
+        log_k = EXACT.cardinality(x).logits.expand(len(x), -1)
         log_k = log_k.expand(*k.shape, -1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
         log_p = self.prior.log_prob(theta).double()
         return log_k + log_p - self.prior.log_cardinality_probs[k].double()
@@ -138,21 +139,36 @@ def share_error(draws: RefinedPosterior, event: Tensor) -> Tensor:
     return (weights.square() * (event - share).square()).sum().sqrt()
 
 
+def assert_exact(draws: RefinedPosterior) -> None:
+    """Compare p(K | x) and the evidence: 5 sigma of 5, false alarms below 3e-6."""
+    k, expected = LAYOUT.cardinality(draws.rows), EXACT.cardinality(draws.x).probs
+    for i, found in enumerate(draws.cardinality().probs):
+        error = share_error(draws, (k == i).double())
+        assert abs(found - expected[i]) <= 5 * error
+    miss = draws.log_evidence - EXACT.log_evidence(draws.x).item()
+    assert abs(miss) <= 5 * draws.log_evidence_error
+    assert draws.is_reliable
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_posteriors_become_exact(name, observation):
+    draws = refined(WRONG[name], observation[0])
+    assert_exact(draws)
+    assert draws.log_evidence_error < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_posteriors_become_exact_to_a_hundredth(name, observation):
     for seed, x in enumerate(observation):
-        draws = refined(WRONG[name], x, seed=seed)
-        k = LAYOUT.cardinality(draws.rows)
-        expected = EXACT.cardinality(x).probs
-        for i, found in enumerate(draws.cardinality().probs):
-            # 5 sigma: 1e-6 a time, 6e-5 for all 60
-            error = share_error(draws, (k == i).double())
-            assert abs(found - expected[i]) <= 5 * error
-            assert 4 * error < 0.01 * 1.25
-        miss = draws.log_evidence - EXACT.log_evidence(x).item()
-        assert abs(miss) <= 5 * draws.log_evidence_error
-        assert draws.log_evidence_error < 0.02 / 4
-        assert draws.is_reliable
+        draws = refined(WRONG[name], x, 400_000, seed)
+        assert_exact(draws)
+        # At standard errors of at most 0.002 and 0.004 these are 5 sigma: false alarms
+        # below 1e-4 for all 75.
+        gap = draws.cardinality().probs - EXACT.cardinality(x).probs
+        assert gap.abs().max() <= 0.01
+        assert abs(draws.log_evidence - EXACT.log_evidence(x).item()) <= 0.02
+        assert draws.log_evidence_error < 0.004
 
 
 def test_component_moments_given_k(observation):
@@ -181,7 +197,7 @@ def test_component_moments_given_k(observation):
             error = (weights.square() @ (values - found).square()).sqrt()
             # 5 sigma of 2 entries of 3 moments of 3 K: false alarms below 2e-5
             assert ((found - wanted).abs() <= 5 * error).all()
-            assert (error < 0.02).all()
+            assert (error < 0.03).all()
 
 
 def test_without_defence_the_exact_posterior_has_equal_weights(observation):
@@ -193,6 +209,7 @@ def test_without_defence_the_exact_posterior_has_equal_weights(observation):
     assert draws.is_reliable
 
 
+@pytest.mark.filterwarnings("ignore::sbi_slotflow.refinement.refine.UnreliableWeights")
 def test_evidence_error_is_its_scatter(observation):
     x, repeats = observation[0], 100
     runs = [refined(PriorWide(), x, 500, seed) for seed in range(repeats)]
@@ -208,15 +225,15 @@ def test_a_batch_is_as_good_as_one_by_one(observation):
         WRONG["narrow"],
         LINEAR.log_likelihood,
         observation,
-        40_000,
+        20_000,
         generator=generator_for(3),
     )
     assert isinstance(results, list)
     assert len(results) == len(observation)
     for x, draws in zip(observation, results, strict=True):
         assert torch.equal(draws.x, x)
-        assert draws.theta.shape == (1, 40_000, LAYOUT.size)
-        alone = refined(WRONG["narrow"], x, seed=9)
+        assert draws.theta.shape == (1, 20_000, LAYOUT.size)
+        alone = refined(WRONG["narrow"], x, 20_000, seed=9)
         k, k_alone = LAYOUT.cardinality(draws.rows), LAYOUT.cardinality(alone.rows)
         for i in range(4):
             error = torch.hypot(
@@ -231,7 +248,7 @@ def test_a_batch_is_as_good_as_one_by_one(observation):
 
 def test_one_observation_in_any_shape(observation):
     x = observation[0]
-    flat, row = refined(EXACT, x, 100), refined(EXACT, x.unsqueeze(0), 100)
+    flat, row = refined(EXACT, x, 500), refined(EXACT, x.unsqueeze(0), 500)
     assert torch.equal(flat.theta, row.theta)
     assert flat.x.shape == row.x.shape == (6,)
 
@@ -293,8 +310,7 @@ def test_good_posteriors_do_not_warn(observation):
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_mixture_density_is_that_of_its_draws(share, observation):
-    # E_q'[p / q'] = 1, K by K: its terms are the shares p(K | x) of the exact posterior
-    # and of another density, the prior, that are integrated by draws of q'.
+    # E_q'[p / q'; K] is p's share of K, for any density p that q' covers.
     x = observation[:2]
     proposal = WithExtraComponent(WRONG["shifted"], share)
     theta = proposal.sample(40_000, x, generator_for(2))
@@ -302,16 +318,14 @@ def test_mixture_density_is_that_of_its_draws(share, observation):
     assert log_q.shape == (40_000, 2)
     assert log_q.dtype == torch.float64
     k = LAYOUT.cardinality(theta)
-    exact = EXACT.log_prob_batched(theta, x)
-    for values, probs in [
-        (exact, EXACT.cardinality(x).probs),
-        (PriorWide().log_prob_batched(theta, x), EXACT.cardinality(x).probs),
-    ]:
-        ratio = (values - log_q).exp()
+    probs = EXACT.cardinality(x).probs
+    others = [EXACT, PriorWide()] if share else [EXACT]
+    for other in others:
+        ratio = (other.log_prob_batched(theta, x) - log_q).exp()
         for i in range(4):
             term = torch.where(k == i, ratio, 0.0)
             error = term.std(0) / math.sqrt(len(term))
-            # 5 sigma of 32: false alarms below 2e-5
+            # 5 sigma of 16: false alarms below 1e-5
             assert ((term.mean(0) - probs[:, i]).abs() <= 5 * error).all()
             assert (error < 0.02).all()
 
@@ -406,29 +420,20 @@ def test_seeded_refinement_repeats(observation):
 
 
 def test_a_trained_posterior_becomes_exact(observation):
-    posterior = linear_gaussian_posterior(10_000)
+    posterior = linear_gaussian_posterior(4_000)
     results = posterior.refine(
         LINEAR.log_likelihood, observation, 20_000, generator=generator_for(0)
     )
     assert isinstance(results, list)
-    for x, draws in zip(observation, results, strict=True):
-        k = LAYOUT.cardinality(draws.rows)
-        probs = EXACT.cardinality(x).probs
-        for i in range(4):
-            error = share_error(draws, (k == i).double())
-            found = draws.cardinality().probs[i]
-            assert abs(found - probs[i]) <= 5 * error  # 5 sigma of 12: below 1e-5
-        miss = draws.log_evidence - EXACT.log_evidence(x).item()
-        assert abs(miss) <= 5 * draws.log_evidence_error
-        assert draws.is_reliable
-        assert draws.efficiency > 0.3
+    for draws in results:
+        assert_exact(draws)
+        assert draws.efficiency > 0.1
 
 
 def test_the_default_observation_is_refined(observation):
-    from copy import copy
-
-    posterior = copy(linear_gaussian_posterior(10_000)).set_default_x(observation[0])
-    draws = posterior.refine(LINEAR.log_likelihood, num_samples=200)
+    posterior = copy(linear_gaussian_posterior(4_000))
+    posterior.set_default_x(observation[0])
+    draws = posterior.refine(LINEAR.log_likelihood, num_samples=1_000)
     assert isinstance(draws, RefinedPosterior)
     assert torch.equal(draws.x, observation[0])
     assert isinstance(draws.cardinality(), Categorical)
