@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,20 +100,21 @@ def laplace(num_signals: int, seed: int) -> Numbers:
                 proposal,
                 proposal.log_likelihood,
                 x[i],
-                10_000,
+                20_000,
                 defensive=0.0,
                 generator=generator_for(seed, 2, i),
             )
         )
         seconds.append(time.monotonic() - started)
         reference, second = (
-            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=100)
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=30)
             for run in range(2)
         )
         found = metrics.compare(
-            refined.sample((10_000,), generator=generator_for(seed, 3, i)),
-            reference.rows,
-            second.rows,
+            *(
+                draws.sample((10_000,), generator=generator_for(seed, 3, i))
+                for draws in (refined, reference, second)
+            ),
             layout=problem.layout,
             periods=PERIODS,
         )
@@ -136,7 +137,7 @@ def laplace(num_signals: int, seed: int) -> Numbers:
         "total variation of p(K | x)": spread(variation),
         "ESS/N": spread(efficiency),
         "k-hat": spread(k_hat),
-        "seconds, proposal and 10,000 draws": spread(seconds),
+        "seconds, proposal and 20,000 draws": spread(seconds),
         **{f"W2 / floor, {name}": spread(r) for name, r in ratios.items()},
     }
 
@@ -154,7 +155,7 @@ def eryn(num_signals: int, seed: int) -> Numbers:
         draws = sampler.run(2_000, burn_in=500, thin=5)
         seconds = time.monotonic() - started
         reference, second = (
-            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=100)
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, thin=30)
             for run in range(2)
         )
         found = metrics.compare(
@@ -168,7 +169,7 @@ def eryn(num_signals: int, seed: int) -> Numbers:
         assert found.floor is not None
         numbers[f"signal {i + 1}"] = {
             "effective draws, worst parameter": _efficiency(
-                Timed(draws, False), seconds, problem
+                Timed(draws, "ensemble"), seconds, problem
             )["effective"],
             "total variation": found.total_variation,
             "mean W2": found.mean_w2,
@@ -215,10 +216,14 @@ def speed(num_signals: int, seed: int) -> Numbers:
 
 @dataclass(frozen=True)
 class Timed:
-    """Draws, and whether they are independent but for their weights."""
+    """Draws and of what kind they are.
+
+    Tempering swaps permute Eryn's walkers, so that a walker is no chain: only the
+    ensemble's mean has an autocorrelation.
+    """
 
     draws: PosteriorDraws
-    independent: bool
+    kind: Literal["weighted", "chains", "ensemble"]
 
 
 def _methods(
@@ -226,7 +231,7 @@ def _methods(
 ) -> dict[str, Callable[[], Timed]]:
     def eryn_from(start: Any, steps: int, **options: Any) -> Timed:
         sampler = rjmcmc.eryn_sampler(problem, x, start=start, seed=seed, **options)
-        return Timed(sampler.run(steps, burn_in=steps // 2, thin=5), False)
+        return Timed(sampler.run(steps, burn_in=steps // 2, thin=5), "ensemble")
 
     def eryn_with_move() -> Timed:
         from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove, leaf_limits
@@ -235,7 +240,7 @@ def _methods(
         components = _Pool(problem, proposal.sample((2_000,), k=3))
         move = SlotFlowMove(components, *leaf_limits(problem.prior))
         sampler = rjmcmc.eryn_sampler(problem, x, seed=seed, moves=[move])
-        return Timed(sampler.run(1_000, burn_in=500, thin=5), False)
+        return Timed(sampler.run(1_000, burn_in=500, thin=5), "ensemble")
 
     def refined(method: Any, num: int) -> Timed:
         proposal = rjmcmc.laplace_proposal(problem, x)
@@ -247,11 +252,11 @@ def _methods(
             method=method,
             generator=generator_for(seed),
         )
-        return Timed(one(result), True)
+        return Timed(one(result), "weighted")
 
     def evidences() -> Timed:
         results = [rjmcmc.fixed_k(problem, x, k, seed=seed) for k in range(1, 6)]
-        return Timed(results[2], True)
+        return Timed(results[2], "weighted")
 
     def smc_by_k() -> Timed:
         likelihood = rjmcmc.laplace_proposal(problem, x).log_likelihood
@@ -269,13 +274,13 @@ def _methods(
             )
             for k in range(1, 6)
         ]
-        return Timed(results[2], True)
+        return Timed(results[2], "weighted")
 
     return {
         "Eryn from the prior": lambda: eryn_from("prior", 2_000),
         "Eryn from the truth": lambda: eryn_from("truth", 1_000, theta=theta),
         "Eryn with SlotFlowMove": eryn_with_move,
-        "collapsed": lambda: Timed(rjmcmc.collapsed(problem, x, seed=seed), False),
+        "collapsed": lambda: Timed(rjmcmc.collapsed(problem, x, seed=seed), "chains"),
         "fixed-K evidences, K = 1..5": evidences,
         "SMC for each K = 1..5, from the prior": smc_by_k,
         "nested sampling for each K = 1..4": lambda: _nested(problem, x, seed),
@@ -289,7 +294,7 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
     draws, layout = timed.draws, problem.layout
     k = layout.cardinality(draws.theta)
     right = float((k == 3).double().flatten() @ draws.weights)
-    if timed.independent:
+    if timed.kind == "weighted":
         effective = draws.ess * right
     elif right < 0.5:
         effective = 0.0  # it has not arrived
@@ -297,8 +302,8 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
         # Draws of another K would mix components up: the nearest K = 3 stands in.
         parts = layout.unpack(draws.theta)
         series = torch.cat([parts.shared, parts.components[..., :3, :].flatten(-2)], -1)
-        each: list[Any] = [array_stats.ess(c.numpy()) for c in series.unbind(-1)]
-        effective = min(float(value) for value in each)
+        size = _ensemble_size if timed.kind == "ensemble" else _chains_size
+        effective = min(size(column.numpy()) for column in series.unbind(-1))
     return {
         "seconds": seconds,
         "right K": right,
@@ -306,6 +311,18 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
         # Less than one effective draw counts as one: a bound in the method's favour.
         "seconds per draw": seconds / max(effective, 1.0),
     }
+
+
+def _chains_size(values: np.ndarray) -> float:
+    """Effective size of (chains, draws)."""
+    size: Any = array_stats.ess(values)
+    return float(size)
+
+
+def _ensemble_size(values: np.ndarray) -> float:
+    """Effective size of (walkers, draws): variance over that of the grand mean."""
+    mean = values.mean(0)
+    return _chains_size(mean[None]) * float(values.var() / mean.var())
 
 
 def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
@@ -355,7 +372,7 @@ def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
             )
             weights = torch.from_numpy(found.logwt).unsqueeze(0)
             rows = problem.layout.canonical(rows).unsqueeze(0)
-            kept = Timed(PosteriorDraws(problem.layout, rows, x, weights), True)
+            kept = Timed(PosteriorDraws(problem.layout, rows, x, weights), "weighted")
     assert kept is not None
     return kept
 

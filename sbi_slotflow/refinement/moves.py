@@ -1,8 +1,8 @@
 r"""Markov moves on a population of sets, all particles at once.
 
-- :class:`DifferenceMove` moves the components of a set, or one of them, by the scaled
-  difference of two other particles with as many components (ter Braak 2006), in
-  whitened coordinates: steps have the target's own scale and correlation.
+- :class:`DifferenceMove` moves a set, one of its components or its shared parameters
+  by the scaled difference of two other particles with as many components (ter Braak
+  2006), in whitened coordinates: steps have the target's own scale and correlation.
 - :class:`ExchangeMove` takes r components out and puts s new ones in, drawn from a
   component density g, or s out and r in; a coin decides. With (r, s) = (0, 1) these
   are births and deaths, with (1, 1) redraws, with (1, 2) splits and merges. For
@@ -15,7 +15,7 @@ r"""Markov moves on a population of sets, all particles at once.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -126,7 +126,8 @@ class DifferenceMove:
         layout: Layout of theta.
         chart: Chart of a component.
         shared_chart: Chart of the shared parameters, None if there are none.
-        single: Whether one component moves alone instead of the whole set.
+        moving: ``"set"`` moves everything, ``"component"`` one component,
+            ``"shared"`` the shared parameters.
     """
 
     def __init__(
@@ -134,11 +135,10 @@ class DifferenceMove:
         layout: ThetaLayout,
         chart: Chart,
         shared_chart: Chart | None,
-        single: bool,
+        moving: Literal["set", "component", "shared"],
     ) -> None:
         self.layout, self.chart, self.shared_chart = layout, chart, shared_chart
-        self.single = single
-        self.name = "one component" if single else "all components"
+        self.moving, self.name = moving, f"difference ({moving})"
 
     def propose(
         self, theta: Tensor, others: Tensor, generator: torch.Generator | None
@@ -151,7 +151,10 @@ class DifferenceMove:
         step = _Coordinates(*(b[first] - b[second] for b in there[:2]))
         active = parts.mask
         dim = active.sum(-1) * self.chart.num_features + layout.num_shared
-        if self.single:
+        if self.moving == "shared":
+            active = torch.zeros_like(active)
+            dim = torch.full_like(dim, layout.num_shared)
+        elif self.moving == "component":
             weights = active.double()
             weights[:, 0] += (~active.any(-1)).double()
             slot = torch.multinomial(weights, 1, generator=generator)
@@ -165,13 +168,13 @@ class DifferenceMove:
         components = here.components + torch.where(
             active.unsqueeze(-1), gamma[:, None, None] * step.components, 0.0
         )
-        shared = here.shared
-        if not self.single:
-            shared = shared + gamma.unsqueeze(-1) * step.shared
         moved = self.chart.inverse(components)
         moved = torch.where(active.unsqueeze(-1), moved, parts.components.double())
-        if self.shared_chart is not None:
-            shared = self.shared_chart.inverse(shared)
+        shared = parts.shared.double()
+        if self.shared_chart is not None and self.moving != "component":
+            shared = self.shared_chart.inverse(
+                here.shared + gamma.unsqueeze(-1) * step.shared
+            )
         new = layout.pack(parts.cardinality, moved, shared)
         log_ratio = self._log_det(parts) - self._log_det(layout.unpack(new))
         # Steps are symmetric between sets in canonical order.

@@ -150,8 +150,11 @@ def _moves(posterior: Proposal, x: Tensor) -> list[Move]:
         components = mixtures[min(most, len(mixtures) - 1)]
     shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
     differences = [
-        DifferenceMove(prior.layout, chart, shared, single) for single in (False, True)
+        DifferenceMove(prior.layout, chart, shared, "set"),
+        DifferenceMove(prior.layout, chart, shared, "component"),
     ]
+    if shared is not None:
+        differences.append(DifferenceMove(prior.layout, chart, shared, "shared"))
     exchanges = [ExchangeMove(prior.layout, name, components) for name in EXCHANGES]
     return [*differences, *exchanges]
 

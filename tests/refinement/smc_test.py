@@ -45,7 +45,8 @@ def all_moves() -> dict[str, Move]:
     chart = WhiteningChart(LINEAR.prior.component_marginals)
     components = PriorComponents(LINEAR.prior.component)
     moves: list[Move] = [
-        DifferenceMove(LAYOUT, chart, None, single) for single in (False, True)
+        DifferenceMove(LAYOUT, chart, None, "set"),
+        DifferenceMove(LAYOUT, chart, None, "component"),
     ]
     moves += [ExchangeMove(LAYOUT, name, components) for name in EXCHANGES]
     return {move.name: move for move in moves}
@@ -328,3 +329,42 @@ def test_a_hidden_component_is_found(signal):
     chosen = draws.rows[:, 0] == 2
     median = frequency[chosen].median(0).values
     assert ((median - torch.tensor([0.8, 1.6])).abs() < 0.02).all()
+
+
+@pytest.mark.parametrize("moving", ["set", "component", "shared"])
+def test_differences_keep_the_noise_level_where_it_was(moving):
+    # 2,000 weighted draws before and after, worth no less than 800 independent ones:
+    # a quarter of an sd is five standard errors, false alarms below 1e-5.
+    problem, generator = TINY, generator_for(11)
+    theta = problem.prior.with_cardinality([0, 0, 1, 0]).sample((1,), generator)
+    x = problem.simulator(theta, generator)[0]
+    proposal = laplace_proposal(problem, x, [2])
+    posterior = refine(proposal, proposal.log_likelihood, x, 8_000, generator=generator)
+    assert isinstance(posterior, RefinedPosterior)
+    assert posterior.is_reliable
+    draws = posterior.sample((2_000,), k=2, generator=generator)
+
+    def evaluate(theta: Tensor) -> Population:
+        log_prior = problem.prior.log_prob(theta).double()
+        inside = torch.isfinite(log_prior)
+        log_p = torch.full_like(log_prior, -math.inf)
+        log_p[inside] = log_prior[inside] + proposal.log_likelihood(theta[inside])
+        return Population(theta, log_prior, log_p)
+
+    move = DifferenceMove(
+        problem.layout,
+        problem.build_chart(),
+        WhiteningChart(problem.prior.shared_marginals),
+        moving,
+    )
+    population, accepted = evaluate(draws), 0.0
+    for _ in range(5):
+        population, accepted = metropolis(population, move, 1.0, evaluate, generator)
+    assert accepted > 0.1
+    for column in (1, 2, 4):  # sigma, an amplitude, a frequency
+        before, after = draws[:, column], population.theta[:, column]
+        assert abs(after.mean() - before.mean()) < 0.25 * before.std()
+        assert 0.7 < after.std() / before.std() < 1.4
+    moved = (population.theta != draws).any(0)
+    assert moved[1] == (moving != "component")
+    assert moved[2] == (moving != "shared")
