@@ -205,7 +205,8 @@ class CollapsedSampler:
         components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
         low, high = self.prior.shared_marginals[0].bounds
         sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
-        sigma = min(max(sigma, low + 1e-3 * (high - low)), high)
+        margin = 1e-3 * (high - low)
+        sigma = min(max(sigma, low + margin), high - margin)
         layout = self.prior.layout
         padded = torch.zeros(layout.max_cardinality, 3, dtype=torch.float64)
         padded[: len(components)] = torch.from_numpy(components)

@@ -74,7 +74,7 @@ def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
 
     Raises:
         TypeError: If the problem is no sinusoid problem with white noise.
-        ValueError: If x is malformed.
+        ValueError: If x is malformed or the frequencies have no bounds.
     """
     if not isinstance(problem, Sinusoids) or not isinstance(
         problem.simulator.noise, WhiteNoise
@@ -93,10 +93,13 @@ def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
         )
     if not torch.isfinite(x).all():
         raise ValueError("x must be finite, got NaN or Inf.")
+    frequency = problem.prior.component_marginals[2]
+    if not all(math.isfinite(bound) for bound in frequency.bounds):
+        raise ValueError(
+            f"the prior's frequency must have bounds, got a {frequency.family}."
+        )
     return SineStatistics.of(
-        x.reshape(-1).double().numpy(),
-        problem.grids,
-        problem.prior.component_marginals[2].bounds,
+        x.reshape(-1).double().numpy(), problem.grids, frequency.bounds
     )
 
 
@@ -167,7 +170,7 @@ class LaplaceProposal:
         for value in np.unique(counts):
             chosen = torch.from_numpy(counts == value)
             rows[chosen] = self.modes[int(value)].sample(int(chosen.sum()), rng)
-        return rows.reshape(*shape, -1)
+        return rows.reshape(*shape, self.prior.layout.size)
 
     def sample_batched(
         self,
@@ -187,8 +190,8 @@ class LaplaceProposal:
             x: Left out, or the observation of the proposal.
 
         Returns:
-            Float64, shape ``(...)``; -inf where a K was not considered, or frequencies
-            or sigma lie outside their bounds.
+            Float64, shape ``(...)``; -inf where a K was not considered, or a
+            phase, a frequency or sigma lies outside its bounds.
         """
         self._check_x(x)
         layout = self.prior.layout
@@ -240,9 +243,11 @@ class LaplaceProposal:
         log_joint += self.prior.log_cardinality_probs.double()
         # A share for each K considered: an evidence that came out low is put right by
         # the weights, one that came out as zero never would be.
-        probs = 0.99 * log_joint.softmax(-1)
+        # And where the prior explains the data with no K, all are as good.
+        share = 0.01 if torch.isfinite(log_joint).any() else 1.0
+        probs = (1 - share) * log_joint.softmax(-1).nan_to_num()
         for k in self.modes:
-            probs[k] += 0.01 / len(self.modes)
+            probs[k] += share / len(self.modes)
         return probs.log()
 
     def _pilot(self, seed: int) -> Tensor:
@@ -334,9 +339,12 @@ class _Mode:
         value += np.log(np.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
         value += self._log_prob_sigma(sigma, energy)
         value += self.frequencies.log_prob(frequency)
+        amplitude, phase = components[..., 0], components[..., 1]
+        low, high = self.owner.prior.component_marginals[1].bounds
+        inside = ((amplitude > 0) & (phase >= low) & (phase <= high)).all(-1)
         # (a, b) to (A, phi)
-        value += np.log(components[..., 0]).sum(-1)
-        return value
+        value += np.log(np.where(amplitude > 0, amplitude, 1.0)).sum(-1)
+        return np.where(inside, value, -np.inf)
 
     def _conditional(self, frequency: Floats) -> tuple[Floats, Floats, Floats]:
         """Best amplitudes, root of the Gram matrix and residual energy."""

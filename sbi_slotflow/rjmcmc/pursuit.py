@@ -53,7 +53,7 @@ def matching_pursuit(
         statistics: Its statistics.
         band: Lowest and highest frequency.
         max_components: Largest K.
-        separation: Least distance of a new frequency from the old ones.
+        separation: Least gap of two frequencies.
 
     Returns:
         A fit for each K = 0..max_components; fewer where no place is left.
@@ -72,7 +72,7 @@ def matching_pursuit(
         if power.max() < 0:
             break
         start = np.append(last.frequency, grid[power.argmax()])
-        fits.append(_refine(x, times, start, band, width))
+        fits.append(_refine(x, times, start, band, width, separation))
     return fits
 
 
@@ -101,7 +101,12 @@ def _search_grid(statistics: SineStatistics, band: tuple[float, float]) -> Float
 
 
 def _refine(
-    x: Floats, times: Floats, start: Floats, band: tuple[float, float], width: float
+    x: Floats,
+    times: Floats,
+    start: Floats,
+    band: tuple[float, float],
+    width: float,
+    separation: float,
 ) -> SinusoidFit:
     """Gauss-Newton with step halving on frequencies, amplitudes profiled out."""
     frequency = start
@@ -109,7 +114,8 @@ def _refine(
     for _ in range(_ITERATIONS):
         step = np.clip(best.step, -0.5 * width, 0.5 * width)
         for _ in range(4):
-            trial = _Linearised(x, times, np.clip(frequency + step, *band))
+            moved = _keep_apart(frequency + step, band, separation)
+            trial = _Linearised(x, times, moved)
             if trial.energy <= best.energy:
                 break
             step = 0.5 * step
@@ -125,6 +131,23 @@ def _refine(
         best.energy,
         best.information[np.ix_(order, order)],
     )
+
+
+def _keep_apart(
+    frequency: Floats, band: tuple[float, float], separation: float
+) -> Floats:
+    """Push frequencies into the band and, by equal parts, away from each other."""
+    order = frequency.argsort()
+    # Less these shifts the frequencies only have to ascend; rounding may take a little.
+    shifts = (1 + 1e-9) * separation * np.arange(len(frequency))
+    rest = frequency[order] - shifts
+    above = np.maximum.accumulate(rest)
+    below = np.minimum.accumulate(rest[::-1])[::-1]
+    low, high = band
+    rest = np.clip(0.5 * (above + below), low, max(low, high - shifts[-1]))
+    moved = np.empty_like(frequency)
+    moved[order] = rest + shifts
+    return moved
 
 
 class _Linearised:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import fft
+from scipy.signal import zoom_fft
 
 from ..problems.sine_grid import Grid
 
@@ -30,8 +30,8 @@ Floats = NDArray[np.float64]
 Complexes = NDArray[np.complex128]
 
 # Table points for each resolution element; the relative error of c is about
-# (pi / n)^4 / 384, 6e-11.
-_OVERSAMPLING = 256
+# (pi / n)^4 / 384, 4e-12: at sigma = 0.001 the likelihood is still good to 0.03 nats.
+_OVERSAMPLING = 512
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,7 @@ class _Table(NamedTuple):
 
 
 def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
-    num = grid.num_samples * _OVERSAMPLING
-    step = grid.rate / num
+    step = grid.rate / (grid.num_samples * _OVERSAMPLING)
     first = max(0, math.floor(band[0] / step) - 1)
     last = math.ceil(band[1] / step) + 1
     middle = 0.5 * (grid.num_samples - 1) / grid.rate
@@ -229,7 +228,9 @@ def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
     turn = np.exp(2j * math.pi * bins * step * middle)
 
     def transform(values: Floats) -> Complexes:
-        return np.asarray(fft(values, num))[bins % num] * turn
+        ends = first * step / grid.rate, (last + 1) * step / grid.rate
+        # Frequencies in units of the sampling rate.
+        return np.asarray(zoom_fft(values, ends, len(bins), fs=1)) * turn
 
     slopes = -2j * math.pi * step * transform(x * times)
     return _Table(first * step, step, transform(x), slopes)
