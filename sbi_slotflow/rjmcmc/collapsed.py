@@ -40,6 +40,8 @@ _MOVES: dict[str, float] = {
     "refresh": 0.1,
 }
 _UNIFORM_SHARE = 0.3
+# Twice the log likelihood by which a chain's start may fall short of the best fit.
+_WORST_START = 60.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class CollapsedSampler:
             self.prior.max_cardinality,
             self.prior.min_separation or 0.0,
         )
-        self.best_size = _best_size(self.fits, statistics)
+        self._criterion = _criterion(self.fits, statistics)
+        self.best_size = int(self._criterion.argmin())
         self._births = _kernel.Births(
             *_birth_density(self.fits[: self.best_size + 2], statistics, band)
         )
@@ -190,15 +193,16 @@ class CollapsedSampler:
     def start(self, size: int) -> Tensor:
         """A theta row near the fit of ``size`` components, inside the prior's bounds.
 
-        If that fit has an amplitude that the prior excludes, or the prior or the
-        pursuit has no such size, the nearest size will do. (Two components that the
-        data want gone hold each other: whichever leaves, the other's amplitude must be
-        drawn anew where its conditional has no mass.)
+        If that fit is ruled out, or the prior or the pursuit has no such size, the
+        nearest size will do. Ruled out are fits with an amplitude that the prior
+        excludes or a criterion far worse than the best. From there a chain may find no
+        way: amplitudes must lie within the prior's bounds at every step, whatever
+        components too many or too few do to the others.
         """
         possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
         nearest = [int(k) for k in possible[(possible - size).abs().argsort()]]
-        fitting = [k for k in nearest if self._fits_prior(self.fits[k])]
-        fit = self.fits[(fitting or nearest)[0]]
+        likely = [k for k in nearest if self._is_likely(k)]
+        fit = self.fits[(likely or nearest)[0]]
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
         margin = 1e-6 * (high - low)
@@ -213,8 +217,11 @@ class CollapsedSampler:
         number = torch.tensor(len(components))
         return layout.pack(number, padded, padded.new_tensor([sigma]))
 
-    def _fits_prior(self, fit: SinusoidFit) -> bool:
-        """Whether all amplitudes lie within the prior's bounds or near them."""
+    def _is_likely(self, size: int) -> bool:
+        """Whether a fit is not ruled out by the data or by the amplitudes' bounds."""
+        if self._criterion[size] > self._criterion.min() + _WORST_START:
+            return False
+        fit = self.fits[size]
         low, high = self.prior.component_marginals[0].bounds
         num = self.statistics.num_data
         slack = 4 * math.sqrt(2 * max(fit.energy, 0.0)) / num
@@ -282,12 +289,12 @@ def _log_prior(prior: VariableKPrior, width: float) -> Floats:
     return values.numpy()
 
 
-def _best_size(fits: list[SinusoidFit], statistics: SineStatistics) -> int:
-    """Number of components that the Bayesian information criterion prefers."""
+def _criterion(fits: list[SinusoidFit], statistics: SineStatistics) -> Floats:
+    """The Bayesian information criterion of each fit."""
     num = statistics.num_data
     energy = np.array([max(fit.energy, 1e-300) for fit in fits])
-    criterion = num * np.log(energy) + 3 * np.arange(len(fits)) * math.log(num)
-    return int(criterion.argmin())
+    size = np.arange(len(fits), dtype=np.float64)
+    return np.asarray(num * np.log(energy) + 3 * size * math.log(num), dtype=np.float64)
 
 
 def _birth_density(

@@ -181,21 +181,27 @@ def test_none_against_one_as_a_grid_has_it(seed: int) -> None:
     assert 0.02 < expected < 0.98  # or the test has no power
     draws = collapsed(problem, x, num_draws=6_000, seed=seed)
     probs = draws.cardinality().probs
-    # a standard error is below 0.004, as chains agree
+    # standard errors are 0.001 and 0.003: false alarm in 1 of 10^9 seeds
     assert probs[1].item() == pytest.approx(expected, abs=0.03)
     assert probs[2:].sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("thin", "tolerance"), [(20, 0.1), pytest.param(200, 0.03, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("seed", [2, 3])
-def test_one_against_two_as_evidences_have_it(seed: int) -> None:
+def test_one_against_two_as_evidences_have_it(
+    seed: int, thin: int, tolerance: float
+) -> None:
     problem = with_prior([0.0, 0.5, 0.5, 0.0], (0.5, 4.0))
     x = observe(tiny, [[1.2, 1.0, 0.9], [0.6, 4.0, 1.5]], 1.6, seed)
     one, two = (fixed_k(problem, x, k, num_samples=20_000) for k in (1, 2))
     expected = 1 / (1 + math.exp(one.log_evidence - two.log_evidence))
     assert 0.02 < expected < 0.98
-    draws = collapsed(problem, x, num_draws=6_000, seed=seed)
-    # standard errors are 0.005 and 0.005
-    assert draws.cardinality().probs[2].item() == pytest.approx(expected, abs=0.03)
+    draws = collapsed(problem, x, num_draws=6_000, thin=thin, seed=seed)
+    # Standard errors are 0.018 for thin = 20 and 0.004 for 200, and 0.003 of the
+    # evidences: false alarm in 1 of 10^7 seeds.
+    assert draws.cardinality().probs[2].item() == pytest.approx(expected, abs=tolerance)
 
 
 def test_draws_at_k_are_those_of_fixed_k() -> None:
@@ -218,17 +224,17 @@ def test_draws_at_k_are_those_of_fixed_k() -> None:
 
 def test_seeds_agree_and_repeat() -> None:
     problem = with_prior([0.5, 0.5, 0.0, 0.0], (0.5, 4.0))
-    x = observe(tiny, [[0.7, 1.0, 1.2]], 2.0, 5)
+    x = observe(tiny, [[0.7, 1.0, 1.2]], 2.2, 1)
     first, again, other = (
         collapsed(problem, x, num_draws=4_000, seed=seed) for seed in (1, 1, 2)
     )
     assert torch.equal(first.theta, again.theta)
     assert dict(first.acceptance) == dict(again.acceptance)
     assert not torch.equal(first.theta, other.theta)
-    # four chains each, a standard error is 0.01
+    # Over four chains each a standard error is 0.003: false alarm in 1 of 10^9 seeds.
     distance = first.cardinality().probs - other.cardinality().probs
-    assert distance.abs().max() < 0.06
-    assert first.disagreement < 0.06
+    assert distance.abs().max() < 0.03
+    assert first.disagreement < 0.05
     assert first.cardinality_by_chain.shape == (4, 4)
     torch.testing.assert_close(
         first.cardinality_by_chain.mean(0), first.cardinality().probs
