@@ -152,7 +152,7 @@ def test_splits_and_merges_converge_but_never_reach_the_empty_set(x):
 def test_differences_converge_from_the_prior_given_k(x):
     given = LINEAR.prior.with_cardinality([0, 0, 0, 1])
     start = given.sample((5_000,), generator_for(0))
-    moves = [MOVES["all components"], MOVES["one component"]]
+    moves = [MOVES["difference (set)"], MOVES["difference (component)"]]
     theta, _ = run(moves, start, x, 40)
     assert (theta[:, 0] == 3).all()
     wanted = EXACT.sample((5_000,), x, k=3, generator=generator_for(1)).double()
@@ -165,7 +165,7 @@ def test_differences_converge_from_the_prior_given_k(x):
 
 def test_differences_need_partners_of_the_same_cardinality(x):
     start = torch.cat([EXACT.sample((1,), x, k=k) for k in (1, 2, 3)])
-    for name in ("all components", "one component"):
+    for name in ("difference (set)", "difference (component)"):
         theta, log_ratio = MOVES[name].propose(start.double(), start[:2].double(), None)
         assert torch.isneginf(log_ratio).all()
         assert theta.shape == start.shape
