@@ -254,14 +254,21 @@ def test_draws_have_shape_order_and_support() -> None:
     assert math.isnan(one.disagreement)
 
 
-def test_chains_start_with_different_numbers() -> None:
+def test_chains_start_with_numbers_that_are_not_ruled_out() -> None:
+    def starts_of(sampler: CollapsedSampler) -> list[Tensor]:
+        return [sampler.start(2 + shift) for shift in (0, -1, 1)]
+
+    faint = CollapsedSampler(
+        tiny, observe(tiny, [[0.5, 1, 0.9], [1.2, 4, 1.5]], 1.0, 3)
+    )
+    sizes = [int(tiny.layout.cardinality(start)) for start in starts_of(faint)]
+    assert sizes[:2] == [2, 1]
     sampler = CollapsedSampler(
         tiny, observe(tiny, [[0.9, 1, 0.9], [1.2, 4, 1.5]], 0.4, 3)
     )
     assert sampler.best_size == 2
-    starts = [sampler.start(sampler.best_size + shift) for shift in (0, -1, 1)]
-    sizes = [int(tiny.layout.cardinality(start)) for start in starts]
-    assert sizes[:2] == [2, 1]
+    starts = starts_of(sampler)
+    assert int(tiny.layout.cardinality(starts[1])) == 2  # one is ruled out
     rows = torch.stack([*starts, sampler.start(9), sampler.start(-1)])
     assert torch.isfinite(tiny.prior.log_prob(rows)).all()
     x = observe(tiny, [[0.9, 1, 0.9], [1.2, 4, 1.5]], 0.4, 3)
