@@ -28,6 +28,7 @@ from torch import Tensor
 from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.refinement import RefinedPosterior, refine
+from sbi_slotflow.rjmcmc.component_proposals import PriorComponents
 from sbi_slotflow.seeding import generator_for
 
 PERIODS = {"phase": 2 * math.pi}
@@ -402,7 +403,7 @@ class _Pool:
 
     def __init__(self, problem: Sinusoids, rows: Tensor) -> None:
         self.chart = problem.build_chart()
-        self.prior = problem.prior.component
+        self.prior = PriorComponents(problem.prior.component)
         parts = problem.layout.unpack(rows)
         u, _ = self.chart.forward(parts.components[:, :3].double())
         self.mean, self.scale = u.mean(0), 2 * u.std(0)
@@ -411,7 +412,7 @@ class _Pool:
         slot = torch.randint(len(self.mean), (n,), generator=generator)
         noise = torch.randn(n, 3, generator=generator, dtype=torch.float64)
         near = self.chart.inverse(self.mean[slot] + self.scale[slot] * noise)
-        far = self.prior.sample(torch.Size((n,))).double()
+        far = self.prior.sample_component(n, generator).double()
         from_prior = torch.rand(n, 1, generator=generator) < 0.1
         return torch.where(from_prior, far, near)
 
@@ -421,7 +422,7 @@ class _Pool:
         each = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
         each = each - self.scale.log().sum(-1)
         near = each.logsumexp(-1) - math.log(len(self.mean)) + log_det
-        far = self.prior.log_prob(components.float()).double()
+        far = self.prior.log_prob_component(components.float()).double()
         return torch.logaddexp(near + math.log(0.9), far + math.log(0.1))
 
 

@@ -1,5 +1,5 @@
 """Exact posteriors from approximate ones, given a likelihood."""
 
-from .refine import RefinedPosterior, refine
+from .refine import RefinedPosterior, UnreliableWeights, refine
 
-__all__ = ["RefinedPosterior", "refine"]
+__all__ = ["RefinedPosterior", "UnreliableWeights", "refine"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..layout import ThetaLayout
 from ..prior import VariableKPrior
+from ..rjmcmc.component_proposals import PriorComponents
 from ..seeding import forked_rng
 
 __all__ = ["Proposal", "WithExtraComponent"]
@@ -96,8 +97,7 @@ class WithExtraComponent:
         inside = [m.quantile(torch.tensor(0.5)) for m in self.prior.component_marginals]
         zero = (flat == 0).all(-1, keepdim=True)  # padding, which is not used
         flat = torch.where(zero, torch.stack(inside).to(flat), flat)
-        log_p = self.prior.component.log_prob(flat)
-        log_p = log_p.sum(-1) if log_p.ndim > 1 else log_p
+        log_p = PriorComponents(self.prior.component).log_prob_component(flat)
         return log_p.double().reshape(components.shape[:-1])
 
 

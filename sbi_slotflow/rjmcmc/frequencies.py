@@ -28,6 +28,7 @@ _MOST_WEAK = 2
 _NORM_DRAWS = 10_000
 _OVERSAMPLING = 8
 _LEAST_WEIGHT = 0.02
+_LEAST_ACCEPTED = 1e-3
 
 
 class SpectralDensity:
@@ -94,6 +95,9 @@ class FrequencyProposal:
         separation: Least gap of two frequencies.
         sigma: Noise level.
         seed: Seed of the draws that estimate the shares a_m.
+
+    Raises:
+        ValueError: If next to no draw keeps the separation within the band.
     """
 
     def __init__(
@@ -111,13 +115,20 @@ class FrequencyProposal:
             _Layer(fit, weak, statistics, band, sigma)
             for weak, fit in enumerate(fits[: _MOST_WEAK + 1])
         ]
-        self.log_weights = np.full(len(self.layers), -math.log(len(self.layers)))
         rng = np.random.default_rng([seed, 2, self.num])
         shares = [
             self._allowed(layer.sample(_NORM_DRAWS, rng)).mean()
             for layer in self.layers
         ]
         self.log_accepted = np.log(np.maximum(shares, 0.5 / _NORM_DRAWS))
+        # A layer whose draws are almost never allowed could not be drawn from.
+        self._usable = np.array(shares) >= _LEAST_ACCEPTED
+        if not self._usable.any():
+            raise ValueError(
+                f"{self.num} frequencies near the fit almost never keep the separation "
+                f"{separation} within the band {band}."
+            )
+        self._set_shares(self._usable.astype(np.float64))
 
     def sample(self, size: int, rng: np.random.Generator) -> Floats:
         """Draw sorted frequencies, shape ``(size, K)``."""
@@ -142,8 +153,11 @@ class FrequencyProposal:
         normal = joint - np.logaddexp.reduce(joint, axis=-1, keepdims=True)
         total = np.logaddexp.reduce(normal + log_weights[:, None], axis=0)
         shares = np.exp(total - np.logaddexp.reduce(total))
-        shares = np.maximum(shares, _LEAST_WEIGHT)
-        self.log_weights = np.log(shares / shares.sum())
+        self._set_shares(np.maximum(shares, _LEAST_WEIGHT) * self._usable)
+
+    def _set_shares(self, shares: Floats) -> None:
+        with np.errstate(divide="ignore"):
+            self.log_weights = np.log(shares / shares.sum())
 
     def _joint(self, frequency: Floats) -> Floats:
         terms = [layer.log_prob(frequency) for layer in self.layers]
