@@ -26,9 +26,9 @@ from arviz_stats.base.array import array_stats
 from torch import Tensor
 
 from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
+from sbi_slotflow.component_proposals import PriorComponents
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.refinement import RefinedPosterior, refine
-from sbi_slotflow.rjmcmc.component_proposals import PriorComponents
 from sbi_slotflow.seeding import generator_for
 
 PERIODS = {"phase": 2 * math.pi}

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..component_proposals import PriorComponents
 from ..layout import ThetaLayout
 from ..prior import VariableKPrior
-from ..rjmcmc.component_proposals import PriorComponents
 from ..seeding import forked_rng
 
 __all__ = ["Proposal", "WithExtraComponent"]

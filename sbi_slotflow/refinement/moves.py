@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..component_proposals import ComponentProposal
 from ..layout import ThetaLayout, ThetaParts
 from ..nn.charts import Chart
-from ..rjmcmc.component_proposals import ComponentProposal
 
 __all__ = ["DifferenceMove", "ExchangeMove", "Move", "Population", "metropolis"]
 

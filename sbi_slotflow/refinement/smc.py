@@ -19,14 +19,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn.charts import Chart, WhiteningChart
-from ..posterior import SlotPosterior
-from ..psis import pareto_smoothed
-from ..rjmcmc.component_proposals import (
+from ..component_proposals import (
     ComponentProposal,
     PriorComponents,
     slot_mixtures,
 )
+from ..nn.charts import Chart, WhiteningChart
+from ..posterior import SlotPosterior
+from ..psis import pareto_smoothed
 from ..seeding import forked_rng
 from .importance import Proposal, WithExtraComponent
 from .moves import (

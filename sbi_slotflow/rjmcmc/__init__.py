@@ -5,8 +5,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..component_proposals import slot_mixtures
 from .collapsed import CollapsedDraws, collapsed
-from .component_proposals import slot_mixtures
 from .eryn_bridge import ErynSampler, eryn_sampler
 from .fixed_k import fixed_k
 from .laplace import LaplaceProposal, laplace_proposal

@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..component_proposals import PriorComponents
 from ..draws import PosteriorDraws
 from ..marginals import clamp_to_support
 from ..nn.charts import PolarChart
 from ..problems.base import Problem
-from .component_proposals import PriorComponents
 from .eryn_start import Samples, start_rows
 from .eryn_target import COMPONENTS, JointPrior, Leaves, joint_log_likelihood
 

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..component_proposals import ComponentProposal, slot_mixtures
 from ..posterior import SlotPosterior
 from ..prior import VariableKPrior
-from .component_proposals import ComponentProposal, slot_mixtures
 from .eryn_import import require_eryn
 from .eryn_target import COMPONENTS, SHARED, Arrays
 from .statistics import Floats

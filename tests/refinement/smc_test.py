@@ -11,6 +11,7 @@ from torch import Tensor
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import problems
+from sbi_slotflow.component_proposals import PriorComponents
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.prior import VariableKPrior
 from sbi_slotflow.refinement.moves import (
@@ -23,7 +24,6 @@ from sbi_slotflow.refinement.moves import (
 )
 from sbi_slotflow.refinement.refine import RefinedPosterior, UnreliableWeights, refine
 from sbi_slotflow.rjmcmc import laplace_proposal, slot_mixtures
-from sbi_slotflow.rjmcmc.component_proposals import PriorComponents
 from sbi_slotflow.seeding import generator_for
 
 LINEAR = problems.linear_gaussian()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..nn.component_head import ComponentHead
-from ..nn.flows import RowContext
-from ..posterior import SlotPosterior
-from ..seeding import forked_rng
+from .nn.component_head import ComponentHead
+from .nn.flows import RowContext
+from .posterior import SlotPosterior
+from .seeding import forked_rng
 
 __all__ = ["ComponentProposal", "PriorComponents", "SlotMixture", "slot_mixtures"]
 
