@@ -472,10 +472,10 @@ def one(result: RefinedPosterior | list[RefinedPosterior]) -> RefinedPosterior:
 def spread(values: list[float]) -> Numbers:
     """Mean with its standard error, median and extremes."""
     array = np.array(values)
-    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    several = len(array) > 1
     return {
         "mean": float(array.mean()),
-        "error": float(error),
+        "error": array.std(ddof=1) / math.sqrt(len(array)) if several else None,
         "median": float(np.median(array)),
         "min": float(array.min()),
         "max": float(array.max()),
