@@ -147,13 +147,13 @@ def assert_exact(draws: RefinedPosterior) -> None:
         assert abs(found - expected[i]) <= 5 * error
     miss = draws.log_evidence - EXACT.log_evidence(draws.x).item()
     assert abs(miss) <= 5 * draws.log_evidence_error
-    assert draws.is_reliable
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_posteriors_become_exact(name, observation):
     draws = refined(WRONG[name], observation[0])
     assert_exact(draws)
+    assert draws.is_reliable
     assert draws.log_evidence_error < 0.02
 
 
@@ -162,6 +162,8 @@ def test_wrong_posteriors_become_exact(name, observation):
 def test_wrong_posteriors_become_exact_to_a_hundredth(name, observation):
     for seed, x in enumerate(observation):
         draws = refined(WRONG[name], x, 400_000, seed)
+        # No word of k-hat: a K that the proposal draws too rarely by a constant factor
+        # makes a step in the weights, which may look like a heavy tail.
         assert_exact(draws)
         # At standard errors of at most 0.002 and 0.004 these are 5 sigma: false alarms
         # below 1e-4 for all 75.
