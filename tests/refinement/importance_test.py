@@ -429,6 +429,7 @@ def test_a_trained_posterior_becomes_exact(observation):
     assert isinstance(results, list)
     for draws in results:
         assert_exact(draws)
+        assert draws.is_reliable
         assert draws.efficiency > 0.1
 
 
