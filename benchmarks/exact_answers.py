@@ -8,16 +8,12 @@ effective draw of every method on one signal). Each prints a table and, with ``-
 writes its numbers as JSON.
 """
 
-import argparse
-import json
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,11 +24,19 @@ from torch import Tensor
 from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
 from sbi_slotflow.component_proposals import PriorComponents
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.refinement import RefinedPosterior, refine
+from sbi_slotflow.refinement import refine
 from sbi_slotflow.seeding import generator_for
 
-PERIODS = {"phase": 2 * math.pi}
-Numbers = dict[str, Any]
+from .common import (
+    PERIODS,
+    Numbers,
+    given_k,
+    one,
+    progress,
+    run_parts,
+    simulate,
+    spread,
+)
 
 
 def floor(num_signals: int, seed: int) -> Numbers:
@@ -450,44 +454,6 @@ def ambiguous_problem() -> Sinusoids:
     return replace(problem, prior=quiet)
 
 
-def given_k(problem: Sinusoids, k: int) -> Sinusoids:
-    """The problem with all its prior at one cardinality."""
-    weights = torch.zeros(problem.prior.max_cardinality + 1)
-    weights[k] = 1.0
-    return replace(problem, prior=problem.prior.with_cardinality(weights))
-
-
-def simulate(problem: Sinusoids, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw parameters and signals from the prior."""
-    theta = problem.prior.sample((num,), generator_for(seed, 0))
-    return theta, problem.simulator(theta, generator_for(seed, 1))
-
-
-def one(result: RefinedPosterior | list[RefinedPosterior]) -> RefinedPosterior:
-    """The result for a single observation."""
-    assert isinstance(result, RefinedPosterior)
-    return result
-
-
-def spread(values: list[float]) -> Numbers:
-    """Mean with its standard error, median and extremes."""
-    array = np.array(values)
-    several = len(array) > 1
-    return {
-        "mean": float(array.mean()),
-        "error": array.std(ddof=1) / math.sqrt(len(array)) if several else None,
-        "median": float(np.median(array)),
-        "min": float(array.min()),
-        "max": float(array.max()),
-        "n": len(array),
-    }
-
-
-def progress(text: str) -> None:
-    """Print at once."""
-    print(text, flush=True)
-
-
 PARTS: dict[str, tuple[Callable[[int, int], Numbers], int]] = {
     "floor": (floor, 50),
     "evidence": (evidence, 5),
@@ -497,26 +463,5 @@ PARTS: dict[str, tuple[Callable[[int, int], Numbers], int]] = {
 }
 
 
-def main() -> None:
-    """Run the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
-    parser.add_argument("--signals", type=int, help="signals a part")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for JSON files")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("default")
-    for name in args.parts or PARTS:
-        part, usual = PARTS[name]
-        progress(f"\n== {name}: {(part.__doc__ or '').splitlines()[0]}")
-        numbers = part(args.signals or usual, args.seed)
-        progress(json.dumps(numbers, indent=2))
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            path = args.out / f"exact_{name}.json"
-            path.write_text(json.dumps(numbers, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "exact", __doc__)

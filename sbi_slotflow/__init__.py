@@ -16,6 +16,7 @@ from .nn import (
 )
 from .noise import WhiteNoise
 from .posterior import SlotPosterior
+from .pretrained import load_pretrained, model_card
 from .prior import VariableKPrior
 from .problems import Problem
 from .refinement import RefinedPosterior, refine
@@ -39,7 +40,9 @@ __all__ = [
     "WhiteNoise",
     "WhiteningChart",
     "calibration",
+    "load_pretrained",
     "metrics",
+    "model_card",
     "problems",
     "refine",
     "slot_nn",

@@ -9,7 +9,6 @@ It keeps q positive wherever the prior is, so that a component which the slots d
 know of can be born and, as the reverse of a birth, die.
 """
 
-import math
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .nn.component_head import ComponentHead
-from .nn.flows import RowContext
+from .nn.component_mixture import ComponentMixture, component_mixture
 from .posterior import SlotPosterior
-from .seeding import forked_rng
+from .seeding import forked_rng, generator_for
 
 __all__ = ["ComponentProposal", "PriorComponents", "SlotMixture", "slot_mixtures"]
 
@@ -63,46 +61,31 @@ class PriorComponents:
 
 @dataclass(frozen=True)
 class SlotMixture:
-    """The K slots of one observation, mixed with the prior.
+    """The slots of one observation given K, mixed with the prior.
 
     Attributes:
-        head: The estimator's component head.
-        contexts: Contexts of the K slots, shape ``(K, C)``.
+        slots: The slots' density of a component.
         prior: The prior of a component.
         defensive_share: Share d of the prior.
     """
 
-    head: ComponentHead
-    contexts: Tensor
+    slots: ComponentMixture
     prior: PriorComponents
     defensive_share: float
 
-    @torch.no_grad()
     def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n components, shape ``(n, D)``."""
-        slots = torch.randint(len(self.contexts), (n,), generator=generator)
-        u = self.head.flow.sample(RowContext(self.contexts, slots), generator)
         from_prior = torch.rand(n, 1, generator=generator) < self.defensive_share
         return torch.where(
             from_prior,
             self.prior.sample_component(n, generator),
-            self.head.chart.inverse(u),
+            self.slots.sample(n, generator),
         )
 
-    @torch.no_grad()
     def log_prob_component(self, components: Tensor) -> Tensor:
         """Evaluate the log density ``(n,)`` of components ``(n, D)``."""
-        components, chart = components.to(self.contexts), self.head.chart
-        inside = chart.contains(components)
-        point = chart.inverse(components.new_zeros(1, chart.num_features))
-        u, log_det = chart.forward(torch.where(inside[:, None], components, point))
-        num_slots = len(self.contexts)
-        every = torch.arange(num_slots).repeat(len(u))
-        values = self.head.flow.log_prob(
-            u.repeat_interleave(num_slots, dim=0), RowContext(self.contexts, every)
-        )
-        mixed = values.reshape(-1, num_slots).logsumexp(-1) - math.log(num_slots)
-        slots = torch.where(inside, mixed + log_det, -torch.inf)
+        components = components.float()
+        slots = self.slots.log_prob(components)
         prior = self.prior.log_prob_component(components)
         share = torch.tensor(self.defensive_share)
         return torch.logaddexp(slots + (-share).log1p(), prior + share.log())
@@ -145,15 +128,16 @@ def slot_mixtures(
     if len(batch) != 1:
         raise ValueError(f"x must be one observation, got a batch of {len(batch)}.")
     estimator.check_condition(batch)
-    encoding = estimator.encode(batch)
-    head = deepcopy(estimator.component_head).cpu()
+    estimator = deepcopy(estimator).cpu()
+    encoding = estimator.encode(batch.cpu())
     prior = PriorComponents(deepcopy(posterior.prior).to("cpu").component)
-
-    def mixture(k: int) -> SlotMixture:
-        slot = torch.arange(k, device=batch.device)
-        values, which = estimator.component_head.slots(
-            encoding, torch.zeros_like(slot), torch.full_like(slot, k), slot
+    return tuple(
+        SlotMixture(
+            component_mixture(
+                estimator.component_head, encoding, k, generator_for(0, k)
+            ),
+            prior,
+            defensive_share,
         )
-        return SlotMixture(head, values[which].cpu(), prior, defensive_share)
-
-    return tuple(mixture(k) for k in range(1, posterior.prior.max_cardinality + 1))
+        for k in range(1, posterior.prior.max_cardinality + 1)
+    )

@@ -256,7 +256,7 @@ class SlotPosterior(DirectPosterior):
         self.posterior_estimator.eval()
         with torch.set_grad_enabled(track_gradients):
             values = self.posterior_estimator.log_prob(theta, batch)
-            if norm_posterior and self.prior.min_separation is not None:
+            if norm_posterior and self._slots.may_collide:
                 k = self.prior.layout.cardinality(theta)
                 accepted = self._cached_log_acceptance(batch, k.unique().tolist())
                 accepted = accepted.expand(*k.shape, -1)

@@ -50,6 +50,12 @@ class SeparatedSlots:
     ) -> None:
         self.estimator, self.prior, self.max_rows = estimator, prior, max_rows
 
+    @property
+    def may_collide(self) -> bool:
+        """Whether slots can miss a separation that the prior asks for."""
+        asked = self.prior.min_separation is not None
+        return asked and not self.estimator.keeps_separation
+
     def draw(
         self,
         num: int,
@@ -106,7 +112,7 @@ class SeparatedSlots:
         """
         prior, batch = self.prior, len(encoding.context)
         columns = encoding.context.new_zeros(batch, prior.max_cardinality + 1)
-        if prior.min_separation is None:
+        if not self.may_collide:
             return columns
         for k in cardinalities or range(prior.max_cardinality + 1):
             if k >= 2 and prior.cardinality_probs[k] > 0:

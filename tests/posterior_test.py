@@ -9,6 +9,7 @@ from torch import nn
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow.nn import ComponentHead
 from sbi_slotflow.nn.flows import LocationScale
 from sbi_slotflow.seeding import generator_for
 
@@ -30,17 +31,17 @@ def observation(linear):
     return linear.simulator(theta, generator)
 
 
-def untrained(problem) -> SlotPosterior:
+def untrained(problem, **options: Any) -> SlotPosterior:
     torch.manual_seed(1)
     theta = problem.prior.sample((64,))
-    estimator = slot_nn(problem)(theta, problem.simulator(theta))
+    estimator = slot_nn(problem, **options)(theta, problem.simulator(theta))
     return SlotPosterior(estimator, problem.prior, problem.simulator)
 
 
 @pytest.fixture(scope="module")
 def separated():
     """A posterior with a least separation, hardly trained, so that it matters."""
-    return untrained(problems.sinusoids("tiny"))
+    return untrained(problems.sinusoids("tiny"), slots="attention")
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +178,10 @@ def test_separated_density_is_normalised(separated, signal):
 
 
 def test_the_prior_stands_in_for_slots_that_collide(signal):
-    collided = untrained(problems.sinusoids("tiny"))
-    first = collided.posterior_estimator.component_head.flow.transform._transforms[0]
+    collided = untrained(problems.sinusoids("tiny"), slots="attention")
+    head = collided.posterior_estimator.component_head
+    assert isinstance(head, ComponentHead)
+    first = head.flow.transform._transforms[0]
     assert isinstance(first, LocationScale)
     with torch.no_grad():  # all slots agree on a sharp frequency
         last = first.network[-1]

@@ -18,7 +18,7 @@ TINY = problems.sinusoids("tiny")
 def _posterior():
     torch.manual_seed(1)
     theta = TINY.prior.sample((64,))
-    estimator = slot_nn(TINY)(theta, TINY.simulator(theta))
+    estimator = slot_nn(TINY, slots="attention")(theta, TINY.simulator(theta))
     return SlotPosterior(estimator, TINY.prior)
 
 

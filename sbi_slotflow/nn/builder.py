@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..prior import VariableKPrior
+from .anchor_axis import AnchorAxis
 from .charts import Chart, CircleChart, WhiteningChart
-from .encoders import MLPEncoder, encode, encoder_spec
+from .encoder_specs import encoder_spec
+from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
+from .gauss_newton import SignalFit
+from .head_specs import fit_spec
 from .spec import EstimatorSpec, Matching
 
-__all__ = ["ProblemLike", "slot_nn"]
+__all__ = ["Coupling", "ProblemLike", "slot_nn"]
+
+Coupling = Literal["joint", "factorised"]
 
 
 @runtime_checkable
@@ -30,8 +36,20 @@ class ProblemLike(Protocol):
         """Return a fresh encoder for this problem's data."""
         ...
 
+    def build_token_encoder(self, **options: Any) -> nn.Module | None:
+        """Return a fresh encoder with a token for each cell of the location axis."""
+        ...
+
     def build_chart(self) -> Chart:
         """Return the true chart of a component."""
+        ...
+
+    def location_axis(self) -> AnchorAxis | None:
+        """Return the location axis; None if components have no location."""
+        ...
+
+    def build_fit(self) -> SignalFit | None:
+        """Return the signal for Gauss-Newton fits; None if there is none."""
         ...
 
 
@@ -60,9 +78,16 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             likelihood where components overlap.
         phase_weight: Weight w_phi of the paper's chart; needs ``chart="circle"``.
         frequency_weight: Weight w_f of the paper's chart; needs ``chart="circle"``.
-        slots: ``"attention"`` (each slot looks for its component among the encoder's
-            tokens) or ``"global"`` (the paper: all slots read one pooled vector).
-            ``"default"`` is attention where the encoder keeps tokens.
+        slots: ``"anchored"`` (each slot is anchored at a token of the problem's
+            location axis, see :mod:`.anchored_head`), ``"attention"`` (each slot looks
+            for its component among the encoder's tokens) or ``"global"`` (the paper:
+            all slots read one pooled vector). ``"default"`` is anchored where the
+            problem declares a location and nothing is asked of encoder or chart; else
+            attention where the encoder keeps tokens.
+        coupling: Of anchored slots: ``"joint"`` (each component given those below it)
+            or ``"factorised"`` (independent given x and K, the paper's eq. 18).
+        refine_slots: Gauss-Newton steps from the anchors, of joint anchored slots; 0
+            for none. They need a problem whose signal can be fitted.
         shared_head: Whether the shared parameters are inferred (the paper's noise
             head); else draws come from their prior.
         condition_on_cardinality: Whether a slot sees K.
@@ -89,7 +114,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     matching: Matching = "hungarian"
     phase_weight: float = 1.0
     frequency_weight: float = 1.0
-    slots: Literal["default", "global", "attention"] = "default"
+    slots: Literal["default", "anchored", "attention", "global"] = "default"
+    coupling: Coupling = "joint"
+    refine_slots: int = 0
     shared_head: bool = True
     condition_on_cardinality: bool = True
     mean_flow_loss: bool = False
@@ -109,7 +136,13 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     def __post_init__(self) -> None:
         _check_choice("matching", self.matching, get_args(Matching))
         _check_choice("flow_network", self.flow_network, ("projected", "residual"))
-        _check_choice("slots", self.slots, ("default", "global", "attention"))
+        kinds = ("default", "anchored", "attention", "global")
+        _check_choice("slots", self.slots, kinds)
+        _check_choice("coupling", self.coupling, get_args(Coupling))
+        if self.refine_slots < 0:
+            raise ValueError(
+                f"refine_slots must not be negative, got {self.refine_slots}."
+            )
         if not isinstance(self.chart, Chart):
             _check_choice("chart", self.chart, ("default", "circle"))
 
@@ -223,16 +256,13 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 "network": self.flow_network,
                 "location_scale": self.location_scale,
             },
-            slots={
-                "kind": self._slots_kind(encoder, x),
-                "trunk_features": self.trunk_features,
-                "condition_on_cardinality": self.condition_on_cardinality,
-            },
+            slots=self._slots(encoder, x),
             matching=self.matching,
             mean_flow_loss=self.mean_flow_loss,
             loss_weights=self.loss_weights,
         )
-        estimator = SlotDensityEstimator(spec, encoder)
+        fit = self._fit if self.refine_slots else None
+        estimator = SlotDensityEstimator(spec, encoder, fit)
         if self.z_score_x:
             estimator.standardize(x)
         return estimator
@@ -267,17 +297,67 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             )
         else:
             assert self.problem is not None
-            encoder = self.problem.build_encoder(
+            built = None
+            if self._anchored:
+                built = self.problem.build_token_encoder(
+                    hidden_features=self.hidden_features, **options
+                )
+            encoder = built or self.problem.build_encoder(
                 hidden_features=self.hidden_features, **options
             )
         return encoder, encoder_spec(encoder)
 
-    @torch.no_grad()
-    def _slots_kind(self, encoder: nn.Module, x: Tensor) -> str:
+    @property
+    def _axis(self) -> AnchorAxis | None:
+        if self.problem is None or isinstance(self.problem, VariableKPrior):
+            return None
+        return self.problem.location_axis()
+
+    @property
+    def _fit(self) -> SignalFit | None:
+        if self.problem is None or isinstance(self.problem, VariableKPrior):
+            return None
+        return self.problem.build_fit()
+
+    @property
+    def _anchored(self) -> bool:
         if self.slots != "default":
-            return self.slots
-        keeps_tokens = encode(encoder, x[:2]).tokens is not None
-        return "attention" if keeps_tokens and self.trunk_features else "global"
+            return self.slots == "anchored"
+        asked = (self.encoder, self.domains, self.encoder_options)
+        usual = self.chart == "default" and self.trunk_features is not None
+        return (
+            usual and all(option is None for option in asked) and self._axis is not None
+        )
+
+    @torch.no_grad()
+    def _slots(self, encoder: nn.Module, x: Tensor) -> dict[str, Any]:
+        if self._anchored:
+            axis = self._axis
+            if axis is None:
+                raise ValueError(
+                    "slots='anchored' need a problem that declares where components "
+                    "are: location_axis() and build_token_encoder(), see Problem."
+                )
+            return {
+                "kind": "anchored",
+                "axis": asdict(axis),
+                "coupling": self.coupling,
+                "trunk_features": self.trunk_features or 128,
+                "refine_steps": self.refine_slots,
+                "fit": fit_spec(self._fit) if self.refine_slots else None,
+            }
+        if self.refine_slots:
+            raise ValueError("refine_slots needs slots='anchored'.")
+        kind = self.slots
+        if kind == "default":
+            keeps_tokens = encode(encoder, x[:2]).tokens is not None
+            attention = keeps_tokens and self.trunk_features is not None
+            kind = "attention" if attention else "global"
+        return {
+            "kind": kind,
+            "trunk_features": self.trunk_features,
+            "condition_on_cardinality": self.condition_on_cardinality,
+        }
 
     def _chart(self) -> Chart:
         weighted = self.phase_weight != 1.0 or self.frequency_weight != 1.0

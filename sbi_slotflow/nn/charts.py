@@ -71,6 +71,10 @@ class Chart(ABC):
     def inverse(self, u: Tensor) -> Tensor:
         """Map coordinates ``(..., F)`` to components ``(..., D)`` in the support."""
 
+    def some_point(self, like: Tensor) -> Tensor:
+        """A component in the middle of the support, shape ``(D,)``."""
+        return self.inverse(like.new_full((self.num_features,), 0.1))
+
     def contains(self, components: Tensor) -> Tensor:
         """Tell which components ``(..., D)`` lie within the bounds, shape ``(...)``."""
         low = components.new_tensor([m.bounds[0] for m in self.marginals])

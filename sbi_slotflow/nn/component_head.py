@@ -34,6 +34,11 @@ class ComponentHead(nn.Module):
         super().__init__()
         self.chart, self.slots, self.flow = chart, slots, flow
 
+    @property
+    def keeps_separation(self) -> bool:
+        """Independent slots do not know of each other."""
+        return False
+
     def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
         """Evaluate the log density of N sets.
 
@@ -133,7 +138,7 @@ class ComponentHead(nn.Module):
         """
         components, mask = parts.components, parts.mask
         # Padding may lie outside the support: put a point of it there instead.
-        point = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
+        point = self.chart.some_point(components)
         inside = self.chart.contains(components)
         u, log_det = self.chart.forward(
             torch.where((mask & inside).unsqueeze(-1), components, point)

@@ -12,7 +12,7 @@ An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from .domains import FrontEnd, make_front_end
 
 __all__ = [
-    "ENCODERS",
     "DualStreamEncoder",
     "Encoding",
     "MLPEncoder",
+    "Pool",
+    "SelfAttention",
     "encode",
-    "encoder_from_spec",
-    "encoder_spec",
+    "projection",
 ]
 
 
@@ -39,19 +39,23 @@ class Encoding(NamedTuple):
         shared: Read by the shared-parameter head, shape ``(B, C'')``.
         tokens: What attention slots attend to, shape ``(B, L, C''')``; None if the
             encoder keeps no tokens.
+        edges: Positions of the edges of the location axis's cells, float64, shape
+            ``(B, L + 1)``; None for cells of width one.
+        data: The observations themselves, shape ``(B, T)``, as the estimator hands
+            them on; None from an encoder on its own.
     """
 
     context: Tensor
     cardinality: Tensor
     shared: Tensor
     tokens: Tensor | None = None
+    edges: Tensor | None = None
+    data: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Encoding":
         """Embeddings of some of the observations."""
-        tokens = None if self.tokens is None else self.tokens[index]
-        return Encoding(
-            self.context[index], self.cardinality[index], self.shared[index], tokens
-        )
+        parts = (None if part is None else part[index] for part in self)
+        return Encoding(*parts)  # pyright: ignore[reportArgumentType]
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:
@@ -175,22 +179,22 @@ class DualStreamEncoder(nn.Module):
             )
             return _ConvStack(front_end, channels, kernels, strides[i])
 
-        def attention() -> "_SelfAttention":
-            return _SelfAttention(channels[-1], num_heads, residual)
+        def attention() -> "SelfAttention":
+            return SelfAttention(channels[-1], num_heads, residual)
 
         streams = range(len(lengths))
         width = channels[-1]
         self.stacks = nn.ModuleList(stack(i) for i in streams)
         self.attentions = nn.ModuleList(attention() for _ in streams)
-        self.pools = nn.ModuleList(_Pool(width) for _ in streams)
-        self.to_context = _projection(3 * width * len(streams), context_features)
+        self.pools = nn.ModuleList(Pool(width) for _ in streams)
+        self.to_context = projection(3 * width * len(streams), context_features)
         self.cardinality_attention = attention()
-        self.cardinality_pool = _Pool(width)
-        self.to_cardinality = _projection(3 * width, hidden_features)
+        self.cardinality_pool = Pool(width)
+        self.to_cardinality = projection(3 * width, hidden_features)
         self.noise_stack = stack(0) if noise_stack else None
         if noise_stack:
-            self.noise_pool = _Pool(width)
-            self.to_noise = _projection(3 * width, hidden_features)
+            self.noise_pool = Pool(width)
+            self.to_noise = projection(3 * width, hidden_features)
 
     def forward(self, x: Tensor) -> Encoding:
         """Embed x ``(B, T)``, the streams concatenated."""
@@ -250,18 +254,27 @@ class _ConvStack(nn.Module):
         return self.convolutions(self.front_end(stream)).mT + self.positions
 
 
-class _SelfAttention(nn.Module):
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (eq. 7).
+
+    Args:
+        width: Length of a token.
+        num_heads: Attention heads.
+        residual: Whether attention is added to its input instead of replacing it.
+    """
+
     def __init__(self, width: int, num_heads: int, residual: bool) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.residual = residual
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens ``(B, L, C)`` to tokens of the same shape."""
         attended, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         return tokens + attended if self.residual else attended
 
 
-class _Pool(nn.Module):
+class Pool(nn.Module):
     """Mean, maximum and attention pooling (eq. 8): (B, L, C) -> (B, 3 C)."""
 
     def __init__(self, width: int) -> None:
@@ -271,12 +284,14 @@ class _Pool(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Pool tokens ``(B, L, C)`` to ``(B, 3 C)``."""
         weights = self.score(tokens).softmax(dim=-2)
         attended = (weights * tokens).sum(-2)
         return torch.cat([tokens.mean(-2), tokens.amax(-2), attended], dim=-1)
 
 
-def _projection(in_features: int, out_features: int) -> nn.Module:
+def projection(in_features: int, out_features: int) -> nn.Module:
+    """A network with one hidden layer."""
     return nn.Sequential(
         nn.Linear(in_features, out_features),
         nn.GELU(),
@@ -289,32 +304,3 @@ def _positions(length: int, width: int) -> Tensor:
     rates = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
     angles = torch.arange(length).unsqueeze(-1) * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]
-
-
-ENCODERS: dict[str, type[nn.Module]] = {
-    encoder.kind: encoder for encoder in (DualStreamEncoder, MLPEncoder)
-}
-"""Encoders that can be rebuilt from a saved file."""
-
-
-def encoder_spec(encoder: nn.Module) -> dict[str, Any] | None:
-    """Describe an encoder of this package; None for a module of the user's own."""
-    # A subclass may compute something else.
-    if type(encoder) not in ENCODERS.values():
-        return None
-    return cast(dict[str, Any], encoder.spec)
-
-
-def encoder_from_spec(spec: dict[str, Any]) -> nn.Module:
-    """Rebuild an encoder from its ``spec``.
-
-    Raises:
-        ValueError: If the kind is unknown.
-    """
-    options = dict(spec)
-    kind = options.pop("kind", None)
-    if kind not in ENCODERS:
-        raise ValueError(
-            f"encoder kind must be one of {sorted(ENCODERS)}, got {kind!r}."
-        )
-    return ENCODERS[kind](**options)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .charts import Chart, chart_from_spec
-from .component_head import ComponentHead
-from .encoders import Encoding, encode, encoder_from_spec
-from .flows import ConditionalFlow
+from .encoder_specs import encoder_from_spec
+from .encoders import Encoding, encode
+from .gauss_newton import SignalFit
+from .head_specs import component_head_from_spec
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
-from .slots import slots_from_spec
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]
@@ -38,15 +38,21 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     Args:
         spec: The estimator's description.
         encoder: The encoder, if ``spec.encoder`` does not describe one.
+        fit: The signal that refined slots fit, if the spec does not describe it.
 
     Raises:
-        ValueError: If neither gives an encoder.
+        ValueError: If neither gives an encoder, or a fit where one is needed.
     """
 
     x_shift: Tensor
     x_scale: Tensor
 
-    def __init__(self, spec: EstimatorSpec, encoder: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        spec: EstimatorSpec,
+        encoder: nn.Module | None = None,
+        fit: SignalFit | None = None,
+    ) -> None:
         if encoder is None:
             if spec.encoder is None:
                 raise ValueError(
@@ -74,10 +80,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 if spec.shared_head
                 else PriorSharedHead(chart)
             )
-        chart = chart_from_spec(spec.chart)
-        slots = slots_from_spec(spec.slots, probe, layout.max_cardinality)
-        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
-        self.component_head = ComponentHead(chart, slots, flow)
+        self.component_head = component_head_from_spec(spec, probe, fit)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
 
@@ -85,6 +88,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     def chart(self) -> Chart:
         """The components' chart."""
         return self.component_head.chart
+
+    @property
+    def keeps_separation(self) -> bool:
+        """Whether draws keep the prior's least separation by construction."""
+        return self.component_head.keeps_separation
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -264,7 +272,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
-        return encode(self.net, (condition - self.x_shift) / self.x_scale)
+        encoding = encode(self.net, (condition - self.x_shift) / self.x_scale)
+        return encoding._replace(data=condition)
 
     @torch.no_grad()
     def draw_cardinality(
@@ -348,7 +357,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], encoder: nn.Module | None = None
+        cls,
+        path: str | os.PathLike[str],
+        encoder: nn.Module | None = None,
+        fit: SignalFit | None = None,
     ) -> "SlotDensityEstimator":
         """Read an estimator; nothing in the file is executed.
 
@@ -356,6 +368,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             path: A file that :meth:`save` wrote.
             encoder: The encoder's architecture, if it was the user's own; its weights
                 are read from the file.
+            fit: The signal of refined slots, if it was the user's own.
 
         Returns:
             The estimator, in evaluation mode.
@@ -371,7 +384,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         try:
-            estimator = cls(spec, encoder)
+            estimator = cls(spec, encoder, fit)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its spec: {error}.") from error
         try:

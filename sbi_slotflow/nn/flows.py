@@ -38,14 +38,17 @@ class RowContext(NamedTuple):
     Attributes:
         values: Distinct contexts, shape ``(n, C)``.
         which: Position in ``values`` of each row's context, shape ``(N,)``.
+        own: What each row sees besides, shape ``(N, P)``; None for nothing.
     """
 
     values: Tensor
     which: Tensor
+    own: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "RowContext":
         """The contexts of rows ``start..stop``."""
-        return RowContext(self.values, self.which[start:stop])
+        own = None if self.own is None else self.own[start:stop]
+        return RowContext(self.values, self.which[start:stop], own)
 
 
 class ConditionalFlow(nn.Module):
@@ -63,6 +66,7 @@ class ConditionalFlow(nn.Module):
         network: ``"projected"`` adds the projected context once, in the first layer;
             ``"residual"`` is nflows' ``ResidualNet``, which sees it in every block.
         location_scale: Whether to put a :class:`LocationScale` next to the data.
+        own_features: Length P of what each row sees besides its context.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class ConditionalFlow(nn.Module):
         num_blocks: int = 1,
         network: Literal["projected", "residual"] = "projected",
         location_scale: bool = True,
+        own_features: int = 0,
     ) -> None:
         super().__init__()
         self.features = features
@@ -84,12 +89,19 @@ class ConditionalFlow(nn.Module):
         def make_network(in_features: int, out_features: int) -> nn.Module:
             net = _ProjectedNet if network == "projected" else _GatheredResidualNet
             return net(
-                in_features, out_features, hidden_features, context_features, num_blocks
+                in_features,
+                out_features,
+                hidden_features,
+                context_features,
+                num_blocks,
+                own_features,
             )
 
         layers: list[Transform] = []
         if location_scale:
-            layers.append(LocationScale(features, context_features, hidden_features))
+            layers.append(
+                LocationScale(features, context_features, hidden_features, own_features)
+            )
         for i in range(num_layers):
             if features > 1:
                 layers.append(RandomPermutation(features))
@@ -171,10 +183,16 @@ class LocationScale(Transform):
         features: Number F of coordinates.
         context_features: Length C of a context.
         hidden_features: Width of the network.
+        own_features: Length P of what each row sees besides; it moves the coefficients
+            linearly.
     """
 
     def __init__(
-        self, features: int, context_features: int, hidden_features: int
+        self,
+        features: int,
+        context_features: int,
+        hidden_features: int,
+        own_features: int = 0,
     ) -> None:
         super().__init__()
         self.features = features
@@ -185,6 +203,10 @@ class LocationScale(Transform):
         self.network = nn.Sequential(
             nn.Linear(context_features, hidden_features), nn.GELU(), last
         )
+        self.from_own: nn.Linear | None = None
+        if own_features:
+            self.from_own = nn.Linear(own_features, out, bias=False)
+            nn.init.zeros_(self.from_own.weight)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: Tensor, context: RowContext
@@ -213,13 +235,14 @@ class LocationScale(Transform):
         return torch.stack(columns, -1), log_scale.sum(-1)
 
     def _coefficients(self, context: RowContext) -> tuple[Tensor, Tensor, Tensor]:
-        raw = self.network(context.values)
+        raw = self.network(context.values)[context.which]
+        if self.from_own is not None:
+            raw = raw + self.from_own(context.own)
         shift, log_scale, lower = raw.split(
             [self.features, self.features, raw.shape[-1] - 2 * self.features], dim=-1
         )
         log_scale = _MAX_LOG_SCALE * torch.tanh(log_scale / _MAX_LOG_SCALE)
-        index = context.which
-        return shift[index], log_scale[index], lower[index]
+        return shift, log_scale, lower
 
 
 class _SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
@@ -250,10 +273,16 @@ class _ProjectedNet(nn.Module):
         hidden_features: int,
         context_features: int,
         num_blocks: int,
+        own_features: int = 0,
     ) -> None:
         super().__init__()
         self.hidden_features = hidden_features  # nflows scales splines' softmax by it
         self.from_context = nn.Linear(context_features, hidden_features)
+        self.from_own = (
+            nn.Linear(own_features, hidden_features, bias=False)
+            if own_features
+            else None
+        )
         self.from_inputs = (
             nn.Linear(in_features, hidden_features, bias=False) if in_features else None
         )
@@ -267,6 +296,8 @@ class _ProjectedNet(nn.Module):
         hidden = self.from_context(context.values)[context.which]
         if self.from_inputs is not None:
             hidden = hidden + self.from_inputs(inputs)
+        if self.from_own is not None:
+            hidden = hidden + self.from_own(context.own)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.last(hidden)
@@ -282,15 +313,23 @@ class _GatheredResidualNet(nn.Module):
         hidden_features: int,
         context_features: int,
         num_blocks: int,
+        own_features: int = 0,
     ) -> None:
         super().__init__()
         self.hidden_features = hidden_features
         self.network = ResidualNet(
-            in_features, out_features, hidden_features, context_features, num_blocks
+            in_features,
+            out_features,
+            hidden_features,
+            context_features + own_features,
+            num_blocks,
         )
 
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
-        return self.network(inputs, context.values[context.which])
+        values = context.values[context.which]
+        if context.own is not None:
+            values = torch.cat([values, context.own], -1)
+        return self.network(inputs, values)
 
 
 def _below(i: int, j: int) -> int:

@@ -149,9 +149,8 @@ class AttentionSlots(nn.Module):
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
         """Build the contexts of N rows; see :meth:`GlobalSlots.forward`."""
-        (slots, which), owners = self.start.with_owners(
-            encoding, owner, cardinality, slot
-        )
+        start, owners = self.start.with_owners(encoding, owner, cardinality, slot)
+        slots = start.values
         assert encoding.tokens is not None
         tokens = self.norm(encoding.tokens)[owners]
         for query, mixer in zip(self.queries, self.mixers, strict=True):
@@ -159,7 +158,7 @@ class AttentionSlots(nn.Module):
             weights = (heads @ tokens.mT / math.sqrt(tokens.shape[-1])).softmax(-1)
             found = (weights @ tokens).flatten(1)
             slots = slots + mixer(torch.cat([slots, found], dim=-1))
-        return RowContext(slots, which)
+        return RowContext(slots, start.which)
 
 
 Slots = GlobalSlots | AttentionSlots

@@ -1,7 +1,18 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
+from .additive_fit import AdditiveFit
 from .base import Problem
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .sinusoids import Sinusoids, sinusoids
+from .spikes import Spikes, spikes
 
-__all__ = ["LinearGaussian", "Problem", "Sinusoids", "linear_gaussian", "sinusoids"]
+__all__ = [
+    "AdditiveFit",
+    "LinearGaussian",
+    "Problem",
+    "Sinusoids",
+    "Spikes",
+    "linear_gaussian",
+    "sinusoids",
+    "spikes",
+]

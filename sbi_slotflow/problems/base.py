@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import ThetaLayout
+from ..nn.anchor_axis import AnchorAxis
 from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
+from ..nn.gauss_newton import SignalFit
 from ..prior import VariableKPrior
 from ..simulator import AdditiveSimulator
 
@@ -63,6 +65,22 @@ class Problem:
             options: Options of the encoder's class.
         """
         return MLPEncoder(self.num_data, **options)
+
+    def build_token_encoder(self, **options: Any) -> nn.Module | None:
+        """Return a fresh encoder with a token for each cell of the location axis.
+
+        Args:
+            options: Options of the encoder's class.
+        """
+        return None
+
+    def location_axis(self) -> AnchorAxis | None:
+        """Return the axis on which components have a place; None if they have none."""
+        return None
+
+    def build_fit(self) -> SignalFit | None:
+        """Return the signal for Gauss-Newton fits of it; None if there is none."""
+        return None
 
     def build_chart(self) -> Chart:
         """Return the true chart of a component."""

@@ -96,7 +96,7 @@ class SineSignal:
 
 def _on_grid(grid: Grid, amplitude: Tensor, turns: Tensor, frequency: Tensor) -> Tensor:
     num = grid.num_samples
-    fine = _near_square_root(num)
+    fine = near_square_root(num)
     coarse = -(-num // fine)
     step = (frequency / grid.rate).unsqueeze(-1)  # turns a sample, (B, K, 1)
     i = torch.arange(coarse, device=step.device, dtype=step.dtype) * fine
@@ -109,7 +109,7 @@ def _on_grid(grid: Grid, amplitude: Tensor, turns: Tensor, frequency: Tensor) ->
     return torch.bmm(left.mT, right).flatten(1)[:, :num]
 
 
-def _near_square_root(num: int) -> int:
+def near_square_root(num: int) -> int:
     """The largest divisor not above the root if it is near it, else the root."""
     root = max(1, math.isqrt(num))
     return next((d for d in range(root, root // 2, -1) if num % d == 0), root)

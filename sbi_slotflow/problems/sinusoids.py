@@ -22,15 +22,22 @@ from torch.distributions import (
     Uniform,
 )
 
+from ..nn.anchor_axis import AnchorAxis
 from ..nn.charts import Chart, PolarChart
 from ..nn.encoders import DualStreamEncoder
+from ..nn.token_encoder import BandTokens, TokenEncoder
 from ..noise import NoiseModel, WhiteNoise
 from ..prior import VariableKPrior
 from ..simulator import AdditiveSimulator
 from .base import Problem
+from .sine_fit import SineFit
 from .sine_grid import Grid, SineSignal
+from .sine_statistics import SineStatistics
 
 __all__ = ["ResampledNoise", "Sinusoids", "sinusoids"]
+
+# Rows above which tabulating an observation's statistics pays.
+_MANY_ROWS = 500
 
 Preset = Literal["tiny", "paper", "crowded"]
 
@@ -73,6 +80,36 @@ class Sinusoids(Problem):
 
     grids: tuple[Grid, ...]
 
+    def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`.
+
+        Where many rows share an observation, statistics that are tabulated once make
+        the cost of a row independent of the record's length.
+        """
+        white = isinstance(self.simulator.noise, WhiteNoise)
+        num = theta.shape[:-1].numel()
+        shared = x.ndim == 1 and num >= _MANY_ROWS
+        each = x.ndim == 2 and theta.ndim == 3 and theta.shape[1] == len(x)
+        if not white or not (shared or (each and len(theta) >= _MANY_ROWS)):
+            return self.simulator.log_likelihood(theta, x)
+        # One row the slow way, for its checks of both arguments.
+        self.simulator.log_likelihood(theta[:1, :1] if each else theta[..., :1, :], x)
+        self.layout.validate(theta)
+        band = self.prior.component_marginals[2].bounds
+        columns = theta.unbind(1) if each else (theta,)
+        values = []
+        for rows, one in zip(columns, torch.atleast_2d(x), strict=True):
+            statistics = SineStatistics.of(one.double().cpu().numpy(), self.grids, band)
+            parts = self.layout.unpack(rows.double().cpu())
+            # Padding has an amplitude of zero, at some frequency of the band.
+            components = parts.components.clone()
+            components[..., 2][~parts.mask] = band[0]
+            found = statistics.log_likelihood(
+                components.numpy(), parts.shared[..., 0].numpy()
+            )
+            values.append(torch.from_numpy(found).to(theta.device))
+        return torch.stack(values, 1) if each else values[0]
+
     def build_encoder(self, **options: Any) -> nn.Module:
         """Return a :class:`DualStreamEncoder` for the two records.
 
@@ -97,6 +134,27 @@ class Sinusoids(Problem):
         }
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})
+
+    def build_token_encoder(self, **options: Any) -> TokenEncoder:
+        """Return a :class:`TokenEncoder` with a token for each cell of the band."""
+        front_end = BandTokens(
+            [grid.num_samples for grid in self.grids],
+            [grid.rate for grid in self.grids],
+            self.prior.component_marginals[2].bounds,
+            self.location_axis().num_anchors,
+        )
+        return TokenEncoder(front_end, **options)
+
+    def location_axis(self) -> AnchorAxis:
+        """Frequency, in cells of the long record's resolution."""
+        low, high = self.prior.component_marginals[2].bounds
+        cells = max(1, round((high - low) * self.grids[0].duration))
+        separation = self.prior.min_separation or 0.0
+        return AnchorAxis(2, cells, separation * cells / (high - low))
+
+    def build_fit(self) -> SineFit:
+        """Return the least squares of sinusoids."""
+        return SineFit(self.grids)
 
     def build_chart(self) -> Chart:
         """Return a :class:`PolarChart` with phases at the middle of the long record.

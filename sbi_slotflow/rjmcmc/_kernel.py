@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .statistics import Complexes, Floats
+from ..problems.sine_statistics import Complexes, Floats
 
 __all__ = ["Births", "Data", "Target", "run_chain"]
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from ..draws import PosteriorDraws
 from ..prior import VariableKPrior
 from ..problems import Sinusoids
+from ..problems.sine_statistics import Floats, SineStatistics
 from ..separation import log_separation_constant
 from .frequencies import SpectralDensity
 from .laplace import sinusoid_statistics
 from .pursuit import SinusoidFit, matching_pursuit
-from .statistics import Floats, SineStatistics
 
 __all__ = ["CollapsedDraws", "CollapsedSampler", "collapsed"]
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from ..component_proposals import ComponentProposal, slot_mixtures
 from ..posterior import SlotPosterior
 from ..prior import VariableKPrior
+from ..problems.sine_statistics import Floats
 from .eryn_import import require_eryn
 from .eryn_target import COMPONENTS, SHARED, Arrays
-from .statistics import Floats
 
 require_eryn()
 

@@ -27,8 +27,8 @@ from ..layout import ThetaLayout
 from ..noise import WhiteNoise
 from ..prior import VariableKPrior
 from ..problems.base import Problem
+from ..problems.sine_statistics import Floats, SineStatistics
 from ..problems.sinusoids import Sinusoids
-from .statistics import Floats, SineStatistics
 
 __all__ = ["COMPONENTS", "SHARED", "JointPrior", "Leaves", "joint_log_likelihood"]
 

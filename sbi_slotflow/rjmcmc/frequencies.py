@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from ..problems.sine_statistics import Floats, SineStatistics
 from .pursuit import SinusoidFit, residual_power
-from .statistics import Floats, SineStatistics
 
 __all__ = ["FrequencyProposal", "SpectralDensity"]
 

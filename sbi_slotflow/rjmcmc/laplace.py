@@ -24,10 +24,10 @@ from torch.distributions import Categorical
 
 from ..noise import WhiteNoise
 from ..problems import Sinusoids
+from ..problems.sine_statistics import Floats, SineStatistics
 from ..seeding import draw_seed
 from .frequencies import FrequencyProposal
 from .pursuit import SinusoidFit, matching_pursuit
-from .statistics import Floats, SineStatistics
 
 __all__ = ["LaplaceProposal", "laplace_proposal", "sinusoid_statistics"]
 

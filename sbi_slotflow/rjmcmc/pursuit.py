@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from .statistics import Floats, SineStatistics
+from ..problems.sine_statistics import Floats, SineStatistics
 
 __all__ = ["SinusoidFit", "matching_pursuit", "residual_power"]
 

@@ -17,6 +17,7 @@ from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn import (
     AttentionSlots,
     CircleChart,
+    ComponentHead,
     DualStreamEncoder,
     EstimatorSpec,
     GlobalSlots,
@@ -26,6 +27,8 @@ from sbi_slotflow.nn import (
     WhiteningChart,
     slot_nn,
 )
+from sbi_slotflow.nn.anchored_head import JointHead
+from sbi_slotflow.nn.token_encoder import TokenEncoder
 
 SMALL: dict[str, Any] = {
     "hidden_features": 16,
@@ -51,9 +54,14 @@ def build(problem: problems.Problem, builder: slot_nn) -> SlotDensityEstimator:
     return builder(*batch(problem))
 
 
+def head(estimator: SlotDensityEstimator) -> ComponentHead:
+    assert isinstance(estimator.component_head, ComponentHead)
+    return estimator.component_head
+
+
 def couplings(estimator: SlotDensityEstimator) -> list[nn.Module]:
     kinds = (AffineCouplingTransform, PiecewiseRationalQuadraticCouplingTransform)
-    return [m for m in estimator.component_head.flow.modules() if isinstance(m, kinds)]
+    return [m for m in head(estimator).flow.modules() if isinstance(m, kinds)]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +84,9 @@ def test_paper_preset_is_what_its_docstring_says(paper: SlotDensityEstimator) ->
     assert paper.chart.centre == pytest.approx(2.75)
     assert spec.matching == "hungarian"
     assert spec.mean_flow_loss
-    assert not paper.component_head.slots.condition_on_cardinality
+    assert not head(paper).slots.condition_on_cardinality
     # 512 of global context and a one-hot slot index, no trunk, no K
-    assert paper.component_head.slots.num_features == 512 + 10
+    assert head(paper).slots.num_features == 512 + 10
     assert spec.flow["tail_bound"] == 2.0
     assert spec.flow["num_bins"] == 48
     layers = couplings(paper)
@@ -131,16 +139,16 @@ def test_paper_preset_takes_the_ablations(tiny: problems.Sinusoids) -> None:
         ({"mean_flow_loss": True}, lambda e: e.spec.mean_flow_loss),
         (
             {"trunk_features": None},
-            lambda e: e.component_head.slots.num_features == 16 + 3 + 4,
+            lambda e: head(e).slots.num_features == 16 + 3 + 4,
         ),
-        ({"trunk_features": 8}, lambda e: e.component_head.slots.num_features == 8),
+        ({"trunk_features": 8}, lambda e: head(e).slots.num_features == 8),
         (
             {"slots": "global"},
-            lambda e: isinstance(e.component_head.slots, GlobalSlots),
+            lambda e: isinstance(head(e).slots, GlobalSlots),
         ),
         (
             {"trunk_features": None, "condition_on_cardinality": False},
-            lambda e: e.component_head.slots.num_features == 16 + 3,
+            lambda e: head(e).slots.num_features == 16 + 3,
         ),
         ({"flow_layers": 5}, lambda e: len(couplings(e)) == 5),
         ({"hidden_features": 24}, lambda e: e.spec.encoder["hidden_features"] == 24),
@@ -164,9 +172,11 @@ def test_paper_preset_takes_the_ablations(tiny: problems.Sinusoids) -> None:
 def test_a_field_changes_what_it_names(
     tiny: problems.Sinusoids, change: dict[str, Any], read: Any
 ) -> None:
-    builder = slot_nn(tiny, **{**SMALL, **change})
+    # The problem's own domains, spelt out: slots are not anchored then.
+    usual = {"domains": ("frequency", "time"), **SMALL}
+    builder = slot_nn(tiny, **{**usual, **change})
     assert read(build(tiny, builder))
-    assert not read(build(tiny, slot_nn(tiny, **SMALL)))
+    assert not read(build(tiny, slot_nn(tiny, **usual)))
 
 
 def test_default_asks_the_problem_for_chart_and_encoder(
@@ -174,13 +184,16 @@ def test_default_asks_the_problem_for_chart_and_encoder(
 ) -> None:
     estimator = build(tiny, slot_nn(tiny))
     assert isinstance(estimator.chart, PolarChart)
+    assert isinstance(estimator.net, TokenEncoder)
+    assert isinstance(estimator.component_head, JointHead)
+    estimator = build(tiny, slot_nn(tiny, domains=("frequency", "time")))
     assert isinstance(estimator.net, DualStreamEncoder)
-    assert isinstance(estimator.component_head.slots, AttentionSlots)
+    assert isinstance(head(estimator).slots, AttentionSlots)
     linear = problems.linear_gaussian()
     estimator = build(linear, slot_nn(linear))
     assert isinstance(estimator.chart, WhiteningChart)
     assert isinstance(estimator.net, MLPEncoder)
-    assert isinstance(estimator.component_head.slots, GlobalSlots)
+    assert isinstance(head(estimator).slots, GlobalSlots)
     assert estimator.shared_head is None
 
 

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.domains import make_front_end
-from sbi_slotflow.nn.encoders import (
-    DualStreamEncoder,
-    Encoding,
-    MLPEncoder,
-    encode,
-    encoder_from_spec,
-)
+from sbi_slotflow.nn.encoder_specs import encoder_from_spec
+from sbi_slotflow.nn.encoders import DualStreamEncoder, Encoding, MLPEncoder, encode
 
 DOMAINS = ("time", "frequency", "time-frequency")
 LENGTHS = (90, 64)

@@ -26,6 +26,7 @@ from torch.distributions import (
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn import (
+    ComponentHead,
     Encoding,
     GlobalSlots,
     MLPEncoder,
@@ -123,7 +124,7 @@ def paper() -> slot_nn:
 
 VARIANTS: dict[str, Callable[[], slot_nn]] = {
     "tiny": tiny,
-    "full-size": lambda: slot_nn(problems.sinusoids("tiny")),
+    "full-size": lambda: slot_nn(problems.sinusoids("tiny"), slots="attention"),
     "hungarian": lambda: tiny(matching="hungarian"),
     "permanent": lambda: tiny(matching="permanent"),
     "ordered": lambda: tiny(matching="ordered"),
@@ -379,11 +380,16 @@ def test_permanent_loss_is_at_most_hungarian_loss_is_at_most_ordered_loss(
     assert (gap <= torch.lgamma(k + 1.0) + slack).all()
 
 
+def head(estimator: SlotDensityEstimator) -> ComponentHead:
+    assert isinstance(estimator.component_head, ComponentHead)
+    return estimator.component_head
+
+
 def shake_slots(estimator: SlotDensityEstimator) -> None:
     """Make the slots differ, by the same amount on every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        slots = estimator.component_head.slots
+        slots = head(estimator).slots
         shake(slots if isinstance(slots, GlobalSlots) else slots.start, 0.5)
 
 
@@ -505,14 +511,10 @@ def brute_force_log_prob(
         ).squeeze(0)
     table = torch.zeros(k, k)
     for i in range(k):
-        context = estimator.component_head.slots(
-            encoding, owner, count, torch.tensor([i])
-        )
+        context = head(estimator).slots(encoding, owner, count, torch.tensor([i]))
         for j in range(k):
             u, log_det = estimator.chart.forward(parts.components[j : j + 1])
-            table[i, j] = (
-                estimator.component_head.flow.log_prob(u, context) + log_det
-            )[0]
+            table[i, j] = (head(estimator).flow.log_prob(u, context) + log_det)[0]
     terms = [
         sum((table[i, p[i]] for i in range(k)), torch.zeros(()))
         for p in permutations(range(k))
@@ -661,9 +663,9 @@ def test_a_slot_sees_k_exactly_if_it_was_asked_to(name: str) -> None:
     u = torch.randn(1, 3, generator=seeded())
     owner, slot = torch.zeros(1, dtype=torch.int64), torch.tensor([0])
     values = [
-        estimator.component_head.flow.log_prob(
+        head(estimator).flow.log_prob(
             u,
-            estimator.component_head.slots(encoding, owner, torch.tensor([k]), slot),
+            head(estimator).slots(encoding, owner, torch.tensor([k]), slot),
         )
         for k in (1, 2, 3)
     ]

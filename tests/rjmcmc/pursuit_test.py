@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sbi_slotflow.problems import Sinusoids, sinusoids
+from sbi_slotflow.problems.sine_statistics import Floats, SineStatistics
 from sbi_slotflow.rjmcmc.pursuit import SinusoidFit, matching_pursuit, residual_power
-from sbi_slotflow.rjmcmc.statistics import Floats, SineStatistics
 
 paper, tiny = sinusoids("paper"), sinusoids("tiny")
 

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from sbi_slotflow.problems import Sinusoids, sinusoids
+from sbi_slotflow.problems.sine_statistics import Floats, SineStatistics
 from sbi_slotflow.rjmcmc.laplace import sinusoid_statistics
-from sbi_slotflow.rjmcmc.statistics import Floats, SineStatistics
 
 
 class Case:

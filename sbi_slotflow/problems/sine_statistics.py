@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import zoom_fft
 
-from ..problems.sine_grid import Grid
+from .sine_grid import Grid
 
 __all__ = ["Floats", "SineStatistics"]
 

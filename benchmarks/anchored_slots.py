@@ -1,0 +1,320 @@
+"""How good the shipped weights are: ``python -m benchmarks.anchored_slots``.
+
+Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
+``widths`` (posterior deviations over exact ones, ``paper``), ``coverage`` (of credible
+intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
+refined), ``speed`` (against the paper's network), ``scaling`` (cost as K grows) and
+``eryn`` (``SlotFlowMove``). ``cards`` writes the model cards from the numbers that were
+kept with ``--out benchmarks/results``.
+"""
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sbi_slotflow import SlotPosterior, load_pretrained, metrics, rjmcmc, slot_nn
+from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.problems import Sinusoids
+from sbi_slotflow.seeding import generator_for
+
+from .common import (
+    PERIODS,
+    Numbers,
+    given_k,
+    one,
+    progress,
+    run_parts,
+    simulate,
+    spread,
+)
+
+RESULTS = Path(__file__).parent / "results"
+WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
+# Streams of the seed, all apart from those of the training.
+_TEST = 1_000_003
+LEVELS = np.linspace(0.1, 0.95, 18)
+
+
+def cardinality(num_signals: int, seed: int) -> Numbers:
+    """p(K | x) on fresh signals of each preset."""
+    return {
+        name: _cardinality(name, num_signals, seed)
+        for name in ("tiny", "paper", "crowded")
+    }
+
+
+def widths(num_signals: int, seed: int) -> Numbers:
+    """Posterior deviations given the true K over exact ones, ``paper``."""
+    problem, posterior = _ready("paper")
+    theta, x = simulate(problem, num_signals, _TEST + seed)
+    ratios: dict[str, list[float]] = {}
+    for i in range(num_signals):
+        k = int(problem.layout.cardinality(theta[i]))
+        exact = rjmcmc.fixed_k(problem, x[i], k, seed=i)
+        if not exact.is_reliable:
+            progress(f"signal {i + 1}: the reference is not reliable, left out")
+            continue
+        found = metrics.compare(
+            posterior.sample((4_000,), x[i], k=k, generator=generator_for(seed, i)),
+            exact.sample((4_000,), generator=generator_for(seed, i)),
+            layout=problem.layout,
+            k=k,
+            periods=PERIODS,
+        )
+        for parameter in found.parameters:
+            name = parameter.name.rsplit("_", 1)[0]
+            ratios.setdefault(name, []).append(parameter.std_ratio)
+    return {f"deviation over exact, {n}": _quantiles(r) for n, r in ratios.items()}
+
+
+def coverage(num_signals: int, seed: int) -> Numbers:
+    """Coverage of credible intervals given the true K, ``paper`` and ``crowded``."""
+    return {name: _coverage(name, num_signals, seed) for name in ("paper", "crowded")}
+
+
+def paper(num_signals: int, seed: int) -> Numbers:
+    """The weights against the collapsed sampler, ``paper``."""
+    return _against_exact("paper", num_signals, seed)
+
+
+def crowded(num_signals: int, seed: int) -> Numbers:
+    """The weights against the collapsed sampler, ``crowded``."""
+    return _against_exact("crowded", num_signals, seed)
+
+
+def speed(num_signals: int, seed: int) -> Numbers:
+    """Cost of an analysis against the paper's network, one thread."""
+    problem, posterior = _ready("paper")
+    theta, x = simulate(given_k(problem, 10), max(2, num_signals), _TEST + seed)
+    rival = SlotPosterior(slot_nn.paper(problem)(theta, x), problem.prior)
+    times: dict[str, list[float]] = {}
+
+    def clock(name: str, work: object) -> None:
+        assert callable(work)
+        started = time.perf_counter()
+        work()
+        times.setdefault(name, []).append(time.perf_counter() - started)
+
+    for i in range(num_signals):
+        for name, one_of in (("weights", posterior), ("paper", rival)):
+            clock(f"{name}: p(K | x)", lambda p=one_of, i=i: p.cardinality(x[i]))
+        clock(
+            "weights: 10,000 samples",
+            lambda i=i: posterior.sample((10_000,), x[i], k=10),
+        )
+        # A tenth of the draws of the paper's network: its cost is their number's.
+        clock(
+            "paper: 1,000 samples",
+            lambda i=i: rival.posterior_estimator.sample(
+                (1_000,), x[i : i + 1], torch.tensor(10)
+            ),
+        )
+        progress(f"{ {name: round(t[-1], 3) for name, t in times.items()} }")
+    middle = {name: float(np.median(t)) for name, t in times.items()}
+    return {
+        "p(K | x) over the paper's": middle["weights: p(K | x)"]
+        / middle["paper: p(K | x)"],
+        "10,000 samples at K = 10 over the paper's": middle["weights: 10,000 samples"]
+        / (10 * middle["paper: 1,000 samples"]),
+        "seconds": {name: spread(t) for name, t in times.items()},
+    }
+
+
+def memory(num_signals: int, seed: int) -> Numbers:
+    """Peak memory of 10,000 samples at K = 10."""
+    problem, posterior = _ready("paper")
+    _, x = simulate(given_k(problem, 10), 1, _TEST + seed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    posterior.sample((10_000,), x[0], k=10)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "megabytes of the process before": before / 1024,
+        "megabytes that sampling adds": (after - before) / 1024,
+    }
+
+
+def _ready(preset: str) -> tuple[Sinusoids, SlotPosterior]:
+    posterior = load_pretrained(f"sinusoids-{preset}")
+    return RECIPES[f"sinusoids-{preset}"].problem, posterior
+
+
+def _cardinality(preset: str, num_signals: int, seed: int) -> Numbers:
+    problem, posterior = _ready(preset)
+    theta, x = simulate(problem, num_signals, _TEST + seed)
+    probs = torch.cat([posterior.cardinality(part).probs for part in x.split(200)])
+    k = problem.layout.cardinality(theta)
+    right = (probs.argmax(-1) == k).double()
+    from_itself = torch.multinomial(probs, 1, generator=generator_for(seed))
+    score = -probs.gather(-1, k.unsqueeze(-1)).squeeze(-1).double().log()
+    accuracy = float(right.mean())
+    return {
+        "accuracy": accuracy,
+        "95 % interval": _wilson(accuracy, num_signals),
+        "mean negative log score of the true K": spread(score.tolist()),
+        "expected calibration error": _calibration_error(probs, k),
+        "the same of draws from p(K | x) itself": _calibration_error(
+            probs, from_itself.squeeze(-1)
+        ),
+        "n": num_signals,
+    }
+
+
+def _calibration_error(probs: Tensor, k: Tensor, num_bins: int = 15) -> float:
+    """Mean gap between p(K | x) and frequency, over 15 bins of all its entries."""
+    hits = torch.nn.functional.one_hot(k, probs.shape[-1]).double().flatten()
+    stated = probs.double().flatten()
+    bins = (stated * num_bins).long().clamp(max=num_bins - 1)
+    gap = torch.zeros(num_bins, dtype=torch.float64)
+    gap.index_add_(0, bins, stated - hits)
+    return float(gap.abs().sum() / len(k))
+
+
+def _coverage(preset: str, num_signals: int, seed: int) -> Numbers:
+    """Bias of the share of truths in central intervals, over levels, by K."""
+    problem, posterior = _ready(preset)
+    layout = problem.layout
+    numbers: Numbers = {}
+    for k in range(1, layout.max_cardinality + 1):
+        theta, x = simulate(given_k(problem, k), num_signals, _TEST + seed + k)
+        ranks: dict[str, list[Tensor]] = {}
+        for rows, part in zip(theta.split(100), x.split(100), strict=True):
+            draws = posterior.sample_batched((199,), part, k=k)
+            truth, drawn = layout.unpack(rows), layout.unpack(draws)
+            for d, name in enumerate(layout.component_names):
+                mine = drawn.components[..., :k, d].double()
+                true = truth.components[..., :k, d].double()
+                if name in PERIODS:
+                    mine = _unwrapped(mine, PERIODS[name])
+                    turns = (mine.mean(0) - true) / PERIODS[name]
+                    true = true + PERIODS[name] * turns.round()
+                ranks.setdefault(name, []).append((mine < true).double().mean(0))
+        for name, found in ranks.items():
+            depth = 2 * (torch.cat(found).flatten() - 0.5).abs()
+            levels = torch.from_numpy(LEVELS).unsqueeze(-1)
+            share = (depth < levels).double().mean(-1).numpy()
+            bias = np.abs(share - LEVELS)
+            numbers[f"K = {k}, {name}"] = {
+                "mean bias": float(bias.mean()),
+                "largest bias": float(bias.max()),
+                "components": len(depth),
+            }
+        biases = {name: numbers[f"K = {k}, {name}"]["mean bias"] for name in ranks}
+        progress(f"K = {k}: {biases}")
+    return numbers
+
+
+def _unwrapped(angle: Tensor, period: float) -> Tensor:
+    """Draws (first axis) of an angle, cut opposite to their circular mean."""
+    turns = angle * (2 * math.pi / period)
+    middle = torch.atan2(turns.sin().mean(0), turns.cos().mean(0)) * period / math.tau
+    return middle + (angle - middle + 0.5 * period) % period - 0.5 * period
+
+
+def _against_exact(preset: str, num_signals: int, seed: int) -> Numbers:
+    problem, posterior = _ready(preset)
+    theta, x = simulate(problem, num_signals, _TEST + seed)
+    kept: dict[str, list[float]] = {}
+
+    def keep(name: str, value: float | None) -> None:
+        if value is not None:
+            kept.setdefault(name, []).append(float(value))
+
+    for i in range(num_signals):
+        started = time.perf_counter()
+        refined = one(
+            posterior.refine(
+                problem.log_likelihood,
+                x[i],
+                10_000,
+                defensive=0.0,
+                generator=generator_for(seed, i),
+            )
+        )
+        keep("refine, seconds", time.perf_counter() - started)
+        reference, second = (
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80)
+            for run in range(2)
+        )
+        exact = reference.cardinality().probs
+        amortized = posterior.cardinality(x[i]).probs.double()
+        true = int(problem.layout.cardinality(theta[i]))
+        keep("TV, amortized", metrics.total_variation(amortized, exact).item())
+        keep(
+            "TV, refined",
+            metrics.total_variation(refined.cardinality().probs, exact).item(),
+        )
+        keep(
+            "TV, floor",
+            metrics.total_variation(second.cardinality().probs, exact).item(),
+        )
+        both = 0.5 * (exact + second.cardinality().probs)
+        keep("score, exact", -math.log(max(float(both[true]), 1e-4)))
+        keep("score, amortized", -math.log(max(float(amortized[true]), 1e-4)))
+        keep("ESS/N", refined.efficiency)
+        keep("k-hat", refined.pareto_k)
+        k = int(exact.argmax())
+        if k:
+            _compare(problem, posterior, refined, reference, second, x[i], k, keep)
+        progress(
+            f"signal {i + 1}, K = {true}: "
+            + ", ".join(f"{name} {v[-1]:.3g}" for name, v in kept.items())
+        )
+    return {name: spread(values) for name, values in kept.items()}
+
+
+def _compare(problem, posterior, refined, reference, second, x, k, keep):
+    draws = posterior.sample((10_000,), x, k=k, generator=generator_for(k))
+    for label, mine in (("amortized", draws), ("refined", refined)):
+        try:
+            found = metrics.compare(
+                mine, reference, second, layout=problem.layout, k=k, periods=PERIODS
+            )
+        except ValueError as error:  # too few draws of this K
+            progress(f"{label} left out: {error}")
+            continue
+        assert found.floor is not None
+        for name in problem.component_names:
+            w2, floor = (
+                float(np.mean([p.w2 for p in c.parameters if p.name.startswith(name)]))
+                for c in (found, found.floor)
+            )
+            keep(f"W2, {label}, {name}", w2)
+            keep(f"W2 / floor, {label}, {name}", w2 / floor)
+        keep(f"C2ST, {label}", found.c2st)
+        keep(f"correlation error, {label}", found.correlation_error)
+        if label == "amortized":
+            keep("C2ST, floor", found.floor.c2st)
+            keep("correlation error, floor", found.floor.correlation_error)
+
+
+def _wilson(share: float, num: int) -> list[float]:
+    z = 1.96
+    middle = (share + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = (
+        z / (1 + z**2 / num) * math.sqrt(share * (1 - share) / num + (z / num) ** 2 / 4)
+    )
+    return [middle - half, middle + half]
+
+
+def _quantiles(values: list[float]) -> Numbers:
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return {"median": median, "5 %": low, "95 %": high, "components": len(values)}
+
+
+PARTS = {
+    "cardinality": (cardinality, 10_000),
+    "widths": (widths, 200),
+    "coverage": (coverage, 1_000),
+    "paper": (paper, 50),
+    "crowded": (crowded, 50),
+    "speed": (speed, 5),
+    "memory": (memory, 1),
+}
+
+if __name__ == "__main__":
+    run_parts(PARTS, "anchored", __doc__)

@@ -1,0 +1,562 @@
+r"""Components anchored at tokens: q(a | x, K) q(theta_1..theta_K | a, x, K).
+
+Which cell of the location axis holds a component is random: the density is a
+distribution over anchors (see :mod:`.pointer`) times a local one in each anchor's cell
+(see :mod:`.local_density`). As the cells part the axis, both enter the density exactly,
+and a component whose posterior spreads over the band, or over two peaks, is as natural
+as one known to a hundredth of a cell.
+
+:class:`JointHead`, in canonical order,
+
+.. math::
+    \log q = \sum_k \log q(a_k | a_{k-1}, x, K)
+        + \log q(\theta_k | \theta_{<k}, a_1 \ldots a_K, x, K)
+
+is O(K) to evaluate and to draw, and least separations hold by construction.
+:class:`FactorisedHead` is the paper's eq. 18: slot i has its own distribution over
+anchors, a component knows nothing of the others, and a set's density is the permanent
+over slots.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..layout import ThetaParts
+from ..marginals import clamp_to_support
+from .anchor_axis import AnchorAxis
+from .charts import Chart
+from .distinct import distinct_rows
+from .encoders import Encoding
+from .flows import RowContext
+from .gauss_newton import SignalFit
+from .local_chart import LocalChart
+from .local_density import LocalDensity, LocalGaussian, solve_lower
+from .matching import hungarian, log_permanent
+from .peaks import MAX_SETS, PeakFinder, Peaks
+from .pointer import AnchorChain, AnchorMarginals
+from .spec import Matching
+
+__all__ = ["AnchoredHead", "FactorisedHead", "JointHead"]
+
+# Cells within which two components are told of each other.
+_REACH = 6
+# Float32 rows round: that far past an end counts as on it.
+_SLACK = 1e-4
+
+
+class AnchoredHead(nn.Module, ABC):
+    """Density of a set of anchored components.
+
+    Args:
+        chart: Chart of a component, which tells its marginals and which parameter is a
+            phase.
+        axis: The location axis.
+
+    Attributes:
+        own_features: Length of what a component is told of the one before.
+    """
+
+    trunk: nn.Sequential
+    local: LocalDensity
+    own_features: int
+
+    def __init__(self, chart: Chart, axis: AnchorAxis) -> None:
+        super().__init__()
+        if not chart.is_density:
+            raise ValueError(
+                f"anchored slots need a true chart, got the {chart.kind!r} chart."
+            )
+        self.chart, self.axis = chart, axis
+        self.local_chart = LocalChart(chart, axis)
+
+    @property
+    @abstractmethod
+    def keeps_separation(self) -> bool:
+        """Whether every draw keeps the least separation."""
+
+    def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
+        """Evaluate the log density of N sets; see :meth:`ComponentHead.log_prob`."""
+        return self.matched_log_prob(parts, encoding, owner, "permanent")
+
+    def matched_log_prob(
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
+    ) -> Tensor:
+        """Evaluate what training maximises; see :meth:`ComponentHead.log_prob`."""
+        components, mask = parts.components, parts.mask
+        # Joint components are defined in the order of their location.
+        key = components[..., self.axis.parameter]
+        order = torch.where(mask, key, torch.inf).argsort(dim=-1, stable=True)
+        components = components.gather(-2, order.unsqueeze(-1).expand_as(components))
+        inside = self.chart.contains(components)
+        point = self.chart.some_point(components)
+        components = torch.where((mask & inside).unsqueeze(-1), components, point)
+        coordinates, log_det = self.local_chart.coordinates(components)
+        log_det = torch.where(inside, log_det, -torch.inf)
+        log_det = torch.where(mask, log_det, 0.0).sum(-1).float()
+        value = self._log_prob(coordinates, mask, encoding, owner, matching)
+        return value + log_det
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw the components of N sets; see :meth:`ComponentHead.sample`."""
+        components = self.in_support(self._sample(mask, encoding, owner, generator))
+        return torch.where(mask.unsqueeze(-1), components, 0.0)
+
+    def in_support(self, coordinates: Tensor) -> Tensor:
+        """Float32 components of coordinates with positions."""
+        components = self.local_chart.components(coordinates).float()
+        return clamp_to_support(components, self.chart.marginals)
+
+    @abstractmethod
+    def _log_prob(
+        self,
+        coordinates: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        matching: Matching,
+    ) -> Tensor:
+        """Log densities ``(N,)`` of coordinates ``(N, Kmax, D)`` with positions."""
+
+    @abstractmethod
+    def _sample(
+        self,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draw coordinates ``(N, Kmax, D)`` with positions."""
+
+    def limits(
+        self, anchors: Tensor, starts: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Least and largest coordinates ``(M, D)`` of positions from start to end."""
+        low, high = (
+            end.to(starts).repeat(len(starts), 1) for end in self.local_chart.ends()
+        )
+        low[:, 0], high[:, 0] = starts - anchors - 0.5, ends - anchors - 0.5
+        return low, high
+
+    def edges(self, encoding: Encoding) -> Tensor:
+        """Edges of the cells, shape ``(B, L + 1)``."""
+        if encoding.edges is not None:
+            return encoding.edges
+        edges = torch.arange(self.axis.num_anchors + 1.0, dtype=torch.float64)
+        return edges.to(encoding.context.device).expand(len(encoding.context), -1)
+
+
+class JointSets(NamedTuple):
+    """Distinct sets of anchors and everything that follows from them.
+
+    Attributes:
+        which: Set of each row, shape ``(N,)``.
+        anchors: Anchors, shape ``(S, Kmax)``.
+        mask: Active ones, shape ``(S, Kmax)``.
+        starts: Where their cells start, shape ``(S, Kmax)``.
+        ends: Where they end, shape ``(S, Kmax)``.
+        upper: Largest positions, shape ``(S, Kmax)``.
+        contexts: Contexts of components, shape ``(S Kmax, C)``.
+        near: Whether a component is near the one before, shape ``(S, Kmax)``.
+        centre: Phases about which components' are unwrapped, shape ``(S, Kmax)``.
+        peaks: Peaks found by Gauss-Newton; None without.
+    """
+
+    which: Tensor
+    anchors: Tensor
+    mask: Tensor
+    starts: Tensor
+    ends: Tensor
+    upper: Tensor
+    contexts: Tensor
+    near: Tensor
+    centre: Tensor
+    peaks: Peaks | None
+
+
+class JointHead(AnchoredHead):
+    """Anchored components that know of those before them.
+
+    ``refine_steps`` Gauss-Newton steps on the likelihood of all K components, from
+    their anchors, give the Gaussian that the local densities start from, with its
+    covariance between components (see :mod:`.peaks`); without, the network predicts it
+    from the tokens.
+
+    Args:
+        chart: Chart of a component.
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        trunk_features: Width of a component's context.
+        flow: Options of the flow.
+        fit: The signal, for Gauss-Newton.
+        refine_steps: Gauss-Newton steps; 0 for none.
+
+    Raises:
+        ValueError: If the chart is no density or a fit is missing.
+    """
+
+    def __init__(
+        self,
+        chart: Chart,
+        axis: AnchorAxis,
+        token_features: int,
+        max_cardinality: int,
+        trunk_features: int = 128,
+        flow: dict[str, Any] | None = None,
+        fit: SignalFit | None = None,
+        refine_steps: int = 0,
+    ) -> None:
+        super().__init__(chart, axis)
+        self.max_cardinality = max_cardinality
+        features = self.own_features = self.local_chart.num_features
+        self.find_peaks: PeakFinder | None = None
+        self.gaussian: LocalGaussian | None = None
+        seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
+        self.pointer = AnchorChain(axis, token_features, max_cardinality)
+        if refine_steps:
+            if fit is None:
+                raise ValueError(
+                    "refine_slots needs a signal that can be fitted: a problem whose "
+                    "build_fit() returns a SignalFit, and, for a signal of your own, "
+                    "fit=... where its estimator is loaded."
+                )
+            self.find_peaks = PeakFinder(chart, self.local_chart, fit, refine_steps)
+            seen += self.find_peaks.num_features
+        self.trunk = _trunk(seen, trunk_features)
+        if not refine_steps:
+            self.gaussian = LocalGaussian(
+                features, trunk_features, self.local_chart.has_phase
+            )
+        self.local = LocalDensity(
+            features,
+            trunk_features,
+            own_features=features,
+            **{**(flow or {}), "location_scale": bool(refine_steps)},
+        )
+
+    @property
+    def keeps_separation(self) -> bool:
+        """Components know where the one before is."""
+        return True
+
+    def _log_prob(
+        self,
+        coordinates: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        matching: Matching,
+    ) -> Tensor:
+        # Components stand in canonical order: there is nothing to match.
+        position, edges = coordinates[..., 0], self.edges(encoding)
+        anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
+        assert encoding.tokens is not None
+        value = self.pointer.log_prob(encoding.tokens, edges, owner, anchors, mask)
+        sets = self.sets(encoding, owner, anchors, mask)
+        w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
+        row, k = mask.nonzero(as_tuple=True)
+        which, here = sets.which[row], w[row, k]
+        noise = torch.zeros_like(w)
+        if sets.peaks is not None:
+            noise = _whiten(w, sets.peaks, sets.which)
+        context = self.context(sets, which, k, w, noise, row)
+        if sets.peaks is not None:
+            factor = sets.peaks.block(which, k)
+            mean = here - (factor @ noise[row, k].unsqueeze(-1)).squeeze(-1)
+        else:
+            assert self.gaussian is not None
+            mean, factor = self.gaussian(context)
+        before = torch.where(k > 0, position[row, k - 1], -torch.inf)
+        low, high = self._limits(sets, which, k, before)
+        allowed = ((here >= low - _SLACK) & (here <= high + _SLACK)).all(-1)
+        here = torch.maximum(torch.minimum(here, high), low)
+        local = self.local.log_prob(here, mean, factor, (low, high), context)
+        local = torch.where(allowed, local, -torch.inf)
+        return value.index_add(0, row, local)
+
+    def _sample(
+        self,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        assert encoding.tokens is not None
+        edges = self.edges(encoding)
+        anchors = self.pointer.sample(encoding.tokens, edges, owner, mask, generator)
+        sets = self.sets(encoding, owner, anchors, mask)
+        shape = (*mask.shape, self.local_chart.num_features)
+        w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
+        noise = torch.zeros_like(w)
+        before = w.new_full((len(mask),), -torch.inf)
+        largest = int(mask.sum(-1).max()) if len(mask) else 0
+        for k in range(largest):
+            rows = mask[:, k].nonzero().squeeze(-1)
+            which = sets.which[rows]
+            context = self.context(sets, which, k, w, noise, rows)
+            mean, factor = self._given_before(sets, which, k, noise[rows], context)
+            ends = self._limits(sets, which, k, before[rows])
+            w[rows, k], noise[rows, k] = self.local.sample(
+                mean, factor, ends, context, generator
+            )
+            before[rows] = anchors[rows, k] + 0.5 + w[rows, k, 0]
+        return self.local_chart.absolute(w, anchors, sets.centre[sets.which])
+
+    def sets(
+        self, encoding: Encoding, owner: Tensor, anchors: Tensor, mask: Tensor
+    ) -> JointSets:
+        """Collect what follows from the anchors of N rows, each distinct set once.
+
+        Args:
+            encoding: Embeddings of B observations.
+            owner: Observation of each row, shape ``(N,)``.
+            anchors: Ascending anchors, zero where inactive, shape ``(N, Kmax)``.
+            mask: Active ones, shape ``(N, Kmax)``.
+        """
+        tokens, count = encoding.tokens, mask.sum(-1)
+        assert tokens is not None
+        which = torch.arange(len(owner), device=owner.device)
+        if not torch.is_grad_enabled():
+            columns, which = distinct_rows(owner, count, *anchors.unbind(-1))
+            owner, count, anchors = *columns[:2], torch.stack(columns[2:], -1)
+            mask = torch.arange(anchors.shape[-1]).to(count) < count.unsqueeze(-1)
+        edges = self.edges(encoding)
+        starts, ends = (edges[owner.unsqueeze(-1), anchors + i] for i in (0, 1))
+        peaks = None
+        if self.find_peaks is not None:
+            assert encoding.data is not None
+            cells = anchors, starts, ends, mask
+            peaks = self.find_peaks(encoding.data, owner, *cells)
+        here = tokens[owner.unsqueeze(-1), anchors]
+        sizes = functional.one_hot(count, self.max_cardinality + 1).to(tokens)
+        gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)
+        first = torch.arange(mask.shape[-1], device=mask.device) == 0
+        to_next = functional.pad(gaps[:, 1:], (0, 1))
+        has_next = functional.pad(mask[:, 1:], (0, 1))
+        seen = [
+            here,
+            sizes.unsqueeze(-2).expand(*mask.shape, -1),
+            *_neighbour(here.roll(1, dims=1), gaps, mask & ~first),
+            *_neighbour(here.roll(-1, dims=1), to_next, has_next),
+        ]
+        if peaks is not None:
+            seen.append(peaks.features.to(tokens))
+        contexts = self.trunk(torch.cat(seen, -1)).flatten(0, 1)
+        if peaks is not None:
+            centre = peaks.centre
+        else:
+            assert self.gaussian is not None
+            centre = self.gaussian.centre(contexts).reshape(mask.shape)
+        near = (gaps < _REACH) & ~first
+        upper = self.axis.upper(ends, mask)
+        return JointSets(
+            which, anchors, mask, starts, ends, upper, contexts, near, centre, peaks
+        )
+
+    def context(
+        self,
+        sets: JointSets,
+        which: Tensor,
+        k: int | Tensor,
+        w: Tensor,
+        noise: Tensor,
+        row: Tensor,
+    ) -> RowContext:
+        """Contexts of component k of M rows, with the component before if it is near.
+
+        Args:
+            sets: The sets.
+            which: Set of each of the M, shape ``(M,)``.
+            k: Component of each.
+            w: Local coordinates of all rows, shape ``(N, Kmax, D)``.
+            noise: The same, whitened by the peaks.
+            row: Row of each of the M.
+        """
+        known = w if sets.peaks is None else noise.clamp(-6.0, 6.0)
+        before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
+        near = sets.near[which, k].unsqueeze(-1)
+        index = which * self.max_cardinality + k
+        return RowContext(sets.contexts, index, torch.where(near, before, 0.0).float())
+
+    def _given_before(
+        self,
+        sets: JointSets,
+        which: Tensor,
+        k: int,
+        noise: Tensor,
+        context: RowContext,
+    ) -> tuple[Tensor, Tensor]:
+        """Gaussian of component k given the noise ``(M, Kmax, D)`` of those before."""
+        if sets.peaks is None:
+            assert self.gaussian is not None
+            return self.gaussian(context)
+        width = noise.shape[-1]
+        mean = sets.peaks.mode[which, k]
+        if k:
+            rows = slice(k * width, (k + 1) * width)
+            mixing = sets.peaks.factor[:, rows, : k * width][which]
+            known = noise[:, :k].flatten(1).unsqueeze(-1)
+            mean = mean + (mixing @ known).squeeze(-1)
+        return mean, sets.peaks.block(which, k)
+
+    def _limits(
+        self, sets: JointSets, which: Tensor, k: int | Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Least and largest coordinates of component k, given the position before."""
+        low = self.axis.lower(sets.starts[which, k], before)
+        return self.limits(sets.anchors[which, k], low, sets.upper[which, k])
+
+
+class FactorisedHead(AnchoredHead):
+    """Anchored components that are independent given x and K.
+
+    Args:
+        chart: Chart of a component.
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        trunk_features: Width of a component's context.
+        flow: Options of the flow.
+
+    Raises:
+        ValueError: If the chart is no density.
+    """
+
+    def __init__(
+        self,
+        chart: Chart,
+        axis: AnchorAxis,
+        token_features: int,
+        max_cardinality: int,
+        trunk_features: int = 128,
+        flow: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(chart, axis)
+        self.max_cardinality = max_cardinality
+        features, self.own_features = self.local_chart.num_features, 0
+        self.pointer = AnchorMarginals(axis, token_features, max_cardinality)
+        self.trunk = _trunk(token_features + max_cardinality + 1, trunk_features)
+        self.gaussian = LocalGaussian(
+            features, trunk_features, self.local_chart.has_phase
+        )
+        self.local = LocalDensity(
+            features, trunk_features, 0, **{**(flow or {}), "location_scale": False}
+        )
+
+    @property
+    def keeps_separation(self) -> bool:
+        """Components do not know of each other."""
+        return False
+
+    def _log_prob(
+        self,
+        coordinates: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        matching: Matching,
+    ) -> Tensor:
+        edges = self.edges(encoding)[owner]
+        anchors = self.axis.anchors(coordinates[..., 0], edges)
+        row, column = mask.nonzero(as_tuple=True)
+        count = mask.sum(-1)
+        here = anchors[row, column]
+        contexts = self.contexts(encoding, owner[row], count[row], here)
+        centre = self.gaussian.centre(contexts.values)[contexts.which]
+        w = self.local_chart.relative(coordinates[row, column], here, centre)
+        mean, factor = self.gaussian(contexts)
+        limits = self.limits(here, edges[row, here], edges[row, here + 1])
+        local = self.local.log_prob(w, mean, factor, limits, contexts)
+        each = local.new_zeros(mask.shape).masked_scatter(mask, local)
+        assert encoding.tokens is not None
+        # (N, slot, anchor), then the anchors of the components
+        slots = self.pointer(encoding.tokens)[owner, count.clamp(min=1) - 1]
+        index = anchors.unsqueeze(-2).expand(-1, self.max_cardinality, -1)
+        pairs = slots.gather(-1, index) + each.unsqueeze(-2)
+        block = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+        pairs = torch.where(block, pairs, 0.0)
+        if matching == "permanent":
+            return log_permanent(pairs, count)
+        matched = torch.arange(pairs.shape[-1], device=mask.device).expand_as(mask)
+        if matching == "hungarian":
+            matched = hungarian(pairs, count)
+        chosen = pairs.gather(-1, matched.unsqueeze(-1)).squeeze(-1)
+        return torch.where(mask, chosen, 0.0).sum(-1)
+
+    def _sample(
+        self,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        row, slot = mask.nonzero(as_tuple=True)
+        count = mask.sum(-1)[row]
+        shape = (*mask.shape, self.local_chart.num_features)
+        coordinates = torch.zeros(shape, dtype=torch.float64, device=mask.device)
+        if not len(row):
+            return coordinates
+        assert encoding.tokens is not None
+        probs = self.pointer(encoding.tokens).exp()[owner[row], count - 1, slot]
+        anchors = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+        contexts = self.contexts(encoding, owner[row], count, anchors)
+        centre = self.gaussian.centre(contexts.values)[contexts.which]
+        mean, factor = self.gaussian(contexts)
+        edges = self.edges(encoding)
+        limits = self.limits(
+            anchors, edges[owner[row], anchors], edges[owner[row], anchors + 1]
+        )
+        w, _ = self.local.sample(mean, factor, limits, contexts, generator)
+        coordinates[row, slot] = self.local_chart.absolute(w, anchors, centre)
+        return coordinates
+
+    def contexts(
+        self, encoding: Encoding, owner: Tensor, count: Tensor, anchors: Tensor
+    ) -> RowContext:
+        """Contexts of M components, each distinct one once."""
+        assert encoding.tokens is not None
+        sizes, cells = self.max_cardinality + 1, self.axis.num_anchors
+        code = (owner * sizes + count) * cells + anchors
+        distinct, which = torch.unique(code, return_inverse=True)
+        rest, anchors = distinct // cells, distinct % cells
+        tokens = encoding.tokens[rest // sizes, anchors]
+        hot = functional.one_hot(rest % sizes, sizes).to(tokens)
+        return RowContext(self.trunk(torch.cat([tokens, hot], -1)), which)
+
+
+def _trunk(in_features: int, features: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_features, features),
+        nn.GELU(),
+        nn.Linear(features, features),
+        nn.GELU(),
+    )
+
+
+def _neighbour(tokens: Tensor, gaps: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """A neighbour's token and, one-hot, its distance; zero if there is none."""
+    distance = functional.one_hot(gaps.clamp(max=_REACH), _REACH + 1).to(tokens)
+    there = there.unsqueeze(-1)
+    return torch.where(there, tokens, 0.0), torch.where(there, distance, 0.0)
+
+
+def _whiten(w: Tensor, peaks: Peaks, which: Tensor) -> Tensor:
+    """Coordinates ``(N, K, D)`` in deviations from their sets' peaks."""
+    # In parts, as each row brings a matrix of its own.
+    parts = zip(which.split(MAX_SETS), w.split(MAX_SETS), strict=True)
+    whitened = [
+        solve_lower(peaks.factor[index], (part - peaks.mode[index]).flatten(1))
+        for index, part in parts
+    ]
+    return torch.cat(whitened).reshape(w.shape) if whitened else w

@@ -1,0 +1,90 @@
+"""Component heads from their description."""
+
+from typing import Any
+
+from .anchor_axis import AnchorAxis
+from .anchored_head import AnchoredHead, FactorisedHead, JointHead
+from .charts import chart_from_spec
+from .component_head import ComponentHead
+from .encoders import Encoding
+from .flows import ConditionalFlow
+from .gauss_newton import SignalFit
+from .slots import slots_from_spec
+from .spec import EstimatorSpec
+
+__all__ = ["component_head_from_spec", "fit_from_spec", "fit_spec"]
+
+
+def component_head_from_spec(
+    spec: EstimatorSpec, probe: Encoding, fit: SignalFit | None = None
+) -> ComponentHead | AnchoredHead:
+    """Build the head that ``spec.slots`` describes.
+
+    Args:
+        spec: The estimator's description.
+        probe: An encoding, for its sizes.
+        fit: The signal that refined slots fit, if the spec does not describe it.
+
+    Raises:
+        ValueError: If the encoder or the fit lacks what the slots need.
+    """
+    chart = chart_from_spec(spec.chart)
+    options: dict[str, Any] = dict(spec.slots)
+    if options.get("kind") != "anchored":
+        slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
+        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
+        return ComponentHead(chart, slots, flow)
+    del options["kind"]
+    axis = AnchorAxis(**options.pop("axis"))
+    described = options.pop("fit")
+    if fit is None and described is not None:
+        fit = fit_from_spec(described)
+    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_anchors:
+        raise ValueError(
+            f"slots='anchored' need an encoder that keeps {axis.num_anchors} tokens, "
+            "one for each cell of the location axis; use slots='attention' or "
+            "slots='global' with this one."
+        )
+    if axis.parameter != spec.layout.order_by:
+        raise ValueError(
+            "slots='anchored' need components in the order of their location: order_by "
+            f"must be {axis.parameter}, got {spec.layout.order_by}."
+        )
+    sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
+    coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
+    if coupling == "joint":
+        return JointHead(
+            chart,
+            axis,
+            *sizes,
+            flow=spec.flow,
+            fit=fit,
+            refine_steps=refine_steps,
+            **options,
+        )
+    if refine_steps:
+        raise ValueError(
+            "refine_slots fits all components together; it needs coupling='joint'."
+        )
+    return FactorisedHead(chart, axis, *sizes, flow=spec.flow, **options)
+
+
+def fit_spec(fit: SignalFit | None) -> dict[str, Any] | None:
+    """Describe a fit of this package; None for the user's own."""
+    return getattr(fit, "spec", None)
+
+
+def fit_from_spec(spec: dict[str, Any]) -> SignalFit:
+    """Rebuild a fit from its ``spec``.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    from ..problems.sine_fit import SineFit
+    from ..problems.spikes import SpikeFit
+
+    known = {fit.kind: fit for fit in (SineFit, SpikeFit)}
+    kind = spec.get("kind")
+    if kind not in known:
+        raise ValueError(f"fit kind must be one of {sorted(known)}, got {kind!r}.")
+    return known[kind].from_spec(spec)

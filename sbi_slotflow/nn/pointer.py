@@ -1,0 +1,267 @@
+r"""Distributions over the anchors of K components.
+
+Every token t has a score; h_t, its sigmoid, is the chance that a component sits there.
+
+:class:`AnchorChain`, for joint components, walks along the axis,
+
+.. math::
+    q(a_1 \le \ldots \le a_K | x, K) = \prod_k q(a_k | a_{k-1}, x, K), \qquad
+    q(a_k = t | \cdot) \propto h_t \prod_{s < t} (1 - h_s),
+
+s and t over the cells that are left to component k: the next component is at the first
+cell that is not passed over. Scores depend on K, k and the anchor before, those within
+its reach through a network of the two tokens.
+
+:class:`AnchorMarginals`, for factorised components, takes presences as independent
+given K. The i-th of K components in order is then at t with the probability
+
+.. math::
+    q_i(a = t | x, K) = o_t\, e_{i-1}(o_{<t})\, e_{K-i}(o_{>t}) / e_K(o)
+
+of a conditional Bernoulli sample, o the odds and e the elementary symmetric
+polynomials.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .anchor_axis import AnchorAxis
+from .distinct import distinct_rows
+
+__all__ = ["AnchorChain", "AnchorMarginals"]
+
+_LOG_ZERO = -1e30
+
+
+class AnchorChain(nn.Module):
+    """Anchors as a Markov chain along the axis.
+
+    Args:
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        hidden_features: Width of the scores' networks.
+        reach: Cells after an anchor whose scores depend on it in full.
+    """
+
+    def __init__(
+        self,
+        axis: AnchorAxis,
+        token_features: int,
+        max_cardinality: int,
+        hidden_features: int = 64,
+        reach: int = 6,
+    ) -> None:
+        super().__init__()
+        self.axis, self.max_cardinality, self.reach = axis, max_cardinality, reach
+        self.keys = nn.Linear(token_features, hidden_features)
+        self.presence = nn.Linear(token_features, 1)
+        nn.init.constant_(self.presence.bias, -2.0)
+        # One embedding for each (K, k), and one for "no anchor yet".
+        self.place = nn.Embedding(max_cardinality * max_cardinality, hidden_features)
+        self.first = nn.Parameter(torch.zeros(token_features))
+        self.query = nn.Sequential(
+            nn.Linear(hidden_features + token_features, hidden_features),
+            nn.GELU(),
+            nn.Linear(hidden_features, hidden_features),
+        )
+        self.offset = nn.Embedding(reach, hidden_features)
+        self.near_token = nn.Linear(token_features, hidden_features)
+        self.near_query = nn.Linear(hidden_features, hidden_features)
+        self.near_score = nn.Linear(hidden_features, 1)
+        nn.init.zeros_(self.near_score.weight)
+
+    def log_prob(
+        self,
+        tokens: Tensor,
+        edges: Tensor,
+        owner: Tensor,
+        anchors: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Evaluate the log probability of N ascending rows of anchors.
+
+        Args:
+            tokens: Tokens of the observations, shape ``(B, L, C)``.
+            edges: Edges of their cells, shape ``(B, L + 1)``.
+            owner: Observation of each row, shape ``(N,)``.
+            anchors: Anchors, shape ``(N, Kmax)``.
+            mask: Active ones, shape ``(N, Kmax)``.
+
+        Returns:
+            Shape ``(N,)``; -inf for anchors that leave no room for a set.
+        """
+        row, k = mask.nonzero(as_tuple=True)
+        count = mask.sum(-1)[row]
+        before = torch.where(k > 0, anchors[row, k - 1], -1)
+        starts = edges[owner.unsqueeze(-1), anchors]
+        earliest = self.axis.earliest(starts)[row, k - 1]
+        earliest = torch.where(k > 0, earliest, -torch.inf)
+        states, which = _distinct(owner[row], count, k, before, earliest)
+        chosen = anchors[row, k]
+        value = self._log_probs(tokens, edges, *states)[which, chosen]
+        value = torch.where(value > 0.5 * _LOG_ZERO, value, -torch.inf)
+        return value.new_zeros(len(mask)).index_add(0, row, value)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        tokens: Tensor,
+        edges: Tensor,
+        owner: Tensor,
+        mask: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw anchors ``(N, Kmax)``, ascending, zero where inactive."""
+        count = mask.sum(-1)
+        anchors = torch.zeros_like(mask, dtype=torch.int64)
+        earliest = torch.full_like(count, -torch.inf, dtype=torch.float64)
+        before = torch.full_like(count, -1)
+        for k in range(int(count.max()) if len(count) else 0):
+            rows = (count > k).nonzero().squeeze(-1)
+            states, which = _distinct(
+                owner[rows],
+                count[rows],
+                torch.full_like(rows, k),
+                before[rows],
+                earliest[rows],
+            )
+            steps = self._log_probs(tokens, edges, *states).double().exp().cumsum(-1)
+            # Short of 1, so that rounding leaves no row beyond the last cell.
+            level = torch.rand(
+                len(rows),
+                1,
+                dtype=steps.dtype,
+                device=steps.device,
+                generator=generator,
+            )
+            level = level * steps[which, -1:] * (1 - 1e-12)
+            drawn = torch.searchsorted(steps[which], level, right=True).squeeze(-1)
+            anchors[rows, k] = before[rows] = drawn
+            starts = edges[owner[rows], drawn]
+            earliest[rows] = self.axis.lower(starts, earliest[rows])
+        return anchors
+
+    def _log_probs(
+        self,
+        tokens: Tensor,
+        edges: Tensor,
+        owner: Tensor,
+        count: Tensor,
+        k: Tensor,
+        before: Tensor,
+        earliest: Tensor,
+    ) -> Tensor:
+        """Log probabilities ``(M, L)`` of the anchor of component k."""
+        scores = self._scores(tokens, owner, count, k, before)
+        feasible = self.axis.feasible(earliest, count - 1 - k, edges[owner])
+        return _log_first(scores, feasible)
+
+    def _scores(
+        self, tokens: Tensor, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
+    ) -> Tensor:
+        """Scores ``(M, L)`` of component k of ``count`` after an anchor."""
+        place = self.place((count - 1) * self.max_cardinality + k)
+        started = (before >= 0).unsqueeze(-1)
+        previous = torch.where(started, tokens[owner, before.clamp(min=0)], self.first)
+        query = self.query(torch.cat([place, previous], -1))
+        scores = (self.keys(tokens)[owner] @ query.unsqueeze(-1)).squeeze(-1)
+        scores = scores / query.shape[-1] ** 0.5
+        scores = scores + self.presence(tokens).squeeze(-1)[owner]
+        reach = torch.arange(self.reach, device=tokens.device)
+        cell = before.unsqueeze(-1) + reach
+        inside = started & (cell < self.axis.num_anchors)
+        cell = cell.clamp(0, self.axis.num_anchors - 1)
+        near = self.near_token(tokens)[owner.unsqueeze(-1), cell]
+        hidden = near + self.near_query(query).unsqueeze(-2) + self.offset(reach)
+        extra = self.near_score(functional.gelu(hidden)).squeeze(-1)
+        extra = torch.where(inside, extra, extra.new_zeros(()))
+        return scores.scatter_add(-1, cell, extra)
+
+
+class AnchorMarginals(nn.Module):
+    """Anchors of the i-th of K components, independent of the others'.
+
+    Args:
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        hidden_features: Width of the scores' network.
+    """
+
+    def __init__(
+        self,
+        axis: AnchorAxis,
+        token_features: int,
+        max_cardinality: int,
+        hidden_features: int = 64,
+    ) -> None:
+        super().__init__()
+        self.axis, self.max_cardinality = axis, max_cardinality
+        self.scores = nn.Sequential(
+            nn.Linear(token_features, hidden_features),
+            nn.GELU(),
+            nn.Linear(hidden_features, max_cardinality),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Log probabilities of every slot's anchor.
+
+        Args:
+            tokens: Tokens, shape ``(B, L, C)``.
+
+        Returns:
+            Shape ``(B, Kmax, Kmax, L)`` (K - 1, slot, anchor); slots from K on are
+            meaningless.
+        """
+        odds = self.scores(tokens).mT  # (B, K - 1, L)
+        size = self.max_cardinality
+        before, after = _symmetric(odds, size), _symmetric(odds.flip(-1), size)
+        after = after.flip(-2)
+        total = torch.logaddexp(
+            before[..., -1, :], _shift(before[..., -1, :]) + odds[..., -1:]
+        )
+        values = []
+        for k in range(1, size + 1):
+            slots = torch.arange(size, device=odds.device)
+            others = (k - 1 - slots).clamp(min=0)
+            each = before[:, k - 1, :, slots] + after[:, k - 1, :, others]
+            each = each + odds[:, k - 1, :, None] - total[:, k - 1, k, None, None]
+            values.append(each.mT)
+        return torch.stack(values, 1)
+
+
+def _symmetric(odds: Tensor, size: int) -> Tensor:
+    """Log elementary symmetric polynomials of all odds before each cell.
+
+    Returns:
+        Shape ``(B, Kmax, L, size + 1)``.
+    """
+    state = odds.new_full((*odds.shape[:-1], size + 1), _LOG_ZERO)
+    state[..., 0] = 0.0
+    states = []
+    for cell in odds.unbind(-1):
+        states.append(state)
+        state = torch.logaddexp(state, _shift(state) + cell.unsqueeze(-1))
+    return torch.stack(states, -2)
+
+
+def _shift(state: Tensor) -> Tensor:
+    """Move every entry up by one, log 0 into the first."""
+    return functional.pad(state[..., :-1], (1, 0), value=_LOG_ZERO)
+
+
+def _distinct(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Distinct states, all of them in training, where few are equal."""
+    if torch.is_grad_enabled():
+        return columns, torch.arange(len(columns[0]), device=columns[0].device)
+    return distinct_rows(*columns)
+
+
+def _log_first(scores: Tensor, feasible: Tensor) -> Tensor:
+    """Log probability that each feasible cell is the first one not passed over."""
+    passed = functional.logsigmoid(-scores).masked_fill(~feasible, 0.0)
+    passed = passed.cumsum(-1) - passed
+    value = functional.logsigmoid(scores) + passed
+    return value.masked_fill(~feasible, _LOG_ZERO).log_softmax(-1)

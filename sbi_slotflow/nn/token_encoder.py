@@ -1,0 +1,311 @@
+r"""The token encoder: one token per resolution element of the location axis.
+
+Nothing is pooled away and nothing strided, so that a slot can read where its component
+is to a fraction of an element. A front end turns x into channels at every token; a body
+of dilated convolutions with two rounds of self-attention lets tokens explain each
+other; pooled tokens serve the cardinality and the shared parameters.
+
+:class:`BandTokens` reads sinusoids: Fourier amplitudes of every record at the tokens'
+frequencies, phases referred to the middle of the record, where a tone's bins vary
+smoothly. :class:`TraceTokens` reads traces in which components sit at a time.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .encoders import Encoding, Pool, SelfAttention, projection
+
+__all__ = ["BandTokens", "TokenEncoder", "TraceTokens", "front_end_from_spec"]
+
+_DILATIONS = (1, 2, 4, 8, 16, 1)
+_ATTEND_EVERY = 3
+_EDGE_SHIFT, _EDGE_CHOICES = 0.4, 5
+
+
+class BandTokens(nn.Module):
+    r"""Fourier amplitudes of several records at the tokens' frequencies.
+
+    Token i stands for the i-th of L equal cells of the band. The first record is read
+    at the cell's middle and lower edge, and under a Hann taper, which keeps the leakage
+    of far tones out; further, shorter records are read at the middle. Amplitudes come
+    as they are and in units of the noise, :math:`\mathrm{asinh}`; the noise level is
+    that of the tapered records outside the band.
+
+    Cells' edges lie where the tapered spectrum is least, up to 0.4 of a cell from even.
+
+    Args:
+        lengths: Samples of each record.
+        rates: Samples per second of each record.
+        band: Lowest and highest frequency.
+        num_tokens: Number L of tokens.
+    """
+
+    kind: ClassVar[str] = "band"
+    noise: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        rates: Sequence[float],
+        band: Sequence[float],
+        num_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "lengths": list(lengths),
+            "rates": list(rates),
+            "band": list(band),
+            "num_tokens": num_tokens,
+        }
+        self.lengths, self.num_tokens = tuple(lengths), num_tokens
+        self.num_data = sum(lengths)
+        cells = torch.arange(num_tokens, dtype=torch.float64)
+        width = (band[1] - band[0]) / num_tokens
+        middles, edges = band[0] + (cells + 0.5) * width, band[0] + cells * width
+        self._readings = 0
+        for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
+            flat = torch.ones(length, dtype=torch.float64)
+            hann = torch.hann_window(length, dtype=torch.float64)
+            readings = [(flat, middles)]
+            if i == 0:
+                readings += [(flat, edges), (hann, middles)]
+            self._readings += len(readings)
+            matrix = torch.cat([_fourier(*reading, rate) for reading in readings], -1)
+            self._keep(f"matrix_{i}", matrix)
+            self._keep(f"taper_{i}", hann)
+            bins = torch.arange(length // 2 + 1, dtype=torch.float64) * rate / length
+            margin = 8 * rate / length
+            outside = (bins < band[0] - margin) | (bins > band[1] + margin)
+            if not outside.any():  # the band is the whole spectrum
+                outside = torch.ones_like(outside)
+            outside[0] = outside[-1] = False
+            self.register_buffer(f"outside_{i}", outside, persistent=False)
+        # The tapered spectrum where edges may lie: (edge, shift) flattened.
+        shifts = torch.linspace(-_EDGE_SHIFT, _EDGE_SHIFT, _EDGE_CHOICES).double()
+        places = (cells[1:].unsqueeze(-1) + shifts).flatten()
+        taper = torch.hann_window(lengths[0], dtype=torch.float64)
+        self._keep("edge_matrix", _fourier(taper, band[0] + places * width, rates[0]))
+        self.register_buffer("edge_shifts", shifts, persistent=False)
+        # Noise of a reading's real or imaginary part, in units of sigma.
+        noise = [math.sqrt(2 / length) for length in lengths]
+        noise = [noise[0], noise[0], noise[0] * math.sqrt(1.5), *noise[1:]]
+        self._keep("noise", torch.tensor(noise).repeat_interleave(2))
+        self._keep("position", torch.linspace(-1.0, 1.0, num_tokens))
+        self.num_levels = len(lengths)
+        self.channels = 5 * self._readings + len(lengths) + 3
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read x ``(B, T)``.
+
+        Returns:
+            Channels ``(B, L, channels)``, levels ``(B, S)`` and edges ``(B, L + 1)``.
+        """
+        readings, levels = [], []
+        for i, record in enumerate(x.split(self.lengths, -1)):
+            read = record @ self.get_buffer(f"matrix_{i}")
+            readings.append(read.unflatten(-1, (-1, self.num_tokens)))
+            spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
+            power = spectrum[:, self.get_buffer(f"outside_{i}")].abs().square().mean(-1)
+            levels.append(0.5 * (power / (0.375 * self.lengths[i]) + 1e-8).log())
+        amplitudes = torch.cat(readings, -2)  # (B, 2 R, L)
+        level = torch.stack(levels, -1)
+        sigma = level.mean(-1).exp()
+        relative = amplitudes / (sigma[:, None, None] * self.noise[:, None])
+        power = relative.unflatten(-2, (-1, 2)).square().sum(-2)
+        position = self.position.expand(len(x), 1, -1)
+        levels_everywhere = level.unsqueeze(-1).expand(-1, -1, self.num_tokens)
+        edges = self._edges(x)
+        shifts = edges - torch.arange(self.num_tokens + 1).to(edges)
+        channels = torch.cat(
+            [
+                torch.stack([shifts[:, :-1], shifts[:, 1:]], -2).to(x),
+                amplitudes,
+                relative.asinh(),
+                (1 + power).log(),
+                levels_everywhere,
+                position,
+            ],
+            dim=-2,
+        )
+        return channels.mT, level, edges
+
+    @torch.no_grad()
+    def _edges(self, x: Tensor) -> Tensor:
+        """Edges of the cells, float64."""
+        amplitude = x[:, : self.lengths[0]] @ self.get_buffer("edge_matrix")
+        power = amplitude.unflatten(-1, (2, -1)).square().sum(-2)
+        least = power.unflatten(-1, (self.num_tokens - 1, -1)).argmin(-1)
+        edges = torch.arange(self.num_tokens + 1.0, dtype=torch.float64)
+        edges = edges.to(x.device).repeat(len(x), 1)
+        edges[:, 1:-1] += self.get_buffer("edge_shifts")[least]
+        return edges
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values.float(), persistent=False)
+
+
+class TraceTokens(nn.Module):
+    """Samples of a trace, a few to each token.
+
+    Args:
+        length: Samples T of the trace.
+        num_tokens: Number L of tokens, a divisor of T.
+
+    Raises:
+        ValueError: If it is no divisor.
+    """
+
+    kind: ClassVar[str] = "trace"
+
+    def __init__(self, length: int, num_tokens: int) -> None:
+        super().__init__()
+        if length % num_tokens:
+            raise ValueError(
+                f"num_tokens must divide the {length} samples, got {num_tokens}."
+            )
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "length": length,
+            "num_tokens": num_tokens,
+        }
+        self.num_tokens, self.num_data = num_tokens, length
+        self.num_levels = 1
+        self.channels = 2 * (length // num_tokens) + 2
+        self.register_buffer(
+            "position", torch.linspace(-1.0, 1.0, num_tokens), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read x ``(B, T)``; see :meth:`BandTokens.forward`."""
+        # Differences cancel what is smooth; half the median's square is robust.
+        jumps = x.diff(dim=-1).abs().median(-1, keepdim=True).values
+        level = (jumps / (0.6745 * math.sqrt(2)) + 1e-6).log()
+        samples = x.unflatten(-1, (self.num_tokens, -1))
+        relative = (samples / level.exp().unsqueeze(-1)).asinh()
+        extras = torch.stack(
+            [
+                self.get_buffer("position").expand(len(x), -1),
+                level.expand(-1, self.num_tokens),
+            ],
+            dim=-1,
+        )
+        edges = torch.arange(self.num_tokens + 1.0, dtype=torch.float64)
+        edges = edges.to(x.device).expand(len(x), -1)
+        return torch.cat([samples, relative, extras], -1), level, edges
+
+
+class TokenEncoder(nn.Module):
+    """Encoder that keeps a token for every cell of the location axis.
+
+    Args:
+        front_end: A front end or its spec.
+        width: Length of a token.
+        hidden_features: Length of the pooled embeddings.
+        num_heads: Attention heads.
+    """
+
+    kind: ClassVar[str] = "tokens"
+
+    def __init__(
+        self,
+        front_end: nn.Module | dict[str, Any],
+        width: int = 64,
+        hidden_features: int = 128,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if isinstance(front_end, dict):
+            front_end = front_end_from_spec(front_end)
+        self.front_end: nn.Module = front_end
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "front_end": front_end.spec,
+            "width": width,
+            "hidden_features": hidden_features,
+            "num_heads": num_heads,
+        }
+        self.num_data: int = front_end.num_data  # pyright: ignore
+        channels: int = front_end.channels  # pyright: ignore
+        levels: int = front_end.num_levels  # pyright: ignore
+        self.lift = nn.Sequential(
+            nn.Linear(channels, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.blocks = nn.ModuleList(_Block(width, dilation) for dilation in _DILATIONS)
+        rounds = range(len(_DILATIONS) // _ATTEND_EVERY)
+        self.norms: nn.ModuleList = nn.ModuleList(nn.LayerNorm(width) for _ in rounds)
+        self.attentions: nn.ModuleList = nn.ModuleList(
+            SelfAttention(width, num_heads, residual=False) for _ in rounds
+        )
+        self.last = nn.LayerNorm(width)
+        self.pool = Pool(width)
+        self.to_context = projection(3 * width + levels, hidden_features)
+        self.to_cardinality = projection(3 * width + levels, hidden_features)
+
+    def forward(self, x: Tensor) -> Encoding:
+        """Embed x ``(B, T)``."""
+        if x.shape[-1] != self.num_data:
+            raise ValueError(f"x must have {self.num_data} entries, got {x.shape[-1]}.")
+        channels, level, edges = self.front_end(x)
+        tokens = self.lift(channels)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            turn, rest = divmod(i + 1, _ATTEND_EVERY)
+            if rest == 0:
+                attention = self.attentions[turn - 1]
+                tokens = tokens + attention(self.norms[turn - 1](tokens))
+        tokens = self.last(tokens)
+        pooled = torch.cat([self.pool(tokens), level], -1)
+        context = self.to_context(pooled)
+        shared = torch.cat([context, level], -1)
+        return Encoding(context, self.to_cardinality(pooled), shared, tokens, edges)
+
+
+class _Block(nn.Module):
+    """Residual block: a dilated convolution over the axis, then a mix of channels."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.convolution = nn.Conv1d(
+            width, width, 5, padding=2 * dilation, dilation=dilation
+        )
+        self.mix = nn.Sequential(
+            nn.GELU(),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        around = self.convolution(self.norm(tokens).mT).mT
+        return tokens + self.mix(around)
+
+
+def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:
+    """Rebuild a front end from its ``spec``.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    known = {front_end.kind: front_end for front_end in (BandTokens, TraceTokens)}
+    if kind not in known:
+        raise ValueError(f"front end must be one of {sorted(known)}, got {kind!r}.")
+    return known[kind](**options)
+
+
+def _fourier(taper: Tensor, frequency: Tensor, rate: float) -> Tensor:
+    """Matrix ``(T, 2 L)`` to the real and imaginary amplitudes at L frequencies."""
+    num = len(taper)
+    times = (torch.arange(num, dtype=torch.float64) - 0.5 * (num - 1)) / rate
+    turns = times.unsqueeze(-1) * frequency
+    wave = torch.polar(torch.ones_like(turns), -2 * math.pi * (turns - turns.round()))
+    wave = wave * (2 / taper.sum()) * taper.unsqueeze(-1)
+    return torch.cat([wave.real, wave.imag], -1)

@@ -1,0 +1,75 @@
+"""Weights that come with the package.
+
+Each set is a safetensors file with, beside it, a model card: how it was trained and
+what was measured of it, written by ``python -m benchmarks.anchored_slots``.
+"""
+
+import json
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+
+from .nn.estimator import SlotDensityEstimator
+from .posterior import SlotPosterior
+from .pretraining import RECIPES
+
+__all__ = ["available_weights", "load_pretrained", "model_card"]
+
+
+def available_weights() -> tuple[str, ...]:
+    """Names of the sets of weights in this installation."""
+    folder = files("sbi_slotflow") / "weights"
+    names = {
+        entry.name.removesuffix(".safetensors")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".safetensors")
+    }
+    return tuple(sorted(names & RECIPES.keys()))
+
+
+def load_pretrained(
+    name: str, device: str | torch.device | None = None
+) -> SlotPosterior:
+    """Load a posterior that is ready to use.
+
+    Args:
+        name: ``"sinusoids-tiny"``, ``"sinusoids-paper"`` or ``"sinusoids-crowded"``,
+            for the problem of that preset, ``problems.sinusoids("tiny")`` say.
+        device: Device of the posterior; the CPU if None.
+
+    Returns:
+        The posterior; :func:`model_card` says how it was trained and how good it is.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    _check(name)
+    with as_file(files("sbi_slotflow") / "weights" / f"{name}.safetensors") as path:
+        estimator = SlotDensityEstimator.load(path)
+    problem = RECIPES[name].problem
+    if device is not None:
+        estimator = estimator.to(device)
+    return SlotPosterior(
+        estimator, problem.prior, simulator=problem.simulator, device=device
+    )
+
+
+def model_card(name: str) -> dict[str, Any]:
+    """Return how a set of weights was trained and what was measured of it.
+
+    Args:
+        name: See :func:`load_pretrained`.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    _check(name)
+    card = files("sbi_slotflow") / "weights" / f"{name}.json"
+    return json.loads(card.read_text())
+
+
+def _check(name: str) -> None:
+    names = available_weights()
+    if name not in names:
+        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")

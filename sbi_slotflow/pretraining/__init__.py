@@ -1,0 +1,126 @@
+"""How the shipped weights are made: ``python -m sbi_slotflow.pretraining NAME``.
+
+Each set of weights follows from its recipe and seed. A run keeps its state in
+``checkpoints/`` and may be stopped and taken up again at any moment.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..nn.builder import slot_nn
+from ..nn.estimator import SlotDensityEstimator
+from ..problems import Sinusoids, sinusoids
+from ..training import SlotNPE
+
+__all__ = ["RECIPES", "PretrainingRecipe", "Stage", "pretrain"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of training, from the weights of the stage before.
+
+    Attributes:
+        num_simulations: Simulations to train on.
+        learning_rate: Peak learning rate, which falls to zero over the stage.
+        cardinality_weight: Weight of the cardinality in the loss.
+    """
+
+    num_simulations: int
+    learning_rate: float = 1e-3
+    cardinality_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PretrainingRecipe:
+    """How a set of weights is made.
+
+    Attributes:
+        preset: Preset of the sinusoid problem.
+        builder: Options of :class:`~sbi_slotflow.slot_nn`.
+        stages: Runs of training, one after the other.
+    """
+
+    preset: Literal["tiny", "paper", "crowded"]
+    builder: dict[str, Any]
+    stages: tuple[Stage, ...]
+
+    @property
+    def problem(self) -> Sinusoids:
+        """The problem that the weights are for."""
+        return sinusoids(self.preset)
+
+
+RECIPES: dict[str, PretrainingRecipe] = {
+    "sinusoids-tiny": PretrainingRecipe(
+        "tiny", {"refine_slots": 3}, (Stage(128_000, 1e-3, 3.0),)
+    ),
+    "sinusoids-paper": PretrainingRecipe(
+        "paper", {"refine_slots": 3}, (Stage(160_000, 1e-3, 3.0),)
+    ),
+    "sinusoids-crowded": PretrainingRecipe(
+        "crowded", {"refine_slots": 4}, (Stage(192_000, 1e-3, 3.0),)
+    ),
+}
+"""Recipes by name."""
+
+
+def pretrain(
+    name: str,
+    checkpoints: Path = Path("checkpoints"),
+    device: str = "cpu",
+) -> SlotDensityEstimator:
+    """Train a set of weights, or take up its training.
+
+    Args:
+        name: Name of a recipe.
+        checkpoints: Folder of the runs' states.
+        device: Device to train on.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"name must be one of {sorted(RECIPES)}, got {name!r}.")
+    recipe = RECIPES[name]
+    problem = recipe.problem
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    weights: dict[str, Tensor] | None = None
+    estimator = None
+    for i, stage in enumerate(recipe.stages):
+        build = _Builder(
+            slot_nn(
+                problem,
+                loss_weights=(stage.cardinality_weight, 1.0, 1.0),
+                **recipe.builder,
+            ),
+            weights,
+        )
+        estimator = SlotNPE(problem.prior, build, device=device).train_online(
+            problem.simulator,
+            num_simulations=stage.num_simulations,
+            learning_rate=stage.learning_rate,
+            num_validation=1_024,
+            validate_every=100,
+            seed=i,
+            checkpoint=checkpoints / f"{name}-{i + 1}.safetensors",
+        )
+        weights = estimator.state_dict()
+    assert estimator is not None
+    return estimator
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds an estimator and gives it the weights of an earlier stage."""
+
+    build: slot_nn
+    weights: dict[str, Tensor] | None
+
+    def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
+        estimator = self.build(theta, x)
+        if self.weights is not None:
+            estimator.load_state_dict(self.weights)
+        return estimator
