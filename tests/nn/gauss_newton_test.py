@@ -1,0 +1,218 @@
+"""Peaks of the posterior above anchors: least squares of sinusoids, and their use."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbi_slotflow import problems
+from sbi_slotflow.nn.gauss_newton import NormalEquations, SignalFit, fit_peak
+from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
+from sbi_slotflow.nn.local_chart import LocalChart
+from sbi_slotflow.nn.local_density import solve_lower
+from sbi_slotflow.nn.peaks import PeakFinder
+from sbi_slotflow.problems.sine_fit import SineFit
+
+tiny, paper = problems.sinusoids("tiny"), problems.sinusoids("paper")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def signal(fit: SineFit, flat: Tensor) -> Tensor:
+    """Signal of the components in a vector of K D numbers."""
+    times = torch.cat([grid.times for grid in fit.grids])
+    amplitude, phase, frequency = flat.reshape(-1, 3, 1).unbind(1)
+    return (amplitude * torch.cos(2 * math.pi * frequency * times + phase)).sum(0)
+
+
+def derivatives(fit: SineFit, components: Tensor) -> Tensor:
+    """Jacobian ``(T, K D)`` of the signal."""
+    times = torch.cat([grid.times for grid in fit.grids])
+    amplitude, phase, frequency = components.unsqueeze(-1).unbind(1)
+    angle = 2 * math.pi * frequency * times + phase
+    turned = -amplitude * angle.sin()
+    columns = [angle.cos(), turned, 2 * math.pi * times * turned]
+    return torch.stack(columns, 1).flatten(0, 1).T
+
+
+SETS: dict[str, list[list[float]]] = {
+    "one": [[0.7, 1.0, 1.2]],
+    "no signal": [[0.0, 1.0, 1.2]],
+    "apart": [[0.7, 1.0, 0.6], [1.3, 4.0, 1.9]],
+    "near": [[0.7, 1.0, 1.2], [1.3, 4.0, 1.23]],
+    "all but equal": [[0.7, 1.0, 1.2], [1.3, 4.0, 1.2 + 1e-7]],
+    "equal": [[0.7, 1.0, 1.2], [1.3, 4.0, 1.2]],
+    "three": [[0.7, 1.0, 1.2], [1.3, 4.0, 1.201], [0.6, 2.0, 1.8]],
+}
+
+
+@pytest.mark.parametrize("problem", [tiny, paper], ids=["tiny", "paper"])
+@pytest.mark.parametrize("case", SETS)
+def test_normal_equations_are_those_of_the_jacobian(
+    case: str, problem: problems.Sinusoids
+) -> None:
+    fit = problem.build_fit()
+    components = torch.tensor(SETS[case], dtype=torch.float64)
+    data = torch.randn(2, problem.num_data, generator=seeded()).double()
+    jacobian = derivatives(fit, components)
+    residual = data[1] - signal(fit, components.flatten())
+    # a component that is not there, and another set beside it
+    rows = torch.zeros(2, 4, 3, dtype=torch.float64)
+    rows[:, : len(components)] = components
+    rows[:, -1] = torch.tensor([1.0, 2.0, 1.1])
+    rows[0] += 0.1
+    mask = (torch.arange(4) < len(components)).expand(2, -1)
+    found = fit.normal_equations(data, torch.tensor([0, 1]), rows, mask)
+    size = components.numel()
+    torch.testing.assert_close(
+        found.residual[1], residual.square().sum(), rtol=1e-9, atol=0
+    )
+    scale = jacobian.square().sum(0).sqrt()
+    gradient = found.gradient[1, :size] - jacobian.T @ residual
+    assert (gradient.abs() <= 1e-7 * scale).all()
+    curvature = found.curvature[1, :size, :size] - jacobian.T @ jacobian
+    assert (curvature.abs() <= 1e-8 * torch.outer(scale, scale)).all()
+    assert (found.curvature[1, size:] == 0).all()
+    assert (found.curvature[1, :, size:] == 0).all()
+    assert (found.gradient[1, size:] == 0).all()
+
+
+def test_start_finds_tones_without_noise() -> None:
+    fit = tiny.build_fit()
+    truth = torch.tensor([[0.7, 1.0, 0.83], [1.3, 4.0, 1.57]]).double()
+    data = signal(fit, truth.flatten()).unsqueeze(0)
+    middle = (truth[:, 2] * 20).floor() / 20
+    owner, mask = torch.tensor([0]), torch.ones(1, 2, dtype=torch.bool)
+    found = fit.start(data, owner, middle[None], middle[None] + 0.05, mask)[0]
+    # within the width of a peak, the inverse of pi times 20 s, and the ridge's pull
+    assert ((found[:, 2] - truth[:, 2]).abs() < 0.004).all()
+    assert ((found[:, 0] / truth[:, 0] - 1).abs() < 0.1).all()
+    phase = found[:, 1] - truth[:, 1] + 2 * math.pi * 10 * (found - truth)[:, 2]
+    assert (((phase + math.pi) % (2 * math.pi) - math.pi).abs() < 0.1).all()
+
+
+class Lines:
+    """A signal that is linear in its components: intercepts and slopes."""
+
+    def __init__(self) -> None:
+        times = torch.linspace(-1, 1, 20, dtype=torch.float64)
+        self.design = torch.stack([times**p for p in range(4)], -1)
+
+    def start(
+        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
+    ) -> Tensor:
+        return torch.zeros(len(owner), 2, 2, dtype=torch.float64)
+
+    def normal_equations(
+        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
+    ) -> NormalEquations:
+        residual = data[owner] - components.flatten(1) @ self.design.T
+        gram = self.design.T @ self.design
+        return NormalEquations(
+            residual.square().sum(-1),
+            residual @ self.design,
+            gram.expand(len(owner), -1, -1),
+        )
+
+
+def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
+    fit = Lines()
+    assert isinstance(fit, SignalFit)
+    data = 0.5 * torch.randn(3, 20, generator=seeded()).double()
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    start = torch.zeros(3, 2, 2, dtype=torch.float64)
+    limit = torch.full((2,), 10.0, dtype=torch.float64)
+    peak = fit_peak(
+        fit, lambda w: 0.5 * w, data, torch.arange(3), start, mask, 30, limit
+    )
+    design = 0.5 * fit.design
+    for i in range(3):
+        w = peak.mode[i].flatten()
+        residual = data[i] - design @ w
+        variance = residual.square().mean()
+        torch.testing.assert_close(peak.variance[i], variance)
+        expected = design.T @ design / variance + torch.eye(4)
+        torch.testing.assert_close(peak.precision[i], expected.double())
+        # at the peak the likelihood's pull is the prior's
+        pull = design.T @ residual / variance
+        torch.testing.assert_close(pull, w, rtol=0, atol=1e-4)
+    near = fit_peak(
+        fit, lambda w: 0.5 * w, data, torch.arange(3), start, mask, 30, limit / 1e3
+    )
+    assert (near.mode.abs() <= 0.01).all()
+
+
+def test_truths_are_standard_normal_about_the_peaks() -> None:
+    num = 300
+    prior = tiny.prior.with_cardinality([0, 1, 1, 0])
+    theta = prior.sample((num,), seeded(1))
+    theta[:, 1] = 0.1 + 0.2 * theta[:, 1]  # tones well above the noise
+    data = tiny.simulator(theta, seeded(2))
+    parts = tiny.layout.unpack(theta)
+    chart, axis = tiny.build_chart(), tiny.location_axis()
+    local = LocalChart(chart, axis)
+    inside = torch.where(
+        parts.mask.unsqueeze(-1), parts.components, chart.some_point(parts.components)
+    )
+    coordinates, _ = local.coordinates(inside)
+    anchors = torch.where(parts.mask, coordinates[..., 0].floor().long(), 0)
+    starts = anchors.double()
+    finder = PeakFinder(chart, local, tiny.build_fit(), num_steps=8)
+    cells = anchors, starts, starts + 1, parts.mask
+    peaks = finder(data, torch.arange(num), *cells)
+    assert peaks.features.shape == (num, 3, finder.num_features)
+    assert peaks.features.isfinite().all()
+    w = local.relative(coordinates, anchors, peaks.centre)
+    z = solve_lower(peaks.factor, (w - peaks.mode).flatten(1)).reshape(w.shape)
+    z = z[parts.mask]
+    # five standard errors for the mean and the variance of each of three coordinates:
+    # false alarm in 1 of 3 * 10^5 seeds
+    error = math.sqrt(1 / len(z))
+    assert (z.mean(0).abs() < 5 * error).all()
+    assert ((z.square().mean(0) - 1).abs() < 5 * math.sqrt(2) * error).all()
+    # the first component's block of a set's factor is that of its covariance
+    first = peaks.factor @ peaks.factor.mT
+    which = torch.arange(num)
+    block = peaks.block(which, 0)
+    torch.testing.assert_close(block @ block.mT, first[:, :3, :3])
+    second = peaks.marginal(which, torch.ones_like(which))
+    torch.testing.assert_close(second @ second.mT, first[:, 3:6, 3:6])
+
+
+def test_peaks_do_not_depend_on_the_other_sets() -> None:
+    theta = tiny.prior.sample((30,), seeded(1))
+    data = tiny.simulator(theta, seeded(2))
+    chart, axis = tiny.build_chart(), tiny.location_axis()
+    finder = PeakFinder(chart, LocalChart(chart, axis), tiny.build_fit(), num_steps=2)
+    count = torch.randint(0, 4, (600,), generator=seeded(3))
+    mask = torch.arange(3) < count.unsqueeze(-1)
+    anchors = torch.randint(0, 30, (600, 3), generator=seeded(4)).sort(-1).values
+    anchors = torch.where(mask, anchors, 0)
+    owner = torch.arange(600) % 30
+    edges = torch.tensor([-0.1, 0.9]) + 0.2 * torch.rand(600, 3, 1, generator=seeded(5))
+    starts, ends = (anchors.unsqueeze(-1) + edges).double().unbind(-1)
+    whole = finder(data, owner, anchors, starts, ends, mask)
+    # more sets than are fitted at once
+    for i in (0, 300, 599):
+        part = slice(i, i + 1)
+        cells = (column[part] for column in (anchors, starts, ends, mask))
+        alone = finder(data, owner[part], *cells)
+        here = mask[i]
+        for several, one in zip(whole, alone, strict=True):
+            if several.shape[1] == len(here):  # not the factors
+                several, one = several[:, here], one[:, here]
+            torch.testing.assert_close(several[part], one, rtol=1e-6, atol=1e-6)
+
+
+def test_fits_are_rebuilt_from_their_specs() -> None:
+    fit = tiny.build_fit()
+    assert isinstance(fit, SignalFit)
+    described = fit_spec(fit)
+    assert described is not None
+    assert fit_from_spec(described) == fit
+    assert fit_spec(Lines()) is None
+    with pytest.raises(ValueError, match=r"fit kind must be .*, got 'other'"):
+        fit_from_spec({"kind": "other"})
