@@ -3,14 +3,16 @@
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
 ``widths`` (posterior deviations over exact ones, ``paper``), ``coverage`` (of credible
 intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
-refined), ``speed`` (against the paper's network), ``scaling`` (cost as K grows) and
-``eryn`` (``SlotFlowMove``). ``cards`` writes the model cards from the numbers that were
-kept with ``--out benchmarks/results``.
+refined), ``speed`` and ``memory`` (against the paper's network). ``cards`` writes the
+model cards from the numbers that were kept with ``--out benchmarks/results``.
 """
 
+import hashlib
+import json
 import math
 import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +308,39 @@ def _quantiles(values: list[float]) -> Numbers:
     return {"median": median, "5 %": low, "95 %": high, "components": len(values)}
 
 
+def cards(num_signals: int, seed: int) -> Numbers:
+    """Write the model cards from the results that were kept."""
+    kept = {
+        path.stem.removeprefix("anchored_"): json.loads(path.read_text())
+        for path in RESULTS.glob("anchored_*.json")
+    }
+    for name, recipe in RECIPES.items():
+        weights = WEIGHTS / f"{name}.safetensors"
+        card = {
+            "name": name,
+            "problem": f'problems.sinusoids("{recipe.preset}")',
+            "training": {
+                "command": f"make pretrained NAME={name}",
+                "seed of the first stage": 0,
+                **asdict(recipe),
+            },
+            "megabytes": round(weights.stat().st_size / 1e6, 2),
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "measured": {
+                "command": "python -m benchmarks.anchored_slots",
+                "K accuracy": kept["cardinality"][recipe.preset],
+            },
+        }
+        if recipe.preset in kept:
+            card["measured"]["against the collapsed sampler"] = kept[recipe.preset]
+        if recipe.preset == "paper" and "widths" in kept:
+            card["measured"]["widths"] = kept["widths"]
+        text = json.dumps(card, indent=2) + "\n"
+        (WEIGHTS / f"{name}.json").write_text(text)
+        progress(f"wrote the card of {name}")
+    return {}
+
+
 PARTS = {
     "cardinality": (cardinality, 10_000),
     "widths": (widths, 200),
@@ -314,6 +349,7 @@ PARTS = {
     "crowded": (crowded, 50),
     "speed": (speed, 5),
     "memory": (memory, 1),
+    "cards": (cards, 1),
 }
 
 if __name__ == "__main__":

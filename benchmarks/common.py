@@ -83,6 +83,8 @@ def run_parts(
         part, usual = parts[name]
         progress(f"\n== {name}: {(part.__doc__ or '').splitlines()[0]}")
         numbers = part(args.signals or usual, args.seed)
+        if not numbers:
+            continue
         progress(json.dumps(numbers, indent=2))
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -80,12 +80,22 @@ class AnchoredHead(nn.Module, ABC):
 
     def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
         """Evaluate the log density of N sets; see :meth:`ComponentHead.log_prob`."""
-        return self.matched_log_prob(parts, encoding, owner, "permanent")
+        return self._evaluate(parts, encoding, owner, "permanent", prune=True)
 
     def matched_log_prob(
         self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
     ) -> Tensor:
         """Evaluate what training maximises; see :meth:`ComponentHead.log_prob`."""
+        return self._evaluate(parts, encoding, owner, matching, prune=False)
+
+    def _evaluate(
+        self,
+        parts: ThetaParts,
+        encoding: Encoding,
+        owner: Tensor,
+        matching: Matching,
+        prune: bool,
+    ) -> Tensor:
         components, mask = parts.components, parts.mask
         # Joint components are defined in the order of their location.
         key = components[..., self.axis.parameter]
@@ -97,7 +107,7 @@ class AnchoredHead(nn.Module, ABC):
         coordinates, log_det = self.local_chart.coordinates(components)
         log_det = torch.where(inside, log_det, -torch.inf)
         log_det = torch.where(mask, log_det, 0.0).sum(-1).float()
-        value = self._log_prob(coordinates, mask, encoding, owner, matching)
+        value = self._log_prob(coordinates, mask, encoding, owner, matching, prune)
         return value + log_det
 
     @torch.no_grad()
@@ -125,6 +135,7 @@ class AnchoredHead(nn.Module, ABC):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
+        prune: bool,
     ) -> Tensor:
         """Log densities ``(N,)`` of coordinates ``(N, Kmax, D)`` with positions."""
 
@@ -242,7 +253,11 @@ class JointHead(AnchoredHead):
             features,
             trunk_features,
             own_features=features,
-            **{**(flow or {}), "location_scale": bool(refine_steps)},
+            **{
+                **(flow or {}),
+                "location_scale": bool(refine_steps),
+                "from_identity": bool(refine_steps),
+            },
         )
 
     @property
@@ -257,12 +272,15 @@ class JointHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
+        prune: bool,
     ) -> Tensor:
         # Components stand in canonical order: there is nothing to match.
         position, edges = coordinates[..., 0], self.edges(encoding)
         anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
         assert encoding.tokens is not None
-        value = self.pointer.log_prob(encoding.tokens, edges, owner, anchors, mask)
+        value = self.pointer.log_prob(
+            encoding.tokens, edges, owner, anchors, mask, prune
+        )
         sets = self.sets(encoding, owner, anchors, mask)
         w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
@@ -294,7 +312,9 @@ class JointHead(AnchoredHead):
     ) -> Tensor:
         assert encoding.tokens is not None
         edges = self.edges(encoding)
-        anchors = self.pointer.sample(encoding.tokens, edges, owner, mask, generator)
+        anchors = self.pointer.sample(
+            encoding.tokens, edges, owner, mask, generator, prune=True
+        )
         sets = self.sets(encoding, owner, anchors, mask)
         shape = (*mask.shape, self.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
@@ -466,6 +486,7 @@ class FactorisedHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
+        prune: bool,
     ) -> Tensor:
         edges = self.edges(encoding)[owner]
         anchors = self.axis.anchors(coordinates[..., 0], edges)

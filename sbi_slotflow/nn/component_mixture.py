@@ -158,7 +158,9 @@ def _joint(
     active = torch.arange(head.max_cardinality, device=owner.device) < k
     mask = active.expand(_NUM_DRAWS, -1)
     edges = head.edges(encoding)
-    anchors = head.pointer.sample(encoding.tokens, edges, owner, mask, generator)
+    anchors = head.pointer.sample(
+        encoding.tokens, edges, owner, mask, generator, prune=True
+    )
     sets = head.sets(encoding, owner, anchors, mask)
     counts = torch.bincount(sets.which, minlength=len(sets.anchors))
     weights = counts.float().repeat_interleave(k) / (_NUM_DRAWS * k)

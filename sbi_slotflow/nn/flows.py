@@ -21,6 +21,7 @@ from nflows.nn.nets import ResidualNet
 from nflows.transforms.base import CompositeTransform, Transform
 from nflows.transforms.coupling import (
     AffineCouplingTransform,
+    CouplingTransform,
     PiecewiseRationalQuadraticCouplingTransform,
 )
 from nflows.transforms.permutations import RandomPermutation
@@ -67,6 +68,8 @@ class ConditionalFlow(nn.Module):
             ``"residual"`` is nflows' ``ResidualNet``, which sees it in every block.
         location_scale: Whether to put a :class:`LocationScale` next to the data.
         own_features: Length P of what each row sees besides its context.
+        from_identity: Whether the flow starts as the identity, where its input is
+            nearly normal already.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ConditionalFlow(nn.Module):
         network: Literal["projected", "residual"] = "projected",
         location_scale: bool = True,
         own_features: int = 0,
+        from_identity: bool = False,
     ) -> None:
         super().__init__()
         self.features = features
@@ -117,7 +121,13 @@ class ConditionalFlow(nn.Module):
                     )
                 )
             else:
-                layers.append(AffineCouplingTransform(mask, make_network))
+                layers.append(
+                    _AffineCoupling(mask, make_network)
+                    if from_identity
+                    else AffineCouplingTransform(mask, make_network)
+                )
+            if from_identity:
+                _start_at_identity(layers[-1], num_bins)
         self.transform = CompositeTransform(layers)
 
     def log_prob(self, u: Tensor, context: RowContext) -> Tensor:
@@ -263,6 +273,14 @@ class _SplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
         return outputs.to(inputs.dtype), log_det.to(inputs.dtype)
 
 
+class _AffineCoupling(AffineCouplingTransform):
+    """nflows' affine coupling with a scale on either side of one."""
+
+    def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = transform_params.split(self.num_transform_features, dim=1)
+        return (3 * torch.tanh(raw / 3)).exp(), shift
+
+
 class _ProjectedNet(nn.Module):
     """Residual network that projects each distinct context once."""
 
@@ -330,6 +348,19 @@ class _GatheredResidualNet(nn.Module):
         if context.own is not None:
             values = torch.cat([values, context.own], -1)
         return self.network(inputs, values)
+
+
+@torch.no_grad()
+def _start_at_identity(layer: Transform, num_bins: int) -> None:
+    """Set a coupling's last layer so that it changes nothing yet."""
+    assert isinstance(layer, CouplingTransform)
+    last = layer.transform_net.last[-1]
+    last.weight.zero_()
+    last.bias.zero_()
+    if isinstance(layer, _SplineCoupling):
+        # Slopes of one, where nflows has softplus(raw) + 1e-3.
+        slopes = last.bias.view(layer.num_transform_features, -1)[:, 2 * num_bins :]
+        slopes.fill_(math.log(math.expm1(1 - 1e-3)))
 
 
 def _below(i: int, j: int) -> int:

@@ -26,7 +26,7 @@ __all__ = ["LocalDensity", "LocalGaussian", "solve_lower"]
 # A Gaussian this many deviations off the interval is moved that near, so that what is
 # left of it is not steeper than the flow can mend.
 _FARTHEST = 3.0
-_EDGE = 1e-12
+_EDGE = 1e-15
 # Deviations beyond which tails are those of a log-normal: a peak that was fitted too
 # narrow, or at the wrong place, costs the logarithm of the distance, not its square.
 _BEND = 2.5

@@ -22,6 +22,8 @@ of a conditional Bernoulli sample, o the odds and e the elementary symmetric
 polynomials.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,6 +32,13 @@ from .anchor_axis import AnchorAxis
 from .distinct import distinct_rows
 
 __all__ = ["AnchorChain", "AnchorMarginals"]
+
+NEGLIGIBLE = 1e-5
+"""Share of the most probable anchor's probability below which another has none.
+
+At that level a probability is a network's floor and no knowledge, but a single draw at
+the other end of the band outweighs the width of a sharp posterior.
+"""
 
 _LOG_ZERO = -1e30
 
@@ -79,6 +88,7 @@ class AnchorChain(nn.Module):
         owner: Tensor,
         anchors: Tensor,
         mask: Tensor,
+        prune: bool = False,
     ) -> Tensor:
         """Evaluate the log probability of N ascending rows of anchors.
 
@@ -88,6 +98,7 @@ class AnchorChain(nn.Module):
             owner: Observation of each row, shape ``(N,)``.
             anchors: Anchors, shape ``(N, Kmax)``.
             mask: Active ones, shape ``(N, Kmax)``.
+            prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
 
         Returns:
             Shape ``(N,)``; -inf for anchors that leave no room for a set.
@@ -100,7 +111,7 @@ class AnchorChain(nn.Module):
         earliest = torch.where(k > 0, earliest, -torch.inf)
         states, which = _distinct(owner[row], count, k, before, earliest)
         chosen = anchors[row, k]
-        value = self._log_probs(tokens, edges, *states)[which, chosen]
+        value = self._log_probs(tokens, edges, prune, *states)[which, chosen]
         value = torch.where(value > 0.5 * _LOG_ZERO, value, -torch.inf)
         return value.new_zeros(len(mask)).index_add(0, row, value)
 
@@ -112,6 +123,7 @@ class AnchorChain(nn.Module):
         owner: Tensor,
         mask: Tensor,
         generator: torch.Generator | None = None,
+        prune: bool = False,
     ) -> Tensor:
         """Draw anchors ``(N, Kmax)``, ascending, zero where inactive."""
         count = mask.sum(-1)
@@ -127,7 +139,9 @@ class AnchorChain(nn.Module):
                 before[rows],
                 earliest[rows],
             )
-            steps = self._log_probs(tokens, edges, *states).double().exp().cumsum(-1)
+            steps = (
+                self._log_probs(tokens, edges, prune, *states).double().exp().cumsum(-1)
+            )
             # Short of 1, so that rounding leaves no row beyond the last cell.
             level = torch.rand(
                 len(rows),
@@ -147,6 +161,7 @@ class AnchorChain(nn.Module):
         self,
         tokens: Tensor,
         edges: Tensor,
+        prune: bool,
         owner: Tensor,
         count: Tensor,
         k: Tensor,
@@ -156,7 +171,12 @@ class AnchorChain(nn.Module):
         """Log probabilities ``(M, L)`` of the anchor of component k."""
         scores = self._scores(tokens, owner, count, k, before)
         feasible = self.axis.feasible(earliest, count - 1 - k, edges[owner])
-        return _log_first(scores, feasible)
+        value = _log_first(scores, feasible)
+        if prune:
+            most = value.amax(-1, keepdim=True)
+            few = value < most + math.log(NEGLIGIBLE)
+            value = value.masked_fill(few, _LOG_ZERO).log_softmax(-1)
+        return value
 
     def _scores(
         self, tokens: Tensor, owner: Tensor, count: Tensor, k: Tensor, before: Tensor

@@ -18,6 +18,9 @@ from ..training import SlotNPE
 __all__ = ["RECIPES", "PretrainingRecipe", "Stage", "pretrain"]
 
 
+_LOCAL = ("component_head.trunk.", "component_head.local.")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run of training, from the weights of the stage before.
@@ -26,11 +29,14 @@ class Stage:
         num_simulations: Simulations to train on.
         learning_rate: Peak learning rate, which falls to zero over the stage.
         cardinality_weight: Weight of the cardinality in the loss.
+        local_only: Whether the local densities alone are trained, from the start; the
+            rest is kept from the stage before.
     """
 
     num_simulations: int
     learning_rate: float = 1e-3
     cardinality_weight: float = 1.0
+    local_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,19 @@ class PretrainingRecipe:
 
 RECIPES: dict[str, PretrainingRecipe] = {
     "sinusoids-tiny": PretrainingRecipe(
-        "tiny", {"refine_slots": 3}, (Stage(128_000, 1e-3, 3.0),)
+        "tiny",
+        {"refine_slots": 3},
+        (Stage(128_000, 1e-3, 3.0), Stage(51_200, 1e-3, 3.0, local_only=True)),
     ),
     "sinusoids-paper": PretrainingRecipe(
-        "paper", {"refine_slots": 3}, (Stage(160_000, 1e-3, 3.0),)
+        "paper",
+        {"refine_slots": 3},
+        (Stage(160_000, 1e-3, 3.0), Stage(64_000, 1e-3, 3.0, local_only=True)),
     ),
     "sinusoids-crowded": PretrainingRecipe(
-        "crowded", {"refine_slots": 4}, (Stage(192_000, 1e-3, 3.0),)
+        "crowded",
+        {"refine_slots": 4},
+        (Stage(192_000, 1e-3, 3.0), Stage(51_200, 1e-3, 3.0, local_only=True)),
     ),
 }
 """Recipes by name."""
@@ -97,6 +109,7 @@ def pretrain(
                 **recipe.builder,
             ),
             weights,
+            stage.local_only,
         )
         estimator = SlotNPE(problem.prior, build, device=device).train_online(
             problem.simulator,
@@ -118,9 +131,16 @@ class _Builder:
 
     build: slot_nn
     weights: dict[str, Tensor] | None
+    local_only: bool
 
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         estimator = self.build(theta, x)
-        if self.weights is not None:
-            estimator.load_state_dict(self.weights)
+        if self.weights is None:
+            return estimator
+        kept = self.weights
+        if self.local_only:
+            kept = {n: w for n, w in kept.items() if not n.startswith(_LOCAL)}
+            for name, parameter in estimator.named_parameters():
+                parameter.requires_grad_(name.startswith(_LOCAL))
+        estimator.load_state_dict(kept, strict=not self.local_only)
         return estimator

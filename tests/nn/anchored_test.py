@@ -243,7 +243,7 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
             tokens, edges, torch.tensor([0]), fixed, sets.mask(1)
         )
     monkeypatch.setattr(
-        sets.head.pointer, "sample", lambda *args: fixed.expand(num, -1).clone()
+        sets.head.pointer, "sample", lambda *_, **__: fixed.expand(num, -1).clone()
     )
     draws = sets.sample(num)[:, :k]
 
@@ -340,7 +340,9 @@ def test_component_mixture_of_one_anchor_is_the_density_above_it(
     monkeypatch.setattr(
         AnchorChain,
         "sample",
-        lambda self, tokens, edges, owner, *args: fixed.expand(len(owner), -1).clone(),
+        lambda _, tokens, edges, owner, *__, **___: fixed.expand(
+            len(owner), -1
+        ).clone(),
     )
     posterior = SlotPosterior(untrained(name), tiny.prior)
     slots = slot_mixtures(posterior, observation())[0].slots
@@ -808,3 +810,25 @@ def test_token_encoders_are_rebuilt_from_their_specs() -> None:
         assert torch.equal(first.shared, second.shared)
     with pytest.raises(ValueError, match="front end must be one of"):
         front_end_from_spec({"kind": "other"})
+
+
+def test_negligible_anchors_are_ruled_out_where_asked() -> None:
+    pointer = chain(AnchorAxis(0, 6))
+    with torch.no_grad():
+        pointer.presence.weight.zero_()
+        pointer.presence.weight[0, 0] = 20.0
+        pointer.keys.weight.zero_()
+        pointer.keys.bias.zero_()
+        pointer.presence.bias.zero_()
+    tokens = torch.zeros(1, 6, 4)
+    tokens[0, :, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0, -1.0, -1.0])
+    edges = torch.arange(7.0, dtype=torch.float64).expand(1, -1)
+    anchors = torch.zeros(6, 3, dtype=torch.int64)
+    anchors[:, 0] = torch.arange(6)
+    mask = torch.tensor([True, False, False]).expand(6, -1)
+    rows = (tokens, edges, torch.zeros(6, dtype=torch.int64), anchors, mask)
+    with torch.no_grad():
+        whole, pruned = pointer.log_prob(*rows), pointer.log_prob(*rows, prune=True)
+    assert torch.isfinite(whole).all()
+    assert torch.isfinite(pruned).tolist() == [False, False, True, False, False, False]
+    assert pruned[2] == pytest.approx(0.0, abs=1e-6)
