@@ -1,15 +1,17 @@
 """A demonstration from start to end, ``python -m sbi_slotflow.demo --out demo``.
 
-It draws a signal of an unknown number of sinusoids in noise (or reads yours, ``--x``),
-trains a posterior on fresh simulations, prints what the posterior says of the signal,
-and writes draws (``posterior.nc``, an ArviZ ``DataTree``) and three figures. The
-training is kept in ``training.safetensors`` beside them: a second run reuses it, an
-interrupted one is resumed.
+First the weights that come with the package analyse a signal of an unknown number of
+sinusoids in noise, of the paper's kind: five minutes at 10 Hz, then ten seconds at
+512 Hz. Then a posterior for a smaller problem is trained on fresh simulations and does
+the same. Each time it prints what the posterior says of the signal and writes draws
+(``posterior.nc``, an ArviZ ``DataTree``) and three figures, those of the first to the
+folder ``paper``. The training is kept in ``training.safetensors``: a second run reuses
+it, an interrupted one is resumed. A signal of yours, ``--x``, is analysed by the one of
+the two whose length it has.
 """
 # ruff: noqa: T201
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .circular import unwrap
 from .datatree import to_datatree
+from .demo_report import (
+    PERIODS,
+    UNITS,
+    print_accuracy,
+    print_cardinality,
+    print_reconstruction,
+    print_table,
+    warn_if_foreign,
+)
 from .nn.builder import slot_nn
 from .plots import plot_corner, plot_reconstruction, plot_spectrum
 from .posterior import SlotPosterior
+from .pretrained import load_pretrained
 from .problems import Sinusoids, sinusoids
 from .seeding import generator_for
 from .training.checkpoint import load_state
@@ -35,15 +46,17 @@ from .training.trainer import SlotNPE
 
 __all__ = ["main"]
 
-NUM_SIMULATIONS = 120_000
+NUM_SIMULATIONS = 64_000
 NUM_DRAWS = 4_000
 NUM_TEST_SIGNALS = 1_000
-OBSERVATION_SEED = 61  # two components, sigma 0.69
+PRESETS: tuple[Literal["paper", "tiny"], ...] = ("paper", "tiny")
+# Seeds of the signals and of the draws: five components in noise of 0.93, and two in
+# noise of 0.69.
+SEEDS = {"sinusoids-paper": 2, "sinusoids-tiny": 61}
 TRAINING_SEED = 0
+REFINE_SLOTS = 3
 CHECKPOINT_EVERY = 100  # steps
 TEST_SEED = 1
-UNITS = {"phase": "rad", "frequency": "Hz"}
-PERIODS = {"phase": 2 * math.pi}
 
 # Streams of a seed.
 _THETA, _NOISE, _DRAWS, _DRAWS_GIVEN_K, _TEST_THETA, _TEST_NOISE = range(6)
@@ -78,22 +91,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 if the input is at fault, 130 if interrupted.
     """
     args = _parse(argv)
-    problem = sinusoids("tiny")
+    problems = [sinusoids(preset) for preset in PRESETS]
     try:
-        if args.x is None:
-            observation = draw_observation(problem, args.seed)
-        else:
-            observation = read_observation(problem, args.x)
-        _make_folder(args.out)
-        print(f"signal: {observation.name}\n  {_describe(problem)}", flush=True)
-        posterior = train(problem, args.out / "training.safetensors", args.simulations)
+        own = None
+        if args.x is not None:
+            own, problem = read_observation(problems, args.x)
+            problems = [problem]
+        for problem in problems:
+            shipped = problem.name == "sinusoids-paper"
+            observation = own or draw_observation(problem, SEEDS[problem.name])
+            out = args.out / "paper" if shipped else args.out
+            _make_folder(out)
+            print(f"signal: {observation.name}\n  {_describe(problem)}", flush=True)
+            if shipped:
+                print("using the weights that come with the package", flush=True)
+                posterior = load_pretrained(problem.name)
+            else:
+                posterior = train(
+                    problem, out / "training.safetensors", args.simulations
+                )
+            analyse(problem, posterior, observation, out)
+            print(flush=True)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes the training", file=sys.stderr)
         return 130
-    analyse(problem, posterior, observation, args.out, args.seed)
     return 0
 
 
@@ -104,19 +128,26 @@ def draw_observation(problem: Sinusoids, seed: int) -> Observation:
     return Observation(f"simulated with seed {seed}", x, theta)
 
 
-def read_observation(problem: Sinusoids, path: Path) -> Observation:
+def read_observation(
+    problems: Sequence[Sinusoids], path: Path
+) -> tuple[Observation, Sinusoids]:
     """Read a user's signal.
 
     Args:
-        problem: The problem, which says how long the signal must be.
+        problems: The problems, one of which it must be as long as.
         path: A ``.npy`` file of floating-point numbers, shape ``(T,)`` or ``(1, T)``.
+
+    Returns:
+        The signal, and the problem that it belongs to.
 
     Raises:
         DemoError: If the file can't be read, or holds something else.
     """
+    lengths = " or ".join(str(problem.num_data) for problem in problems)
+    described = "; or ".join(_describe(problem) for problem in problems)
     expected = (
-        f"Expected a .npy file of {problem.num_data} finite floating-point numbers, "
-        f"shape ({problem.num_data},) or (1, {problem.num_data}): {_describe(problem)}."
+        f"Expected a .npy file of {lengths} finite floating-point numbers, shape (T,) "
+        f"or (1, T): {described}."
     )
     try:
         array = np.load(path, allow_pickle=False)
@@ -131,7 +162,9 @@ def read_observation(problem: Sinusoids, path: Path) -> Observation:
         raise DemoError(f"{path} is an archive of several arrays. {expected}")
     if not np.issubdtype(array.dtype, np.floating):
         raise DemoError(f"{path} has dtype {array.dtype}. {expected}")
-    if array.shape not in ((problem.num_data,), (1, problem.num_data)):
+    by_shape = {(p.num_data,): p for p in problems}
+    by_shape |= {(1, p.num_data): p for p in problems}
+    if array.shape not in by_shape:
         raise DemoError(f"{path} has shape {array.shape}. {expected}")
     with np.errstate(over="ignore"):
         x = torch.from_numpy(array.astype(np.float32)).reshape(1, -1)
@@ -141,7 +174,7 @@ def read_observation(problem: Sinusoids, path: Path) -> Observation:
             f"{path} has {num_bad} entries that are NaN, infinite or too large for "
             f"float32. {expected}"
         )
-    return Observation(str(path), x)
+    return Observation(str(path), x), by_shape[array.shape]
 
 
 def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPosterior:
@@ -151,7 +184,8 @@ def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPos
         DemoError: If the checkpoint is corrupt or belongs to another training.
     """
     state = _announce_training(checkpoint, num_simulations)
-    trainer = SlotNPE(problem.prior, slot_nn(problem), tracker=_NoTracker())
+    builder = slot_nn(problem, refine_slots=REFINE_SLOTS)
+    trainer = SlotNPE(problem.prior, builder, tracker=_NoTracker())
     started = time.monotonic()
     try:
         trainer.train_online(
@@ -178,10 +212,9 @@ def analyse(
     posterior: SlotPosterior,
     observation: Observation,
     out: Path,
-    seed: int,
 ) -> None:
     """Print what the posterior says of the signal and write draws and figures."""
-    x = observation.x
+    x, seed = observation.x, SEEDS[problem.name]
     probs = posterior.cardinality(x).probs
     k = int(probs.argmax())
     draws = posterior.sample((NUM_DRAWS,), x, generator=generator_for(seed, _DRAWS))
@@ -194,12 +227,12 @@ def analyse(
     signals = problem.simulator(tests, generator_for(TEST_SEED, _TEST_NOISE))
 
     if observation.theta is None:
-        _warn_if_foreign(x, signals)
-    _print_cardinality(probs, observation.theta, problem)
-    _print_table(given_k, observation.theta, problem, k)
+        warn_if_foreign(x, signals)
+    print_cardinality(probs, observation.theta, problem)
+    print_table(given_k, observation.theta, problem, k)
     mean = posterior.reconstruct(draws).mean(0)
-    _print_reconstruction(mean, observation, draws, problem)
-    _print_accuracy(posterior.cardinality(signals).probs, tests, problem)
+    print_reconstruction(mean, x, observation.theta, draws, problem)
+    print_accuracy(posterior.cardinality(signals).probs, tests, problem)
     _write(problem, observation, draws, given_k, out)
 
 
@@ -261,12 +294,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--x", type=Path, help="a signal of yours, .npy; simulated if left out"
     )
     parser.add_argument(
-        "--seed",
-        type=int,
-        default=OBSERVATION_SEED,
-        help=f"seed of the simulated signal and of the draws ({OBSERVATION_SEED})",
-    )
-    parser.add_argument(
         "--simulations",
         type=_positive,
         default=NUM_SIMULATIONS,
@@ -324,117 +351,6 @@ def _announce_training(
         return "reused"
     print(f"resuming at step {step:,} of {total:,} from {checkpoint}", flush=True)
     return "resumed"
-
-
-def _warn_if_foreign(x: Tensor, signals: Tensor) -> None:
-    """Warn where a signal is far louder or quieter than what was trained on."""
-    rms, usual = _rms(x), signals.square().mean(-1).sqrt()
-    if not usual.min() <= rms <= usual.max():
-        print(
-            f"warning: your signal's RMS is {rms:.3g}, that of {len(signals):,} "
-            f"simulated ones {usual.min():.2g} to {usual.max():.2g}. The network never "
-            "saw its like; do not trust what follows.",
-            file=sys.stderr,
-        )
-
-
-def _print_cardinality(probs: Tensor, theta: Tensor | None, problem: Sinusoids) -> None:
-    print("\np(K | x)")
-    true = None if theta is None else int(problem.layout.cardinality(theta))
-    for k, p in enumerate(probs.tolist()):
-        bar, mark = "#" * round(30 * p), "  truth" if k == true else ""
-        print(f"  K = {k}  {p:.3f}  {bar}{mark}".rstrip())
-
-
-def _print_table(
-    draws: Tensor, theta: Tensor | None, problem: Sinusoids, k: int
-) -> None:
-    """Print medians and 90 % intervals given K, beside the truth."""
-    layout = problem.layout
-    true = None if theta is None else layout.unpack(theta[0])
-    same = true is not None and int(true.cardinality) == k
-    parts = layout.unpack(draws)
-    columns = [
-        (name, parts.shared[:, i], None if true is None else true.shared[i])
-        for i, name in enumerate(layout.shared_names)
-    ]
-    columns += [
-        (
-            f"{name} {slot + 1}",
-            parts.components[:, slot, i],
-            true.components[slot, i] if true is not None and same else None,
-        )
-        for slot in range(k)
-        for i, name in enumerate(layout.component_names)
-    ]
-    print(f"\nPosterior given K = {k}")
-    print(f"  {'parameter':<18}{'median':>9}{'90 % interval':>20}{'truth':>10}")
-    for label, values, truth in columns:
-        name = label.split()[0]
-        low, median, high, truth = _summary(values, truth, PERIODS.get(name))
-        unit = f" ({UNITS[name]})" if name in UNITS else ""
-        shown = "" if truth is None else f"{truth:10.3f}"
-        print(f"  {label + unit:<18}{median:9.3f}  [{low:7.3f}, {high:7.3f}]{shown}")
-    if k:
-        print("  phases are shifted by whole turns to lie around their circular mean")
-    if true is not None and not same:
-        print("  true components, not matched with these because K differs:")
-        for row in true.components[true.mask].tolist():
-            named = zip(layout.component_names, row, strict=True)
-            print("    " + ", ".join(f"{name} {value:.3f}" for name, value in named))
-
-
-def _summary(
-    values: Tensor, truth: Tensor | None, period: float | None
-) -> tuple[float, float, float, float | None]:
-    """5 %, 50 % and 95 % quantile, and the truth on the same turn of the circle."""
-    if period is not None:
-        values = unwrap(values, period)
-    quantiles = values.double().quantile(
-        torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    )
-    low, median, high = quantiles.tolist()
-    true = None if truth is None else float(truth)
-    if true is not None and period is not None:
-        true += round((median - true) / period) * period
-    return low, median, high, true
-
-
-def _print_reconstruction(
-    mean: Tensor, observation: Observation, draws: Tensor, problem: Sinusoids
-) -> None:
-    """Print how far the posterior mean of the signal is from the truth, or from x."""
-    if observation.theta is None:
-        sigma = _sigma(problem, draws).median()
-        print(
-            f"\nRMS residual of the reconstruction: {_rms(observation.x - mean):.3f} "
-            f"(the posterior median of sigma is {sigma:.3f})"
-        )
-        return
-    signal = problem.simulator.signal(observation.theta)
-    sigma = _sigma(problem, observation.theta).item()
-    error, size = _rms(mean - signal), _rms(signal)
-    relative = "the true signal is zero"
-    if size > 0:
-        relative = f"{100 * error / size:.1f} % of the true signal's RMS"
-    print(f"\nRMS error of the reconstruction: {error / sigma:.3f} sigma ({relative})")
-
-
-def _print_accuracy(probs: Tensor, theta: Tensor, problem: Sinusoids) -> None:
-    correct = probs.argmax(-1) == problem.layout.cardinality(theta)
-    print(
-        f"\nK accuracy on {len(theta):,} fresh signals: {correct.float().mean():.3f} "
-        "(the most probable K against the true one)"
-    )
-
-
-def _sigma(problem: Sinusoids, theta: Tensor) -> Tensor:
-    index = problem.shared_names.index("sigma")
-    return problem.layout.unpack(theta).shared[:, index]
-
-
-def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import xarray as xr
 from matplotlib.image import imread
 
 from sbi_slotflow import demo
+from sbi_slotflow.demo_report import warn_if_foreign
 from sbi_slotflow.problems import sinusoids
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.training.online import OnlineTraining
@@ -33,14 +34,21 @@ class Run(NamedTuple):
     folder: Path
 
 
-def run(folder: Path, *options: str | Path, simulations: int = 3_000) -> Run:
-    """Run the demo with few draws."""
+def run(
+    folder: Path,
+    *options: str | Path,
+    simulations: int = 3_000,
+    presets: tuple[str, ...] = ("tiny",),
+) -> Run:
+    """Run the demo with few draws, its second part alone unless asked."""
     words = ["--out", folder, "--simulations", simulations, *options]
     with (
         redirect_stdout(io.StringIO()) as out,
         redirect_stderr(io.StringIO()) as err,
         pytest.MonkeyPatch.context() as patch,
     ):
+        own = any(option == "--x" for option in options)
+        patch.setattr(demo, "PRESETS", ("paper", "tiny") if own else presets)
         patch.setattr(demo, "NUM_DRAWS", 500)
         patch.setattr(demo, "NUM_TEST_SIGNALS", 100)
         status = demo.main([str(word) for word in words])
@@ -84,6 +92,24 @@ def test_first_run_writes_its_files_and_no_others(first: Run) -> None:
     names = sorted(path.name for path in first.folder.iterdir())
     assert names == sorted([*FILES, CHECKPOINT])
     assert [path.name for path in first.folder.parent.iterdir()] == ["out"]
+
+
+def test_shipped_weights_analyse_a_signal_of_the_papers_kind(tmp_path: Path) -> None:
+    done = run(tmp_path, presets=("paper",))
+    assert done.status == 0
+    assert "using the weights that come with the package" in done.out
+    assert "Training" not in done.err
+    (accuracy,) = re.findall(r"K accuracy on 100 fresh signals: (\d\.\d+)", done.out)
+    assert float(accuracy) >= 0.95  # always the same signals
+    assert sorted(path.name for path in (tmp_path / "paper").iterdir()) == sorted(FILES)
+
+
+def test_a_long_signal_is_analysed_with_shipped_weights(tmp_path: Path) -> None:
+    path = tmp_path / "mine.npy"
+    np.save(path, np.random.default_rng(0).normal(size=8_120))
+    done = run(tmp_path / "out", "--x", path)
+    assert done.status == 0
+    assert "using the weights that come with the package" in done.out
 
 
 def test_draws_reopen_with_truth(first: Run) -> None:
@@ -137,7 +163,7 @@ def test_foreign_signal_is_warned_of(
     signals = torch.randn(50, 300, generator=generator_for(0)) * torch.linspace(
         0.5, 2, 50
     ).unsqueeze(-1)
-    demo._warn_if_foreign(factor * torch.from_numpy(VALID), signals)
+    warn_if_foreign(factor * torch.from_numpy(VALID), signals)
     assert capsys.readouterr().err.startswith("warning: your signal's RMS") == warned
 
 
@@ -275,7 +301,7 @@ def test_bad_signal_is_refused_before_training(
     assert done.status == 2
     assert re.search(message, done.err)
     assert done.err.startswith("error: ")
-    assert "300 finite floating-point numbers, shape (300,) or (1, 300)" in done.err
+    assert "8120 or 300 finite floating-point numbers, shape (T,) or (1, T)" in done.err
     streams = r"200 samples of the long stream .*, then 100 samples of the short stream"
     assert re.search(streams, done.err)
     assert "Traceback" not in done.err
@@ -299,9 +325,10 @@ def test_bad_number_of_simulations_is_refused(tmp_path: Path, text: str) -> None
 
 def test_observation_is_fixed_and_has_two_or_three_components() -> None:
     problem = sinusoids("tiny")
-    first = demo.draw_observation(problem, demo.OBSERVATION_SEED)
+    seed = demo.SEEDS["sinusoids-tiny"]
+    first = demo.draw_observation(problem, seed)
     torch.rand(3, generator=generator_for(5))
-    second = demo.draw_observation(problem, demo.OBSERVATION_SEED)
+    second = demo.draw_observation(problem, seed)
     torch.testing.assert_close(first.x, second.x, rtol=0, atol=0)
     assert first.theta is not None
     assert int(problem.layout.cardinality(first.theta)) in (2, 3)

@@ -23,7 +23,8 @@ from .charts import Chart, PolarChart
 __all__ = ["LocalChart", "wrapped"]
 
 _TWO_PI = 2 * math.pi
-# Fraction of the location's prior outside which positions are not followed.
+# Fraction of a normal prior outside which positions are not followed; a bounded one is
+# continued, so that a fit may end beyond the bound.
 _INSIDE = 1e-9
 
 
@@ -85,7 +86,9 @@ class LocalChart:
     def components(self, coordinates: Tensor) -> Tensor:
         """Inverse of :meth:`coordinates`; values may leave the support."""
         fraction = coordinates[..., 0] / self.axis.num_anchors
-        location = self._location.quantile(fraction.clamp(_INSIDE, 1 - _INSIDE))
+        if self._location.family == "normal":
+            fraction = fraction.clamp(_INSIDE, 1 - _INSIDE)
+        location = self._location.quantile(fraction)
         columns, taken = [location], 1
         if self._phase is not None:
             turn = _TWO_PI * self._reference_time * location
