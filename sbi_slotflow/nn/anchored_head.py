@@ -78,13 +78,15 @@ class AnchoredHead(nn.Module, ABC):
     def keeps_separation(self) -> bool:
         """Whether every draw keeps the least separation."""
 
-    def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
+    def log_prob(
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Evaluate the log density of N sets; see :meth:`ComponentHead.log_prob`."""
         return self._evaluate(parts, encoding, owner, "permanent", prune=True)
 
     def matched_log_prob(
         self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Evaluate what training maximises; see :meth:`ComponentHead.log_prob`."""
         return self._evaluate(parts, encoding, owner, matching, prune=False)
 
@@ -95,9 +97,16 @@ class AnchoredHead(nn.Module, ABC):
         owner: Tensor,
         matching: Matching,
         prune: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        coordinates, log_det = self._coordinates(parts)
+        value, noise = self._log_prob(
+            coordinates, parts.mask, encoding, owner, matching, prune
+        )
+        return value + log_det, noise
+
+    def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
+        """Coordinates ``(N, Kmax, D)`` in the order of location, log-Jacobians."""
         components, mask = parts.components, parts.mask
-        # Joint components are defined in the order of their location.
         key = components[..., self.axis.parameter]
         order = torch.where(mask, key, torch.inf).argsort(dim=-1, stable=True)
         components = components.gather(-2, order.unsqueeze(-1).expand_as(components))
@@ -106,9 +115,7 @@ class AnchoredHead(nn.Module, ABC):
         components = torch.where((mask & inside).unsqueeze(-1), components, point)
         coordinates, log_det = self.local_chart.coordinates(components)
         log_det = torch.where(inside, log_det, -torch.inf)
-        log_det = torch.where(mask, log_det, 0.0).sum(-1).float()
-        value = self._log_prob(coordinates, mask, encoding, owner, matching, prune)
-        return value + log_det
+        return coordinates, torch.where(mask, log_det, 0.0).sum(-1).float()
 
     @torch.no_grad()
     def sample(
@@ -117,10 +124,11 @@ class AnchoredHead(nn.Module, ABC):
         encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw the components of N sets; see :meth:`ComponentHead.sample`."""
-        components = self.in_support(self._sample(mask, encoding, owner, generator))
-        return torch.where(mask.unsqueeze(-1), components, 0.0)
+        coordinates, noise = self._sample(mask, encoding, owner, generator)
+        components = self.in_support(coordinates)
+        return torch.where(mask.unsqueeze(-1), components, 0.0), noise
 
     def in_support(self, coordinates: Tensor) -> Tensor:
         """Float32 components of coordinates with positions."""
@@ -136,7 +144,7 @@ class AnchoredHead(nn.Module, ABC):
         owner: Tensor,
         matching: Matching,
         prune: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Log densities ``(N,)`` of coordinates ``(N, Kmax, D)`` with positions."""
 
     @abstractmethod
@@ -146,7 +154,7 @@ class AnchoredHead(nn.Module, ABC):
         encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw coordinates ``(N, Kmax, D)`` with positions."""
 
     def limits(
@@ -193,6 +201,11 @@ class JointSets(NamedTuple):
     near: Tensor
     centre: Tensor
     peaks: Peaks | None
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Log of each row's residual level, shape ``(N,)``; None without peaks."""
+        return None if self.peaks is None else self.peaks.noise[self.which]
 
 
 class JointHead(AnchoredHead):
@@ -265,6 +278,29 @@ class JointHead(AnchoredHead):
         """Components know where the one before is."""
         return True
 
+    def anchor_log_prob(
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
+    ) -> Tensor:
+        """Log probabilities ``(N,)`` of the anchors alone; for training."""
+        position = self._coordinates(parts)[0][..., 0]
+        return self._anchors(position, parts.mask, encoding, owner, prune=False)[1]
+
+    def _anchors(
+        self,
+        position: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Anchors ``(N, Kmax)`` of positions, and their log probabilities ``(N,)``."""
+        edges = self.edges(encoding)
+        anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
+        assert encoding.tokens is not None
+        return anchors, self.pointer.log_prob(
+            encoding.tokens, edges, owner, anchors, mask, prune
+        )
+
     def _log_prob(
         self,
         coordinates: Tensor,
@@ -273,14 +309,10 @@ class JointHead(AnchoredHead):
         owner: Tensor,
         matching: Matching,
         prune: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         # Components stand in canonical order: there is nothing to match.
-        position, edges = coordinates[..., 0], self.edges(encoding)
-        anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
-        assert encoding.tokens is not None
-        value = self.pointer.log_prob(
-            encoding.tokens, edges, owner, anchors, mask, prune
-        )
+        position = coordinates[..., 0]
+        anchors, value = self._anchors(position, mask, encoding, owner, prune)
         sets = self.sets(encoding, owner, anchors, mask)
         w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
@@ -301,7 +333,7 @@ class JointHead(AnchoredHead):
         here = torch.maximum(torch.minimum(here, high), low)
         local = self.local.log_prob(here, mean, factor, (low, high), context)
         local = torch.where(allowed, local, -torch.inf)
-        return value.index_add(0, row, local)
+        return value.index_add(0, row, local), sets.noise
 
     def _sample(
         self,
@@ -309,7 +341,7 @@ class JointHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         assert encoding.tokens is not None
         edges = self.edges(encoding)
         anchors = self.pointer.sample(
@@ -331,7 +363,8 @@ class JointHead(AnchoredHead):
                 mean, factor, ends, context, generator
             )
             before[rows] = anchors[rows, k] + 0.5 + w[rows, k, 0]
-        return self.local_chart.absolute(w, anchors, sets.centre[sets.which])
+        w = self.local_chart.absolute(w, anchors, sets.centre[sets.which])
+        return w, sets.noise
 
     def sets(
         self, encoding: Encoding, owner: Tensor, anchors: Tensor, mask: Tensor
@@ -487,7 +520,7 @@ class FactorisedHead(AnchoredHead):
         owner: Tensor,
         matching: Matching,
         prune: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         edges = self.edges(encoding)[owner]
         anchors = self.axis.anchors(coordinates[..., 0], edges)
         row, column = mask.nonzero(as_tuple=True)
@@ -508,12 +541,12 @@ class FactorisedHead(AnchoredHead):
         block = mask.unsqueeze(-1) & mask.unsqueeze(-2)
         pairs = torch.where(block, pairs, 0.0)
         if matching == "permanent":
-            return log_permanent(pairs, count)
+            return log_permanent(pairs, count), None
         matched = torch.arange(pairs.shape[-1], device=mask.device).expand_as(mask)
         if matching == "hungarian":
             matched = hungarian(pairs, count)
         chosen = pairs.gather(-1, matched.unsqueeze(-1)).squeeze(-1)
-        return torch.where(mask, chosen, 0.0).sum(-1)
+        return torch.where(mask, chosen, 0.0).sum(-1), None
 
     def _sample(
         self,
@@ -521,13 +554,13 @@ class FactorisedHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         row, slot = mask.nonzero(as_tuple=True)
         count = mask.sum(-1)[row]
         shape = (*mask.shape, self.local_chart.num_features)
         coordinates = torch.zeros(shape, dtype=torch.float64, device=mask.device)
         if not len(row):
-            return coordinates
+            return coordinates, None
         assert encoding.tokens is not None
         probs = self.pointer(encoding.tokens).exp()[owner[row], count - 1, slot]
         anchors = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
@@ -540,7 +573,7 @@ class FactorisedHead(AnchoredHead):
         )
         w, _ = self.local.sample(mean, factor, limits, contexts, generator)
         coordinates[row, slot] = self.local_chart.absolute(w, anchors, centre)
-        return coordinates
+        return coordinates, None
 
     def contexts(
         self, encoding: Encoding, owner: Tensor, count: Tensor, anchors: Tensor

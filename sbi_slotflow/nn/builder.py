@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..noise import WhiteNoise
 from ..prior import VariableKPrior
 from .anchor_axis import AnchorAxis
 from .charts import Chart, CircleChart, WhiteningChart
@@ -247,6 +248,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             shared_chart=WhiteningChart(shared).spec if shared else None,
             encoder=described,
             shared_head=self.shared_head,
+            noise_from_fit=self._noise_from_fit,
             flow={
                 "hidden_features": self.flow_hidden_features,
                 "num_layers": self.flow_layers,
@@ -318,6 +320,20 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         if self.problem is None or isinstance(self.problem, VariableKPrior):
             return None
         return self.problem.build_fit()
+
+    @property
+    def _noise_from_fit(self) -> bool:
+        """Whether sigma of white noise is all that components share."""
+        if not self.refine_slots or not isinstance(self.problem, ProblemLike):
+            return False
+        noise = getattr(getattr(self.problem, "simulator", None), "noise", None)
+        marginals = self._prior.shared_marginals
+        return (
+            isinstance(noise, WhiteNoise)
+            and noise.sigma is None
+            and len(marginals) == 1
+            and marginals[0].bounds[0] >= 0
+        )
 
     @property
     def _anchored(self) -> bool:

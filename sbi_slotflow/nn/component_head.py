@@ -39,7 +39,9 @@ class ComponentHead(nn.Module):
         """Independent slots do not know of each other."""
         return False
 
-    def log_prob(self, parts: ThetaParts, encoding: Encoding, owner: Tensor) -> Tensor:
+    def log_prob(
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Evaluate the log density of N sets.
 
         Args:
@@ -49,16 +51,18 @@ class ComponentHead(nn.Module):
 
         Returns:
             Log densities, shape ``(N,)``, with respect to Lebesgue measure on the
-            canonical region; exact up to K = 12, see :func:`log_permanent`.
+            canonical region; exact up to K = 12, see :func:`log_permanent`. And the
+            log level of each set's residual, shape ``(N,)``, or None where no signal is
+            fitted, as here.
         """
         u, log_det = self._coordinates(parts)
         contexts = self._contexts(parts.mask, encoding, owner)
         pairs = self._pairwise_log_density(u, parts.mask, contexts)
-        return log_permanent(pairs, parts.cardinality) + log_det.sum(-1)
+        return log_permanent(pairs, parts.cardinality) + log_det.sum(-1), None
 
     def matched_log_prob(
         self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Evaluate what training maximises; see :meth:`log_prob`.
 
         Args:
@@ -69,7 +73,7 @@ class ComponentHead(nn.Module):
                 ``"ordered"`` take the log density of one assignment.
 
         Returns:
-            Shape ``(N,)``.
+            As :meth:`log_prob`.
         """
         if matching == "permanent":
             return self.log_prob(parts, encoding, owner)
@@ -82,7 +86,7 @@ class ComponentHead(nn.Module):
             matched = hungarian(pairs, parts.cardinality)
         row, slot = parts.mask.nonzero(as_tuple=True)
         value = self.flow.log_prob(u[row, matched[row, slot]], contexts)
-        return log_det.sum(-1).index_add(0, row, value)
+        return log_det.sum(-1).index_add(0, row, value), None
 
     @torch.no_grad()
     def sample(
@@ -91,7 +95,7 @@ class ComponentHead(nn.Module):
         encoding: Encoding,
         owner: Tensor,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw the components of N sets.
 
         Args:
@@ -101,13 +105,14 @@ class ComponentHead(nn.Module):
             generator: Source of randomness.
 
         Returns:
-            Components in slot order, shape ``(N, Kmax, D)``, zero where inactive.
+            Components in slot order, shape ``(N, Kmax, D)``, zero where inactive, and
+            the log level of each set's residual; see :meth:`log_prob`.
         """
         contexts = self._contexts(mask, encoding, owner)
         components = self.chart.inverse(self.flow.sample(contexts, generator))
         padded = components.new_zeros(*mask.shape, components.shape[-1])
         padded[mask] = components
-        return padded
+        return padded, None
 
     def _contexts(self, mask: Tensor, encoding: Encoding, owner: Tensor) -> RowContext:
         """Contexts of the active slots, in the order of ``mask.nonzero()``."""

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
+from .anchored_head import JointHead
 from .charts import Chart, chart_from_spec
 from .encoder_specs import encoder_from_spec
 from .encoders import Encoding, encode
 from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
-from .heads import CardinalityHead, PriorSharedHead, SharedHead
+from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedHead
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]
@@ -39,6 +40,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         spec: The estimator's description.
         encoder: The encoder, if ``spec.encoder`` does not describe one.
         fit: The signal that refined slots fit, if the spec does not describe it.
+
+    Attributes:
+        anchors_only: Whether the loss leaves out all densities but those of the
+            cardinality and of joint anchored slots' anchors: a first stage of training
+            that needs no fits.
 
     Raises:
         ValueError: If neither gives an encoder, or a fit where one is needed.
@@ -66,20 +72,14 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         )
         self.spec = spec
         self.layout = layout
+        self.anchors_only = False
         with torch.no_grad():
             probe = encode(encoder, torch.zeros(2, spec.num_data))
         weights = torch.tensor(spec.cardinality_weights)
         self.cardinality_head = CardinalityHead(
             probe.cardinality.shape[-1], weights.log()
         )
-        self.shared_head: SharedHead | PriorSharedHead | None = None
-        if spec.shared_chart is not None:
-            chart = chart_from_spec(spec.shared_chart)
-            self.shared_head = (
-                SharedHead(chart, probe.shared.shape[-1], layout.max_cardinality)
-                if spec.shared_head
-                else PriorSharedHead(chart)
-            )
+        self.shared_head = _shared_head(spec, probe.shared.shape[-1])
         self.component_head = component_head_from_spec(spec, probe, fit)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
@@ -148,13 +148,18 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         log_k = self.cardinality_head(encoding.cardinality)
         owner = torch.arange(len(input), device=input.device)
         shared = log_k.new_zeros(len(input))
-        if self.shared_head is not None:
-            shared = -self.shared_head.log_prob(
-                parts.shared, encoding.shared, owner, parts.cardinality
+        if self.anchors_only:
+            assert isinstance(self.component_head, JointHead)
+            flow = -self.component_head.anchor_log_prob(parts, encoding, owner)
+        else:
+            log_prob, noise = self.component_head.matched_log_prob(
+                parts, encoding, owner, self.spec.matching
             )
-        flow = -self.component_head.matched_log_prob(
-            parts, encoding, owner, self.spec.matching
-        )
+            flow = -log_prob
+            if self.shared_head is not None:
+                shared = -self.shared_head.log_prob(
+                    parts.shared, encoding.shared, owner, parts.cardinality, noise
+                )
         if self.spec.mean_flow_loss:
             flow = flow / parts.cardinality.clamp(min=1)
         chosen = log_k.gather(-1, parts.cardinality.unsqueeze(-1)).squeeze(-1)
@@ -211,12 +216,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         parts = self.layout.unpack(input.reshape(-1, self.layout.size))
         encoding = self.encode(condition)
         log_k = self.cardinality_head(encoding.cardinality)
-        result = log_k[owner, parts.cardinality]
+        log_components, noise = self.component_head.log_prob(parts, encoding, owner)
+        result = log_k[owner, parts.cardinality] + log_components
         if self.shared_head is not None:
             result = result + self.shared_head.log_prob(
-                parts.shared, encoding.shared, owner, parts.cardinality
+                parts.shared, encoding.shared, owner, parts.cardinality, noise
             )
-        result = result + self.component_head.log_prob(parts, encoding, owner)
         return result.reshape(input.shape[:2])
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
@@ -306,11 +311,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         layout = self.layout
         mask = layout.mask(cardinality)
-        components = self.component_head.sample(mask, encoding, owner, generator)
+        components, noise = self.component_head.sample(mask, encoding, owner, generator)
         shared = None
         if self.shared_head is not None:
             shared = self.shared_head.sample(
-                encoding.shared, owner, cardinality, generator
+                encoding.shared, owner, cardinality, generator, noise
             )
         return layout.canonical(layout.pack(cardinality, components, shared))
 
@@ -424,3 +429,16 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 f"{k.flatten()[:5].tolist()}."
             )
         return cast(Tensor, k.long())
+
+
+def _shared_head(
+    spec: EstimatorSpec, features: int
+) -> SharedHead | NoiseHead | PriorSharedHead | None:
+    if spec.shared_chart is None:
+        return None
+    chart = chart_from_spec(spec.shared_chart)
+    if not spec.shared_head:
+        return PriorSharedHead(chart)
+    if spec.noise_from_fit:
+        return NoiseHead(chart, spec.num_data, features, spec.layout.max_cardinality)
+    return SharedHead(chart, features, spec.layout.max_cardinality)

@@ -8,16 +8,26 @@ The cardinality head is a classifier over K = 0..Kmax (eq. 10 of the paper),
 whose logits are trained with the training prior p(K) in place, so that another prior
 can be put there afterwards. The shared head is a density of the shared parameters
 given x and K, trained by likelihood (the paper instead regresses a sampled sigma).
+Where slots are refined by a fit, :class:`NoiseHead` reads the noise level from what the
+fit leaves.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..marginals import clamp_to_support
 from .charts import Chart
 from .flows import ConditionalFlow, RowContext
+from .local_density import LocalDensity
 
-__all__ = ["CardinalityHead", "PriorSharedHead", "SharedHead"]
+__all__ = ["CardinalityHead", "NoiseHead", "PriorSharedHead", "SharedHead"]
+
+
+# Noise levels below are not told apart.
+_LEAST_NOISE = 1e-12
 
 
 class CardinalityHead(nn.Module):
@@ -78,7 +88,12 @@ class SharedHead(nn.Module):
         )
 
     def log_prob(
-        self, shared: Tensor, embedding: Tensor, owner: Tensor, cardinality: Tensor
+        self,
+        shared: Tensor,
+        embedding: Tensor,
+        owner: Tensor,
+        cardinality: Tensor,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the log density of N rows.
 
@@ -87,12 +102,14 @@ class SharedHead(nn.Module):
             embedding: Shared embeddings of the observations, shape ``(B, C)``.
             owner: Observation of each row, shape ``(N,)``.
             cardinality: K of each row, shape ``(N,)``.
+            noise: Log level of the residual of each row's fit, shape ``(N,)``, where
+                there is a fit; not used here.
 
         Returns:
             Log densities, shape ``(N,)``.
         """
         u, log_det = self.chart.forward(shared)
-        context = self._context(embedding, owner, cardinality)
+        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
         value = self.flow.log_prob(u, context) + log_det
         return torch.where(self.chart.contains(shared), value, -torch.inf)
 
@@ -102,25 +119,99 @@ class SharedHead(nn.Module):
         owner: Tensor,
         cardinality: Tensor,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Draw the shared parameters ``(N, S)`` of N rows; see :meth:`log_prob`."""
-        context = self._context(embedding, owner, cardinality)
+        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
         return self.chart.inverse(self.flow.sample(context, generator))
 
-    def _context(
-        self, embedding: Tensor, owner: Tensor, cardinality: Tensor
-    ) -> RowContext:
-        # Every pair (observation, K) once.
-        num = len(embedding)
-        every = torch.eye(self.num_cardinalities).to(embedding)
-        values = torch.cat(
-            [
-                embedding.repeat_interleave(self.num_cardinalities, dim=0),
-                every.repeat(num, 1),
-            ],
-            dim=-1,
+
+class NoiseHead(nn.Module):
+    r"""Density of the noise level sigma given x, K and what a fit of K leaves.
+
+    .. math::
+        v = \sqrt{2T}\,(\log\sigma - \log\hat\sigma)
+
+    is nearly normal given the residual's standard deviation :math:`\hat\sigma`; it is
+    cut off at the ends of the prior's support, and a flow learns the rest.
+
+    Args:
+        chart: Chart of sigma, for its support.
+        num_data: Length T of x.
+        embedding_features: Length of the shared embedding.
+        max_cardinality: Largest cardinality Kmax.
+
+    Raises:
+        ValueError: If sigma is not the only shared parameter.
+    """
+
+    def __init__(
+        self,
+        chart: Chart,
+        num_data: int,
+        embedding_features: int,
+        max_cardinality: int,
+    ) -> None:
+        super().__init__()
+        if chart.num_features != 1:
+            raise ValueError(
+                "the noise level must be the only shared parameter, got "
+                f"{chart.num_features} of them."
+            )
+        self.chart = chart
+        self.num_cardinalities = max_cardinality + 1
+        self.scale = 1 / math.sqrt(2 * num_data)
+        self.local = LocalDensity(
+            1,
+            embedding_features + self.num_cardinalities,
+            own_features=0,
+            num_layers=1,
+            from_identity=True,
         )
-        return RowContext(values, owner * self.num_cardinalities + cardinality)
+
+    def log_prob(
+        self,
+        shared: Tensor,
+        embedding: Tensor,
+        owner: Tensor,
+        cardinality: Tensor,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate the log density of N rows; see :meth:`SharedHead.log_prob`."""
+        assert noise is not None
+        inside = self.chart.contains(shared)
+        level = shared.double().clamp(min=_LEAST_NOISE).log()
+        v = (level - noise.unsqueeze(-1)) / self.scale
+        ends = self._ends(noise)
+        v = torch.maximum(torch.minimum(v, ends[1]), ends[0])
+        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
+        value = self.local.log_prob(v, *_unit(v), ends, context)
+        log_det = (-math.log(self.scale) - level.squeeze(-1)).to(value)
+        return torch.where(inside, value + log_det, -torch.inf)
+
+    def sample(
+        self,
+        embedding: Tensor,
+        owner: Tensor,
+        cardinality: Tensor,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Draw sigma ``(N, 1)`` of N rows; see :meth:`SharedHead.log_prob`."""
+        assert noise is not None
+        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
+        zero = torch.zeros_like(noise).unsqueeze(-1)
+        v, _ = self.local.sample(*_unit(zero), self._ends(noise), context, generator)
+        shared = (noise.unsqueeze(-1) + self.scale * v).exp().float()
+        return clamp_to_support(shared, self.chart.marginals)
+
+    def _ends(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest v, each of shape ``(N, 1)``."""
+        low, high = (
+            math.log(max(end, _LEAST_NOISE)) for end in self.chart.marginals[0].bounds
+        )
+        noise = noise.double().unsqueeze(-1)
+        return (low - noise) / self.scale, (high - noise) / self.scale
 
 
 class PriorSharedHead(nn.Module):
@@ -137,7 +228,12 @@ class PriorSharedHead(nn.Module):
         self.chart = chart
 
     def log_prob(
-        self, shared: Tensor, embedding: Tensor, owner: Tensor, cardinality: Tensor
+        self,
+        shared: Tensor,
+        embedding: Tensor,
+        owner: Tensor,
+        cardinality: Tensor,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the prior's log density; see :meth:`SharedHead.log_prob`."""
         u, log_det = self.chart.forward(shared)
@@ -151,7 +247,28 @@ class PriorSharedHead(nn.Module):
         owner: Tensor,
         cardinality: Tensor,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Draw from the prior; see :meth:`SharedHead.sample`."""
         u = torch.empty(len(owner), self.chart.num_features).to(embedding)
         return self.chart.inverse(u.normal_(generator=generator))
+
+
+def _every_pair(
+    embedding: Tensor, owner: Tensor, cardinality: Tensor, num_cardinalities: int
+) -> RowContext:
+    """Contexts of rows: every pair (observation, K) once."""
+    every = torch.eye(num_cardinalities).to(embedding)
+    values = torch.cat(
+        [
+            embedding.repeat_interleave(num_cardinalities, dim=0),
+            every.repeat(len(embedding), 1),
+        ],
+        dim=-1,
+    )
+    return RowContext(values, owner * num_cardinalities + cardinality)
+
+
+def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean zero and factor one for rows of v."""
+    return torch.zeros_like(v), torch.ones_like(v).unsqueeze(-1)

@@ -27,12 +27,14 @@ class Peaks(NamedTuple):
         features: What a network is told of each peak, shape ``(S, K, 3 D + 1)``: mode,
             deviations, their share that is left once the components before are known,
             and the noise level.
+        noise: Log of the residuals' standard deviation, shape ``(S,)``.
     """
 
     mode: Tensor
     centre: Tensor
     factor: Tensor
     features: Tensor
+    noise: Tensor
 
     def block(self, which: Tensor, k: int | Tensor) -> Tensor:
         """Factors ``(N, D, D)`` of component k of N sets, given those before it."""
@@ -97,7 +99,8 @@ class PeakFinder:
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         features = zeros.new_zeros(num, size, self.num_features)
-        peaks = Peaks(zeros, torch.zeros_like(zeros[..., 0]), factor, features)
+        centre, noise = torch.zeros_like(zeros[..., 0]), zeros.new_zeros(num)
+        peaks = Peaks(zeros, centre, factor, features, noise)
         for start in range(0, num, MAX_SETS):
             here = slice(start, start + MAX_SETS)
             # Only as many components as the largest of these sets has.
@@ -108,6 +111,7 @@ class PeakFinder:
             peaks.centre[here, :most] = found.centre
             peaks.factor[here, : most * width, : most * width] = found.factor
             peaks.features[here, :most] = found.features
+            peaks.noise[here] = found.noise
         return peaks
 
     def _fit(
@@ -154,7 +158,7 @@ class PeakFinder:
             left.log().clamp(min=-5.0),
             noise[:, None, None].expand(*mode.shape[:2], 1),
         ]
-        return Peaks(mode, centre, factor, torch.cat(features, -1))
+        return Peaks(mode, centre, factor, torch.cat(features, -1), noise)
 
     def _start(
         self,

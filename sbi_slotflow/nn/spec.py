@@ -23,6 +23,8 @@ class EstimatorSpec:
         encoder: Spec of the encoder, or None for a module of the user's own.
         shared_head: Whether the shared parameters are inferred; else draws come from
             their prior.
+        noise_from_fit: Whether the shared parameter is the noise level and is read from
+            what the fit of refined slots leaves.
         flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
         slots: Kind and options of the slots, see
             :func:`~sbi_slotflow.nn.slots.slots_from_spec`.
@@ -39,6 +41,7 @@ class EstimatorSpec:
     shared_chart: dict[str, Any] | None
     encoder: dict[str, Any] | None
     shared_head: bool = True
+    noise_from_fit: bool = False
     flow: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, Any] = field(default_factory=dict)
     matching: Matching = "hungarian"

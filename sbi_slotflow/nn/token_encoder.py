@@ -12,18 +12,22 @@ smoothly. :class:`TraceTokens` reads traces in which components sit at a time.
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .encoders import Encoding, Pool, SelfAttention, projection
 
+if TYPE_CHECKING:
+    from ..problems.sine_pursuit import SinePursuit
+
 __all__ = ["BandTokens", "TokenEncoder", "TraceTokens", "front_end_from_spec"]
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
 _ATTEND_EVERY = 3
 _EDGE_SHIFT, _EDGE_CHOICES = 0.4, 5
+_FOUND_CHANNELS = 5
 
 
 class BandTokens(nn.Module):
@@ -37,11 +41,17 @@ class BandTokens(nn.Module):
 
     Cells' edges lie where the tapered spectrum is least, up to 0.4 of a cell from even.
 
+    With ``pursuit``, that many components at most are first found by matching pursuit
+    (:class:`~sbi_slotflow.problems.sine_pursuit.SinePursuit`): tokens then also show
+    which were found in their cell and the residual's amplitudes, and the levels what
+    each component earned.
+
     Args:
         lengths: Samples of each record.
         rates: Samples per second of each record.
         band: Lowest and highest frequency.
         num_tokens: Number L of tokens.
+        pursuit: Components to look for beforehand; 0 for none.
     """
 
     kind: ClassVar[str] = "band"
@@ -54,6 +64,7 @@ class BandTokens(nn.Module):
         rates: Sequence[float],
         band: Sequence[float],
         num_tokens: int,
+        pursuit: int = 0,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -62,7 +73,12 @@ class BandTokens(nn.Module):
             "rates": list(rates),
             "band": list(band),
             "num_tokens": num_tokens,
+            "pursuit": pursuit,
         }
+        self.pursue = None
+        if pursuit:
+            self.pursue = _pursuit(lengths, rates, band, pursuit)
+        self._low, self._width = band[0], (band[1] - band[0]) / num_tokens
         self.lengths, self.num_tokens = tuple(lengths), num_tokens
         self.num_data = sum(lengths)
         cells = torch.arange(num_tokens, dtype=torch.float64)
@@ -99,6 +115,9 @@ class BandTokens(nn.Module):
         self._keep("position", torch.linspace(-1.0, 1.0, num_tokens))
         self.num_levels = len(lengths)
         self.channels = 5 * self._readings + len(lengths) + 3
+        if pursuit:
+            self.num_levels += pursuit + 3
+            self.channels += 3 * self._readings + _FOUND_CHANNELS
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read x ``(B, T)``.
@@ -106,34 +125,89 @@ class BandTokens(nn.Module):
         Returns:
             Channels ``(B, L, channels)``, levels ``(B, S)`` and edges ``(B, L + 1)``.
         """
-        readings, levels = [], []
-        for i, record in enumerate(x.split(self.lengths, -1)):
-            read = record @ self.get_buffer(f"matrix_{i}")
-            readings.append(read.unflatten(-1, (-1, self.num_tokens)))
-            spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
-            power = spectrum[:, self.get_buffer(f"outside_{i}")].abs().square().mean(-1)
-            levels.append(0.5 * (power / (0.375 * self.lengths[i]) + 1e-8).log())
-        amplitudes = torch.cat(readings, -2)  # (B, 2 R, L)
-        level = torch.stack(levels, -1)
+        amplitudes = self._read(x)
+        level = torch.stack(
+            [self._noise_level(i, r) for i, r in enumerate(x.split(self.lengths, -1))],
+            dim=-1,
+        )
         sigma = level.mean(-1).exp()
-        relative = amplitudes / (sigma[:, None, None] * self.noise[:, None])
-        power = relative.unflatten(-2, (-1, 2)).square().sum(-2)
-        position = self.position.expand(len(x), 1, -1)
         levels_everywhere = level.unsqueeze(-1).expand(-1, -1, self.num_tokens)
         edges = self._edges(x)
         shifts = edges - torch.arange(self.num_tokens + 1).to(edges)
-        channels = torch.cat(
+        channels = [
+            torch.stack([shifts[:, :-1], shifts[:, 1:]], -2).to(x),
+            amplitudes,
+            *self._in_units_of_noise(amplitudes, sigma),
+            levels_everywhere,
+            self.position.expand(len(x), 1, -1),
+        ]
+        if self.pursue is not None:
+            more, earned = self._pursued(x, edges)
+            channels += more
+            level = torch.cat([level, earned], -1)
+        return torch.cat(channels, dim=-2).mT, level, edges
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Amplitudes ``(B, 2 R, L)`` of R readings."""
+        readings = [
+            (record @ self.get_buffer(f"matrix_{i}")).unflatten(
+                -1, (-1, self.num_tokens)
+            )
+            for i, record in enumerate(x.split(self.lengths, -1))
+        ]
+        return torch.cat(readings, -2)
+
+    def _noise_level(self, i: int, record: Tensor) -> Tensor:
+        """Log noise level of a record, from its spectrum outside the band."""
+        spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
+        power = spectrum[:, self.get_buffer(f"outside_{i}")].abs().square().mean(-1)
+        return 0.5 * (power / (0.375 * self.lengths[i]) + 1e-8).log()
+
+    def _in_units_of_noise(
+        self, amplitudes: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Amplitudes ``(B, 2 R, L)`` and log powers ``(B, R, L)``."""
+        relative = amplitudes / (sigma[:, None, None] * self.noise[:, None])
+        power = relative.unflatten(-2, (-1, 2)).square().sum(-2)
+        return relative.asinh(), (1 + power).log()
+
+    @torch.no_grad()
+    def _pursued(self, x: Tensor, edges: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Channels of what the pursuit found and left, and levels ``(B, P + 3)``."""
+        assert self.pursue is not None
+        pursued = self.pursue(x)
+        sigma = pursued.residual.square().mean(-1).sqrt().clamp(min=1e-12)
+        left = self._in_units_of_noise(self._read(pursued.residual), sigma)
+        position = (pursued.frequency - self._low) / self._width
+        cell = torch.searchsorted(edges, position.contiguous(), right=True) - 1
+        cell = cell.clamp(0, self.num_tokens - 1)
+        strength = pursued.phasor.abs() / (sigma * self.noise[0]).unsqueeze(-1)
+        place = torch.arange(cell.shape[-1]).to(sigma).expand_as(cell)
+        each = torch.stack(
             [
-                torch.stack([shifts[:, :-1], shifts[:, 1:]], -2).to(x),
-                amplitudes,
-                relative.asinh(),
-                (1 + power).log(),
-                levels_everywhere,
-                position,
+                torch.ones_like(strength),
+                position - cell - 0.5,
+                strength.asinh(),
+                pursued.gain.asinh(),
+                0.1 * place,
             ],
             dim=-2,
         )
-        return channels.mT, level, edges
+        each = torch.where(pursued.found.unsqueeze(-2), each, 0.0)
+        found = x.new_zeros(len(x), _FOUND_CHANNELS, self.num_tokens)
+        found.scatter_add_(-1, cell.unsqueeze(-2).expand_as(each), each.to(x))
+        # What one more component anywhere would be worth, up to a constant.
+        worth = (0.5 * left[1][:, 0].exp()).clamp(max=30.0).logsumexp(-1)
+        earned = torch.cat(
+            [
+                0.3 * pursued.gain.asinh(),
+                0.1 * pursued.found.sum(-1, keepdim=True),
+                sigma.log().unsqueeze(-1),
+                0.1 * worth.unsqueeze(-1),
+            ],
+            dim=-1,
+        )
+        return [*left, found], earned.to(x)
 
     @torch.no_grad()
     def _edges(self, x: Tensor) -> Tensor:
@@ -285,6 +359,17 @@ class _Block(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         around = self.convolution(self.norm(tokens).mT).mT
         return tokens + self.mix(around)
+
+
+def _pursuit(
+    lengths: Sequence[int], rates: Sequence[float], band: Sequence[float], most: int
+) -> "SinePursuit":
+    from ..problems.sine_fit import SineFit
+    from ..problems.sine_grid import Grid
+    from ..problems.sine_pursuit import SinePursuit
+
+    grids = (Grid(n / rate, rate) for n, rate in zip(lengths, rates, strict=True))
+    return SinePursuit(SineFit(tuple(grids)), (band[0], band[1]), most)
 
 
 def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:

@@ -18,7 +18,7 @@ from ..training import SlotNPE
 __all__ = ["RECIPES", "PretrainingRecipe", "Stage", "pretrain"]
 
 
-_LOCAL = ("component_head.trunk.", "component_head.local.")
+_LOCAL = ("component_head.trunk.", "component_head.local.", "shared_head.")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Stage:
         num_simulations: Simulations to train on.
         learning_rate: Peak learning rate, which falls to zero over the stage.
         cardinality_weight: Weight of the cardinality in the loss.
-        local_only: Whether the local densities alone are trained, from the start; the
-            rest is kept from the stage before.
+        part: ``"anchors"``: the encoder, the cardinality and the anchors, which needs
+            no fits; ``"local"``: the densities in the anchors' cells and of the noise,
+            with the rest kept from the stage before; ``"all"``.
     """
 
     num_simulations: int
     learning_rate: float = 1e-3
     cardinality_weight: float = 1.0
-    local_only: bool = False
+    part: Literal["all", "anchors", "local"] = "all"
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,30 @@ RECIPES: dict[str, PretrainingRecipe] = {
     "sinusoids-tiny": PretrainingRecipe(
         "tiny",
         {"refine_slots": 3},
-        (Stage(128_000, 1e-3, 3.0), Stage(51_200, 1e-3, 3.0, local_only=True)),
+        (
+            Stage(128_000, 1e-3, 3.0, part="anchors"),
+            Stage(51_200, 1e-3, 3.0, part="local"),
+        ),
     ),
     "sinusoids-paper": PretrainingRecipe(
         "paper",
         {"refine_slots": 3},
-        (Stage(160_000, 1e-3, 3.0), Stage(64_000, 1e-3, 3.0, local_only=True)),
+        (
+            Stage(256_000, 1e-3, 3.0, part="anchors"),
+            Stage(96_000, 1e-3, 3.0, part="local"),
+        ),
     ),
     "sinusoids-crowded": PretrainingRecipe(
         "crowded",
-        {"refine_slots": 4},
-        (Stage(192_000, 1e-3, 3.0), Stage(51_200, 1e-3, 3.0, local_only=True)),
+        {
+            "refine_slots": 4,
+            "slots": "anchored",
+            "encoder_options": {"pursuit": True},
+        },
+        (
+            Stage(384_000, 1e-3, 3.0, part="anchors"),
+            Stage(64_000, 1e-3, 3.0, part="local"),
+        ),
     ),
 }
 """Recipes by name."""
@@ -109,7 +123,7 @@ def pretrain(
                 **recipe.builder,
             ),
             weights,
-            stage.local_only,
+            stage.part,
         )
         estimator = SlotNPE(problem.prior, build, device=device).train_online(
             problem.simulator,
@@ -131,16 +145,18 @@ class _Builder:
 
     build: slot_nn
     weights: dict[str, Tensor] | None
-    local_only: bool
+    part: str
 
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         estimator = self.build(theta, x)
-        if self.weights is None:
-            return estimator
-        kept = self.weights
-        if self.local_only:
+        estimator.anchors_only = self.part == "anchors"
+        kept = self.weights or {}
+        if self.part == "local":
             kept = {n: w for n, w in kept.items() if not n.startswith(_LOCAL)}
+        if self.part != "all":
+            local = self.part == "local"
             for name, parameter in estimator.named_parameters():
-                parameter.requires_grad_(name.startswith(_LOCAL))
-        estimator.load_state_dict(kept, strict=not self.local_only)
+                parameter.requires_grad_(name.startswith(_LOCAL) == local)
+        if kept:
+            estimator.load_state_dict(kept, strict=self.part != "local")
         return estimator

@@ -114,8 +114,8 @@ class SineFit:
         alpha = torch.tensor([1.0, 1.0j], dtype=torch.complex128)
         alpha = alpha.to(frequency.device) * mask.unsqueeze(-1)
         beta = torch.zeros_like(alpha)
-        gram = self._gram(alpha, beta, frequency)
-        inner = self._inner(data, owner, alpha, beta, frequency).flatten(-2)
+        gram = self.gram(alpha, beta, frequency)
+        inner = self.inner(data, owner, alpha, beta, frequency).flatten(-2)
         penalty = self.ridge * torch.eye(gram.shape[-1]).to(gram)
         solved = torch.linalg.solve(gram + penalty, inner).unflatten(-1, (-1, 2))
         return torch.complex(solved[..., 0], solved[..., 1])
@@ -138,8 +138,8 @@ class SineFit:
         turn = _TWO_PI * 1j * phasor
         alpha = torch.stack([unit, 1j * phasor, self.reference_time * turn], -1)
         beta = torch.stack([0 * unit, 0 * unit, turn], -1)
-        gram = self._gram(alpha, beta, frequency)
-        inner = self._inner(data, owner, alpha, beta, frequency)
+        gram = self.gram(alpha, beta, frequency)
+        inner = self.inner(data, owner, alpha, beta, frequency)
         # The signal is the sum of A times its derivative with respect to A.
         weights = torch.zeros_like(inner)
         weights[..., 0] = amplitude * mask
@@ -154,7 +154,7 @@ class SineFit:
             curvature=gram,
         )
 
-    def _gram(self, alpha: Tensor, beta: Tensor, frequency: Tensor) -> Tensor:
+    def gram(self, alpha: Tensor, beta: Tensor, frequency: Tensor) -> Tensor:
         """Inner products of C vectors a component: ``(N, K C, K C)``."""
         num, width = alpha.shape[-2], alpha.shape[-1]
         below = self._moments(frequency.unsqueeze(-1) - frequency.unsqueeze(-2))
@@ -172,7 +172,7 @@ class SineFit:
         assert total is not None
         return 0.5 * total.real.reshape(*alpha.shape[:-2], num * width, num * width)
 
-    def _inner(
+    def inner(
         self,
         data: Tensor,
         owner: Tensor,

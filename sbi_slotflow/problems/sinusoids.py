@@ -135,13 +135,22 @@ class Sinusoids(Problem):
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})
 
-    def build_token_encoder(self, **options: Any) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell of the band."""
+    def build_token_encoder(
+        self, pursuit: bool = False, **options: Any
+    ) -> TokenEncoder:
+        """Return a :class:`TokenEncoder` with a token for each cell of the band.
+
+        Args:
+            pursuit: Whether components are first found by matching pursuit, which
+                pays where the cardinality is uncertain.
+            options: Options of the encoder.
+        """
         front_end = BandTokens(
             [grid.num_samples for grid in self.grids],
             [grid.rate for grid in self.grids],
             self.prior.component_marginals[2].bounds,
             self.location_axis().num_anchors,
+            self.layout.max_cardinality if pursuit else 0,
         )
         return TokenEncoder(front_end, **options)
 

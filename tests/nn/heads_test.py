@@ -1,0 +1,118 @@
+"""The noise level's density given what a fit leaves."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from sbi_slotflow.marginals import Marginal
+from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.nn.heads import NoiseHead
+
+NUM_DATA, LARGEST = 200, 3
+EMBEDDING = torch.linspace(-1.0, 1.0, 12).reshape(2, 6)
+# Residual levels inside the support, at its ends, and far off.
+LEVELS = (0.5, 0.101, 0.995, 2.0, 0.02)
+
+
+def noise_head(low: float = 0.1, shaken: float = 0.0) -> NoiseHead:
+    chart = WhiteningChart((Marginal("uniform", low, 1.0),))
+    head = NoiseHead(chart, NUM_DATA, EMBEDDING.shape[-1], LARGEST)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in head.parameters():
+            parameter += shaken * torch.randn_like(parameter)
+    return head.eval()
+
+
+def rows(level: float, num: int, k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Owners, cardinalities and log residual levels of rows that are alike."""
+    one = torch.ones(num, dtype=torch.int64)
+    return one, k * one, torch.full((num,), math.log(level), dtype=torch.float64)
+
+
+def log_density(head: nn.Module, sigma: Tensor, level: float, k: int = 2) -> Tensor:
+    owner, count, noise = rows(level, len(sigma), k)
+    return head.log_prob(sigma.unsqueeze(-1), EMBEDDING, owner, count, noise)
+
+
+@pytest.mark.parametrize("shaken", [0.0, 0.1])
+@pytest.mark.parametrize("level", LEVELS)
+@torch.no_grad()
+def test_it_integrates_to_one_over_the_prior_support(
+    level: float, shaken: float
+) -> None:
+    head = noise_head(shaken=shaken)
+    sigma = torch.linspace(math.log(0.1), math.log(1.0), 200_001).double().exp()
+    middle = (0.5 * (sigma[1:] + sigma[:-1])).float()
+    mass = log_density(head, middle, level).double().exp() * sigma.diff()
+    assert mass.sum() == pytest.approx(1.0, abs=2e-3)
+
+
+@torch.no_grad()
+def test_it_starts_as_the_residual_says() -> None:
+    head = noise_head()
+    sigma = torch.tensor([0.45, 0.5, 0.52])
+    spread = 1 / math.sqrt(2 * NUM_DATA)
+    expected = (
+        stats.norm(math.log(0.5), spread).logpdf(sigma.log()) - sigma.log().numpy()
+    )
+    found = log_density(head, sigma, 0.5)
+    torch.testing.assert_close(
+        found.double(), torch.tensor(expected), atol=5e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@torch.no_grad()
+def test_draws_follow_it(level: float) -> None:
+    head, num = noise_head(shaken=0.1), 5_000
+    owner, count, noise = rows(level, num)
+    generator = torch.Generator().manual_seed(0)
+    draws = head.sample(EMBEDDING, owner, count, generator, noise)
+    assert head.chart.contains(draws).all()
+    sigma = torch.linspace(0.1, 1.0, 100_001)
+    density = log_density(head, sigma, level).double().exp()
+    below = torch.cumulative_trapezoid(density, sigma.double())
+    grid, below = sigma[1:].numpy(), (below / below[-1]).numpy()
+    # false alarm in 1 of 10^6 seeds, each level
+    test = stats.kstest(
+        draws.squeeze(-1).numpy(), lambda value: np.interp(value, grid, below)
+    )
+    assert test.pvalue > 1e-6
+
+
+@torch.no_grad()
+def test_it_depends_on_x_and_on_k() -> None:
+    head = noise_head(shaken=0.1)
+    sigma = torch.full((3,), 0.5)
+    owner, count = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 2])
+    noise = torch.full((3,), math.log(0.5)).double()
+    values = head.log_prob(sigma.unsqueeze(-1), EMBEDDING, owner, count, noise)
+    assert values.unique().numel() == 3
+
+
+@torch.no_grad()
+def test_outside_the_support_it_is_zero() -> None:
+    head = noise_head()
+    assert (log_density(head, torch.tensor([0.05, 1.1]), 0.5) == -torch.inf).all()
+
+
+@torch.no_grad()
+def test_a_support_from_zero_is_no_trouble() -> None:
+    head = noise_head(low=0.0)
+    owner, count, noise = rows(1e-3, 1_000)
+    generator = torch.Generator().manual_seed(0)
+    draws = head.sample(EMBEDDING, owner, count, generator, noise).squeeze(-1)
+    assert (draws > 0).all()
+    assert draws.log().std() == pytest.approx(1 / math.sqrt(2 * NUM_DATA), rel=0.1)
+    assert log_density(head, draws, 1e-3).isfinite().all()
+
+
+def test_several_shared_parameters_are_refused() -> None:
+    chart = WhiteningChart((Marginal("uniform", 0.1, 1.0),) * 2)
+    with pytest.raises(ValueError, match="only shared parameter, got 2"):
+        NoiseHead(chart, NUM_DATA, 6, LARGEST)
