@@ -3,14 +3,13 @@
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
 ``widths`` (posterior deviations over exact ones, ``paper``), ``coverage`` (of credible
 intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
-refined), ``speed`` and ``memory`` (against the paper's network). ``cards`` writes the
-model cards from the numbers that were kept with ``--out benchmarks/results``.
+refined). ``cards`` writes the model cards from the numbers that were kept with
+``--out benchmarks/results``.
 """
 
 import hashlib
 import json
 import math
-import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, load_pretrained, metrics, rjmcmc, slot_nn
+from sbi_slotflow import metrics, rjmcmc
 from sbi_slotflow.pretraining import RECIPES
-from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
 
 from .common import (
     PERIODS,
+    TEST,
     Numbers,
     given_k,
     one,
     progress,
+    ready,
     run_parts,
     simulate,
     spread,
@@ -37,8 +37,6 @@ from .common import (
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
-# Streams of the seed, all apart from those of the training.
-_TEST = 1_000_003
 LEVELS = np.linspace(0.1, 0.95, 18)
 
 
@@ -52,8 +50,8 @@ def cardinality(num_signals: int, seed: int) -> Numbers:
 
 def widths(num_signals: int, seed: int) -> Numbers:
     """Posterior deviations given the true K over exact ones, ``paper``."""
-    problem, posterior = _ready("paper")
-    theta, x = simulate(problem, num_signals, _TEST + seed)
+    problem, posterior = ready("paper")
+    theta, x = simulate(problem, num_signals, TEST + seed)
     ratios: dict[str, list[float]] = {}
     for i in range(num_signals):
         k = int(problem.layout.cardinality(theta[i]))
@@ -89,65 +87,9 @@ def crowded(num_signals: int, seed: int) -> Numbers:
     return _against_exact("crowded", num_signals, seed)
 
 
-def speed(num_signals: int, seed: int) -> Numbers:
-    """Cost of an analysis against the paper's network, one thread."""
-    problem, posterior = _ready("paper")
-    theta, x = simulate(given_k(problem, 10), max(2, num_signals), _TEST + seed)
-    rival = SlotPosterior(slot_nn.paper(problem)(theta, x), problem.prior)
-    times: dict[str, list[float]] = {}
-
-    def clock(name: str, work: object) -> None:
-        assert callable(work)
-        started = time.perf_counter()
-        work()
-        times.setdefault(name, []).append(time.perf_counter() - started)
-
-    for i in range(num_signals):
-        for name, one_of in (("weights", posterior), ("paper", rival)):
-            clock(f"{name}: p(K | x)", lambda p=one_of, i=i: p.cardinality(x[i]))
-        clock(
-            "weights: 10,000 samples",
-            lambda i=i: posterior.sample((10_000,), x[i], k=10),
-        )
-        # A tenth of the draws of the paper's network: its cost is their number's.
-        clock(
-            "paper: 1,000 samples",
-            lambda i=i: rival.posterior_estimator.sample(
-                (1_000,), x[i : i + 1], torch.tensor(10)
-            ),
-        )
-        progress(f"{ {name: round(t[-1], 3) for name, t in times.items()} }")
-    middle = {name: float(np.median(t)) for name, t in times.items()}
-    return {
-        "p(K | x) over the paper's": middle["weights: p(K | x)"]
-        / middle["paper: p(K | x)"],
-        "10,000 samples at K = 10 over the paper's": middle["weights: 10,000 samples"]
-        / (10 * middle["paper: 1,000 samples"]),
-        "seconds": {name: spread(t) for name, t in times.items()},
-    }
-
-
-def memory(num_signals: int, seed: int) -> Numbers:
-    """Peak memory of 10,000 samples at K = 10."""
-    problem, posterior = _ready("paper")
-    _, x = simulate(given_k(problem, 10), 1, _TEST + seed)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    posterior.sample((10_000,), x[0], k=10)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "megabytes of the process before": before / 1024,
-        "megabytes that sampling adds": (after - before) / 1024,
-    }
-
-
-def _ready(preset: str) -> tuple[Sinusoids, SlotPosterior]:
-    posterior = load_pretrained(f"sinusoids-{preset}")
-    return RECIPES[f"sinusoids-{preset}"].problem, posterior
-
-
 def _cardinality(preset: str, num_signals: int, seed: int) -> Numbers:
-    problem, posterior = _ready(preset)
-    theta, x = simulate(problem, num_signals, _TEST + seed)
+    problem, posterior = ready(preset)
+    theta, x = simulate(problem, num_signals, TEST + seed)
     probs = torch.cat([posterior.cardinality(part).probs for part in x.split(200)])
     k = problem.layout.cardinality(theta)
     right = (probs.argmax(-1) == k).double()
@@ -178,11 +120,11 @@ def _calibration_error(probs: Tensor, k: Tensor, num_bins: int = 15) -> float:
 
 def _coverage(preset: str, num_signals: int, seed: int) -> Numbers:
     """Bias of the share of truths in central intervals, over levels, by K."""
-    problem, posterior = _ready(preset)
+    problem, posterior = ready(preset)
     layout = problem.layout
     numbers: Numbers = {}
     for k in range(1, layout.max_cardinality + 1):
-        theta, x = simulate(given_k(problem, k), num_signals, _TEST + seed + k)
+        theta, x = simulate(given_k(problem, k), num_signals, TEST + seed + k)
         ranks: dict[str, list[Tensor]] = {}
         for rows, part in zip(theta.split(100), x.split(100), strict=True):
             draws = posterior.sample_batched((199,), part, k=k)
@@ -218,8 +160,8 @@ def _unwrapped(angle: Tensor, period: float) -> Tensor:
 
 
 def _against_exact(preset: str, num_signals: int, seed: int) -> Numbers:
-    problem, posterior = _ready(preset)
-    theta, x = simulate(problem, num_signals, _TEST + seed)
+    problem, posterior = ready(preset)
+    theta, x = simulate(problem, num_signals, TEST + seed)
     kept: dict[str, list[float]] = {}
 
     def keep(name: str, value: float | None) -> None:
@@ -347,8 +289,6 @@ PARTS = {
     "coverage": (coverage, 1_000),
     "paper": (paper, 50),
     "crowded": (crowded, 50),
-    "speed": (speed, 5),
-    "memory": (memory, 1),
     "cards": (cards, 1),
 }
 

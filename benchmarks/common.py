@@ -11,14 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from arviz_stats.base.array import array_stats
 from torch import Tensor
 
+from sbi_slotflow import SlotPosterior, load_pretrained
+from sbi_slotflow.pretraining import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.refinement import RefinedPosterior
 from sbi_slotflow.seeding import generator_for
 
 Numbers = dict[str, Any]
 PERIODS = {"phase": 2 * math.pi}
+# Stream of the seed for signals that no training has seen.
+TEST = 1_000_003
+
+
+def ready(preset: str) -> tuple[Sinusoids, SlotPosterior]:
+    """A preset and its shipped weights."""
+    posterior = load_pretrained(f"sinusoids-{preset}")
+    return RECIPES[f"sinusoids-{preset}"].problem, posterior
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +63,18 @@ def spread(values: list[float]) -> Numbers:
         "max": float(array.max()),
         "n": len(array),
     }
+
+
+def chains_size(values: np.ndarray) -> float:
+    """Effective size of (chains, draws)."""
+    size: Any = array_stats.ess(values)
+    return float(size)
+
+
+def ensemble_size(values: np.ndarray) -> float:
+    """Effective size of (walkers, draws): variance over that of the grand mean."""
+    mean = values.mean(0)
+    return chains_size(mean[None]) * float(values.var() / max(mean.var(), 1e-300))
 
 
 def progress(text: str) -> None:

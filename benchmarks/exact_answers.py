@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from arviz_stats.base.array import array_stats
 from torch import Tensor
 
 from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
@@ -30,6 +29,8 @@ from sbi_slotflow.seeding import generator_for
 from .common import (
     PERIODS,
     Numbers,
+    chains_size,
+    ensemble_size,
     given_k,
     one,
     progress,
@@ -312,7 +313,7 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
         # Draws of another K would mix components up: the nearest K = 3 stands in.
         parts = layout.unpack(draws.theta)
         series = torch.cat([parts.shared, parts.components[..., :3, :].flatten(-2)], -1)
-        size = _ensemble_size if timed.kind == "ensemble" else _chains_size
+        size = ensemble_size if timed.kind == "ensemble" else chains_size
         effective = min(size(column.numpy()) for column in series.unbind(-1))
     return {
         "seconds": seconds,
@@ -321,18 +322,6 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
         # Less than one effective draw counts as one: a bound in the method's favour.
         "seconds per draw": seconds / max(effective, 1.0),
     }
-
-
-def _chains_size(values: np.ndarray) -> float:
-    """Effective size of (chains, draws)."""
-    size: Any = array_stats.ess(values)
-    return float(size)
-
-
-def _ensemble_size(values: np.ndarray) -> float:
-    """Effective size of (walkers, draws): variance over that of the grand mean."""
-    mean = values.mean(0)
-    return _chains_size(mean[None]) * float(values.var() / mean.var())
 
 
 def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:

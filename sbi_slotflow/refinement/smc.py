@@ -15,6 +15,7 @@ the evidence too small. The small share of the prior lets moves reach every set.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,17 +68,19 @@ def temper(
     prior, one = posterior.prior, x.unsqueeze(0)
     proposal = WithExtraComponent(posterior, defensive)
 
-    def evaluate(theta: Tensor) -> Population:
+    def evaluate(theta: Tensor, beta: float = 0.0) -> Population:
         log_prior = prior.log_prob(theta).double()
-        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1), one)[:, 0]
-        log_q = torch.logaddexp(
-            log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
-        )
         log_p = torch.full_like(log_prior, -math.inf)
         inside = torch.isfinite(log_prior)
         if inside.any():
             values = checked_log_likelihood(log_likelihood, theta[inside], one)
             log_p[inside] = log_prior[inside] + values
+        if beta == 1.0:  # q has no part in the last target, and costs most
+            return Population(theta, log_p, log_p)
+        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1), one)[:, 0]
+        log_q = torch.logaddexp(
+            log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
+        )
         # Outside the prior's support both vanish.
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
 
@@ -103,7 +106,7 @@ def temper(
         for sweep in range(1, _MOST_SWEEPS + 1):
             for move in moves:
                 population, rate = metropolis(
-                    population, move, beta, evaluate, generator
+                    population, move, beta, partial(evaluate, beta=beta), generator
                 )
                 rates[move.name].append(rate)
             if sweep >= least:

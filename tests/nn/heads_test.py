@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from sbi_slotflow.marginals import Marginal
 from sbi_slotflow.nn.charts import WhiteningChart
@@ -34,7 +34,7 @@ def rows(level: float, num: int, k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return one, k * one, torch.full((num,), math.log(level), dtype=torch.float64)
 
 
-def log_density(head: nn.Module, sigma: Tensor, level: float, k: int = 2) -> Tensor:
+def log_density(head: NoiseHead, sigma: Tensor, level: float, k: int = 2) -> Tensor:
     owner, count, noise = rows(level, len(sigma), k)
     return head.log_prob(sigma.unsqueeze(-1), EMBEDDING, owner, count, noise)
 
@@ -57,9 +57,8 @@ def test_it_starts_as_the_residual_says() -> None:
     head = noise_head()
     sigma = torch.tensor([0.45, 0.5, 0.52])
     spread = 1 / math.sqrt(2 * NUM_DATA)
-    expected = (
-        stats.norm(math.log(0.5), spread).logpdf(sigma.log()) - sigma.log().numpy()
-    )
+    log_sigma = sigma.log().numpy()
+    expected = stats.norm.logpdf(log_sigma, math.log(0.5), spread) - log_sigma
     found = log_density(head, sigma, 0.5)
     torch.testing.assert_close(
         found.double(), torch.tensor(expected), atol=5e-3, rtol=0
