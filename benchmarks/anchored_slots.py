@@ -74,7 +74,9 @@ def widths(num_signals: int, seed: int) -> Numbers:
 
 def coverage(num_signals: int, seed: int) -> Numbers:
     """Coverage of credible intervals given the true K, ``paper`` and ``crowded``."""
-    return {name: _coverage(name, num_signals, seed) for name in ("paper", "crowded")}
+    # Anchors of weak components are many, each of which is fitted.
+    sizes = {"paper": 5 * num_signals, "crowded": num_signals // 2}
+    return {name: _coverage(name, num, seed) for name, num in sizes.items()}
 
 
 def paper(num_signals: int, seed: int) -> Numbers:
@@ -118,12 +120,16 @@ def _calibration_error(probs: Tensor, k: Tensor, num_bins: int = 15) -> float:
     return float(gap.abs().sum() / len(k))
 
 
-def _coverage(preset: str, num_signals: int, seed: int) -> Numbers:
-    """Bias of the share of truths in central intervals, over levels, by K."""
+def _coverage(preset: str, num_components: int, seed: int) -> Numbers:
+    """Bias of the share of truths in central intervals, over levels, by K.
+
+    Beside it what ranks of a calibrated posterior would give.
+    """
     problem, posterior = ready(preset)
     layout = problem.layout
     numbers: Numbers = {}
     for k in range(1, layout.max_cardinality + 1):
+        num_signals = math.ceil(num_components / k)
         theta, x = simulate(given_k(problem, k), num_signals, TEST + seed + k)
         ranks: dict[str, list[Tensor]] = {}
         for rows, part in zip(theta.split(100), x.split(100), strict=True):
@@ -138,18 +144,29 @@ def _coverage(preset: str, num_signals: int, seed: int) -> Numbers:
                     true = true + PERIODS[name] * turns.round()
                 ranks.setdefault(name, []).append((mine < true).double().mean(0))
         for name, found in ranks.items():
-            depth = 2 * (torch.cat(found).flatten() - 0.5).abs()
-            levels = torch.from_numpy(LEVELS).unsqueeze(-1)
-            share = (depth < levels).double().mean(-1).numpy()
-            bias = np.abs(share - LEVELS)
+            rank = torch.cat(found).flatten()
+            bias = _bias(rank)
+            uniform = torch.randint(
+                0, 200, (200, len(rank)), generator=generator_for(seed, k)
+            )
             numbers[f"K = {k}, {name}"] = {
                 "mean bias": float(bias.mean()),
                 "largest bias": float(bias.max()),
-                "components": len(depth),
+                "mean bias of uniform ranks": float(
+                    np.mean([_bias(row / 199).mean() for row in uniform])
+                ),
+                "components": len(rank),
             }
         biases = {name: numbers[f"K = {k}, {name}"]["mean bias"] for name in ranks}
         progress(f"K = {k}: {biases}")
     return numbers
+
+
+def _bias(rank: Tensor) -> np.ndarray:
+    """Absolute bias of the coverage at each of the levels."""
+    depth = 2 * (rank - 0.5).abs()
+    share = (depth < torch.from_numpy(LEVELS).unsqueeze(-1)).double().mean(-1)
+    return np.abs(share.numpy() - LEVELS)
 
 
 def _unwrapped(angle: Tensor, period: float) -> Tensor:

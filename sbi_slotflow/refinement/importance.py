@@ -4,12 +4,15 @@ Draws of q that lack a component all fit alike, and plain weights look perfect. 
 share :math:`\epsilon` of the draws gets one more component c from the prior:
 
 .. math::
-    q'(\theta) = (1 - \epsilon\,[K < K_{max}])\, q(\theta)
-        + \epsilon \sum_j q(\theta \setminus j)\, p_c(\theta_j)
+    q'(\theta) = (1 - \epsilon\, e_K)\, q(\theta)
+        + \epsilon\, e_{K - 1} \sum_j q(\theta \setminus j)\, p_c(\theta_j)
 
 If something is missing some of these fit far better, and the weights' tail shows it.
+e_K is 1 for the cardinalities below Kmax that q deems possible at all: sets of the
+others are few, and the sum costs as much as K evaluations of q.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -21,6 +24,9 @@ from ..prior import VariableKPrior
 from ..seeding import forked_rng
 
 __all__ = ["Proposal", "WithExtraComponent"]
+
+# Probability from which a cardinality is deemed possible.
+_POSSIBLE = 1e-3
 
 
 class Proposal(Protocol):
@@ -48,6 +54,9 @@ class WithExtraComponent:
     Args:
         proposal: The proposal q.
         share: Share epsilon of draws with a component from the prior.
+
+    Raises:
+        ValueError: If the share is out of range.
     """
 
     def __init__(self, proposal: Proposal, share: float) -> None:
@@ -63,7 +72,7 @@ class WithExtraComponent:
         with forked_rng(generator):
             chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
             extra = self.prior.component.sample(torch.Size((chosen.numel(),)))
-        chosen &= parts.cardinality < layout.max_cardinality
+        chosen &= _entries(self._extended(x), parts.cardinality)
         extra = extra.reshape(*chosen.shape, -1).to(theta)
         slots = torch.arange(layout.max_cardinality, device=theta.device)
         place = (slots == parts.cardinality.unsqueeze(-1)) & chosen.unsqueeze(-1)
@@ -75,21 +84,47 @@ class WithExtraComponent:
 
     def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
         """Evaluate log q' of rows ``(S, B, E)``, float64, shape ``(S, B)``."""
-        layout = self.prior.layout
-        k = layout.cardinality(theta)
         log_q = self.proposal.log_prob_batched(theta, x).double()
         if not self.share:
             return log_q
-        keep = torch.where(k < layout.max_cardinality, 1 - self.share, 1.0).double()
-        terms = [log_q + keep.log()]
+        k, extended = self.prior.layout.cardinality(theta), self._extended(x)
+        keep = torch.where(_entries(extended, k), 1 - self.share, 1.0).double()
+        log_q = log_q + keep.log()
+        longer = _entries(extended, k - 1) & (k > 0)
+        most = int(longer.sum(0).max()) if len(theta) else 0
+        if not most:
+            return log_q
+        # Those rows of each observation first, and as many as the most has.
+        order = (~longer).byte().argsort(dim=0, stable=True)[:most]
+        rows = theta.gather(0, order.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
+        extra = torch.full_like(log_q, -torch.inf)
+        extra = extra.scatter(0, order, self._log_longer(rows, x))
+        extra = torch.where(longer, extra, -torch.inf)
+        return torch.logaddexp(log_q, extra + math.log(self.share))
+
+    def _extended(self, x: Tensor) -> Tensor:
+        """Cardinalities that may get one more component, ``(B, Kmax + 1)``."""
+        most = self.prior.max_cardinality
+        extended = torch.ones(len(x), most + 1, dtype=torch.bool, device=x.device)
+        cardinality = getattr(self.proposal, "cardinality", None)
+        if cardinality is not None:
+            probs = torch.atleast_2d(cardinality(x).probs)
+            extended &= probs.to(x.device) >= _POSSIBLE
+        extended[:, most] = False
+        return extended
+
+    def _log_longer(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Log of the sum over components, one of them from the prior; ``(S, B)``."""
+        layout = self.prior.layout
+        k = layout.cardinality(theta)
+        terms = [torch.full(k.shape, -torch.inf).to(theta).double()]
         for j in range(int(k.max())):
             present = j < k
             shorter = _without(layout, theta, torch.full_like(k, j))
             shorter = torch.where(present.unsqueeze(-1), shorter, theta)
             rest = self.proposal.log_prob_batched(shorter, x).double()
             extra = self._log_component(layout.unpack(theta).components[..., j, :])
-            term = rest + extra + torch.tensor(self.share).double().log()
-            terms.append(torch.where(present, term, -torch.inf))
+            terms.append(torch.where(present, rest + extra, -torch.inf))
         return torch.stack(terms).logsumexp(0)
 
     def _log_component(self, components: Tensor) -> Tensor:
@@ -99,6 +134,11 @@ class WithExtraComponent:
         flat = torch.where(zero, torch.stack(inside).to(flat), flat)
         log_p = PriorComponents(self.prior.component).log_prob_component(flat)
         return log_p.double().reshape(components.shape[:-1])
+
+
+def _entries(table: Tensor, k: Tensor) -> Tensor:
+    """Entries ``(S, B)`` of a table ``(B, Kmax + 1)`` at k ``(S, B)``."""
+    return table.gather(-1, k.clamp(min=0).mT).mT
 
 
 def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
