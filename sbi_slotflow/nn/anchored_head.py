@@ -390,7 +390,8 @@ class JointHead(AnchoredHead):
         if self.find_peaks is not None:
             assert encoding.data is not None
             cells = anchors, starts, ends, mask
-            peaks = self.find_peaks(encoding.data, owner, *cells)
+            remember = not torch.is_grad_enabled()
+            peaks = self.find_peaks(encoding.data, owner, *cells, remember=remember)
         here = tokens[owner.unsqueeze(-1), anchors]
         sizes = functional.one_hot(count, self.max_cardinality + 1).to(tokens)
         gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..marginals import clamp_to_support
 from .charts import Chart
+from .distinct import distinct_rows
 from .gauss_newton import SignalFit, fit_peak
 from .local_chart import LocalChart, wrapped
 
@@ -14,6 +15,8 @@ __all__ = ["PeakFinder", "Peaks"]
 
 # Bounds the memory of fitting and of whitening.
 MAX_SETS = 512
+# Bound on what is remembered.
+_MEMO_BYTES = 2**26
 
 
 class Peaks(NamedTuple):
@@ -35,6 +38,10 @@ class Peaks(NamedTuple):
     factor: Tensor
     features: Tensor
     noise: Tensor
+
+    def rows(self, index: Tensor) -> "Peaks":
+        """Some of the sets."""
+        return Peaks(*(part[index] for part in self))
 
     def block(self, which: Tensor, k: int | Tensor) -> Tensor:
         """Factors ``(N, D, D)`` of component k of N sets, given those before it."""
@@ -69,6 +76,7 @@ class PeakFinder:
     ) -> None:
         self.chart, self.local_chart = chart, local_chart
         self.fit, self.num_steps = fit, num_steps
+        self._memo = _Memo()
 
     @property
     def num_features(self) -> int:
@@ -84,6 +92,7 @@ class PeakFinder:
         starts: Tensor,
         ends: Tensor,
         mask: Tensor,
+        remember: bool = False,
     ) -> Peaks:
         """Fit S sets.
 
@@ -94,7 +103,35 @@ class PeakFinder:
             starts: Where their cells start, same shape.
             ends: Where they end, same shape.
             mask: Active ones, shape ``(S, Kmax)``.
+            remember: Whether sets of the last observations are not fitted again.
         """
+        cells = owner, anchors, starts, ends, mask
+        if not remember:
+            return self._fit_all(data, *cells)
+        count = mask.sum(-1, keepdim=True)
+        keys = torch.cat([owner.unsqueeze(-1), count, anchors * mask], -1)
+        index = self._memo.find(data, keys)
+        new = (index < 0).nonzero().squeeze(-1)
+        fitted = self._fit_all(data, *(part[new] for part in cells))
+        known = self._memo.peaks
+        if known is None:
+            self._memo.add(data, keys, fitted)
+            return fitted
+        found = known.rows(index.clamp(min=0))
+        for part, fresh in zip(found, fitted, strict=True):
+            part[new] = fresh
+        self._memo.add(data, keys[new], fitted)
+        return found
+
+    def _fit_all(
+        self,
+        data: Tensor,
+        owner: Tensor,
+        anchors: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        mask: Tensor,
+    ) -> Peaks:
         num, size, width = *anchors.shape, self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
@@ -188,3 +225,37 @@ class PeakFinder:
         start, _ = self.local_chart.coordinates(components)
         start[..., 0] = start[..., 0] - anchors - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)
+
+
+class _Memo:
+    """Peaks of sets that were fitted before, of one batch of observations."""
+
+    def __init__(self) -> None:
+        self.peaks: Peaks | None = None
+        self._data, self._keys = torch.zeros(0), torch.zeros(0, 0, dtype=torch.int64)
+
+    def find(self, data: Tensor, keys: Tensor) -> Tensor:
+        """Places ``(S,)`` of sets with keys ``(S, P)``; -1 for unknown ones."""
+        same = data.shape == self._data.shape and data.device == self._data.device
+        if not same or not torch.equal(data, self._data):
+            self.peaks = None
+        if self.peaks is None:
+            return torch.full_like(keys[:, 0], -1)
+        old = len(self._keys)
+        _, which = distinct_rows(*torch.cat([self._keys, keys]).unbind(-1))
+        place = torch.full_like(which, -1)
+        place[which[:old]] = torch.arange(old, device=keys.device)
+        return place[which[old:]]
+
+    def add(self, data: Tensor, keys: Tensor, peaks: Peaks) -> None:
+        """Remember more sets; where they are too many, these alone or none."""
+        each = peaks.factor[:1].numel() * peaks.factor.element_size()
+        most = _MEMO_BYTES // max(1, each)
+        if self.peaks is None or len(self._keys) + len(keys) > most:
+            self._data, self._keys, self.peaks = data.clone(), keys, peaks
+        else:
+            self._keys = torch.cat([self._keys, keys])
+            pairs = zip(self.peaks, peaks, strict=True)
+            self.peaks = Peaks(*(torch.cat(pair) for pair in pairs))
+        if len(self._keys) > most:
+            self.peaks = None

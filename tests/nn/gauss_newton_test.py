@@ -11,7 +11,7 @@ from sbi_slotflow.nn.gauss_newton import NormalEquations, SignalFit, fit_peak
 from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
 from sbi_slotflow.nn.local_chart import LocalChart
 from sbi_slotflow.nn.local_density import solve_lower
-from sbi_slotflow.nn.peaks import PeakFinder
+from sbi_slotflow.nn.peaks import PeakFinder, Peaks
 from sbi_slotflow.problems.sine_fit import SineFit
 
 tiny, paper = problems.sinusoids("tiny"), problems.sinusoids("paper")
@@ -182,29 +182,117 @@ def test_truths_are_standard_normal_about_the_peaks() -> None:
     torch.testing.assert_close(second @ second.mT, first[:, 3:6, 3:6])
 
 
-def test_peaks_do_not_depend_on_the_other_sets() -> None:
-    theta = tiny.prior.sample((30,), seeded(1))
-    data = tiny.simulator(theta, seeded(2))
+def tiny_finder() -> PeakFinder:
     chart, axis = tiny.build_chart(), tiny.location_axis()
-    finder = PeakFinder(chart, LocalChart(chart, axis), tiny.build_fit(), num_steps=2)
-    count = torch.randint(0, 4, (600,), generator=seeded(3))
+    return PeakFinder(chart, LocalChart(chart, axis), tiny.build_fit(), num_steps=2)
+
+
+Cells = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def random_sets(num: int, seed: int = 3) -> tuple[Tensor, Cells]:
+    """Observations, and owners, anchors, starts, ends and masks of sets."""
+    data = tiny.simulator(tiny.prior.sample((30,), seeded(1)), seeded(2))
+    count = torch.randint(0, 4, (num,), generator=seeded(seed))
     mask = torch.arange(3) < count.unsqueeze(-1)
-    anchors = torch.randint(0, 30, (600, 3), generator=seeded(4)).sort(-1).values
+    anchors = torch.randint(0, 30, (num, 3), generator=seeded(4)).sort(-1).values
     anchors = torch.where(mask, anchors, 0)
-    owner = torch.arange(600) % 30
-    edges = torch.tensor([-0.1, 0.9]) + 0.2 * torch.rand(600, 3, 1, generator=seeded(5))
+    edges = torch.tensor([-0.1, 0.9]) + 0.2 * torch.rand(num, 3, 1, generator=seeded(5))
     starts, ends = (anchors.unsqueeze(-1) + edges).double().unbind(-1)
+    return data, (torch.arange(num) % 30, anchors, starts, ends, mask)
+
+
+def test_peaks_do_not_depend_on_the_other_sets() -> None:
+    finder = tiny_finder()
+    data, (owner, anchors, starts, ends, mask) = random_sets(600)
     whole = finder(data, owner, anchors, starts, ends, mask)
     # more sets than are fitted at once
     for i in (0, 300, 599):
         part = slice(i, i + 1)
-        cells = (column[part] for column in (anchors, starts, ends, mask))
-        alone = finder(data, owner[part], *cells)
+        alone = finder(
+            data, owner[part], anchors[part], starts[part], ends[part], mask[part]
+        )
         here = mask[i]
         for several, one in zip(whole, alone, strict=True):
             if several.ndim > 1 and several.shape[1] == len(here):  # by component
                 several, one = several[:, here], one[:, here]
             torch.testing.assert_close(several[part], one, rtol=1e-6, atol=1e-6)
+
+
+class CountingFit:
+    """Counts the sets that a fit starts on."""
+
+    def __init__(self, fit: SineFit) -> None:
+        self.fit, self.count = fit, 0
+
+    def start(self, data, owner, low, high, mask) -> Tensor:
+        self.count += len(owner)
+        return self.fit.start(data, owner, low, high, mask)
+
+    def normal_equations(self, data, owner, components, mask) -> NormalEquations:
+        return self.fit.normal_equations(data, owner, components, mask)
+
+
+def test_sets_of_one_batch_are_fitted_once() -> None:
+    fit = CountingFit(tiny.build_fit())
+    finder = tiny_finder()
+    finder.fit = fit
+    data, cells = random_sets(300)
+
+    def ask(data: Tensor, some: slice, fitted: int) -> Peaks:
+        before = fit.count
+        found = finder(data, *_part(cells, some), remember=True)
+        assert fit.count - before == fitted
+        return found
+
+    def assert_same(found: Peaks, expected: Peaks) -> None:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    first = ask(data, slice(0, 100), 100)
+    assert_close_but_for_ties(first, data, _part(cells, slice(0, 100)))
+    assert_same(ask(data, slice(0, 100), 0), first)
+    owner, anchors, _, _, mask = cells
+    keys = [(int(owner[i]), *anchors[i][mask[i]].tolist()) for i in range(len(owner))]
+    new = sum(key not in keys[:100] for key in keys[50:200])
+    assert 50 < new <= 100
+    second = ask(data, slice(50, 200), new)
+    assert_same(second.rows(torch.arange(50)), first.rows(torch.arange(50, 100)))
+    assert_close_but_for_ties(second, data, _part(cells, slice(50, 200)))
+    # other observations are not mistaken for these
+    other = data.flip(0).contiguous()
+    assert_close_but_for_ties(
+        ask(other, slice(0, 100), 100), other, _part(cells, slice(0, 100))
+    )
+    # without the wish to remember nothing is
+    before = fit.count
+    finder(other, *_part(cells, slice(0, 100)))
+    assert fit.count - before == 100
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cells = random_sets(300)
+    finder, each = tiny_finder(), 9 * 9 * 8
+    monkeypatch.setattr("sbi_slotflow.nn.peaks._MEMO_BYTES", 150 * each)
+    for some in (slice(0, 100), slice(80, 180), slice(0, 300), slice(0, 100)):
+        here = _part(cells, some)
+        found = finder(data, *here, remember=True)
+        assert_close_but_for_ties(found, data, here)
+
+
+def _part(cells: Cells, some: slice) -> Cells:
+    owner, anchors, starts, ends, mask = cells
+    return owner[some], anchors[some], starts[some], ends[some], mask[some]
+
+
+def assert_close_but_for_ties(found: Peaks, data: Tensor, cells: Cells) -> None:
+    """As a fresh fit finds them, but for sets where rounding decides a tie."""
+    expected = tiny_finder()(data, *cells)
+    for part, wanted in zip(found, expected, strict=True):
+        assert part.shape == wanted.shape
+    mask = cells[-1].unsqueeze(-1)
+    gap = ((found.mode - expected.mode) * mask).abs().amax((-2, -1))
+    assert (gap < 1e-6).double().mean() > 0.97
+    assert ((found.noise - expected.noise).abs() < 1e-6).double().mean() > 0.97
 
 
 def test_fits_are_rebuilt_from_their_specs() -> None:
