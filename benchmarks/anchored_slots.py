@@ -3,7 +3,8 @@
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
 ``widths`` (posterior deviations over exact ones, ``paper``), ``coverage`` (of credible
 intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
-refined). ``cards`` writes the model cards from the numbers that were kept with
+refined), ``close`` (correlations of close components), ``smc`` (refinement by SMC).
+``cards`` writes the model cards from the numbers that were kept with
 ``--out benchmarks/results``.
 """
 
@@ -87,6 +88,69 @@ def paper(num_signals: int, seed: int) -> Numbers:
 def crowded(num_signals: int, seed: int) -> Numbers:
     """The weights against the collapsed sampler, ``crowded``."""
     return _against_exact("crowded", num_signals, seed)
+
+
+def close(num_signals: int, seed: int) -> Numbers:
+    """Correlations of two components closer than a resolution element, ``crowded``."""
+    problem, posterior = ready("crowded")
+    layout = problem.layout
+    generator = generator_for(TEST, seed, 2)
+    shape = (num_signals, 2)
+    components = torch.zeros(num_signals, layout.max_cardinality, 3)
+    components[:, :2, 0] = 0.5 + torch.rand(shape, generator=generator)
+    components[:, :2, 1] = math.tau * torch.rand(shape, generator=generator)
+    gap = 0.3 + 0.7 * torch.rand(num_signals, generator=generator)
+    low, high = problem.prior.component_marginals[2].bounds
+    first = low + (high - low - 1 / 300) * torch.rand(num_signals, generator=generator)
+    components[:, :2, 2] = torch.stack([first, first + gap / 300], -1)
+    k = torch.full((num_signals,), 2)
+    theta = layout.pack(k, components, torch.full((num_signals, 1), 0.5))
+    x = problem.simulator(theta, generator)
+    kept: dict[str, list[float]] = {}
+    for i in range(num_signals):
+        runs = [
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80)
+            for run in range(2)
+        ]
+        if float(runs[0].cardinality().probs[2]) < 0.3:
+            progress(f"signal {i + 1}: two components are not told apart, left out")
+            continue
+        draws = posterior.sample((10_000,), x[i], k=2, generator=generator_for(seed, i))
+        found = metrics.compare(
+            draws, *runs, layout=layout, k=2, periods=PERIODS, seed=seed
+        )
+        assert found.floor is not None
+        for name, result in (("amortized", found), ("floor", found.floor)):
+            assert result.correlation_error is not None
+            kept.setdefault(name, []).append(result.correlation_error)
+        progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
+    return {name: spread(values) for name, values in kept.items()}
+
+
+def smc(num_signals: int, seed: int) -> Numbers:
+    """Refinement by sequential Monte Carlo, ``crowded``."""
+    problem, posterior = ready("crowded")
+    _, x = simulate(problem, num_signals, TEST + seed)
+    kept: dict[str, list[float]] = {}
+    for i in range(num_signals):
+        exact = rjmcmc.collapsed(problem, x[i], seed=i, num_draws=5_000, thin=80)
+        started = time.perf_counter()
+        refined = one(
+            posterior.refine(
+                problem.log_likelihood,
+                x[i],
+                10_000,
+                method="smc",
+                generator=generator_for(seed, i),
+            )
+        )
+        kept.setdefault("seconds", []).append(time.perf_counter() - started)
+        distance = metrics.total_variation(
+            refined.cardinality().probs, exact.cardinality().probs
+        )
+        kept.setdefault("TV", []).append(distance.item())
+        progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
+    return {name: spread(values) for name, values in kept.items()}
 
 
 def _cardinality(preset: str, num_signals: int, seed: int) -> Numbers:
@@ -306,6 +370,8 @@ PARTS = {
     "coverage": (coverage, 1_000),
     "paper": (paper, 50),
     "crowded": (crowded, 50),
+    "close": (close, 20),
+    "smc": (smc, 5),
     "cards": (cards, 1),
 }
 
