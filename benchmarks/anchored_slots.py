@@ -1,7 +1,8 @@
 """How good the shipped weights are: ``python -m benchmarks.anchored_slots``.
 
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
-``widths`` (posterior deviations over exact ones, ``paper``), ``coverage`` (of credible
+``widths`` (posterior deviations over exact ones, ``paper``), ``amortized``
+(the same of slots without Gauss-Newton), ``coverage`` (of credible
 intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
 refined), ``close`` (correlations of close components), ``smc`` (refinement by SMC).
 ``cards`` writes the model cards from the numbers that were kept with
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbi_slotflow import metrics, rjmcmc
-from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
+from sbi_slotflow.pretraining import RECIPES, StageBuilder
+from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
 
 from .common import (
@@ -37,6 +39,8 @@ from .common import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+_CHECKPOINTS = Path("checkpoints")
+_AMORTIZED_SIMULATIONS = 192_000
 WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
 LEVELS = np.linspace(0.1, 0.95, 18)
 
@@ -51,7 +55,29 @@ def cardinality(num_signals: int, seed: int) -> Numbers:
 
 def widths(num_signals: int, seed: int) -> Numbers:
     """Posterior deviations given the true K over exact ones, ``paper``."""
-    problem, posterior = ready("paper")
+    return _widths(*ready("paper"), num_signals, seed)
+
+
+def amortized(num_signals: int, seed: int) -> Numbers:
+    """As ``widths``, of slots without Gauss-Newton (trained here, resumable)."""
+    problem, shipped = ready("paper")
+    weights = shipped.posterior_estimator.state_dict()
+    trainer = SlotNPE(
+        problem.prior, StageBuilder(slot_nn(problem), weights, part="local")
+    )
+    trainer.train_online(
+        problem.simulator,
+        num_simulations=_AMORTIZED_SIMULATIONS,
+        learning_rate=1e-3,
+        seed=2,
+        checkpoint=_CHECKPOINTS / "sinusoids-paper-amortized.safetensors",
+    )
+    return _widths(problem, trainer.build_posterior(), num_signals, seed)
+
+
+def _widths(
+    problem: Sinusoids, posterior: SlotPosterior, num_signals: int, seed: int
+) -> Numbers:
     theta, x = simulate(problem, num_signals, TEST + seed)
     ratios: dict[str, list[float]] = {}
     for i in range(num_signals):
@@ -367,6 +393,7 @@ def cards(num_signals: int, seed: int) -> Numbers:
 PARTS = {
     "cardinality": (cardinality, 10_000),
     "widths": (widths, 200),
+    "amortized": (amortized, 200),
     "coverage": (coverage, 1_000),
     "paper": (paper, 50),
     "crowded": (crowded, 50),

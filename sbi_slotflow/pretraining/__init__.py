@@ -15,10 +15,21 @@ from ..nn.estimator import SlotDensityEstimator
 from ..problems import Sinusoids, sinusoids
 from ..training import SlotNPE
 
-__all__ = ["RECIPES", "PretrainingRecipe", "Stage", "pretrain"]
+__all__ = ["RECIPES", "PretrainingRecipe", "Stage", "StageBuilder", "pretrain"]
 
 
-_LOCAL = ("component_head.trunk.", "component_head.local.", "shared_head.")
+_LOCAL = tuple(
+    f"{name}."
+    for name in (
+        "component_head.trunk",
+        "component_head.gaussian",
+        "component_head.local",
+        "shared_head",
+    )
+)
+
+
+Part = Literal["all", "anchors", "local"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Stage:
     num_simulations: int
     learning_rate: float = 1e-3
     cardinality_weight: float = 1.0
-    part: Literal["all", "anchors", "local"] = "all"
+    part: Part = "all"
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ def pretrain(
     weights: dict[str, Tensor] | None = None
     estimator = None
     for i, stage in enumerate(recipe.stages):
-        build = _Builder(
+        build = StageBuilder(
             slot_nn(
                 problem,
                 loss_weights=(stage.cardinality_weight, 1.0, 1.0),
@@ -140,14 +151,21 @@ def pretrain(
 
 
 @dataclass(frozen=True)
-class _Builder:
-    """Builds an estimator and gives it the weights of an earlier stage."""
+class StageBuilder:
+    """Builds an estimator for a stage of training, with the weights of the one before.
+
+    Attributes:
+        build: Builder of the estimator.
+        weights: Weights of the stage before; None for the first.
+        part: What is trained, see :class:`Stage`.
+    """
 
     build: slot_nn
     weights: dict[str, Tensor] | None
-    part: str
+    part: Part
 
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
+        """Build the estimator of this stage; see :class:`slot_nn`."""
         estimator = self.build(theta, x)
         estimator.anchors_only = self.part == "anchors"
         kept = self.weights or {}
