@@ -24,6 +24,7 @@ _LOCAL = tuple(
         "component_head.trunk",
         "component_head.gaussian",
         "component_head.local",
+        "net.to_context",
         "shared_head",
     )
 )
@@ -41,8 +42,8 @@ class Stage:
         learning_rate: Peak learning rate, which falls to zero over the stage.
         cardinality_weight: Weight of the cardinality in the loss.
         part: ``"anchors"``: the encoder, the cardinality and the anchors, which needs
-            no fits; ``"local"``: the densities in the anchors' cells and of the noise,
-            with the rest kept from the stage before; ``"all"``.
+            no fits; ``"local"``: the densities in the anchors' cells and of the shared
+            parameters, with the rest kept from the stage before; ``"all"``.
     """
 
     num_simulations: int
