@@ -92,7 +92,7 @@ class SlotPosterior(DirectPosterior):
             **kwargs,
         )
         self.simulator = simulator
-        self._training_reference: ObservationWarning | None = None
+        self.training_reference: ObservationWarning | None = None
         self._acceptance: tuple[Tensor | None, set[int], Tensor] = (
             None,
             set(),
@@ -140,7 +140,7 @@ class SlotPosterior(DirectPosterior):
             max_sampling_batch_size=self.max_sampling_batch_size,
             device=self._device,
         )
-        new.set_training_reference(self._training_reference)
+        new.set_training_reference(self.training_reference)
         if self.default_x is not None:
             new.set_default_x(self.default_x)
         return new
@@ -157,7 +157,7 @@ class SlotPosterior(DirectPosterior):
         Returns:
             The posterior itself.
         """
-        self._training_reference = reference
+        self.training_reference = reference
         return self
 
     def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -190,8 +190,8 @@ class SlotPosterior(DirectPosterior):
                 f".sample() takes one observation, got a batch of {len(batch)}; use "
                 ".sample_batched()."
             )
-        if self._training_reference is not None:
-            self._training_reference.warn(batch)
+        if self.training_reference is not None:
+            self.training_reference.warn(batch)
         return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
 
     @torch.no_grad()

@@ -1,6 +1,12 @@
 """Checks of trans-dimensional posteriors against simulated truths.
 
-:func:`draw` simulates pairs and draws from their posteriors, which the checks share::
+:func:`report` makes all of them::
+
+    result = report(posterior, problem, n=1_000, seed=0)
+    result.passed, result.checks
+    result.to_html("calibration.html")
+
+:func:`draw` simulates pairs and draws from their posteriors, for single checks::
 
     draws = draw(posterior, problem, n=1_000, seed=0)
     check = coverage(draws)
@@ -48,6 +54,7 @@ from .reductions import (
     TotalPower,
     reduce_fns,
 )
+from .report import Report, report
 from .residuals import Residuals, ResidualStream, residuals
 from .sbc import ComponentSBC, SetSBC, sbc, sbc_components
 from .set_distance import SetDistance, set_distance
@@ -71,6 +78,7 @@ __all__ = [
     "Misspecification",
     "Reduction",
     "ReliabilityBins",
+    "Report",
     "ResidualStream",
     "Residuals",
     "SetDistance",
@@ -87,6 +95,7 @@ __all__ = [
     "local_c2st",
     "pit",
     "reduce_fns",
+    "report",
     "residuals",
     "sbc",
     "sbc_components",

@@ -78,9 +78,12 @@ class Check(ABC):
             "numbers": dict(self.numbers),
         }
 
+    @property
+    def verdict(self) -> str:
+        """The verdict in one line."""
+        word = "passed" if self.passed else f"FAILED ({', '.join(self.failures)})"
+        rate = f"false-alarm rate {self.false_alarm_rate:.2g}"
+        return f"{word}, p = {self.p_value:.2g} ({rate})"
+
     def __str__(self) -> str:
-        verdict = "passed" if self.passed else f"FAILED ({', '.join(self.failures)})"
-        return (
-            f"{self.title}: {verdict}, p = {self.p_value:.2g} "
-            f"(false-alarm rate {self.false_alarm_rate:.2g})"
-        )
+        return f"{self.title}: {self.verdict}"

@@ -22,7 +22,14 @@ from ..layout import ThetaLayout
 from ..problems.base import Problem
 from ..seeding import generator_for
 
-__all__ = ["BatchedPosterior", "CalibrationDraws", "draw", "draw_blocks"]
+__all__ = [
+    "BatchedPosterior",
+    "CalibrationDraws",
+    "cardinality_probs",
+    "draw",
+    "draw_blocks",
+    "join",
+]
 
 BLOCK = 50
 """Pairs in one block."""
@@ -204,7 +211,7 @@ def _block(
         draws = posterior.sample_batched((num_draws,), batch, generator=generator)
         draws = draws.cpu()
         problem.layout.validate(draws, "posterior draws")
-        probs = _probs(posterior, batch)
+        probs = cardinality_probs(posterior, batch)
         num = num_draws + num_guides
 
         def sample(x: Tensor, k: int) -> Tensor:
@@ -226,9 +233,16 @@ def by_cardinality(
     return torch.cat(parts, dim=1)[:num, torch.cat(places).argsort()]
 
 
-def _probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
+@torch.no_grad()
+def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
     """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
-    probs = torch.atleast_2d(posterior.cardinality(x).probs).double().cpu()
+    device = getattr(posterior, "_device", "cpu")
+    with _one_thread():
+        parts = [
+            torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
+            for part in x.split(BLOCK)
+        ]
+    probs = torch.cat(parts).double().cpu()
     return probs / probs.sum(-1, keepdim=True)
 
 

@@ -82,6 +82,19 @@ class FaultyPosterior:
         probs = self.posterior.cardinality(self._observed(x)).probs
         return Categorical(logits=self._sharpness * probs.log())
 
+    def with_cardinality_prior(
+        self, weights: Sequence[float] | Tensor
+    ) -> "FaultyPosterior":
+        """Return the posterior under another prior of K, with the same fault.
+
+        Args:
+            weights: Weights of K = 0..Kmax.
+        """
+        other: Any = self.posterior
+        return FaultyPosterior(
+            other.with_cardinality_prior(weights), self._spoil, self._sharpness
+        )
+
     def sample(
         self,
         sample_shape: Sequence[int] = torch.Size(),

@@ -41,6 +41,9 @@ __all__ = ["FEWEST_RANKS", "ComponentSBC", "SetSBC", "sbc", "sbc_components"]
 FEWEST_RANKS = 20
 """Fewest pairs that a quantity is tested on."""
 
+# Entries of expanded data held at once.
+_CHUNK = 8_000_000
+
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -118,7 +121,10 @@ def sbc(
         ranks[function.name] = pit(truth, values, generator)
     if log_likelihood is not None:
         rows = draws.draws[:num_likelihood_draws]
-        values = log_likelihood(torch.cat([theta.unsqueeze(0), rows]), draws.x)
+        rows = torch.cat([theta.unsqueeze(0), rows])
+        step = max(1, _CHUNK // (len(rows) * draws.x.shape[-1]))
+        pieces = zip(rows.split(step, dim=1), draws.x.split(step), strict=True)
+        values = torch.cat([log_likelihood(*piece) for piece in pieces], dim=1)
         ranks["log-likelihood"] = pit(values[0], values[1:], generator)
     truth = set_numbers(layout.unpack(theta), layout, draws.periods)
     values = set_numbers(layout.unpack(draws.given_k), layout, draws.periods)

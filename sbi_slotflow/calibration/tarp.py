@@ -49,7 +49,7 @@ class TARP(Check):
     title: ClassVar[str] = "TARP with a distance between sets"
     explanation: ClassVar[str] = (
         "The line is the expected coverage of balls around reference points, less "
-        "their credibility."
+        "their credibility. Panels say what the reference points are drawn from."
     )
 
     credibilities: Mapping[str, Array]
@@ -93,15 +93,15 @@ def tarp(
         distance = set_distance(draws.layout, rows)
     from_prior = prior.sample((draws.num,), generator).cpu()
     cases = {
-        "from the prior": (from_prior, draws.draws),
-        "from the posterior": (draws.draws[0], draws.draws[1:]),
-        "from the posterior given K": (draws.guides[0], draws.given_k),
+        "prior": (from_prior, draws.draws),
+        "posterior": (draws.draws[0], draws.draws[1:]),
+        "posterior given K": (draws.guides[0], draws.given_k),
     }
     found: dict[str, Array] = {}
     for name, (reference, rows) in cases.items():
         truth = distance(reference, draws.theta)
         others = _distances(distance, reference, rows)
-        found[f"references {name}"] = pit(truth, others, generator)
+        found[name] = pit(truth, others, generator)
     p_values = {name: uniformity_p_value(f) for name, f in found.items()}
     return TARP(p_values, false_alarm_rate, found)
 
