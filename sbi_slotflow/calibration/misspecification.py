@@ -3,10 +3,11 @@ r"""Is this x unlike the data that the network was trained on?
 A network answers for any x. Whether it has seen the like is judged by numbers s(x): the
 entries of a short x themselves; of a long one the logarithms of its power, in total, in
 bands of frequency and in stretches of time, its lag-one autocorrelation, kurtosis and
-largest excursion. How unusual an x is, is the distance of the whitened s(x) from its
-10th nearest neighbour among training data. The p-value is the rank of that distance
-among those of training data that were set aside (conformal prediction, Vovk et al.
-2005),
+largest excursion. In each of these groups, and in all at once, the distance of the
+whitened numbers from their 10th nearest neighbour among training data is measured. How
+unusual x is, d(x), is the largest of the logarithms of these distances, each in
+standard deviations from its mean over training data. The p-value is the rank of d(x)
+among training data that were set aside (conformal prediction, Vovk et al. 2005),
 
 .. math::
     p = \frac{1 + \#\{i : d(x_i) \ge d(x)\}}{1 + m},
@@ -19,8 +20,9 @@ where x is long.)
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -53,12 +55,15 @@ class UnlikeTrainingWarning(UserWarning):
     """An observation is unlike the training data."""
 
 
-def summarise(x: Tensor) -> Tensor:
-    """Return the numbers s(x), float64, shape ``(B, F)``, of data ``(B, T)``."""
+def summarise(x: Tensor) -> list[Tensor]:
+    """Return groups of numbers s(x), float64, each ``(B, F)``, of data ``(B, T)``.
+
+    The last group holds all of them.
+    """
     x = x.detach().cpu().double()
     size = x.shape[-1]
     if size <= _SHORT:
-        return x
+        return [x]
     tiny = 1e-30
     power = x.square().mean(-1, keepdim=True) + tiny
     centred = x - x.mean(-1, keepdim=True)
@@ -70,10 +75,13 @@ def summarise(x: Tensor) -> Tensor:
     correlation = (centred[:, 1:] * centred[:, :-1]).mean(-1, keepdim=True) / variance
     kurtosis = centred.pow(4).mean(-1, keepdim=True) / variance.square() + tiny
     largest = centred.abs().amax(-1, keepdim=True) / variance.sqrt() + tiny
-    relative = torch.stack(bands + stretches, dim=-1) / power + tiny
-    return torch.cat(
-        [power.log(), relative.log(), correlation, kurtosis.log(), largest.log()], -1
-    )
+    groups = [
+        power.log(),
+        (torch.stack(bands, dim=-1) / power + tiny).log(),
+        (torch.stack(stretches, dim=-1) / power + tiny).log(),
+        torch.cat([correlation, kurtosis.log(), largest.log()], dim=-1),
+    ]
+    return [*groups, torch.cat(groups, dim=-1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +90,14 @@ class Misspecification(Check):
 
     Attributes:
         observations: A p-value for each observation, shape ``(B,)``.
-        scores: Distances of the observations from their neighbours.
-        usual: Distances of training data, ascending.
+        scores: How unusual each observation is.
+        usual: The same of training data, ascending.
     """
 
     title: ClassVar[str] = "Is x like the training data?"
     explanation: ClassVar[str] = (
-        "Distance of x from its neighbours among the training data, against distances "
-        "of training data that were set aside."
+        "How far x is from its neighbours among the training data, in standard "
+        "deviations, against training data that were set aside."
     )
 
     observations: Array
@@ -113,6 +121,39 @@ class Misspecification(Check):
         return plot_misspecification(self)
 
 
+class _Group(NamedTuple):
+    """Training data as one group of numbers shows them.
+
+    Attributes:
+        mean: Mean of s(x), shape ``(F,)``.
+        whitening: Matrix that whitens s(x), shape ``(F, F')``.
+        points: Whitened s(x), float32, shape ``(N, F')``.
+        scale: Mean and standard deviation of the logarithm of the distance of a point
+            from its neighbours, shape ``(2,)``.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    points: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor) -> "_Group":
+        mean = features.mean(0)
+        _, sizes, axes = torch.linalg.svd(features - mean, full_matrices=False)
+        kept = sizes > 1e-6 * sizes[0]
+        whitening = axes[kept].T / (sizes[kept] / len(features) ** 0.5)
+        points = ((features - mean) @ whitening).float()
+        # A point is its own nearest neighbour, at distance zero.
+        logs = _distances(points.double(), points, _NEIGHBOURS + 1).log()
+        return cls(mean, whitening, points, torch.stack([logs.mean(), logs.std()]))
+
+    def scores(self, features: Tensor) -> Tensor:
+        whitened = (features - self.mean) @ self.whitening
+        logs = _distances(whitened, self.points, _NEIGHBOURS).log()
+        return (logs - self.scale[0]) / self.scale[1]
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingReference:
     """What the training data look like, small enough to travel with a posterior.
@@ -121,18 +162,13 @@ class TrainingReference:
     ``posterior.sample`` warns of an x that is unlike the training data.
 
     Attributes:
-        mean: Mean of s(x), shape ``(F,)``.
-        whitening: Matrix that whitens s(x), shape ``(F, F')``.
-        points: Whitened s(x) of training data, shape ``(N, F')``.
-        usual: Distances of other training data from their neighbours, ascending,
-            shape ``(m,)``.
+        groups: Training data as each group of numbers shows them.
+        usual: Scores of other training data, ascending, shape ``(m,)``.
         num_data: Length T of x.
         level: p-value below which :meth:`warn` warns.
     """
 
-    mean: Tensor
-    whitening: Tensor
-    points: Tensor
+    groups: tuple[_Group, ...]
     usual: Tensor
     num_data: int
     level: float = 1e-3
@@ -142,8 +178,8 @@ class TrainingReference:
         """Describe training data.
 
         Args:
-            x: Data, shape ``(N, T)``; one half gives neighbours, the other distances,
-                so the least p-value is about 2 / N.
+            x: Data, shape ``(N, T)``; one half gives neighbours, the other usual
+                scores, so the least p-value is about 2 / N.
             level: p-value below which :meth:`warn` warns.
 
         Raises:
@@ -157,23 +193,19 @@ class TrainingReference:
         if not torch.isfinite(x).all():
             raise ValueError("x must be finite, got NaN or Inf.")
         half = len(x) // 2
-        if not 1 / (1 + len(x) - half) <= level < 1:
+        least = 1 / (1 + len(x) - half)
+        if not least <= level < 1:
             raise ValueError(
-                f"level must lie between {1 / (1 + len(x) - half):.2g} (for {len(x)} "
-                f"rows of x) and 1, got {level}."
+                f"level must lie between {least:.2g} (for {len(x)} rows of x) and 1, "
+                f"got {level}."
             )
         features = summarise(x)
-        mean = features[:half].mean(0)
-        _, sizes, axes = torch.linalg.svd(features[:half] - mean, full_matrices=False)
-        kept = sizes > 1e-6 * sizes[0]
-        whitening = axes[kept].T / (sizes[kept] / half**0.5)
-        points = (features[:half] - mean) @ whitening
-        others = (features[half:] - mean) @ whitening
-        usual = _distances(others, points).sort().values
-        return cls(mean, whitening, points.float(), usual, x.shape[-1], level)
+        groups = tuple(_Group.fit(part[:half]) for part in features)
+        usual = _largest(groups, [part[half:] for part in features])
+        return cls(groups, usual.sort().values, x.shape[-1], level)
 
     def scores(self, x: Tensor) -> Tensor:
-        """Distances from the neighbours, float64, shape ``(B,)``.
+        """How unusual observations are, float64, shape ``(B,)``.
 
         Raises:
             ValueError: If x has the wrong shape.
@@ -183,7 +215,7 @@ class TrainingReference:
             raise ValueError(
                 f"x must have shape (B, {self.num_data}), got {tuple(x.shape)}."
             )
-        return _distances((summarise(x) - self.mean) @ self.whitening, self.points)
+        return _largest(self.groups, summarise(x))
 
     def p_values(self, x: Tensor) -> Tensor:
         """p-value of each observation ``(B, T)``, float64, shape ``(B,)``."""
@@ -192,7 +224,7 @@ class TrainingReference:
     def check(self, x: Tensor, *, false_alarm_rate: float = 0.01) -> Misspecification:
         """Test observations.
 
-        Up to 20 are tested one by one. More are tested all together: their distances
+        Up to 20 are tested one by one. More are tested all together: their scores
         against those of training data (Kolmogorov and Smirnov's test).
 
         Args:
@@ -225,18 +257,18 @@ class TrainingReference:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the reference to a safetensors file."""
         tensors = {
-            "mean": self.mean,
-            "whitening": self.whitening,
-            "points": self.points,
-            "usual": self.usual,
+            f"{i}.{name}": value
+            for i, group in enumerate(self.groups)
+            for name, value in group._asdict().items()
         }
         meta = {
             "format": _FORMAT,
             "version": _VERSION,
+            "num_groups": len(self.groups),
             "num_data": self.num_data,
             "level": self.level,
         }
-        write_tensors(path, tensors, meta)
+        write_tensors(path, {**tensors, "usual": self.usual}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TrainingReference":
@@ -248,11 +280,12 @@ class TrainingReference:
         """
         tensors, meta = read_tensors(path, _FORMAT, _VERSION)
         try:
-            return cls(
-                *(tensors[name] for name in ("mean", "whitening", "points", "usual")),
-                num_data=int(meta["num_data"]),
-                level=float(meta["level"]),
+            groups = tuple(
+                _Group(*(tensors[f"{i}.{name}"] for name in _Group._fields))
+                for i in range(int(meta["num_groups"]))
             )
+            num, level = int(meta["num_data"]), float(meta["level"])
+            return cls(groups, tensors["usual"], num, level)
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}.") from error
 
@@ -261,11 +294,16 @@ class TrainingReference:
         return (1 + above).double() / (1 + len(self.usual))
 
 
-def _distances(features: Tensor, points: Tensor) -> Tensor:
-    """Distance of whitened features ``(B, F)`` from their 10th nearest points."""
+def _largest(groups: Sequence[_Group], features: Sequence[Tensor]) -> Tensor:
+    scores = [g.scores(part) for g, part in zip(groups, features, strict=True)]
+    return torch.stack(scores).amax(0)
+
+
+def _distances(features: Tensor, points: Tensor, neighbour: int) -> Tensor:
+    """Distance of whitened features ``(B, F)`` from their n-th nearest points."""
     points = points.double()
     parts = [
-        torch.cdist(part, points).kthvalue(_NEIGHBOURS, dim=-1).values
+        torch.cdist(part, points).kthvalue(neighbour, dim=-1).values
         for part in features.split(_CHUNK)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts).clamp(min=1e-12)

@@ -19,13 +19,12 @@ _MOST_LINES = 20
 
 
 def plot_misspecification(check: "Misspecification") -> Figure:
-    """Plot the distances of observations and of training data."""
+    """Plot the scores of observations and of training data."""
     figure = Figure(figsize=(5.0, 3.0))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     values = np.concatenate([check.usual, check.scores])
-    values = values[values > 0]
-    edges = np.geomspace(values.min(), values.max() * 1.001, 40)
+    edges = np.linspace(values.min(), values.max() + 1e-6, 41)
     axes.hist(check.usual, edges.tolist(), density=True, color=DATA, alpha=0.6)
     handles: list[Artist] = [Patch(color=DATA, alpha=0.6, label="training data")]
     if len(check.scores) > _MOST_LINES:
@@ -37,6 +36,5 @@ def plot_misspecification(check: "Misspecification") -> Figure:
             axes.axvline(score, color=TRUTH, lw=1.5)
         handles.append(Line2D([], [], color=TRUTH, lw=1.5, label="x"))
     legend_above(figure, handles)
-    axes.set_xscale("log")
-    dress(axes, "distance from neighbours", "density")
+    dress(axes, "distance from neighbours (standard deviations)", "density")
     return figure
