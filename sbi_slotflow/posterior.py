@@ -34,6 +34,14 @@ class SignalModel(Protocol):
         ...
 
 
+class ObservationWarning(Protocol):
+    """What :meth:`SlotPosterior.set_training_reference` takes."""
+
+    def warn(self, x: Tensor) -> None:
+        """Warn if an observation is unlike the training data."""
+        ...
+
+
 class SlotPosterior(DirectPosterior):
     """Posterior over the cardinality and the components.
 
@@ -84,6 +92,7 @@ class SlotPosterior(DirectPosterior):
             **kwargs,
         )
         self.simulator = simulator
+        self.training_reference: ObservationWarning | None = None
         self._acceptance: tuple[Tensor | None, set[int], Tensor] = (
             None,
             set(),
@@ -131,9 +140,25 @@ class SlotPosterior(DirectPosterior):
             max_sampling_batch_size=self.max_sampling_batch_size,
             device=self._device,
         )
+        new.set_training_reference(self.training_reference)
         if self.default_x is not None:
             new.set_default_x(self.default_x)
         return new
+
+    def set_training_reference(
+        self, reference: ObservationWarning | None
+    ) -> "SlotPosterior":
+        """Let :meth:`sample` warn, in one line, of an x unlike the training data.
+
+        Args:
+            reference: :class:`~sbi_slotflow.calibration.TrainingReference`, or None to
+                switch the warning off. Without one, sampling does no more work.
+
+        Returns:
+            The posterior itself.
+        """
+        self.training_reference = reference
+        return self
 
     def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -165,6 +190,8 @@ class SlotPosterior(DirectPosterior):
                 f".sample() takes one observation, got a batch of {len(batch)}; use "
                 ".sample_batched()."
             )
+        if self.training_reference is not None:
+            self.training_reference.warn(batch)
         return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .calibration.misspecification import TrainingReference
 from .nn.estimator import SlotDensityEstimator
 from .posterior import SlotPosterior
 from .pretraining import RECIPES
@@ -50,9 +51,14 @@ def load_pretrained(
     problem = RECIPES[name].problem
     if device is not None:
         estimator = estimator.to(device)
-    return SlotPosterior(
+    posterior = SlotPosterior(
         estimator, problem.prior, simulator=problem.simulator, device=device
     )
+    reference = files("sbi_slotflow") / "weights" / f"{name}.reference.safetensors"
+    if reference.is_file():  # not every set of weights has one
+        with as_file(reference) as path:
+            posterior.set_training_reference(TrainingReference.load(path))
+    return posterior
 
 
 def model_card(name: str) -> dict[str, Any]:

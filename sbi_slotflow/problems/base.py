@@ -1,5 +1,6 @@
 """A problem: prior, simulator and likelihood that belong together."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import ThetaLayout
 from ..nn.anchor_axis import AnchorAxis
-from ..nn.charts import Chart, WhiteningChart
+from ..nn.charts import Chart, PolarChart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
 from ..prior import VariableKPrior
@@ -48,6 +49,14 @@ class Problem:
     def shared_names(self) -> tuple[str, ...]:
         """Names of the shared parameters."""
         return self.layout.shared_names
+
+    @property
+    def periods(self) -> dict[str, float]:
+        """Periods of the component parameters that are angles, by name."""
+        chart = self.build_chart()
+        if not isinstance(chart, PolarChart):
+            return {}
+        return {self.component_names[chart.phase]: 2 * math.pi}
 
     @property
     def num_data(self) -> int:

@@ -21,7 +21,7 @@ truly uncertain, which makes it a yardstick for every method in the package.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,6 +137,19 @@ class ExactLinearGaussianPosterior:
         """Return p(K | x) over 0..Kmax, batched if x is a batch of more than one."""
         logits = self.log_evidence_by_cardinality(x) + self.prior.log_cardinality_probs
         return Categorical(logits=logits.squeeze(0) if len(logits) == 1 else logits)
+
+    def with_cardinality_prior(
+        self, weights: Sequence[float] | Tensor
+    ) -> "ExactLinearGaussianPosterior":
+        """Return the posterior under another prior of K.
+
+        Args:
+            weights: Weights of K = 0..Kmax.
+        """
+        prior = self.prior.with_cardinality(weights)
+        new = ExactLinearGaussianPosterior(replace(self.problem, prior=prior))
+        new.default_x = self.default_x
+        return new
 
     def sample(
         self,

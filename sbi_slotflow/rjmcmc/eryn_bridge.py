@@ -37,14 +37,12 @@ from torch import Tensor
 from ..component_proposals import PriorComponents
 from ..draws import PosteriorDraws
 from ..marginals import clamp_to_support
-from ..nn.charts import PolarChart
 from ..problems.base import Problem
 from .eryn_start import Samples, start_rows
 from .eryn_target import COMPONENTS, JointPrior, Leaves, joint_log_likelihood
 
 __all__ = ["ErynSampler", "eryn_sampler"]
 
-_TWO_PI = 2 * np.pi
 # Temperatures rise by equal factors up to this one; the last is infinite.
 _MAX_TEMPERATURE = 1e3
 
@@ -228,7 +226,7 @@ def eryn_sampler(
     others = [pair for pair in pairs if not isinstance(pair[0], ReversibleJumpMove)]
     births = SlotFlowMove(PriorComponents(prior.component), low, high, update_share=0)
     periodic = PeriodicContainer(
-        {name: {} for name in branches} | {COMPONENTS: _periods(problem)},
+        {name: {} for name in branches} | {COMPONENTS: problem.periods},
         key_order={name: list(parameters) for name, parameters in branches.items()},
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)
@@ -259,14 +257,6 @@ def eryn_sampler(
     return ErynSampler(
         problem, data, sampler, rows.reshape(num_temperatures, num_walkers, -1), seed
     )
-
-
-def _periods(problem: Problem) -> dict[str, float]:
-    """Periods of the component parameters that are angles, by name."""
-    chart = problem.build_chart()
-    if not isinstance(chart, PolarChart):
-        return {}
-    return {problem.component_names[chart.phase]: _TWO_PI}
 
 
 def _ladder(num: int) -> Any:

@@ -1,0 +1,105 @@
+"""Checks of trans-dimensional posteriors against simulated truths.
+
+:func:`report` makes all of them::
+
+    result = report(posterior, problem, n=1_000, seed=0)
+    result.passed, result.checks
+    result.to_html("calibration.html")
+
+:func:`draw` simulates pairs and draws from their posteriors, for single checks::
+
+    draws = draw(posterior, problem, n=1_000, seed=0)
+    check = coverage(draws)
+    check.passed, check.p_values, check.plot()
+
+- :func:`sbc`, :func:`sbc_components`: ranks of truths among draws,
+- :func:`coverage`: coverage of credible intervals by parameter and by K,
+- :func:`cardinality_reliability`: scores of q(K | x),
+- :func:`tarp`: balls around random references,
+- :func:`local_c2st`: a classifier two-sample test at one observation,
+- :func:`residuals`: posterior-predictive checks of signals.
+
+:class:`TrainingReference` tells whether an observation is unlike the training data, and
+lets ``posterior.sample`` warn of it.
+
+:mod:`~sbi_slotflow.calibration.faults` makes posteriors wrong in a known way, to see
+that a check notices.
+
+:func:`reduce_fns` and :func:`set_distance` serve ``sbi.diagnostics.run_sbc`` and
+``run_tarp``.
+"""
+
+from . import faults
+from .cardinality import (
+    CardinalityReliability,
+    ReliabilityBins,
+    cardinality_reliability,
+)
+from .check import Check
+from .coverage import Coverage, CoverageCurve, coverage
+from .draws import BatchedPosterior, CalibrationDraws, draw
+from .local_c2st import LocalC2ST, local_c2st
+from .matched import MatchedComponents
+from .misspecification import (
+    Misspecification,
+    TrainingReference,
+    UnlikeTrainingWarning,
+)
+from .reductions import (
+    CountInBand,
+    JitteredCardinality,
+    Lowest,
+    Reduction,
+    SharedParameter,
+    TotalPower,
+    reduce_fns,
+)
+from .report import Report, report
+from .residuals import Residuals, ResidualStream, residuals
+from .sbc import ComponentSBC, SetSBC, sbc, sbc_components
+from .set_distance import SetDistance, set_distance
+from .tarp import TARP, tarp
+from .uniformity import ecdf_band, pit, uniformity_p_value
+
+__all__ = [
+    "TARP",
+    "BatchedPosterior",
+    "CalibrationDraws",
+    "CardinalityReliability",
+    "Check",
+    "ComponentSBC",
+    "CountInBand",
+    "Coverage",
+    "CoverageCurve",
+    "JitteredCardinality",
+    "LocalC2ST",
+    "Lowest",
+    "MatchedComponents",
+    "Misspecification",
+    "Reduction",
+    "ReliabilityBins",
+    "Report",
+    "ResidualStream",
+    "Residuals",
+    "SetDistance",
+    "SetSBC",
+    "SharedParameter",
+    "TotalPower",
+    "TrainingReference",
+    "UnlikeTrainingWarning",
+    "cardinality_reliability",
+    "coverage",
+    "draw",
+    "ecdf_band",
+    "faults",
+    "local_c2st",
+    "pit",
+    "reduce_fns",
+    "report",
+    "residuals",
+    "sbc",
+    "sbc_components",
+    "set_distance",
+    "tarp",
+    "uniformity_p_value",
+]

@@ -1,0 +1,257 @@
+r"""Simulated pairs and posterior draws, which the checks share.
+
+If :math:`(\theta, x)` is drawn from :math:`p(\theta)\, p(x | \theta)`, the truth
+:math:`\theta` is one more draw from the exact posterior of x. Given its own K it is
+one more draw from :math:`p(\Theta, s | x, K)`. Every check asks whether the truth can
+be told from the draws.
+
+Pairs are handled in blocks of fixed size with random streams of their own, so that the
+result depends on the seed alone, not on the number of workers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from ..layout import ThetaLayout
+from ..problems.base import Problem
+from ..seeding import generator_for
+
+__all__ = [
+    "BatchedPosterior",
+    "CalibrationDraws",
+    "cardinality_probs",
+    "draw",
+    "draw_blocks",
+    "join",
+]
+
+BLOCK = 50
+"""Pairs in one block."""
+
+
+class BatchedPosterior(Protocol):
+    """What the checks need of a posterior."""
+
+    def sample_batched(
+        self,
+        sample_shape: Sequence[int],
+        x: Tensor,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows ``(*sample_shape, B, E)``, of cardinality k if given."""
+        ...
+
+    def cardinality(self, x: Tensor | None = None) -> Categorical:
+        """Return q(K | x) over 0..Kmax."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationDraws:
+    """Pairs (theta, x) and, for each x, draws from its posterior.
+
+    Attributes:
+        layout: Layout of theta.
+        periods: Periods of the parameters that are angles, by name.
+        cardinality_prior: p(K) of the pairs, shape ``(Kmax + 1,)``.
+        theta: True rows, shape ``(n, E)``.
+        x: Data, shape ``(n, T)``.
+        draws: Draws from q(K, Theta, s | x), shape ``(L, n, E)``.
+        given_k: Draws from q(Theta, s | x, K) at the true K, shape ``(L, n, E)``.
+        guides: More of the same, from which labels and scales are taken, shape
+            ``(H, n, E)``.
+        probs: q(K | x), float64, shape ``(n, Kmax + 1)``.
+        seed: Seed of all of them.
+    """
+
+    layout: ThetaLayout
+    periods: dict[str, float]
+    cardinality_prior: Tensor
+    theta: Tensor
+    x: Tensor
+    draws: Tensor
+    given_k: Tensor
+    guides: Tensor
+    probs: Tensor
+    seed: int
+
+    @property
+    def num(self) -> int:
+        """Number n of pairs."""
+        return len(self.theta)
+
+    @property
+    def cardinality(self) -> Tensor:
+        """True K, int64, shape ``(n,)``."""
+        return self.layout.cardinality(self.theta)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Source of randomness of one check, numbered."""
+        return generator_for(self.seed, 1, stream)
+
+
+def draw(
+    posterior: BatchedPosterior,
+    problem: Problem,
+    n: int = 1_000,
+    *,
+    num_draws: int = 200,
+    num_guides: int = 64,
+    seed: int = 0,
+    num_workers: int = 1,
+    show_progress: bool = False,
+) -> CalibrationDraws:
+    """Simulate pairs and draw from their posteriors.
+
+    Args:
+        posterior: The posterior to check.
+        problem: The problem that it claims to solve.
+        n: Number of pairs.
+        num_draws: Draws L of either kind for each pair.
+        num_guides: Draws H that labels and scales are taken from.
+        seed: Seed of everything.
+        num_workers: Processes of joblib; -1 for one a core.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        TypeError: If the posterior lacks a method.
+        ValueError: If a number is too small, or draws don't fit the problem's layout.
+    """
+    blocks = draw_blocks(
+        posterior, problem, n, num_draws, num_guides, seed, num_workers
+    )
+    if show_progress:
+        from tqdm.auto import tqdm
+
+        blocks = tqdm(blocks, total=-(-n // BLOCK), desc="drawing", unit="block")
+    return join(list(blocks), problem, seed)
+
+
+def draw_blocks(
+    posterior: BatchedPosterior,
+    problem: Problem,
+    n: int,
+    num_draws: int,
+    num_guides: int,
+    seed: int,
+    num_workers: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the blocks of :func:`draw` in their order; see there."""
+    from joblib import Parallel, delayed
+
+    for name in ("sample_batched", "cardinality"):
+        if not callable(getattr(posterior, name, None)):
+            raise TypeError(
+                f"posterior must have a method {name}, got {type(posterior).__name__}."
+            )
+    for name, value, least in (
+        ("n", n, 20),
+        ("num_draws", num_draws, 20),
+        ("num_guides", num_guides, 2),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    jobs = [
+        delayed(_block)(posterior, problem, size, num_draws, num_guides, seed, start)
+        for start, size in _ranges(n)
+    ]
+    return Parallel(n_jobs=num_workers, return_as="generator")(jobs)  # pyright: ignore[reportReturnType]
+
+
+def join(
+    blocks: Sequence[tuple[Tensor, ...]], problem: Problem, seed: int
+) -> CalibrationDraws:
+    """Put blocks together."""
+    columns = list(zip(*blocks, strict=True))
+    theta, x, probs = (torch.cat(part) for part in columns[:3])
+    draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[3:])
+    prior = problem.prior.cardinality_probs.double().cpu()
+    return CalibrationDraws(
+        layout=problem.layout,
+        periods=problem.periods,
+        cardinality_prior=prior,
+        theta=theta,
+        x=x,
+        draws=draws,
+        given_k=given_k,
+        guides=guides,
+        probs=probs,
+        seed=seed,
+    )
+
+
+def _ranges(n: int) -> list[tuple[int, int]]:
+    return [(start, min(BLOCK, n - start)) for start in range(0, n, BLOCK)]
+
+
+def _block(
+    posterior: BatchedPosterior,
+    problem: Problem,
+    size: int,
+    num_draws: int,
+    num_guides: int,
+    seed: int,
+    start: int,
+) -> tuple[Tensor, ...]:
+    """Theta, x, q(K | x), draws, draws given K, guides, all on the CPU."""
+    with _one_thread():
+        simulate = generator_for(seed, 0, start, 0)
+        theta = problem.prior.sample((size,), simulate).cpu()
+        x = problem.simulator(theta, simulate)
+        device = getattr(posterior, "_device", "cpu")
+        generator = generator_for(seed, 0, start, 1, device=device)
+        batch = x.to(device)
+        draws = posterior.sample_batched((num_draws,), batch, generator=generator)
+        draws = draws.cpu()
+        problem.layout.validate(draws, "posterior draws")
+        probs = cardinality_probs(posterior, batch)
+        num = num_draws + num_guides
+
+        def sample(x: Tensor, k: int) -> Tensor:
+            return posterior.sample_batched((num,), x, k=k, generator=generator).cpu()
+
+        rows = by_cardinality(sample, batch, problem.layout.cardinality(theta), num)
+    return theta, x, probs, draws, rows[:num_draws], rows[num_draws:]
+
+
+def by_cardinality(
+    sample: Callable[[Tensor, int], Tensor], x: Tensor, cardinality: Tensor, num: int
+) -> Tensor:
+    """Draw rows ``(num, B, E)``, each column at a K of its own."""
+    parts, places = [], []
+    for k in cardinality.unique().tolist():
+        place = (cardinality == k).nonzero().squeeze(-1)
+        parts.append(sample(x[place.to(x.device)], k))
+        places.append(place)
+    return torch.cat(parts, dim=1)[:num, torch.cat(places).argsort()]
+
+
+@torch.no_grad()
+def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
+    """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
+    device = getattr(posterior, "_device", "cpu")
+    with _one_thread():
+        parts = [
+            torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
+            for part in x.split(BLOCK)
+        ]
+    probs = torch.cat(parts).double().cpu()
+    return probs / probs.sum(-1, keepdim=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: sums in another order round differently."""
+    before: Any = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,336 @@
+r"""Posteriors that are wrong in a known way, to see that a check notices.
+
+Each function wraps a posterior and keeps its interface (``sample``, ``sample_batched``,
+``cardinality``), so that it can be checked, plotted and compared like any other::
+
+    report(faults.narrowed(posterior), problem).passed  # False
+
+K is drawn from q(K | x), sharpened by :func:`oversharp`, and components given K from
+the posterior's own draws, spoilt by the other faults. Moments of draws given K are
+taken in canonical order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from ..layout import ThetaLayout
+from ..marginals import clamp_to_support
+from ..metrics.labels import near
+from ..prior import VariableKPrior
+from .draws import BatchedPosterior
+from .matched import circular_mean, periods_of
+
+__all__ = [
+    "FaultyPosterior",
+    "independent",
+    "narrowed",
+    "oversharp",
+    "shifted",
+    "unmixed",
+]
+
+_FEWEST_DRAWS = 256
+
+
+class _WithPrior(BatchedPosterior, Protocol):
+    prior: VariableKPrior
+
+
+class Spoil(Protocol):
+    """Turns draws given K, ``(P, B, E)``, into wrong ones of the same shape."""
+
+    def __call__(
+        self, rows: Tensor, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Spoil rows, all of cardinality k."""
+        ...
+
+
+class FaultyPosterior:
+    """A posterior made wrong.
+
+    Args:
+        posterior: The posterior.
+        spoil: What happens to its draws given K; nothing if None.
+        sharpness: Power to which q(K | x) is raised.
+    """
+
+    def __init__(
+        self,
+        posterior: _WithPrior,
+        spoil: Spoil | None = None,
+        sharpness: float = 1.0,
+    ) -> None:
+        self.posterior = posterior
+        self.prior = posterior.prior
+        self.default_x: Tensor | None = getattr(posterior, "default_x", None)
+        self._spoil = spoil
+        self._sharpness = sharpness
+        self._device: Any = getattr(posterior, "_device", "cpu")
+
+    def set_default_x(self, x: Tensor) -> "FaultyPosterior":
+        """Set the observation to use where none is given."""
+        self.default_x = x
+        return self
+
+    def cardinality(self, x: Tensor | None = None) -> Categorical:
+        """Return q(K | x) as the faulty posterior has it."""
+        probs = self.posterior.cardinality(self._observed(x)).probs
+        return Categorical(logits=self._sharpness * probs.log())
+
+    def with_cardinality_prior(
+        self, weights: Sequence[float] | Tensor
+    ) -> "FaultyPosterior":
+        """Return the posterior under another prior of K, with the same fault.
+
+        Args:
+            weights: Weights of K = 0..Kmax.
+        """
+        other: Any = self.posterior
+        return FaultyPosterior(
+            other.with_cardinality_prior(weights), self._spoil, self._sharpness
+        )
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        x: Tensor | None = None,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows ``(*sample_shape, E)`` for one observation."""
+        batch = torch.atleast_2d(self._observed(x))
+        return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
+
+    @torch.no_grad()
+    def sample_batched(
+        self,
+        sample_shape: Sequence[int],
+        x: Tensor,
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows ``(*sample_shape, B, E)`` for B observations."""
+        shape = torch.Size(sample_shape)
+        num = shape.numel()
+        if k is None:
+            probs = torch.atleast_2d(self.cardinality(x).probs).float()
+            counts = torch.multinomial(probs, num, True, generator=generator).mT
+        else:
+            counts = torch.full((num, len(x)), k, device=x.device)
+        rows = self.prior.cardinality_probs.new_zeros(
+            num, len(x), self.prior.layout.size
+        )
+        for size in counts.unique().tolist():
+            here = counts == size
+            columns = here.any(0).nonzero().squeeze(-1)
+            most = int(here.sum(0).max())
+            found = self._given(most, x[columns], size, generator)
+            # Each column takes as many of its draws as it needs.
+            place = (here.cumsum(0) - 1)[:, columns]
+            for_column = torch.arange(len(columns), device=x.device).expand_as(place)
+            inside = here[:, columns]
+            row = inside.nonzero()[:, 0]
+            rows[row, columns[for_column[inside]]] = found[
+                place[inside], for_column[inside]
+            ]
+        return rows.reshape(*shape, len(x), self.prior.layout.size)
+
+    def _given(
+        self, num: int, x: Tensor, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw rows ``(num, B, E)`` of cardinality k."""
+        pool = num if self._spoil is None else max(num, _FEWEST_DRAWS)
+        rows = self.posterior.sample_batched((pool,), x, k=k, generator=generator)
+        if self._spoil is not None:
+            rows = self._spoil(rows, k, generator)
+        return rows[:num]
+
+    def _observed(self, x: Tensor | None) -> Tensor:
+        if x is None and self.default_x is None:
+            raise ValueError("x must be given where no default x is set.")
+        return self.default_x if x is None else x  # pyright: ignore[reportReturnType]
+
+
+def narrowed(
+    posterior: _WithPrior,
+    factor: float = 0.8,
+    *,
+    periods: Mapping[str, float] | None = None,
+) -> FaultyPosterior:
+    """Pull all parameters towards their mean given K.
+
+    Args:
+        posterior: The posterior.
+        factor: What standard deviations are multiplied by; above 1 they grow.
+        periods: Periods of parameters that are angles, by name.
+
+    Raises:
+        ValueError: If the factor is not positive.
+    """
+    if not factor > 0:
+        raise ValueError(f"factor must be positive, got {factor}.")
+    return FaultyPosterior(posterior, _Moved(posterior.prior, periods, factor, 0.0))
+
+
+def shifted(
+    posterior: _WithPrior,
+    by: float = 0.5,
+    *,
+    periods: Mapping[str, float] | None = None,
+) -> FaultyPosterior:
+    """Move all parameters by a share of their standard deviation given K.
+
+    Args:
+        posterior: The posterior.
+        by: The share.
+        periods: Periods of parameters that are angles, by name.
+    """
+    return FaultyPosterior(posterior, _Moved(posterior.prior, periods, 1.0, by))
+
+
+def oversharp(posterior: _WithPrior, power: float = 2.0) -> FaultyPosterior:
+    r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`.
+
+    Args:
+        posterior: The posterior.
+        power: The power; below 1 it is too unsure.
+
+    Raises:
+        ValueError: If the power is not positive.
+    """
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power}.")
+    return FaultyPosterior(posterior, sharpness=power)
+
+
+def unmixed(posterior: _WithPrior) -> FaultyPosterior:
+    """Let labels keep to themselves where components overlap.
+
+    Each component stays between the midpoints of its own and its neighbours' mean
+    ``order_by`` parameter, as where slots own a range each, or a sampler's labels never
+    mix. Where components are well apart nothing changes.
+
+    Args:
+        posterior: The posterior.
+    """
+    return FaultyPosterior(posterior, _Unmixed(posterior.prior.layout))
+
+
+def independent(posterior: _WithPrior) -> FaultyPosterior:
+    """Remove all dependence between components, and with shared parameters.
+
+    Each component of a draw is taken from a draw of its own.
+
+    Args:
+        posterior: The posterior.
+    """
+    return FaultyPosterior(posterior, _Independent(posterior.prior.layout))
+
+
+class _Moved:
+    """Scales deviations from the mean, and adds standard deviations to them."""
+
+    def __init__(
+        self,
+        prior: VariableKPrior,
+        periods: Mapping[str, float] | None,
+        factor: float,
+        by: float,
+    ) -> None:
+        self.prior, self.factor, self.by = prior, factor, by
+        layout = prior.layout
+        known = (*layout.component_names, *layout.shared_names)
+        if unknown := sorted(set(periods or {}) - set(known)):
+            raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
+        self.component_periods = periods_of(layout.component_names, periods or {})
+        self.shared_periods = periods_of(layout.shared_names, periods or {})
+
+    def __call__(
+        self, rows: Tensor, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        layout, prior = self.prior.layout, self.prior
+        parts = layout.unpack(rows)
+        components = self._move(parts.components, self.component_periods)
+        components = _wrapped(components, self.component_periods)
+        components = clamp_to_support(components, prior.component_marginals)
+        shared = parts.shared
+        if layout.num_shared:
+            shared = self._move(shared, self.shared_periods)
+            shared = clamp_to_support(
+                _wrapped(shared, self.shared_periods), prior.shared_marginals
+            )
+        return layout.canonical(layout.pack(parts.cardinality, components, shared))
+
+    def _move(self, values: Tensor, periods: Tensor) -> Tensor:
+        mean = circular_mean(values.double(), periods.to(values.device))
+        offset = near(values.double(), mean, periods.tolist()) - mean
+        moved = mean + self.factor * offset + self.by * offset.std(0)
+        return moved.to(values.dtype)
+
+
+class _Unmixed:
+    """Draws in which no component crosses to its neighbours' side."""
+
+    def __init__(self, layout: ThetaLayout) -> None:
+        self.layout = layout
+
+    def __call__(
+        self, rows: Tensor, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        if k < 2:
+            return rows
+        key = self.layout.unpack(rows).components[..., :k, self.layout.order_by]
+        mean = key.mean(0)
+        cuts = 0.5 * (mean[:, 1:] + mean[:, :-1])
+        crossed = (key[..., :-1] - cuts).clamp(min=0) + (cuts - key[..., 1:]).clamp(
+            min=0
+        )
+        excess = crossed.sum(-1)
+        # Without any good draw the least bad one stands in.
+        order = excess.argsort(0)
+        kept = (excess == 0).sum(0).clamp(min=1)
+        share = torch.rand(excess.shape, generator=generator, device=rows.device)
+        chosen = order.gather(0, (share * kept).long())
+        return rows.gather(0, chosen.unsqueeze(-1).expand_as(rows))
+
+
+class _Independent:
+    """Components of one draw come from as many draws."""
+
+    def __init__(self, layout: ThetaLayout) -> None:
+        self.layout = layout
+
+    def __call__(
+        self, rows: Tensor, k: int, generator: torch.Generator | None
+    ) -> Tensor:
+        layout = self.layout
+        parts = layout.unpack(rows)
+        num, batch = rows.shape[:2]
+        columns = [
+            _shuffled(parts.components[:, :, j], generator)
+            for j in range(layout.max_cardinality)
+        ]
+        shared = parts.shared
+        if layout.num_shared:
+            shared = _shuffled(shared, generator)
+        components = torch.stack(columns, dim=-2)
+        assert components.shape[:2] == (num, batch)
+        return layout.canonical(layout.pack(parts.cardinality, components, shared))
+
+
+def _shuffled(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Permute the first axis of ``(P, B, C)``, in each column of its own."""
+    key = torch.rand(values.shape[:2], generator=generator, device=values.device)
+    return values.gather(0, key.argsort(0).unsqueeze(-1).expand_as(values))
+
+
+def _wrapped(values: Tensor, periods: Tensor) -> Tensor:
+    """Angles on their first turn, [0, period)."""
+    periods = periods.to(values)
+    turned = values.remainder(torch.where(periods.isfinite(), periods, 1.0))
+    return torch.where(periods.isfinite(), turned, values)

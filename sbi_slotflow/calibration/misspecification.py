@@ -1,0 +1,309 @@
+r"""Is this x unlike the data that the network was trained on?
+
+A network answers for any x. Whether it has seen the like is judged by numbers s(x): the
+entries of a short x themselves; of a long one the logarithms of its power, in total, in
+bands of frequency and in stretches of time, its lag-one autocorrelation, kurtosis and
+largest excursion. In each of these groups, and in all at once, the distance of the
+whitened numbers from their 10th nearest neighbour among training data is measured. How
+unusual x is, d(x), is the largest of the logarithms of these distances, each in
+standard deviations from its mean over training data. The p-value is the rank of d(x)
+among training data that were set aside (conformal prediction, Vovk et al. 2005),
+
+.. math::
+    p = \frac{1 + \#\{i : d(x_i) \ge d(x)\}}{1 + m},
+
+so :math:`\Pr(p \le \alpha) \le \alpha` for data like the training data, whatever their
+distribution. (sbi's ``calc_misspecification_mmd`` compares batches of observations; for
+a single one its statistic is a mean kernel distance in the space of x, without power
+where x is long.)
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from ..storage import read_tensors, write_tensors
+from .check import Check
+from .uniformity import Array
+
+__all__ = [
+    "Misspecification",
+    "TrainingReference",
+    "UnlikeTrainingWarning",
+    "summarise",
+]
+
+_FORMAT = "sbi_slotflow.TrainingReference"
+_VERSION = 1
+_NEIGHBOURS = 10
+_SHORT = 32
+_NUM_BANDS, _NUM_STRETCHES = 24, 8
+_FEWEST = 100
+# Observations above which their scores are compared all together.
+_MANY = 20
+_CHUNK = 1_000
+
+
+class UnlikeTrainingWarning(UserWarning):
+    """An observation is unlike the training data."""
+
+
+def summarise(x: Tensor) -> list[Tensor]:
+    """Return groups of numbers s(x), float64, each ``(B, F)``, of data ``(B, T)``.
+
+    The last group holds all of them.
+    """
+    x = x.detach().cpu().double()
+    size = x.shape[-1]
+    if size <= _SHORT:
+        return [x]
+    tiny = 1e-30
+    power = x.square().mean(-1, keepdim=True) + tiny
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True) + tiny
+    spectrum = torch.fft.rfft(x).abs().square()
+    bands = [part.mean(-1) for part in spectrum.tensor_split(_NUM_BANDS, dim=-1)]
+    square = x.square()
+    stretches = [part.mean(-1) for part in square.tensor_split(_NUM_STRETCHES, dim=-1)]
+    correlation = (centred[:, 1:] * centred[:, :-1]).mean(-1, keepdim=True) / variance
+    kurtosis = centred.pow(4).mean(-1, keepdim=True) / variance.square() + tiny
+    largest = centred.abs().amax(-1, keepdim=True) / variance.sqrt() + tiny
+    groups = [
+        power.log(),
+        (torch.stack(bands, dim=-1) / power + tiny).log(),
+        (torch.stack(stretches, dim=-1) / power + tiny).log(),
+        torch.cat([correlation, kurtosis.log(), largest.log()], dim=-1),
+    ]
+    return [*groups, torch.cat(groups, dim=-1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Misspecification(Check):
+    """Whether observations are like the training data.
+
+    Attributes:
+        observations: A p-value for each observation, shape ``(B,)``.
+        scores: How unusual each observation is.
+        usual: The same of training data, ascending.
+    """
+
+    title: ClassVar[str] = "Is x like the training data?"
+    explanation: ClassVar[str] = (
+        "How far x is from its neighbours among the training data, in standard "
+        "deviations, against training data that were set aside."
+    )
+
+    observations: Array
+    scores: Array
+    usual: Array
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Smallest p-value and share of observations below 0.05."""
+        return {
+            "num": len(self.observations),
+            "smallest_p_value": float(self.observations.min()),
+            "share_below_0.05": float((self.observations <= 0.05).mean()),
+            "num_reference": len(self.usual),
+        }
+
+    def plot(self) -> Figure:
+        """Plot the distances of observations and of training data."""
+        from .misspecification_plot import plot_misspecification
+
+        return plot_misspecification(self)
+
+
+class _Group(NamedTuple):
+    """Training data as one group of numbers shows them.
+
+    Attributes:
+        mean: Mean of s(x), shape ``(F,)``.
+        whitening: Matrix that whitens s(x), shape ``(F, F')``.
+        points: Whitened s(x), float32, shape ``(N, F')``.
+        scale: Mean and standard deviation of the logarithm of the distance of a point
+            from its neighbours, shape ``(2,)``.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    points: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor) -> "_Group":
+        mean = features.mean(0)
+        _, sizes, axes = torch.linalg.svd(features - mean, full_matrices=False)
+        kept = sizes > 1e-6 * sizes[0]
+        whitening = axes[kept].T / (sizes[kept] / len(features) ** 0.5)
+        points = ((features - mean) @ whitening).float()
+        # A point is its own nearest neighbour, at distance zero.
+        logs = _distances(points.double(), points, _NEIGHBOURS + 1).log()
+        return cls(mean, whitening, points, torch.stack([logs.mean(), logs.std()]))
+
+    def scores(self, features: Tensor) -> Tensor:
+        whitened = (features - self.mean) @ self.whitening
+        logs = _distances(whitened, self.points, _NEIGHBOURS).log()
+        return (logs - self.scale[0]) / self.scale[1]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingReference:
+    """What the training data look like, small enough to travel with a posterior.
+
+    Make one with :meth:`fit` and hand it to ``posterior.set_training_reference``: then
+    ``posterior.sample`` warns of an x that is unlike the training data.
+
+    Attributes:
+        groups: Training data as each group of numbers shows them.
+        usual: Scores of other training data, ascending, shape ``(m,)``.
+        num_data: Length T of x.
+        level: p-value below which :meth:`warn` warns.
+    """
+
+    groups: tuple[_Group, ...]
+    usual: Tensor
+    num_data: int
+    level: float = 1e-3
+
+    @classmethod
+    def fit(cls, x: Tensor, level: float = 1e-3) -> "TrainingReference":
+        """Describe training data.
+
+        Args:
+            x: Data, shape ``(N, T)``; one half gives neighbours, the other usual
+                scores, so the least p-value is about 2 / N.
+            level: p-value below which :meth:`warn` warns.
+
+        Raises:
+            ValueError: If x has the wrong shape, too few rows for the level, or is not
+                finite.
+        """
+        if x.ndim != 2 or len(x) < _FEWEST:
+            raise ValueError(
+                f"x must have shape (N, T) with N >= {_FEWEST}, got {tuple(x.shape)}."
+            )
+        if not torch.isfinite(x).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
+        half = len(x) // 2
+        least = 1 / (1 + len(x) - half)
+        if not least <= level < 1:
+            raise ValueError(
+                f"level must lie between {least:.2g} (for {len(x)} rows of x) and 1, "
+                f"got {level}."
+            )
+        features = summarise(x)
+        groups = tuple(_Group.fit(part[:half]) for part in features)
+        usual = _largest(groups, [part[half:] for part in features])
+        return cls(groups, usual.sort().values, x.shape[-1], level)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """How unusual observations are, float64, shape ``(B,)``.
+
+        Raises:
+            ValueError: If x has the wrong shape.
+        """
+        x = torch.atleast_2d(x)
+        if x.ndim != 2 or x.shape[-1] != self.num_data:
+            raise ValueError(
+                f"x must have shape (B, {self.num_data}), got {tuple(x.shape)}."
+            )
+        return _largest(self.groups, summarise(x))
+
+    def p_values(self, x: Tensor) -> Tensor:
+        """p-value of each observation ``(B, T)``, float64, shape ``(B,)``."""
+        return self._ranked(self.scores(x))
+
+    def check(self, x: Tensor, *, false_alarm_rate: float = 0.01) -> Misspecification:
+        """Test observations.
+
+        Up to 20 are tested one by one. More are tested all together: their scores
+        against those of training data (Kolmogorov and Smirnov's test).
+
+        Args:
+            x: Observations, shape ``(B, T)``.
+            false_alarm_rate: Of the check.
+        """
+        scores = self.scores(x)
+        each = self._ranked(scores)
+        usual = self.usual.numpy()
+        if len(each) > _MANY:
+            test: Any = ks_2samp(scores.numpy(), usual)
+            p_values = {"all observations": float(test.pvalue)}
+        else:
+            p_values = {f"observation {i + 1}": p for i, p in enumerate(each.tolist())}
+        return Misspecification(
+            p_values, false_alarm_rate, each.numpy(), scores.numpy(), usual
+        )
+
+    def warn(self, x: Tensor) -> None:
+        """Warn, in one line, if an observation's p-value is below the level."""
+        least = float(self.p_values(x).min())
+        if least < self.level:
+            warnings.warn(
+                f"x is unlike the training data (p = {least:.1g}): do not trust this "
+                "posterior; posterior.set_training_reference(None) switches this off.",
+                UnlikeTrainingWarning,
+                stacklevel=3,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference to a safetensors file."""
+        tensors = {
+            f"{i}.{name}": value
+            for i, group in enumerate(self.groups)
+            for name, value in group._asdict().items()
+        }
+        meta = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "num_groups": len(self.groups),
+            "num_data": self.num_data,
+            "level": self.level,
+        }
+        write_tensors(path, {**tensors, "usual": self.usual}, meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TrainingReference":
+        """Read a reference that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is corrupt or foreign.
+        """
+        tensors, meta = read_tensors(path, _FORMAT, _VERSION)
+        try:
+            groups = tuple(
+                _Group(*(tensors[f"{i}.{name}"] for name in _Group._fields))
+                for i in range(int(meta["num_groups"]))
+            )
+            num, level = int(meta["num_data"]), float(meta["level"])
+            return cls(groups, tensors["usual"], num, level)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}.") from error
+
+    def _ranked(self, scores: Tensor) -> Tensor:
+        above = len(self.usual) - torch.searchsorted(self.usual, scores)
+        return (1 + above).double() / (1 + len(self.usual))
+
+
+def _largest(groups: Sequence[_Group], features: Sequence[Tensor]) -> Tensor:
+    scores = [g.scores(part) for g, part in zip(groups, features, strict=True)]
+    return torch.stack(scores).amax(0)
+
+
+def _distances(features: Tensor, points: Tensor, neighbour: int) -> Tensor:
+    """Distance of whitened features ``(B, F)`` from their n-th nearest points."""
+    points = points.double()
+    parts = [
+        torch.cdist(part, points).kthvalue(neighbour, dim=-1).values
+        for part in features.split(_CHUNK)
+    ]
+    return torch.cat(parts).clamp(min=1e-12)

@@ -1,0 +1,192 @@
+r"""Numbers that every theta row has, whatever its K and its labels.
+
+``sbi.diagnostics.run_sbc`` ranks one number of a draw at a time. The functions made
+here reduce a theta row to a number that exists for every K, so that rows of different
+dimension can be ranked together::
+
+    run_sbc(thetas, xs, posterior, reduce_fns=reduce_fns(prior.layout))
+"""
+
+import torch
+from torch import Tensor
+
+from ..layout import ThetaLayout
+from ..seeding import generator_for
+
+__all__ = [
+    "CountInBand",
+    "JitteredCardinality",
+    "Lowest",
+    "Reduction",
+    "SharedParameter",
+    "TotalPower",
+    "reduce_fns",
+]
+
+
+class Reduction:
+    """Base of the reductions: a layout and a seeded source of tie-breaking jitter.
+
+    Attributes:
+        name: What the number is.
+    """
+
+    def __init__(self, layout: ThetaLayout, seed: int = 0, name: str = "K") -> None:
+        self.layout = layout
+        self.name = name
+        self._generator = generator_for(seed)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        raise NotImplementedError
+
+    def _jitter(self, num: int) -> Tensor:
+        """Uniform numbers in [0, 1), new ones at every call."""
+        return torch.rand(num, generator=self._generator)
+
+    def _parameter(self, theta: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        parts = self.layout.unpack(theta)
+        return parts.components[..., index], parts.mask
+
+
+class JitteredCardinality(Reduction):
+    """K plus a uniform number in [0, 1): where K's would tie, ranks are random.
+
+    Args:
+        layout: Layout of theta.
+        seed: Seed of the jitter.
+    """
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        return self.layout.cardinality(theta) + self._jitter(len(theta))
+
+
+class TotalPower(Reduction):
+    r"""Sum of squares of one component parameter, :math:`\sum_k \theta_{k,d}^2`.
+
+    Rows with K = 0 come below all others, in random order.
+
+    Args:
+        layout: Layout of theta.
+        parameter: Name of the parameter, the amplitude say.
+        seed: Seed of the order among empty rows.
+    """
+
+    def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
+        super().__init__(layout, seed, f"power of {parameter}")
+        self._index = _index_of(layout, parameter)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        values, mask = self._parameter(theta, self._index)
+        power = torch.where(mask, values.square(), 0.0).sum(-1)
+        return torch.where(mask.any(-1), power, self._jitter(len(theta)) - 1.0)
+
+
+class Lowest(Reduction):
+    """Smallest value of one component parameter.
+
+    Rows with K = 0 come below all others, in random order.
+
+    Args:
+        layout: Layout of theta.
+        parameter: Name of the parameter, the frequency say.
+        seed: Seed of the order among empty rows.
+    """
+
+    def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
+        super().__init__(layout, seed, f"lowest {parameter}")
+        self._index = _index_of(layout, parameter)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        values, mask = self._parameter(theta, self._index)
+        least = torch.where(mask, values, torch.inf).amin(-1)
+        below = -1e30 * (1.0 + self._jitter(len(theta)))
+        return torch.where(mask.any(-1), least, below)
+
+
+class CountInBand(Reduction):
+    """Number of components with a parameter in [low, high), jittered like K.
+
+    Args:
+        layout: Layout of theta.
+        parameter: Name of the parameter, the frequency say.
+        low: Lower end of the band.
+        high: Upper end of the band.
+        seed: Seed of the jitter.
+    """
+
+    def __init__(
+        self,
+        layout: ThetaLayout,
+        parameter: str,
+        low: float,
+        high: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(layout, seed, f"number with {parameter} in a band")
+        self._index = _index_of(layout, parameter)
+        self.low, self.high = low, high
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        values, mask = self._parameter(theta, self._index)
+        inside = mask & (values >= self.low) & (values < self.high)
+        return inside.sum(-1) + self._jitter(len(theta))
+
+
+class SharedParameter(Reduction):
+    """One shared parameter.
+
+    Args:
+        layout: Layout of theta.
+        parameter: Name of the parameter.
+    """
+
+    def __init__(self, layout: ThetaLayout, parameter: str) -> None:
+        super().__init__(layout, name=parameter)
+        self._index = layout.shared_names.index(parameter)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        return self.layout.unpack(theta).shared[..., self._index]
+
+
+def reduce_fns(
+    layout: ThetaLayout,
+    power: str | None = None,
+    band: tuple[float, float] | None = None,
+) -> list[Reduction]:
+    """Make a list of reductions for ``run_sbc``.
+
+    Args:
+        layout: Layout of theta.
+        power: Parameter whose total power is ranked; the first one if None.
+        band: Band of the ``order_by`` parameter in which components are counted; none
+            if None.
+
+    Returns:
+        Jittered K, total power, lowest ``order_by`` parameter, number in the band, and
+        each shared parameter, in this order.
+    """
+    order = layout.component_names[layout.order_by]
+    functions: list[Reduction] = [
+        JitteredCardinality(layout),
+        TotalPower(layout, power or layout.component_names[0]),
+        Lowest(layout, order),
+    ]
+    if band is not None:
+        functions.append(CountInBand(layout, order, *band))
+    functions += [SharedParameter(layout, name) for name in layout.shared_names]
+    return functions
+
+
+def _index_of(layout: ThetaLayout, parameter: str) -> int:
+    if parameter not in layout.component_names:
+        raise ValueError(
+            f"parameter must be one of {list(layout.component_names)}, got "
+            f"{parameter!r}."
+        )
+    return layout.component_names.index(parameter)

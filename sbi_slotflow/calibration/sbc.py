@@ -1,0 +1,215 @@
+r"""Simulation-based calibration of sets (Talts et al. 2018, Modrak et al. 2023).
+
+The truth is ranked among posterior draws, one number at a time. Two kinds of numbers
+make sense when K varies and labels are arbitrary:
+
+- :func:`sbc`: numbers that don't depend on labels. Among draws from q(K, Theta, s | x):
+  K, total power, the lowest component, shared parameters and the log-likelihood; among
+  draws given the true K: the mean over components of each parameter, and the smallest
+  gap between components, which see whether components depend on each other as they
+  should.
+- :func:`sbc_components`: each parameter of a component, matched with reference points
+  (:mod:`~sbi_slotflow.calibration.matched`). A component of each pair is picked at
+  random, so that the ranks are independent. Where K > 1 the products of different
+  components' standardised deviations are ranked too, :math:`\sum_{j<k} z_j z_k`, which
+  see correlations that are missing.
+
+Ranks are randomised for ties and tested by the simultaneous band of their ECDF
+(:mod:`~sbi_slotflow.calibration.uniformity`). The bands' verdict is exact for any
+number of pairs, not asymptotic.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..layout import ThetaLayout, ThetaParts
+from ..separation import smallest_gap
+from .check import Check
+from .draws import CalibrationDraws
+from .ecdf_plot import plot_ecdf_differences
+from .matched import MatchedComponents
+from .reductions import reduce_fns
+from .uniformity import Array, pit, uniformity_p_value
+
+__all__ = ["FEWEST_RANKS", "ComponentSBC", "SetSBC", "sbc", "sbc_components"]
+
+FEWEST_RANKS = 20
+"""Fewest pairs that a quantity is tested on."""
+
+# Entries of expanded data held at once.
+_CHUNK = 8_000_000
+
+LogLikelihood = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _SBC(Check):
+    """Ranks of truths among draws.
+
+    Attributes:
+        ranks: For each quantity the truths' normalised ranks, each ``(n,)``.
+    """
+
+    explanation: ClassVar[str] = (
+        "The line is the ECDF of the truth's rank among posterior draws, less the "
+        "diagonal. Sloping up at both ends: too narrow; down at both ends: too wide; "
+        "all on one side: shifted."
+    )
+
+    ranks: Mapping[str, Array]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Mean rank, and its variance over that of uniform ranks."""
+        return {
+            name: {
+                "num": len(u),
+                "mean_rank": float(u.mean()),
+                "variance_ratio": float(12 * ((u - 0.5) ** 2).mean()),
+            }
+            for name, u in self.ranks.items()
+        }
+
+    def plot(self) -> Figure:
+        """Plot the ECDF of each quantity's ranks, less the diagonal."""
+        return plot_ecdf_differences(self.ranks, self.level, "rank of the truth")
+
+
+class SetSBC(_SBC):
+    """What :func:`sbc` returns."""
+
+    title: ClassVar[str] = "Simulation-based calibration of sets"
+
+
+class ComponentSBC(_SBC):
+    """What :func:`sbc_components` returns."""
+
+    title: ClassVar[str] = "Simulation-based calibration of matched components"
+
+
+def sbc(
+    draws: CalibrationDraws,
+    *,
+    log_likelihood: LogLikelihood | None = None,
+    num_likelihood_draws: int = 50,
+    false_alarm_rate: float = 0.01,
+) -> SetSBC:
+    """Rank numbers of the set that don't depend on labels.
+
+    Args:
+        draws: Pairs and draws.
+        log_likelihood: Maps rows ``(L, n, E)`` and data ``(n, T)`` to log p(x | theta);
+            not ranked if None.
+        num_likelihood_draws: Draws among which its value at the truth is ranked.
+        false_alarm_rate: Of the check.
+
+    Returns:
+        Ranks and verdict.
+    """
+    generator = draws.generator(0)
+    layout, theta = draws.layout, draws.theta
+    ranks: dict[str, Array] = {}
+    for function in reduce_fns(layout):
+        truth = function(theta, draws.x)
+        values = function(draws.draws.flatten(0, 1), draws.x)
+        values = values.reshape(draws.draws.shape[:-1])
+        ranks[function.name] = pit(truth, values, generator)
+    if log_likelihood is not None:
+        rows = draws.draws[:num_likelihood_draws]
+        rows = torch.cat([theta.unsqueeze(0), rows])
+        step = max(1, _CHUNK // (len(rows) * draws.x.shape[-1]))
+        pieces = zip(rows.split(step, dim=1), draws.x.split(step), strict=True)
+        values = torch.cat([log_likelihood(*piece) for piece in pieces], dim=1)
+        ranks["log-likelihood"] = pit(values[0], values[1:], generator)
+    truth = set_numbers(layout.unpack(theta), layout, draws.periods)
+    values = set_numbers(layout.unpack(draws.given_k), layout, draws.periods)
+    for name, (value, least) in truth.items():
+        counted = draws.cardinality >= least
+        if counted.sum() >= FEWEST_RANKS:
+            found = values[name][0][:, counted]
+            ranks[f"{name} given K"] = pit(value[counted], found, generator)
+    return SetSBC(_tested(ranks), false_alarm_rate, ranks)
+
+
+def sbc_components(
+    draws: CalibrationDraws, *, false_alarm_rate: float = 0.01
+) -> ComponentSBC:
+    """Rank the parameters of matched components, given the true K.
+
+    Args:
+        draws: Pairs and draws.
+        false_alarm_rate: Of the check.
+
+    Returns:
+        Ranks of one component of each pair, picked at random, and the verdict.
+
+    Raises:
+        ValueError: If too few pairs have a component.
+    """
+    generator = draws.generator(1)
+    matched = MatchedComponents(draws)
+    ranks = component_ranks(matched, generator)
+    picked = picked_component(draws.cardinality, generator)
+    some, several = draws.cardinality > 0, draws.cardinality > 1
+    if some.sum() < FEWEST_RANKS:
+        raise ValueError(
+            f"draws must hold at least {FEWEST_RANKS} pairs with a component, got "
+            f"{int(some.sum())}."
+        )
+    index = torch.arange(draws.num)
+    chosen = ranks[index, picked][some].numpy()
+    names = draws.layout.component_names
+    found = {name: chosen[:, d] for d, name in enumerate(names)}
+    if several.sum() >= FEWEST_RANKS:
+        truth, given_k, _ = (_products(part, matched) for part in matched.components)
+        products = pit(truth[several], given_k[:, several], generator)
+        for d, name in enumerate(names):
+            found[f"pairs of {name}"] = products[:, d]
+    return ComponentSBC(_tested(found), false_alarm_rate, found)
+
+
+def component_ranks(matched: MatchedComponents, generator: torch.Generator) -> Tensor:
+    """Ranks of all matched components' parameters, float64, ``(n, Kmax, D)``."""
+    truth, given_k, _ = matched.components
+    return torch.from_numpy(pit(truth, given_k, generator))
+
+
+def picked_component(cardinality: Tensor, generator: torch.Generator) -> Tensor:
+    """Index of a component of each set, uniform on its K; 0 where K = 0."""
+    share = torch.rand(len(cardinality), generator=generator, dtype=torch.float64)
+    return (share * cardinality).long()
+
+
+def _products(components: Tensor, matched: MatchedComponents) -> Tensor:
+    """Sum over pairs of components of their deviations' products, ``(..., n, D)``."""
+    mean, std = matched.moments
+    mask = matched.mask.unsqueeze(-1)
+    deviation = torch.where(mask, (components - mean) / std, 0.0)
+    return 0.5 * (deviation.sum(-2).square() - deviation.square().sum(-2))
+
+
+def _tested(ranks: Mapping[str, Array]) -> dict[str, float]:
+    return {name: uniformity_p_value(u) for name, u in ranks.items()}
+
+
+def set_numbers(
+    parts: ThetaParts, layout: ThetaLayout, periods: Mapping[str, float]
+) -> dict[str, tuple[Tensor, int]]:
+    """Numbers of sets of one size, and the least K for which they mean something."""
+    mask = parts.mask.unsqueeze(-1)
+    total = torch.where(mask, parts.components.double(), 0.0).sum(-2)
+    mean = total / parts.cardinality.clamp(min=1).unsqueeze(-1)
+    numbers = {
+        f"mean {name}": (mean[..., d], 1)
+        for d, name in enumerate(layout.component_names)
+        if name not in periods
+    }
+    if layout.max_cardinality > 1:
+        key = parts.components[..., layout.order_by]
+        numbers["smallest gap"] = (smallest_gap(key, parts.mask), 2)
+    return numbers

@@ -1,0 +1,123 @@
+"""An observation unlike the training data has a small p-value and raises a warning."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from scipy.stats import kstest
+
+from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow.calibration import TrainingReference, UnlikeTrainingWarning
+from sbi_slotflow.seeding import generator_for
+
+tiny = problems.sinusoids("tiny")
+
+
+def simulate(num, seed, problem=tiny):
+    theta = problem.prior.sample((num,), generator_for(seed, 0))
+    return problem.simulator(theta, generator_for(seed, 1))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return TrainingReference.fit(simulate(3_000, 0))
+
+
+@pytest.mark.parametrize("problem", [tiny, problems.linear_gaussian()])
+def test_p_values_of_fresh_data_are_uniform(problem):
+    reference = TrainingReference.fit(simulate(3_000, 0, problem))
+    fresh = simulate(1_000, 1, problem)
+    # Distances of 1,000 and 1,500 are compared: a false alarm in 10,000 runs.
+    check = reference.check(fresh, false_alarm_rate=1e-4)
+    assert check.passed
+    assert list(check.p_values) == ["all observations"]
+    # The same of p-values whose reference is itself a sample of 1,500: twice as wide.
+    assert kstest(reference.p_values(fresh).numpy(), "uniform").statistic < 0.1
+
+
+def loud(x):
+    """As much as eight standard deviations of the loudest noise."""
+    return 8 * x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def glitch(x):
+    x = x.clone()
+    x[:, 100] += 15 * x.std(-1)
+    return x
+
+
+CHANGES = {
+    "louder": loud,
+    "glitch": glitch,
+    "coloured": lambda x: torch.nn.functional.avg_pool1d(x, 5, 1, 2),
+    "silent half": lambda x: torch.where(torch.arange(x.shape[-1]) < 150, 0.01 * x, x),
+    "drift": lambda x: x + torch.linspace(-3, 3, x.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_foreign_data_are_noticed_one_by_one(reference, change):
+    # Signals that swamp the change may hide it: nine in ten must have p below 0.01.
+    p = reference.p_values(CHANGES[change](simulate(100, 2)))
+    assert (p < 0.01).float().mean() >= 0.9
+
+
+def test_check_names_the_foreign_observation(reference):
+    x = simulate(3, 3)
+    x[1] = loud(x[1])
+    check = reference.check(x, false_alarm_rate=0.01)
+    assert check.failures == ("observation 2",)
+    assert check.numbers["num"] == 3
+
+
+def test_reference_survives_a_file(reference, tmp_path):
+    path = tmp_path / "reference.safetensors"
+    reference.save(path)
+    x = simulate(20, 4)
+    loaded = TrainingReference.load(path)
+    torch.testing.assert_close(loaded.p_values(x), reference.p_values(x))
+    assert loaded.level == reference.level
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="corrupt or no safetensors"):
+        TrainingReference.load(path)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    estimator = slot_nn(tiny)(tiny.prior.sample((200,)), simulate(200, 5))
+    return SlotPosterior(estimator, tiny.prior)  # type: ignore[arg-type]
+
+
+def test_sample_warns_in_one_line_and_can_be_silenced(posterior, reference):
+    usual, foreign = simulate(1, 6), loud(simulate(1, 6))
+    posterior.set_training_reference(reference)
+    with pytest.warns(UnlikeTrainingWarning, match="unlike the training data") as seen:
+        posterior.sample((5,), foreign)
+    assert len(seen) == 1
+    assert "\n" not in str(seen[0].message)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior.sample((5,), usual)
+        posterior.set_training_reference(None).sample((5,), foreign)
+
+
+def test_reference_follows_the_posterior(posterior, reference):
+    posterior.set_training_reference(reference)
+    other = posterior.with_cardinality_prior([1, 1, 1, 2])
+    assert other.training_reference is reference
+    again = pickle.loads(pickle.dumps(posterior))
+    with pytest.warns(UnlikeTrainingWarning):
+        again.sample((5,), loud(simulate(1, 6)))
+
+
+def test_malformed_data_are_refused(reference):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, T\) with N >= 100"):
+        TrainingReference.fit(torch.zeros(5, 10))
+    with pytest.raises(ValueError, match="x must be finite"):
+        TrainingReference.fit(torch.full((500, 10), torch.nan))
+    with pytest.raises(ValueError, match="level must lie between"):
+        TrainingReference.fit(simulate(200, 7), level=1e-3)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 300\)"):
+        reference.p_values(torch.zeros(1, 7))
