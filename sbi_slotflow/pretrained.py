@@ -50,9 +50,11 @@ def load_pretrained(
     problem = RECIPES[name].problem
     if device is not None:
         estimator = estimator.to(device)
-    return SlotPosterior(
+    posterior = SlotPosterior(
         estimator, problem.prior, simulator=problem.simulator, device=device
     )
+    posterior.model_card = model_card(name)
+    return posterior
 
 
 def model_card(name: str) -> dict[str, Any]:
