@@ -2,7 +2,7 @@ r"""Draws of sets that stand for a posterior: what samplers and refinement retur
 
 Draws may carry importance weights, and MCMC's come in chains. Either way they answer as
 a :class:`~sbi_slotflow.SlotPosterior` does: ``sample``, ``cardinality``,
-``to_datatree``.
+``catalogue``, ``to_datatree``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from .resampling import systematic
 from .seeding import draw_seed, generator_for
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
 
     from .problems import Problem
 
@@ -205,6 +205,39 @@ class PosteriorDraws:
             generator=generator,
             attrs={"seed": str(generator.initial_seed()), **(attrs or {})},
             **options,
+        )
+
+    def catalogue(
+        self,
+        x: Tensor | None = None,
+        *,
+        ci_prob: float = 0.9,
+        min_probability: float = 0.1,
+        true_theta: Tensor | None = None,
+    ) -> "Dataset":
+        """Turn the draws into a list of sources.
+
+        See :func:`~sbi_slotflow.build_catalogue`.
+
+        Args:
+            x: Left out, or the observation of the draws.
+            ci_prob: Probability inside the credible intervals.
+            min_probability: Sources that are less probable are not listed.
+            true_theta: A true theta row, if known.
+
+        Returns:
+            A dataset with a row a source; ``to_dataframe()`` makes a table of it.
+        """
+        from .catalogue import build_catalogue
+
+        self._check_x(x)
+        return build_catalogue(
+            self.rows,
+            self.layout,
+            weights=self.weights,
+            ci_prob=ci_prob,
+            min_probability=min_probability,
+            true_theta=true_theta,
         )
 
     def _check_x(self, x: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from .seeding import draw_seed, generator_for
 from .truncation import LEAST_ACCEPTANCE, SeparatedSlots
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
 
     from .refinement import RefinedPosterior
 
@@ -423,6 +423,49 @@ class SlotPosterior(DirectPosterior):
             generator=generator_on_cpu,
             model_card=self.model_card,
             attrs={"seed": str(generator.initial_seed()), **(attrs or {})},
+        )
+
+    def catalogue(
+        self,
+        x: Tensor | None = None,
+        *,
+        num_samples: int = 4_000,
+        generator: torch.Generator | None = None,
+        samples: Tensor | None = None,
+        ci_prob: float = 0.9,
+        min_probability: float = 0.1,
+        true_theta: Tensor | None = None,
+    ) -> "Dataset":
+        """Turn draws into a list of sources; see :func:`~sbi_slotflow.build_catalogue`.
+
+        Args:
+            x: One observation; the default x if None.
+            num_samples: Number of draws.
+            generator: Source of randomness; torch's global generator if None.
+            samples: Draws ``(S, E)`` to use instead of new ones.
+            ci_prob: Probability inside the credible intervals.
+            min_probability: Sources that are less probable are not listed.
+            true_theta: A true theta row, if known.
+
+        Returns:
+            A dataset with a row a source; ``to_dataframe()`` makes a table of it.
+
+        Raises:
+            ValueError: If x is a batch, or an argument is malformed or out of range.
+        """
+        from .catalogue import build_catalogue
+
+        if samples is None:
+            batch = self._one(x, "catalogue")
+            if num_samples < 1:
+                raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+            samples = self.sample((num_samples,), batch, generator=generator)
+        return build_catalogue(
+            samples,
+            self.prior.layout,
+            ci_prob=ci_prob,
+            min_probability=min_probability,
+            true_theta=true_theta,
         )
 
     @property
