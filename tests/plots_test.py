@@ -6,7 +6,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
@@ -85,13 +87,20 @@ def test_reconstruction_of_a_problem_without_grids() -> None:
     assert [axes.get_xlabel() for axes in figure.axes] == ["sample"]
 
 
+def draws_of(axes: Axes) -> list[Line2D]:
+    """The draws, a line for each source."""
+    return [line for line in axes.lines if line.get_marker() == "."]
+
+
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_spectrum_marks_draws_and_truth(k: int) -> None:
     truth, x, samples = make_posterior(k)
     figure = plots.plot_spectrum(TINY, samples, x, truth)
     upper, lower = figure.axes
     assert len(upper.lines) == k
-    assert len(lower.lines) == 1 + k + 2 * (k > 0)
+    assert len(draws_of(lower)) == k
+    assert len([line for line in lower.lines if line.get_linestyle() == "--"]) == k
+    assert len([line for line in lower.lines if line.get_marker() == "+"]) == (k > 0)
     expected = ["spectrum of the data", "posterior draws", "truth"]
     assert labels(figure) == expected[: 3 if k else 1]
 
@@ -108,7 +117,8 @@ def test_spectrum_shows_every_component_where_draws_are_thinned() -> None:
     _, x, samples = make_posterior(3, num=4_000)
     for num in (1_700, 2_000, 4_000):
         lower = plots.plot_spectrum(TINY, samples[:num], x).axes[1]
-        frequencies = torch.as_tensor(lower.lines[1].get_xdata())
+        shown = [np.asarray(line.get_xdata()) for line in draws_of(lower)]
+        frequencies = torch.as_tensor(np.concatenate(shown))
         parts = LAYOUT.unpack(samples)
         for slot in range(3):
             centre = parts.components[:, slot, 2].median()
