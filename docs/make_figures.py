@@ -26,7 +26,6 @@ def readme_figures() -> Iterator[tuple[str, Figure]]:
     problem = problems.sinusoids("crowded")
     theta, x = signal(problem, CROWDED_SEED, 5)
     posterior = load_pretrained("sinusoids-crowded")
-    samples = posterior.sample((4_000,), x[0], generator=generator_for(2))
     reference = rjmcmc.collapsed(problem, x[0], seed=1)
     yield "spectrum", plots.plot_spectrum(problem, reference.rows, x, theta)
     yield (
@@ -38,7 +37,12 @@ def readme_figures() -> Iterator[tuple[str, Figure]]:
             labels=("network", "reversible-jump MCMC"),
         ),
     )
-    yield "sources", plots.plot_source_corners(samples, problem.layout, theta)
+    yield (
+        "sources",
+        plots.plot_source_corners(
+            reference.rows, problem.layout, theta, min_probability=0.5, units=UNITS
+        ),
+    )
 
     problem = problems.sinusoids("paper")
     theta, x = signal(problem, PAPER_SEED, 3)

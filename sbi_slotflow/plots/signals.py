@@ -122,9 +122,9 @@ def plot_spectrum(
     pairs, each source of :func:`~sbi_slotflow.catalogue.fit_sources` in a colour of its
     own and with a cross for its 90 % intervals. Where a source's existence is less
     certain than 99.5 %, its probability stands above. Draws that belong to no source
-    are light grey. The upper panel holds the expected number of components per Hz, which needs
-    no labels and integrates to E[K | x]. All cardinalities are taken together. Of
-    the pairs those of at most 1,000 draws are shown, evenly spaced.
+    are light grey. The upper panel holds the expected number of components per Hz,
+    which needs no labels and integrates to E[K | x]. All cardinalities are taken
+    together. Of the pairs those of at most 1,000 draws are shown, evenly spaced.
 
     Args:
         problem: A problem with time ``grids`` and a component parameter in Hz.
