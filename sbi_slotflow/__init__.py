@@ -4,6 +4,7 @@ Infer how many components are in a signal and their parameters, p(K, Theta | x).
 """
 
 from . import calibration, metrics, problems
+from .catalogue import build_catalogue
 from .datatree import to_datatree
 from .draws import PosteriorDraws
 from .layout import ThetaLayout
@@ -39,6 +40,7 @@ __all__ = [
     "VariableKPrior",
     "WhiteNoise",
     "WhiteningChart",
+    "build_catalogue",
     "calibration",
     "load_pretrained",
     "metrics",

@@ -1,21 +1,25 @@
 """Circular samples, such as phases."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+__all__ = ["circular_mean", "unwrap"]
 
-def unwrap(values: Tensor, period: float) -> Tensor:
+
+def unwrap(values: Tensor, period: float, weights: Tensor | None = None) -> Tensor:
     r"""Shift circular values by whole periods to within half a period of their mean.
 
-    The circular mean is the angle of :math:`\sum_i e^{2\pi i v_i / P}`, taken in
+    The circular mean is the angle of :math:`\sum_i w_i e^{2\pi i v_i / P}`, taken in
     [0, P). Medians and quantiles of the shifted values are circular ones, as long as
     the values don't fill the circle.
 
     Args:
         values: Values of any shape.
         period: The period P.
+        weights: Weights of the values, of their shape; equal if None.
 
     Returns:
         Tensor of the same shape.
@@ -25,8 +29,33 @@ def unwrap(values: Tensor, period: float) -> Tensor:
     """
     if not period > 0:
         raise ValueError(f"period must be positive, got {period}.")
-    angles = values.double() * (2 * math.pi / period)
-    mean = torch.atan2(angles.sin().mean(), angles.cos().mean())
-    mean = mean.remainder(2 * math.pi) * (period / (2 * math.pi))
+    flat = None if weights is None else weights.double().reshape(-1, 1)
+    mean = circular_mean(values.reshape(-1, 1), [period], flat).squeeze(-1)
     centred = (values - mean + period / 2).remainder(period) - period / 2
     return (centred + mean).to(values.dtype)
+
+
+def circular_mean(
+    values: Tensor, periods: Sequence[float], weights: Tensor | None = None
+) -> Tensor:
+    """Mean over draws, on the circle where a parameter is circular.
+
+    Args:
+        values: Values, shape ``(S, ..., D)``.
+        periods: D periods, infinite where a parameter is not circular.
+        weights: Weights, of a shape that broadcasts with that of ``values``.
+
+    Returns:
+        Means, float64, shape ``(..., D)``; circular ones in [0, period).
+    """
+    values = values.double()
+    weight = torch.ones_like(values) if weights is None else weights.double()
+    weight = weight.expand_as(values)
+    total = weight.sum(0)
+    period = values.new_tensor(periods)
+    circular = period.isfinite()
+    turn = torch.where(circular, period, 1.0) / (2 * math.pi)
+    angles = values / turn
+    sine, cosine = (weight * angles.sin()).sum(0), (weight * angles.cos()).sum(0)
+    angle = torch.atan2(sine, cosine).remainder(2 * math.pi) * turn
+    return torch.where(circular, angle, (weight * values).sum(0) / total)

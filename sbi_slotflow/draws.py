@@ -2,12 +2,12 @@ r"""Draws of sets that stand for a posterior: what samplers and refinement retur
 
 Draws may carry importance weights, and MCMC's come in chains. Either way they answer as
 a :class:`~sbi_slotflow.SlotPosterior` does: ``sample``, ``cardinality``,
-``to_datatree``.
+``catalogue``, ``to_datatree``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from torch.distributions import Categorical
 
 from .datatree import to_datatree
 from .layout import ThetaLayout
+from .resampling import systematic
+from .seeding import draw_seed, generator_for
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
+
+    from .problems import Problem
 
 __all__ = ["PosteriorDraws"]
 
@@ -89,6 +93,11 @@ class PosteriorDraws:
         """
         return float(1 / self.weights.square().sum())
 
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Numbers that tell how good the draws are, by name."""
+        return {"ess": self.ess}
+
     def cardinality(self, x: Tensor | None = None) -> Categorical:
         """Return the estimate of p(K | x).
 
@@ -132,12 +141,7 @@ class PosteriorDraws:
                 raise ValueError(f"no draw has k={k} components and a positive weight.")
         shape = torch.Size(sample_shape)
         num = shape.numel()
-        start = torch.rand((), dtype=torch.float64, generator=generator)
-        points = (torch.arange(num, dtype=torch.float64) + start) / max(1, num)
-        edges = weights.cumsum(0)
-        index = torch.searchsorted(edges, points * edges[-1], right=True)
-        # Rounding may push the last point beyond the last edge.
-        index = index.clamp(max=int(weights.nonzero().max()))
+        index = systematic(weights, num, generator)
         index = index[torch.randperm(num, generator=generator)]
         return rows[index].reshape(*shape, self.layout.size)
 
@@ -145,21 +149,96 @@ class PosteriorDraws:
         self,
         num_samples: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        problem: "Problem | None" = None,
+        true_theta: Tensor | None = None,
+        num_predictive: int = 100,
+        num_prior: int = 1_000,
+        attrs: Mapping[str, Any] | None = None,
     ) -> "DataTree":
         """Return the draws as an ArviZ tree; see :func:`~sbi_slotflow.to_datatree`.
 
         Args:
             num_samples: Number of resampled draws. If None, all draws are returned in
                 their chains, weights beside them in the group ``sample_stats``.
-            generator: Source of randomness of the resampling.
+            generator: Source of randomness; a new one, whose seed is kept in the
+                attributes, if None.
+            problem: The problem that the draws belong to. It adds ``lp``, the log
+                posterior up to a constant, reconstructions and draws of the prior.
+            true_theta: A true theta row, if known.
+            num_predictive: Draws in ``posterior_predictive``; 0 for none.
+            num_prior: Draws of the prior; 0 for none.
+            attrs: Further attributes of the tree.
+
+        Raises:
+            ValueError: If the problem's layout differs.
         """
-        if num_samples is not None:
-            rows = self.sample((num_samples,), generator=generator)
-            return to_datatree(rows, self.layout, x=self.x)
+        generator = generator or generator_for(draw_seed(None))
         weights = None
-        if self.log_weights is not None:
+        theta = self.theta
+        if num_samples is not None:
+            theta = self.sample((num_samples,), generator=generator).unsqueeze(0)
+        elif self.log_weights is not None:
             weights = self.weights.reshape(self.log_weights.shape)
-        return to_datatree(self.theta, self.layout, x=self.x, weights=weights)
+        options: dict[str, Any] = {}
+        if problem is not None:
+            if problem.layout != self.layout:
+                raise ValueError(
+                    f"problem must have the layout {self.layout}, got {problem.layout}."
+                )
+            flat = theta.flatten(0, 1)
+            values = problem.prior.log_prob(flat).double()
+            values = values + problem.log_likelihood(flat, self.x)
+            options["log_prob"] = values.reshape(theta.shape[:-1])
+            options["simulator"] = problem.simulator
+            if num_prior:
+                prior = problem.prior.sample((num_prior,), generator=generator)
+                options["prior_samples"] = prior
+        return to_datatree(
+            theta,
+            self.layout,
+            x=self.x,
+            true_theta=true_theta,
+            weights=weights,
+            statistics=self.statistics,
+            num_predictive=num_predictive,
+            generator=generator,
+            attrs={"seed": str(generator.initial_seed()), **(attrs or {})},
+            **options,
+        )
+
+    def catalogue(
+        self,
+        x: Tensor | None = None,
+        *,
+        ci_prob: float = 0.9,
+        min_probability: float = 0.1,
+        true_theta: Tensor | None = None,
+    ) -> "Dataset":
+        """Turn the draws into a list of sources.
+
+        See :func:`~sbi_slotflow.build_catalogue`.
+
+        Args:
+            x: Left out, or the observation of the draws.
+            ci_prob: Probability inside the credible intervals.
+            min_probability: Sources that are less probable are not listed.
+            true_theta: A true theta row, if known.
+
+        Returns:
+            A dataset with a row a source; ``to_dataframe()`` makes a table of it.
+        """
+        from .catalogue import build_catalogue
+
+        self._check_x(x)
+        return build_catalogue(
+            self.rows,
+            self.layout,
+            weights=self.weights,
+            ci_prob=ci_prob,
+            min_probability=min_probability,
+            true_theta=true_theta,
+        )
 
     def _check_x(self, x: Tensor | None) -> None:
         if x is not None and not torch.equal(

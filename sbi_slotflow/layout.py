@@ -10,7 +10,9 @@ follows from ``K`` alone, never from their values. This module is the only one t
 indexes into theta.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,12 +47,15 @@ class ThetaLayout:
         shared_names: Names of the S parameters that all components share.
         order_by: Index of the component parameter that defines the canonical order
             (ascending).
+        periods: Periods of circular parameters by name. Layouts that differ in nothing
+            else are equal: no row is read differently.
     """
 
     max_cardinality: int
     component_names: tuple[str, ...]
     shared_names: tuple[str, ...] = ()
     order_by: int = 0
+    periods: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_cardinality < 1:
@@ -64,6 +69,14 @@ class ThetaLayout:
                 f"order_by must index one of the {len(self.component_names)} "
                 f"component parameters, got {self.order_by}."
             )
+        known = (*self.component_names, *self.shared_names)
+        if unknown := sorted(set(self.periods) - set(known)):
+            raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
+        for name, period in self.periods.items():
+            if not 0 < period < math.inf:
+                raise ValueError(
+                    f"periods must be positive and finite, got {period} for {name!r}."
+                )
 
     @property
     def num_component_params(self) -> int:
@@ -74,6 +87,11 @@ class ThetaLayout:
     def num_shared(self) -> int:
         """Number of shared parameters S."""
         return len(self.shared_names)
+
+    @property
+    def component_periods(self) -> tuple[float, ...]:
+        """Periods of the D component parameters, infinite where not circular."""
+        return tuple(self.periods.get(name, math.inf) for name in self.component_names)
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ built in, see :mod:`sbi_slotflow.truncation`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +17,12 @@ from torch.distributions import Categorical
 
 from .nn.estimator import SlotDensityEstimator
 from .prior import VariableKPrior
-from .seeding import generator_for
+from .seeding import draw_seed, generator_for
 from .truncation import LEAST_ACCEPTANCE, SeparatedSlots
 
 if TYPE_CHECKING:
+    from xarray import Dataset, DataTree
+
     from .refinement import RefinedPosterior
 
 __all__ = ["SlotPosterior"]
@@ -51,6 +53,9 @@ class SlotPosterior(DirectPosterior):
         simulator: Simulator with a method ``signal``, for :meth:`reconstruct`.
         max_sampling_batch_size: Most rows (draws times observations) drawn at once.
         device: Device of the estimator, which stays where it is if None.
+
+    Attributes:
+        model_card: How the estimator was trained, if that is known.
 
     Raises:
         TypeError: If the estimator or the prior is of another kind.
@@ -93,6 +98,7 @@ class SlotPosterior(DirectPosterior):
         )
         self.simulator = simulator
         self.training_reference: ObservationWarning | None = None
+        self.model_card: Mapping[str, Any] | None = None
         self._acceptance: tuple[Tensor | None, set[int], Tensor] = (
             None,
             set(),
@@ -141,6 +147,7 @@ class SlotPosterior(DirectPosterior):
             device=self._device,
         )
         new.set_training_reference(self.training_reference)
+        new.model_card = self.model_card
         if self.default_x is not None:
             new.set_default_x(self.default_x)
         return new
@@ -184,12 +191,7 @@ class SlotPosterior(DirectPosterior):
         Raises:
             ValueError: If x is a batch or malformed, or k out of range.
         """
-        batch = self._batch(x)
-        if len(batch) != 1:
-            raise ValueError(
-                f".sample() takes one observation, got a batch of {len(batch)}; use "
-                ".sample_batched()."
-            )
+        batch = self._one(x, "sample", "; use .sample_batched()")
         if self.training_reference is not None:
             self.training_reference.warn(batch)
         return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
@@ -253,12 +255,7 @@ class SlotPosterior(DirectPosterior):
         Returns:
             Log densities ``(S,)``, -inf outside the prior's support.
         """
-        batch = self._batch(x)
-        if len(batch) != 1:
-            raise ValueError(
-                f".log_prob() takes one observation, got a batch of {len(batch)}; use "
-                ".log_prob_batched()."
-            )
+        batch = self._one(x, "log_prob", "; use .log_prob_batched()")
         rows = torch.atleast_2d(torch.as_tensor(theta)).unsqueeze(-2)
         values = self.log_prob_batched(rows, batch, norm_posterior, track_gradients)
         return values.squeeze(-1)
@@ -399,21 +396,104 @@ class SlotPosterior(DirectPosterior):
         x: Tensor | None = None,
         generator: torch.Generator | None = None,
         samples: Tensor | None = None,
-    ) -> Any:
+        *,
+        true_theta: Tensor | None = None,
+        log_prob: bool = True,
+        num_predictive: int = 100,
+        num_prior: int = 1_000,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> "DataTree":
         """Return draws as an ArviZ tree; see :func:`~sbi_slotflow.to_datatree`.
 
         Args:
             num_samples: Number of draws.
-            x: Observation; the default x if None.
-            generator: Source of randomness.
+            x: One observation; the default x if None.
+            generator: Source of randomness; a new one, whose seed is kept in the
+                attributes, if None.
             samples: Draws ``(S, E)`` to use instead of new ones.
+            true_theta: A true theta row, if known.
+            log_prob: Whether to evaluate the draws' log density. The network of the
+                paper has none, and its trees have none either.
+            num_predictive: Draws in ``posterior_predictive``, if the posterior has a
+                simulator; 0 for none.
+            num_prior: Draws of the prior; 0 for none.
+            attrs: Further attributes of the tree.
+
+        Raises:
+            ValueError: If x is a batch, or samples do not fit the layout.
         """
         from .datatree import to_datatree
 
-        batch = self._batch(x)
+        generator = generator or generator_for(draw_seed(None), device=self._device)
+        batch = self._one(x, "to_datatree")
         if samples is None:
             samples = self.sample((num_samples,), batch, generator=generator)
-        return to_datatree(samples, self.prior.layout, x=batch[0])
+        values = None
+        if log_prob and self.posterior_estimator.chart.is_density:
+            values = self.log_prob(samples, batch).unsqueeze(0)
+        if generator.device.type != "cpu":
+            generator_on_cpu = generator_for(draw_seed(generator))
+        else:
+            generator_on_cpu = generator
+        prior = None
+        if num_prior:
+            prior = self.prior.sample((num_prior,), generator=generator_on_cpu)
+        return to_datatree(
+            samples,
+            self.prior.layout,
+            x=batch[0],
+            true_theta=true_theta,
+            log_prob=values,
+            simulator=self.simulator,
+            num_predictive=num_predictive,
+            prior_samples=prior,
+            generator=generator_on_cpu,
+            model_card=self.model_card,
+            attrs={"seed": str(generator.initial_seed()), **(attrs or {})},
+        )
+
+    def catalogue(
+        self,
+        x: Tensor | None = None,
+        *,
+        num_samples: int = 4_000,
+        generator: torch.Generator | None = None,
+        samples: Tensor | None = None,
+        ci_prob: float = 0.9,
+        min_probability: float = 0.1,
+        true_theta: Tensor | None = None,
+    ) -> "Dataset":
+        """Turn draws into a list of sources; see :func:`~sbi_slotflow.build_catalogue`.
+
+        Args:
+            x: One observation; the default x if None.
+            num_samples: Number of draws.
+            generator: Source of randomness; torch's global generator if None.
+            samples: Draws ``(S, E)`` to use instead of new ones.
+            ci_prob: Probability inside the credible intervals.
+            min_probability: Sources that are less probable are not listed.
+            true_theta: A true theta row, if known.
+
+        Returns:
+            A dataset with a row a source; ``to_dataframe()`` makes a table of it.
+
+        Raises:
+            ValueError: If x is a batch, or an argument is malformed or out of range.
+        """
+        from .catalogue import build_catalogue
+
+        if samples is None:
+            batch = self._one(x, "catalogue")
+            if num_samples < 1:
+                raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+            samples = self.sample((num_samples,), batch, generator=generator)
+        return build_catalogue(
+            samples,
+            self.prior.layout,
+            ci_prob=ci_prob,
+            min_probability=min_probability,
+            true_theta=true_theta,
+        )
 
     @property
     def _slots(self) -> SeparatedSlots:
@@ -450,6 +530,16 @@ class SlotPosterior(DirectPosterior):
             x = x.float()
         self.posterior_estimator.check_condition(x)
         return x
+
+    def _one(self, x: Tensor | None, method: str, advice: str = "") -> Tensor:
+        """Return one observation ``(1, T)``."""
+        batch = self._batch(x)
+        if len(batch) != 1:
+            raise ValueError(
+                f".{method}() takes one observation, got a batch of {len(batch)}"
+                f"{advice}."
+            )
+        return batch
 
     def _check_k(self, k: int | None) -> None:
         largest = self.prior.max_cardinality

@@ -58,6 +58,7 @@ def load_pretrained(
     if reference.is_file():  # not every set of weights has one
         with as_file(reference) as path:
             posterior.set_training_reference(TrainingReference.load(path))
+    posterior.model_card = model_card(name)
     return posterior
 
 

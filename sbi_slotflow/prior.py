@@ -11,7 +11,7 @@ probability that K independent components keep the least separation; it is 1 wit
 one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -44,12 +44,14 @@ class VariableKPrior(Distribution):
         order_by: Index of the parameter that defines the canonical order.
         component_names: Names of the D parameters; ``theta_1..theta_D`` if omitted.
         shared_names: Names of the S shared parameters.
+        periods: Periods of circular parameters by name, for summaries and figures.
         validate_args: As in torch; sbi switches it off.
 
     Raises:
         TypeError: If ``component`` or ``shared`` is not a torch distribution.
         ValueError: If an event is not one-dimensional, a weight is negative, NaN or
-            all are zero, ``order_by`` is out of range, or the separation is impossible.
+            all are zero, ``order_by`` is out of range, a period is not positive or of
+            no parameter, or the separation is impossible.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,6 +67,7 @@ class VariableKPrior(Distribution):
         order_by: int = 0,
         component_names: Sequence[str] | None = None,
         shared_names: Sequence[str] | None = None,
+        periods: Mapping[str, float] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.component = _one_dimensional(component, "component")
@@ -77,6 +80,7 @@ class VariableKPrior(Distribution):
             component_names=_names(component_names, "theta", num_params),
             shared_names=_names(shared_names, "shared", num_shared),
             order_by=order_by,
+            periods=dict(periods or {}),
         )
         self.cardinality_probs = weights
         self.component_marginals = marginals_of(self.component)
@@ -190,6 +194,7 @@ class VariableKPrior(Distribution):
             order_by=self.layout.order_by,
             component_names=self.layout.component_names,
             shared_names=self.layout.shared_names,
+            periods=self.layout.periods,
         )
 
     def expand(

@@ -156,7 +156,7 @@ def test_datatree_keeps_chains_and_weights(weighted, x, tmp_path):
 def test_datatree_of_resampled_draws_has_no_weights(weighted):
     tree = weighted.to_datatree(300, generator=generator_for(0))
     assert tree["posterior"]["K"].shape == (1, 300)
-    assert "sample_stats" not in tree.children
+    assert "weight" not in tree["sample_stats"]
     expected = weighted.sample((300,), generator=generator_for(0))
     k = torch.as_tensor(tree["posterior"]["K"].values[0])
     assert torch.equal(k, expected[:, 0].long())
@@ -166,7 +166,7 @@ def test_datatree_of_unweighted_draws_has_no_weights(x):
     draws = PosteriorDraws(LAYOUT, numbered(torch.ones(2, 3).long()), x)
     tree = draws.to_datatree()
     assert tree["posterior"]["K"].shape == (2, 3)
-    assert "sample_stats" not in tree.children
+    assert "weight" not in tree["sample_stats"]
 
 
 def test_another_observation_is_refused(weighted, x):

@@ -249,3 +249,14 @@ def test_an_impossible_layout_is_rejected() -> None:
     for order_by in (-1, 2):
         with pytest.raises(ValueError, match=f"one of the 2 .*got {order_by}"):
             ThetaLayout(1, ("a", "b"), order_by=order_by)
+
+
+def test_periods_are_checked_and_do_not_tell_layouts_apart():
+    layout = ThetaLayout(2, ("a", "b"), ("s",), periods={"b": 3.0})
+    assert layout == ThetaLayout(2, ("a", "b"), ("s",))
+    assert layout.component_periods == (float("inf"), 3.0)
+    with pytest.raises(ValueError, match="periods must name parameters of"):
+        ThetaLayout(2, ("a",), periods={"c": 1.0})
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="periods must be positive and finite"):
+            ThetaLayout(2, ("a",), periods={"a": wrong})

@@ -6,13 +6,16 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
 from sbi_slotflow.circular import unwrap
 from sbi_slotflow.problems import linear_gaussian, sinusoids
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.slot_analysis import SlotMatches
 
 TINY = sinusoids("tiny")
 LAYOUT = TINY.layout
@@ -85,13 +88,20 @@ def test_reconstruction_of_a_problem_without_grids() -> None:
     assert [axes.get_xlabel() for axes in figure.axes] == ["sample"]
 
 
+def draws_of(axes: Axes) -> list[Line2D]:
+    """The draws, a line for each source."""
+    return [line for line in axes.lines if line.get_marker() == "."]
+
+
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_spectrum_marks_draws_and_truth(k: int) -> None:
     truth, x, samples = make_posterior(k)
     figure = plots.plot_spectrum(TINY, samples, x, truth)
     upper, lower = figure.axes
     assert len(upper.lines) == k
-    assert len(lower.lines) == 1 + k + 2 * (k > 0)
+    assert len(draws_of(lower)) == k
+    assert len([line for line in lower.lines if line.get_linestyle() == "--"]) == k
+    assert len([line for line in lower.lines if line.get_marker() == "+"]) == (k > 0)
     expected = ["spectrum of the data", "posterior draws", "truth"]
     assert labels(figure) == expected[: 3 if k else 1]
 
@@ -108,7 +118,8 @@ def test_spectrum_shows_every_component_where_draws_are_thinned() -> None:
     _, x, samples = make_posterior(3, num=4_000)
     for num in (1_700, 2_000, 4_000):
         lower = plots.plot_spectrum(TINY, samples[:num], x).axes[1]
-        frequencies = torch.as_tensor(lower.lines[1].get_xdata())
+        shown = [np.asarray(line.get_xdata()) for line in draws_of(lower)]
+        frequencies = torch.as_tensor(np.concatenate(shown))
         parts = LAYOUT.unpack(samples)
         for slot in range(3):
             centre = parts.components[:, slot, 2].median()
@@ -251,3 +262,189 @@ def test_errors_say_what_is_wrong() -> None:
         plots.plot_cardinality(torch.full((2, 2), 0.5))
     with pytest.raises(ValueError, match=r"lie in 0\.\.1"):
         plots.plot_cardinality([0.5, 0.5], 2)
+
+
+def test_cardinality_stands_beside_a_reference() -> None:
+    first, second = [0.1, 0.9], [0.3, 0.7]
+    figure = plots.plot_cardinality(first, 1, reference=second, labels=("a", "b"))
+    heights = [bar.get_height() for bar in figure.axes[0].patches]  # pyright: ignore[reportAttributeAccessIssue]
+    assert heights == pytest.approx(first + second)
+    assert labels(figure) == ["a", "b", "truth"]
+    with pytest.raises(ValueError, match="reference must hold 2 probabilities, got 3"):
+        plots.plot_cardinality(first, reference=[0.2, 0.3, 0.5])
+
+
+def crossing(num: int) -> Tensor:
+    """Rows of two components whose frequencies overlap; their amplitudes do not."""
+    noise = torch.randn(num, 2, 3, generator=generator_for(0))
+    centre = torch.tensor([[0.6, 1.0, 1.00], [1.4, 4.0, 1.01]])
+    components = torch.zeros(num, 3, 3)
+    components[:, :2] = centre + noise * torch.tensor([0.02, 0.1, 0.01])
+    rows = LAYOUT.pack(torch.full((num,), 2), components, 0.3 + 0.01 * noise[:, 0, :1])
+    return LAYOUT.canonical(rows)
+
+
+def test_corner_matches_components_whose_order_changes() -> None:
+    rows = crossing(600)
+    truth = rows[:1]
+
+    def spans(match: bool) -> list[float]:
+        figure = plots.plot_corner(
+            rows, LAYOUT, true_theta=truth, names=["amplitude"], match=match
+        )
+        return [float(np.ptp(axes.get_xlim())) for axes in figure.axes[::2]]
+
+    assert max(spans(True)) < 0.3
+    assert min(spans(False)) > 0.8
+
+
+def test_corner_draws_a_reference_over_the_samples() -> None:
+    truth, _, samples = make_posterior(2)
+    other = make_posterior(2, num=500)[2]
+    figure = plots.plot_corner(samples, LAYOUT, 2, truth, reference=other)
+    assert "reference" in labels(figure)
+    alone = plots.plot_corner(samples, LAYOUT, 2, truth)
+    pairs = [axes for axes in figure.axes if axes.collections]
+    before = [axes for axes in alone.axes if axes.collections]
+    assert len(pairs) == len(before)
+    for axes, bare in zip(pairs, before, strict=True):
+        assert len(axes.collections) == len(bare.collections) + 1
+    with pytest.raises(ValueError, match="no row of the reference has cardinality 2"):
+        plots.plot_corner(samples, LAYOUT, 2, reference=make_posterior(1)[2])
+
+
+def test_sources_have_a_corner_each() -> None:
+    truth, _, samples = make_posterior(3)
+    mixed = torch.cat([samples, make_posterior(0)[2]])
+    figure = plots.plot_source_corners(mixed, LAYOUT, truth, columns=2)
+    assert len(figure.axes) == 3 * 6
+    titles = [text.get_text() for text in figure.texts]
+    assert titles == [f"Source {i}: there with probability 0.50" for i in (1, 2, 3)]
+    marked = [len(axes.lines) for axes in figure.axes]
+    assert sorted(set(marked)) == [1, 2]
+    with pytest.raises(ValueError, match="nothing to plot: the samples have no source"):
+        plots.plot_source_corners(make_posterior(0)[2], LAYOUT)
+    with pytest.raises(ValueError, match="columns must be at least 1"):
+        plots.plot_source_corners(samples, LAYOUT, columns=0)
+
+
+def history(rates: list[float]) -> list[dict[str, float]]:
+    terms = ("cardinality", "flow", "shared", "correct")
+    return [
+        {"step": 100.0 * i, "learning_rate": rate}
+        | {f"{kind}_{t}": 1.0 / (i + 1) for kind in ("train", "val") for t in terms}
+        for i, rate in enumerate(rates)
+    ]
+
+
+def test_training_marks_drops_of_the_learning_rate() -> None:
+    figure = plots.plot_training(history([1.0, 1.0, 0.5, 0.45, 0.2, 0.2]))
+    assert len(figure.axes) == 5
+    for axes in figure.axes:
+        dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+        places = [float(np.asarray(line.get_xdata())[0]) for line in dotted]
+        assert places == [200.0, 400.0]
+    assert "learning rate drops" in labels(figure)
+    smooth = plots.plot_training(history([1.0, 0.9, 0.7, 0.5]))
+    assert "learning rate drops" not in labels(smooth)
+    with pytest.raises(ValueError, match="history must hold at least one entry"):
+        plots.plot_training([])
+    with pytest.raises(ValueError, match="history must have the keys"):
+        plots.plot_training([{"step": 1.0}])
+
+
+def test_training_leaves_out_terms_that_do_not_exist() -> None:
+    entries = [dict(entry, val_shared=0.0) for entry in history([1.0, 1.0])]
+    titles = [a.get_title(loc="left") for a in plots.plot_training(entries).axes]
+    assert len(titles) == 4
+    assert not any("Shared" in title for title in titles)
+
+
+def made_matches(num: int = 40) -> SlotMatches:
+    """Slots that draw low, high and middle frequencies."""
+    noise = torch.randn(num, 3, 3, generator=generator_for(0))
+    centre = torch.tensor([0.6, 1.8, 1.2])
+    components = 1.0 + 0.1 * noise
+    components[..., 2] = centre + 0.1 * noise[..., 2]
+    contexts = torch.cat([components, noise], dim=-1)
+    return SlotMatches(LAYOUT, components, contexts)
+
+
+def test_specialisation_orders_slots_by_their_mean() -> None:
+    figure = plots.plot_slot_specialisation(made_matches(), unit="Hz")
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "3", "2"]
+    assert axes.get_ylabel() == "matched frequency (Hz)"
+    with pytest.raises(ValueError, match="parameter must be one of"):
+        plots.plot_slot_specialisation(made_matches(), "pitch")
+
+
+def test_stability_tells_the_consistency() -> None:
+    shares = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    axes = plots.plot_slot_stability(shares).axes[0]
+    assert axes.get_title(loc="left") == "Consistency 0.75"
+    assert [text.get_text() for text in axes.texts] == ["1", ".50", ".50"]
+    for wrong in (torch.ones(2, 2), torch.ones(1, 2) / 2, torch.ones(2)):
+        with pytest.raises(ValueError, match="shares must be a square matrix"):
+            plots.plot_slot_stability(wrong)
+
+
+@pytest.mark.parametrize(("method", "slot"), [("tsne", None), ("isomap", 2)])
+def test_contexts_have_a_panel_for_each_parameter(method, slot) -> None:
+    figure = plots.plot_slot_contexts(made_matches(), method, slot=slot)
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert len(panels) == 3
+    for axes in panels:
+        (points,) = axes.collections
+        assert len(np.asarray(points.get_offsets())) == (120 if slot is None else 40)
+    first, second = (panels[i].collections[0].get_cmap().name for i in (0, 1))
+    assert (first, second) == ("viridis", "twilight")
+
+
+def test_contexts_refuse_what_they_cannot_show() -> None:
+    matches = made_matches()
+    with pytest.raises(ValueError, match="method must be"):
+        plots.plot_slot_contexts(matches, "pca")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"slot must lie in 1\.\.3"):
+        plots.plot_slot_contexts(matches, slot=0)
+    with pytest.raises(ValueError, match="matches must hold 20 contexts"):
+        plots.plot_slot_contexts(made_matches(5))
+
+
+def test_widths_are_those_of_the_exact_posterior() -> None:
+    """A Gaussian's, whose deviation given K is known in closed form."""
+    problem = linear_gaussian()
+    exact = problem.exact_posterior()
+    theta = problem.prior.with_cardinality([0.0, 1.0, 0.0, 0.0]).sample(
+        (6,), generator_for(0)
+    )
+    x = problem.simulator(theta, generator_for(1))
+    found = plots.posterior_widths(
+        exact,  # pyright: ignore[reportArgumentType]
+        theta,
+        x,
+        num_samples=2_000,
+        relative=(),
+        generator=generator_for(2),
+    )
+    expected = math.sqrt(0.25 * (1 - 0.25 / 1.25))
+    for widths in found.values():
+        # 6 standard errors of a deviation of 2,000 draws; 12 of them.
+        assert (widths - expected).abs().max() < 6 * expected / math.sqrt(4_000)
+    empty = torch.zeros(1, problem.layout.size)
+    with pytest.raises(ValueError, match="rows with K >= 1"):
+        plots.posterior_widths(exact, empty, x[:1])  # pyright: ignore[reportArgumentType]
+
+
+def test_scaling_fits_a_power_law() -> None:
+    k = torch.tensor([1, 2, 4, 8]).repeat(3)
+    figure = plots.plot_width_scaling(k, {"a": 0.1 * k.double() ** 0.5})
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "Proportional to K^0.5"
+    for wrong in (torch.zeros(12), torch.ones(11)):
+        with pytest.raises(ValueError, match="widths of 'a' must be positive"):
+            plots.plot_width_scaling(k, {"a": wrong})
+    with pytest.raises(ValueError, match="cardinality must hold K >= 1"):
+        plots.plot_width_scaling(torch.zeros(3), {"a": torch.ones(3)})
+    with pytest.raises(ValueError, match="widths must hold at least one"):
+        plots.plot_width_scaling(k, {})

@@ -71,7 +71,7 @@ def compare(
         floor: A second, independent run of the reference, likewise.
         layout: Layout of theta.
         k: Cardinality to condition on; the reference's most probable if None.
-        periods: Periods of circular parameters by name.
+        periods: Periods of circular parameters by name; the layout's if None.
         num_samples: Number of draws of k components taken from what can be sampled. Of
             rows, all with k components count.
         seed: Seed of all that is random here.
@@ -100,7 +100,8 @@ def compare(
         name: _rows(source, probs[name], name, layout, k, num_samples, generator)
         for name, source in given.items()
     }
-    frame = _Frame(rows["reference"], layout, k, periods or {})
+    periods = layout.periods if periods is None else periods
+    frame = _Frame(rows["reference"], layout, k, periods)
 
     def measured(name: str, floor: Comparison | None = None) -> Comparison:
         ordered, target = frame.ordered(rows[name]), frame.ordered(rows["reference"])

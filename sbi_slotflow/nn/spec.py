@@ -50,7 +50,10 @@ class EstimatorSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as JSON would give it back: lists for tuples."""
-        return _lists(asdict(self))
+        entries = _lists(asdict(self))
+        # Whether a parameter is circular is the prior's to say; nothing here needs it.
+        del entries["layout"]["periods"]
+        return entries
 
     @classmethod
     def from_json(cls, entries: dict[str, Any]) -> "EstimatorSpec":

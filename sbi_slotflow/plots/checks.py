@@ -8,12 +8,14 @@ from torch import Tensor
 from ..layout import ThetaLayout
 
 
-def checked_samples(samples: Tensor, layout: ThetaLayout) -> Tensor:
+def checked_samples(
+    samples: Tensor, layout: ThetaLayout, name: str = "samples"
+) -> Tensor:
     """Theta rows, shape ``(S, E)``, on the CPU."""
-    layout.validate(samples, "samples")
+    layout.validate(samples, name)
     if samples.ndim != 2 or not len(samples):
         raise ValueError(
-            f"samples must have shape (S, {layout.size}) with S >= 1, got "
+            f"{name} must have shape (S, {layout.size}) with S >= 1, got "
             f"{tuple(samples.shape)}."
         )
     return samples.detach().cpu()

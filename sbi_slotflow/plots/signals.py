@@ -2,22 +2,37 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..catalogue import fit_sources
 from ..layout import ThetaLayout
 from ..problems import Problem
 from .checks import checked_data, checked_row, checked_samples, thinned
-from .style import DATA, POSTERIOR, SHADES, TRUTH, dress, legend_above, padded
+from .style import (
+    CYCLE,
+    DATA,
+    POSTERIOR,
+    SHADES,
+    SMALL,
+    TRUTH,
+    dress,
+    legend_above,
+    padded,
+)
 
 _MOST_DRAWS = 1_000
 _ZERO_PADDING = 8
 _NUM_BANDS = 300
+# Existence above which there is nothing to say.
+_SURE = 0.995
 
 
 def plot_reconstruction(
@@ -104,9 +119,12 @@ def plot_spectrum(
         \hat{A}(f) = \tfrac{2}{N} \left| \sum_n x_n e^{-2\pi i f t_n} \right|
 
     in which a sinusoid peaks near its amplitude, and the draws' (frequency, amplitude)
-    pairs. The upper panel holds the expected number of components per Hz, which needs
-    no labels and integrates to E[K | x]. All cardinalities are taken together. Of
-    the pairs those of at most 1,000 draws are shown, evenly spaced.
+    pairs, each source of :func:`~sbi_slotflow.catalogue.fit_sources` in a colour of its
+    own and with a cross for its 90 % intervals. Where a source's existence is less
+    certain than 99.5 %, its probability stands above. Draws that belong to no source
+    are light grey. The upper panel holds the expected number of components per Hz,
+    which needs no labels and integrates to E[K | x]. All cardinalities are taken
+    together. Of the pairs those of at most 1,000 draws are shown, evenly spaced.
 
     Args:
         problem: A problem with time ``grids`` and a component parameter in Hz.
@@ -148,12 +166,11 @@ def plot_spectrum(
     counts = np.histogram(drawn[:, 0], edges)[0] * per_hertz
     upper.stairs(counts, edges, fill=True, color=POSTERIOR)
     upper.set_ylim(0, 1.08 * counts.max() if len(drawn) else 1.0)
+    lower.set_xlim(*band)
     lower.plot(grid[shown], spectrum[shown], color=DATA, linewidth=1.1)
     handles: list[Artist] = [Line2D([], [], color=DATA, label="spectrum of the data")]
     if len(drawn):
-        # Whole rows are left out: every n-th point may belong to the same component.
-        points = _active(layout, thinned(samples, _MOST_DRAWS))[:, index].numpy()
-        lower.plot(*points.T, ".", color=POSTERIOR, markersize=3, alpha=0.25, mew=0)
+        _draw_sources(lower, layout, samples, index)
         handles.append(
             Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
         )
@@ -166,12 +183,59 @@ def plot_spectrum(
             style = {"marker": "+", "ms": 11, "mew": 1.8, "ls": "", "color": TRUTH}
             lower.plot(*true.T, **style)
             handles.append(Line2D([], [], label="truth", **style))
-    lower.set_xlim(*band)
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.2 * lower.get_ylim()[1])
     dress(upper, "", "components per Hz")
     dress(lower, "frequency (Hz)", "amplitude", f"Spectrum of {stream.title}")
     legend_above(figure, handles)
     return figure
+
+
+def _draw_sources(
+    axes: Axes, layout: ThetaLayout, samples: Tensor, index: tuple[int, int]
+) -> None:
+    """Draw the components of at most 1,000 draws, coloured by source."""
+    # Whole rows are left out: every n-th point may belong to the same component.
+    rows = layout.canonical(thinned(samples, _MOST_DRAWS))
+    sources = fit_sources(samples, layout)
+    owner = sources.assign(rows)
+    parts = layout.unpack(rows)
+    free = parts.mask.clone()
+    style: dict[str, Any] = {"marker": ".", "ls": "", "ms": 3, "alpha": 0.25, "mew": 0}
+    placed: list[float] = []
+    for i in range(len(sources)):
+        there = (owner[:, i] >= 0).nonzero().flatten()
+        free[there, owner[there, i]] = False
+        points = parts.components[there, owner[there, i]][:, index].numpy()
+        colour = CYCLE[i % len(CYCLE)]
+        axes.plot(*points.T, color=colour, **style)
+        if len(points) > 1:
+            low, middle, high = np.quantile(points, [0.05, 0.5, 0.95], axis=0)
+            reach = np.stack([middle - low, high - middle]).T
+            axes.errorbar(
+                *middle, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2
+            )
+        probability = float(sources.existence[i])
+        if probability < _SURE:
+            _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
+    loose = parts.components[free][:, index].numpy()
+    if len(loose):
+        axes.plot(*loose.T, color=DATA, zorder=1, **style)
+
+
+def _write_above(axes: Axes, place: float, value: float, placed: list[float]) -> None:
+    """Write a probability above a place, lower where it would hide another."""
+    low, high = axes.get_xlim()
+    level = sum(abs(place - other) < 0.05 * (high - low) for other in placed)
+    axes.annotate(
+        f"{value:.2f}",
+        (place, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, -9 - 10 * (level % 4)),
+        textcoords="offset points",
+        ha="center",
+        fontsize=SMALL,
+    )
+    placed.append(place)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DATA, POSTERIOR, TRUTH = "#7f7f7f", "#0072b2", "#d55e00"
+REFERENCE = "#000000"
+# Sources, in turn; neighbours differ in lightness too.
+CYCLE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#7a5195")
 SHADES = {0.9: "#a6cee3", 0.5: "#4a9bca"}  # probability enclosed: colour
 FONT, SMALL = 9, 8
 

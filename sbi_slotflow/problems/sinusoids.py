@@ -216,6 +216,7 @@ def sinusoids(
         order_by=2,
         component_names=("amplitude", "phase", "frequency"),
         shared_names=("sigma",),
+        periods={"phase": 2 * math.pi},
     )
     models: dict[str, NoiseModel] = {
         "white": WhiteNoise(),

@@ -56,6 +56,17 @@ class RefinedPosterior(PosteriorDraws):
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def statistics(self) -> dict[str, float]:
+        """Effective sample size, k-hat, evidence, and the method's own numbers."""
+        return {
+            **super().statistics,
+            "pareto_k": self.pareto_k,
+            "log_evidence": self.log_evidence,
+            "log_evidence_error": self.log_evidence_error,
+            **self.diagnostics,
+        }
+
+    @property
     def efficiency(self) -> float:
         """Effective over actual number of draws."""
         return self.ess / len(self.rows)

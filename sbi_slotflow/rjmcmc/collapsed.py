@@ -55,6 +55,12 @@ class CollapsedDraws(PosteriorDraws):
     acceptance: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def statistics(self) -> dict[str, float]:
+        """Effective sample size of the weights, and each move's acceptance."""
+        moves = {f"acceptance_{move}": s for move, s in self.acceptance.items()}
+        return {**super().statistics, "disagreement": self.disagreement, **moves}
+
+    @property
     def cardinality_by_chain(self) -> Tensor:
         """Each chain's estimate of p(K | x), shape ``(chains, Kmax + 1)``."""
         k = self.layout.cardinality(self.theta)
