@@ -37,8 +37,8 @@ def test_p_values_of_fresh_data_are_uniform(problem):
 
 
 def loud(x):
-    """As much as eight standard deviations of the loudest noise."""
-    return 8 * x / x.square().mean(-1, keepdim=True).sqrt()
+    """Forty times as loud as noise of unit variance."""
+    return 40 * x / x.square().mean(-1, keepdim=True).sqrt()
 
 
 def glitch(x):

@@ -1,6 +1,7 @@
 """All checks at once, as an object, a web page and a JSON file."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from .tarp import tarp
 __all__ = ["Report", "report"]
 
 _NUM_GUIDES = 64
-_FEWEST_NULL = 399
+_FEWEST_NULL = 99
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +238,7 @@ def _local(
     draws: CalibrationDraws,
     false_alarm_rate: float,
 ) -> Check:
-    num_null = max(_FEWEST_NULL, round(2 / false_alarm_rate) - 1)
+    num_null = max(_FEWEST_NULL, math.ceil(2 / false_alarm_rate) - 1)
     return local_c2st(
         posterior, x, draws, num_null=num_null, false_alarm_rate=false_alarm_rate
     )
