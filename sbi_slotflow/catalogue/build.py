@@ -30,7 +30,8 @@ def build_catalogue(
     r"""Turn draws of sets into a list of sources.
 
     :mod:`sbi_slotflow.catalogue.sources` says what a source is and how sources are
-    found. One may be as wide as the prior: a weak component somewhere. ``catalogue.to_dataframe()`` gives a table with a row a source.
+    found. One may be as wide as the prior: a weak component somewhere.
+    ``catalogue.to_dataframe()`` gives a table with a row a source.
 
     The existence probability of source i and its summaries are
 
