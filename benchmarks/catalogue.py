@@ -19,7 +19,7 @@ from sbi_slotflow.seeding import generator_for
 
 from .common import Numbers, progress, run_parts, simulate, spread
 
-NUM_DRAWS = 2_000
+NUM_DRAWS = 1_000
 CI_PROB = 0.9
 EDGES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0 + 1e-9)
 

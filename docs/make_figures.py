@@ -11,8 +11,17 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from sbi_slotflow import SlotNPE, load_pretrained, plots, problems, rjmcmc, slot_nn
+from sbi_slotflow import (
+    SlotNPE,
+    VariableKPrior,
+    load_pretrained,
+    plots,
+    problems,
+    rjmcmc,
+    slot_nn,
+)
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.slot_analysis import match_slots, slot_stability
 
@@ -62,6 +71,24 @@ def readme_figures() -> Iterator[tuple[str, Figure]]:
         ),
     )
     yield "reconstruction", plots.plot_reconstruction(problem, samples, x, theta)
+    theta = given_k(problem, 10).sample((300,), generator_for(10))
+    x = problem.simulator(theta, generator_for(11))
+    matches = match_slots(posterior, theta, x, generator_for(12))
+    yield "specialisation", plots.plot_slot_specialisation(matches, unit="Hz")
+
+
+def other_figures() -> Iterator[tuple[str, Figure]]:
+    """Figures of slots, of widths and of a training."""
+    problem = problems.sinusoids("paper")
+    posterior = load_pretrained("sinusoids-paper")
+    prior = given_k(problem, 10)
+    theta = prior.sample((300,), generator_for(10))
+    x = problem.simulator(theta, generator_for(11))
+    matches = match_slots(posterior, theta, x, generator_for(12))
+    shares = slot_stability(posterior, theta[0], x[0], generator=generator_for(13))
+    yield "stability", plots.plot_slot_stability(shares)
+    yield "tsne", plots.plot_slot_contexts(matches)
+    yield "isomap", plots.plot_slot_contexts(matches, "isomap", slot=1)
     ks = torch.tensor([1, 2, 4, 6, 8, 10]).repeat_interleave(15)
     theta = torch.cat(
         [given_k(problem, int(k)).sample((1,), generator_for(6, i))
@@ -75,21 +102,6 @@ def readme_figures() -> Iterator[tuple[str, Figure]]:
     labels = {"amplitude": "amplitude (relative)", "phase": "phase (rad)"}
     labels["frequency"] = "frequency (mHz)"
     yield "scaling", plots.plot_width_scaling(ks, widths, labels)
-
-
-def other_figures() -> Iterator[tuple[str, Figure]]:
-    """Figures of slots and of a training."""
-    problem = problems.sinusoids("paper")
-    posterior = load_pretrained("sinusoids-paper")
-    prior = given_k(problem, 10)
-    theta = prior.sample((300,), generator_for(10))
-    x = problem.simulator(theta, generator_for(11))
-    matches = match_slots(posterior, theta, x, generator_for(12))
-    yield "specialisation", plots.plot_slot_specialisation(matches, unit="Hz")
-    shares = slot_stability(posterior, theta[0], x[0], generator=generator_for(13))
-    yield "stability", plots.plot_slot_stability(shares)
-    yield "tsne", plots.plot_slot_contexts(matches)
-    yield "isomap", plots.plot_slot_contexts(matches, "isomap", slot=1)
     small = problems.linear_gaussian()
     trainer = SlotNPE(small.prior, slot_nn(small), show_progress_bars=False)
     trainer.train_online(
@@ -98,14 +110,14 @@ def other_figures() -> Iterator[tuple[str, Figure]]:
     yield "training", plots.plot_training(trainer.history)
 
 
-def given_k(problem: problems.Problem, k: int):
+def given_k(problem: problems.Problem, k: int) -> VariableKPrior:
     """The prior at one cardinality."""
     weights = torch.zeros(problem.prior.max_cardinality + 1)
     weights[k] = 1.0
     return problem.prior.with_cardinality(weights)
 
 
-def signal(problem: problems.Problem, seed: int, k: int):
+def signal(problem: problems.Problem, seed: int, k: int) -> tuple[Tensor, Tensor]:
     """A true row and its data."""
     theta = given_k(problem, k).sample((1,), generator_for(seed, 0))
     return theta, problem.simulator(theta, generator_for(seed, 1))

@@ -82,7 +82,7 @@ def match_slots(
     if isinstance(head, JointHead | FactorisedHead):  # contexts of true components
         index = matched.unsqueeze(-1).expand_as(contexts)
         contexts = contexts.gather(1, index)
-    return SlotMatches(estimator.layout, components, contexts)
+    return SlotMatches(posterior.prior.layout, components, contexts)
 
 
 @torch.no_grad()

@@ -184,6 +184,8 @@ def test_two_places_of_one_component_are_two_alternatives():
     table = build_catalogue(rows, LAYOUT)
     share = here.double().mean().item()
     np.testing.assert_allclose(table["existence"], [share, 1 - share], atol=1e-9)
+    # They are not taken for one where only more probable ones are wanted.
+    assert build_catalogue(rows, LAYOUT, min_probability=0.6).sizes["source"] == 0
 
 
 @pytest.mark.parametrize("num", [1, 2, 30])

@@ -5,6 +5,7 @@
 """
 
 from .build import build_catalogue
-from .sources import Sources, fit_sources
+from .fit import fit_sources
+from .sources import Sources
 
 __all__ = ["Sources", "build_catalogue", "fit_sources"]

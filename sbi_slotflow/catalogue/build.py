@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..circular import unwrap
 from ..layout import ThetaLayout
-from .sources import Sources, checked_weights, fit_sources
+from .fit import checked_weights, fit_sources
+from .sources import Sources
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -29,7 +30,8 @@ def build_catalogue(
     r"""Turn draws of sets into a list of sources.
 
     :mod:`sbi_slotflow.catalogue.sources` says what a source is and how sources are
-    found. ``catalogue.to_dataframe()`` gives a table with a row a source.
+    found. One may be as wide as the prior: a weak component somewhere.
+    ``catalogue.to_dataframe()`` gives a table with a row a source.
 
     The existence probability of source i and its summaries are
 

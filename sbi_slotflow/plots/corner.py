@@ -194,8 +194,8 @@ def _corner(
     columns: list[Column], title: str, labels: tuple[str, str] | None
 ) -> Figure:
     num = len(columns)
-    size = min(1.6, max(0.6, 11.0 / num))  # inches a panel
-    small = size < 0.8
+    size = min(1.6, max(0.6, 7.4 / num))  # inches a panel
+    small = size < 0.7
     left, bottom, top = (1.25, 1.1, 0.75) if small else (0.95, 0.95, 0.75)
     width, height = left + num * size + 0.35, bottom + num * size + top
     width = max(width, 3.9)
@@ -215,12 +215,12 @@ def _corner(
     figure.text(edge, 1 - 0.12 / height, title, fontsize=FONT + 1, va="top")
     handles: list[Artist] = []
     if num > 1:
+        of = "" if labels is None else f"{labels[0]}, "
         handles = [
-            Patch(color=shade, label=f"{share:.0%}".replace("%", " %"))
+            Patch(color=shade, label=of + f"{share:.0%}".replace("%", " %"))
             for share, shade in reversed(SHADES.items())
         ]
     if labels is not None:
-        handles.insert(0, Patch(color=SHADES[0.5], label=labels[0]))
         handles.append(Line2D([], [], color=REFERENCE, label=labels[1]))
     if any(column.truth is not None for column in columns):
         handles.append(Line2D([], [], color=TRUTH, linestyle="--", label="truth"))

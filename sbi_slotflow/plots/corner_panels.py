@@ -75,7 +75,8 @@ def draw_corner(
                 axes.set_ylim(*row.limits)
             axes.set_xlim(*column.limits)
             last, first = i == num - 1, j == 0 < i
-            _corner_ticks(axes, bottom=last and not small, left=first and not small)
+            shown = last and not small, first and not small
+            _corner_ticks(axes, *shown, num_ticks=3 if num <= 6 else 2)
             if last:
                 _corner_label(axes, column.label, small, below=True)
             if first:
@@ -149,12 +150,12 @@ def _padded_centres(low: float, high: float) -> np.ndarray:
     return low + (high - low) / _NUM_CELLS * (np.arange(_NUM_CELLS + 4) - 1.5)
 
 
-def _corner_ticks(axes: Axes, *, bottom: bool, left: bool) -> None:
+def _corner_ticks(axes: Axes, bottom: bool, left: bool, num_ticks: int) -> None:
     for axis, shown in ((axes.xaxis, bottom), (axes.yaxis, left)):
         if not shown:
             axis.set_major_locator(NullLocator())
             continue
-        axis.set_major_locator(MaxNLocator(3, prune="both"))
+        axis.set_major_locator(MaxNLocator(num_ticks, prune="both"))
         formatter = ScalarFormatter(useOffset=False)
         formatter.set_scientific(False)
         axis.set_major_formatter(formatter)

@@ -121,10 +121,12 @@ def plot_spectrum(
     in which a sinusoid peaks near its amplitude, and the draws' (frequency, amplitude)
     pairs, each source of :func:`~sbi_slotflow.catalogue.fit_sources` in a colour of its
     own and with a cross for its 90 % intervals. Where a source's existence is less
-    certain than 99.5 %, its probability stands above. Draws that belong to no source
-    are light grey. The upper panel holds the expected number of components per Hz,
-    which needs no labels and integrates to E[K | x]. All cardinalities are taken
-    together. Of the pairs those of at most 1,000 draws are shown, evenly spaced.
+    certain than 99.5 %, its probability stands above. Draws that belong to no source,
+    or to one that spreads over a tenth of the band, are grey. Of the pairs those of at
+    most 1,000 draws are shown, evenly spaced.
+
+    The upper panel holds the expected number of components per Hz, which needs no
+    labels and integrates to E[K | x]. All cardinalities are taken together.
 
     Args:
         problem: A problem with time ``grids`` and a component parameter in Hz.
@@ -202,18 +204,20 @@ def _draw_sources(
     free = parts.mask.clone()
     style: dict[str, Any] = {"marker": ".", "ls": "", "ms": 3, "alpha": 0.25, "mew": 0}
     placed: list[float] = []
+    width = float(np.diff(axes.get_xlim())[0])
     for i in range(len(sources)):
         there = (owner[:, i] >= 0).nonzero().flatten()
-        free[there, owner[there, i]] = False
         points = parts.components[there, owner[there, i]][:, index].numpy()
+        if not len(points):
+            continue
+        low, middle, high = np.quantile(points, [0.05, 0.5, 0.95], axis=0)
+        if high[0] - low[0] > 0.1 * width:
+            continue
+        free[there, owner[there, i]] = False
         colour = CYCLE[i % len(CYCLE)]
         axes.plot(*points.T, color=colour, **style)
-        if len(points) > 1:
-            low, middle, high = np.quantile(points, [0.05, 0.5, 0.95], axis=0)
-            reach = np.stack([middle - low, high - middle]).T
-            axes.errorbar(
-                *middle, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2
-            )
+        reach = np.stack([middle - low, high - middle]).T
+        axes.errorbar(*middle, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2)
         probability = float(sources.existence[i])
         if probability < _SURE:
             _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
