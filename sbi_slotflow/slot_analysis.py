@@ -74,7 +74,7 @@ def match_slots(
     k = int(parts.cardinality[0])
     owner = torch.arange(len(theta), device=theta.device)
     head = estimator.component_head
-    drawn = head.sample(parts.mask, encoding, owner, generator)[:, :k]
+    drawn = head.sample(parts.mask, encoding, owner, generator)[0][:, :k]
     truth = parts.components[:, :k]
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
@@ -119,7 +119,8 @@ def slot_stability(
     k = int(parts.cardinality)
     mask = parts.mask.expand(num_draws, -1)
     owner = torch.zeros(num_draws, dtype=torch.int64, device=theta.device)
-    drawn = estimator.component_head.sample(mask, encoding, owner, generator)[:, :k]
+    drawn, _ = estimator.component_head.sample(mask, encoding, owner, generator)
+    drawn = drawn[:, :k]
     truth = parts.components[:, :k].expand_as(drawn)
     matched = _matched(posterior, drawn, truth)
     return torch.nn.functional.one_hot(matched, k).double().mean(0)

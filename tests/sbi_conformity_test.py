@@ -174,7 +174,7 @@ def test_sbc_runs_on_set_reductions_and_ranks_are_uniform(posterior):
         x,
         posterior,
         num_posterior_samples=200,
-        reduce_fns=functions,
+        reduce_fns=[*functions],
         show_progress_bar=False,
     )
     assert ranks.shape == (300, len(functions))
@@ -191,7 +191,7 @@ def test_sbc_ranks_of_the_exact_posterior_are_uniform():
         x,
         linear.exact_posterior(),  # type: ignore[arg-type]
         num_posterior_samples=199,
-        reduce_fns=calibration.reduce_fns(linear.layout, band=(1.0, 2.0)),
+        reduce_fns=[*calibration.reduce_fns(linear.layout, band=(1.0, 2.0))],
         show_progress_bar=False,
     )
     # Mean rank 99.5, standard error 200 / sqrt(12 * 400); 4 tests at 5 sigma: 1e-6.

@@ -217,7 +217,9 @@ def _draw_sources(
         colour = CYCLE[i % len(CYCLE)]
         axes.plot(*points.T, color=colour, **style)
         reach = np.stack([middle - low, high - middle]).T
-        axes.errorbar(*middle, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2)
+        axes.errorbar(
+            middle[0], middle[1], reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2
+        )
         probability = float(sources.existence[i])
         if probability < _SURE:
             _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
