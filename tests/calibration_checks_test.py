@@ -197,7 +197,12 @@ def test_scores_of_k_agree_with_scikit_learn():
         -log_loss(k, q, labels=labels)
     )
     assert check.scores["Brier score"]["value"] == pytest.approx(
-        brier_score_loss(k, q, labels=labels, scale_by_half=False)
+        brier_score_loss(  # the stubs do not know of False
+            k,
+            q,
+            labels=labels,
+            scale_by_half=False,  # pyright: ignore
+        )
     )
     best = q.argmax(-1)
     assert (check.confusion == confusion_matrix(k, best, labels=labels)).all()
