@@ -7,9 +7,14 @@ from arviz_stats.ecdf_utils import (
     get_pointwise_confidence_band,
     simulate_confidence_bands,
 )
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
-from sbi_slotflow.calibration import ecdf_band, pit, uniformity_p_value
+from sbi_slotflow.calibration import (
+    ecdf_band,
+    pit,
+    rank_p_value,
+    uniformity_p_value,
+)
 from sbi_slotflow.calibration.uniformity import critical_level
 from sbi_slotflow.seeding import generator_for
 
@@ -46,6 +51,21 @@ def test_p_values_of_uniform_samples_are_uniform(num):
     for level in (0.01, 0.1, 0.5, 0.9):
         error = (level * (1 - level) / 2_000) ** 0.5
         assert abs((found <= level).mean() - level) < 5 * error
+
+
+def test_rank_p_values_are_at_least_as_rare_as_they_say():
+    # Shares of 2,000 samples; 5 standard errors: false alarms below 1e-5.
+    rng = np.random.default_rng(0)
+    found = np.array([rank_p_value(rng.random(25)) for _ in range(2_000)])
+    for level in (0.01, 0.1):
+        assert (found <= level).mean() < level + 5 * (level / 2_000) ** 0.5
+        assert (found <= level).mean() > 0.4 * level
+
+
+def test_ranks_a_little_too_central_are_found_by_their_variance():
+    # Ranks of truths from a normal whose standard deviation is 0.85 of the draws'.
+    u = norm.cdf(0.85 * norm.ppf((np.arange(1_000) + 0.5) / 1_000))
+    assert rank_p_value(u) < 1e-4 < uniformity_p_value(u)
 
 
 def test_band_is_the_one_that_arviz_simulates():

@@ -59,7 +59,7 @@ from .residuals import Residuals, ResidualStream, residuals
 from .sbc import ComponentSBC, SetSBC, sbc, sbc_components
 from .set_distance import SetDistance, set_distance
 from .tarp import TARP, tarp
-from .uniformity import ecdf_band, pit, uniformity_p_value
+from .uniformity import ecdf_band, pit, rank_p_value, uniformity_p_value
 
 __all__ = [
     "TARP",
@@ -94,6 +94,7 @@ __all__ = [
     "faults",
     "local_c2st",
     "pit",
+    "rank_p_value",
     "reduce_fns",
     "report",
     "residuals",

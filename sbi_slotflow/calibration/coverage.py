@@ -32,7 +32,7 @@ from .check import Check
 from .draws import CalibrationDraws
 from .matched import MatchedComponents
 from .sbc import FEWEST_RANKS, component_ranks, picked_component
-from .uniformity import Array, pit, uniformity_p_value
+from .uniformity import Array, pit, rank_p_value
 
 __all__ = ["Coverage", "CoverageCurve", "coverage"]
 
@@ -144,7 +144,7 @@ def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Cove
             return
         some = used.any(-1)
         group[name], errors[name] = _curve(values[some], used[some], generator)
-        p_values[name] = uniformity_p_value(test[some].numpy())
+        p_values[name] = rank_p_value(test[some].numpy())
 
     for d, name in enumerate(draws.layout.component_names):
         add(parameters, name, components[..., d], mask, picked[:, d])

@@ -1,7 +1,7 @@
 """Figures of ranks: their ECDF less the diagonal, in its simultaneous band."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,16 +15,21 @@ _COLUMNS = 3
 
 
 def plot_ecdf_differences(
-    values: Mapping[str, Array], level: float, x_label: str
+    values: Mapping[str, Array],
+    level: float,
+    x_label: str,
+    failures: Collection[str],
 ) -> Figure:
     """Draw a panel for each set of numbers that should be uniform.
 
-    The line is vermilion where it leaves its band.
+    The line of what failed is vermilion.
 
     Args:
         values: Numbers in [0, 1] by name, each ``(n,)``.
-        level: Probability that uniform numbers leave one panel's band.
+        level: Level of a panel's p-value; half of it is the band's, see
+            :func:`~sbi_slotflow.calibration.rank_p_value`.
         x_label: What the numbers are.
+        failures: Names of those that failed.
     """
     rows, columns = -(-len(values) // _COLUMNS), min(len(values), _COLUMNS)
     figure = Figure(figsize=(2.6 * columns + 0.4, 2.0 * rows + 0.3))
@@ -36,19 +41,18 @@ def plot_ecdf_differences(
         zip(panels.flat, values.items(), strict=False)
     ):
         num = len(u)
-        points, lower, upper = ecdf_band(num, level)
+        points, lower, upper = ecdf_band(num, 0.5 * level)
         axes.fill_between(
             points, lower - points, upper - points, step="post", color=SHADES[0.9], lw=0
         )
         grid = np.concatenate([[0.0], np.sort(u), [1.0]])
         ecdf = np.concatenate([np.arange(num + 1), [num]]) / num
-        inside = _inside(np.sort(u), points, lower, upper)
         axes.step(
             grid,
             ecdf - grid,
             where="post",
             lw=1.2,
-            color=POSTERIOR if inside else TRUTH,
+            color=TRUTH if name in failures else POSTERIOR,
         )
         axes.axhline(0.0, color="black", lw=0.6)
         last_row = i + columns >= len(values)
@@ -68,10 +72,3 @@ def plot_ecdf_differences(
 
 def _widest(points: Array, lower: Array, upper: Array) -> float:
     return float(np.maximum(upper - points, points - lower).max())
-
-
-def _inside(ordered: Array, points: Array, lower: Array, upper: Array) -> bool:
-    """Whether the ECDF of ordered numbers stays in the band at its points."""
-    ecdf = np.searchsorted(ordered, points, side="right") / len(ordered)
-    before = np.searchsorted(ordered, points, side="left") / len(ordered)
-    return bool((ecdf >= lower).all() and (before <= upper).all())

@@ -35,6 +35,7 @@ __all__ = ["Report", "report"]
 
 _NUM_GUIDES = 64
 _FEWEST_NULL = 99
+_NUM_REFERENCE = 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +220,9 @@ def _jobs(
         why = "neither x nor a training reference of the posterior was given"
         skipped["misspecification"] = why
     else:
-        jobs["misspecification"] = partial(_misspecification, reference, draws.x, x)
+        jobs["misspecification"] = partial(
+            _misspecification, reference, problem, draws, x
+        )
     return jobs, skipped
 
 
@@ -246,14 +249,17 @@ def _local(
 
 def _misspecification(
     reference: TrainingReference | None,
-    simulated: Tensor,
+    problem: Problem,
+    draws: CalibrationDraws,
     x: Tensor | None,
     false_alarm_rate: float,
 ) -> Check:
     """The observation if there is one, else whether the problem is the trained one."""
     if not isinstance(reference, TrainingReference):
-        reference = TrainingReference.fit(simulated, level=0.5)
-    observed = simulated if x is None else x
+        generator = draws.generator(8)
+        theta = problem.prior.sample((_NUM_REFERENCE,), generator).cpu()
+        reference = TrainingReference.fit(problem.simulator(theta, generator))
+    observed = draws.x if x is None else x
     return reference.check(observed, false_alarm_rate=false_alarm_rate)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..problems.base import Problem
 from .check import Check
-from .uniformity import Array, pit, uniformity_p_value
+from .uniformity import Array, pit, rank_p_value
 
 __all__ = ["ResidualStream", "Residuals", "residuals"]
 
@@ -157,7 +157,7 @@ def residuals(
         for name, values in zip(("power", "whiteness", "peak"), joined, strict=False):
             ranks[name + label] = pit(values[0], values[1:], generator)
         found.append(_averaged(*joined[3:]))
-    p_values = {name: uniformity_p_value(u) for name, u in ranks.items()}
+    p_values = {name: rank_p_value(u) for name, u in ranks.items()}
     return Residuals(p_values, false_alarm_rate, ranks, tuple(found))
 
 

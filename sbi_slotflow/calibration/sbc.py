@@ -14,9 +14,9 @@ make sense when K varies and labels are arbitrary:
   components' standardised deviations are ranked too, :math:`\sum_{j<k} z_j z_k`, which
   see correlations that are missing.
 
-Ranks are randomised for ties and tested by the simultaneous band of their ECDF
-(:mod:`~sbi_slotflow.calibration.uniformity`). The bands' verdict is exact for any
-number of pairs, not asymptotic.
+Ranks are randomised for ties and tested by the simultaneous band of their ECDF and by
+their mean and variance (:mod:`~sbi_slotflow.calibration.uniformity`). The verdict is
+exact for any number of pairs, not asymptotic.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ from .draws import CalibrationDraws
 from .ecdf_plot import plot_ecdf_differences
 from .matched import MatchedComponents
 from .reductions import reduce_fns
-from .uniformity import Array, pit, uniformity_p_value
+from .uniformity import Array, pit, rank_p_value
 
 __all__ = ["FEWEST_RANKS", "ComponentSBC", "SetSBC", "sbc", "sbc_components"]
 
@@ -58,7 +58,8 @@ class _SBC(Check):
     explanation: ClassVar[str] = (
         "The line is the ECDF of the truth's rank among posterior draws, less the "
         "diagonal. Sloping up at both ends: too narrow; down at both ends: too wide; "
-        "all on one side: shifted."
+        "all on one side: shifted. Vermilion: failed, by the band or by the ranks' "
+        "mean and variance."
     )
 
     ranks: Mapping[str, Array]
@@ -77,7 +78,9 @@ class _SBC(Check):
 
     def plot(self) -> Figure:
         """Plot the ECDF of each quantity's ranks, less the diagonal."""
-        return plot_ecdf_differences(self.ranks, self.level, "rank of the truth")
+        return plot_ecdf_differences(
+            self.ranks, self.level, "rank of the truth", self.failures
+        )
 
 
 class SetSBC(_SBC):
@@ -194,7 +197,7 @@ def _products(components: Tensor, matched: MatchedComponents) -> Tensor:
 
 
 def _tested(ranks: Mapping[str, Array]) -> dict[str, float]:
-    return {name: uniformity_p_value(u) for name, u in ranks.items()}
+    return {name: rank_p_value(u) for name, u in ranks.items()}
 
 
 def set_numbers(
@@ -205,7 +208,7 @@ def set_numbers(
     total = torch.where(mask, parts.components.double(), 0.0).sum(-2)
     mean = total / parts.cardinality.clamp(min=1).unsqueeze(-1)
     numbers = {
-        f"mean {name}": (mean[..., d], 1)
+        f"mean {name}": (mean[..., d], 2)
         for d, name in enumerate(layout.component_names)
         if name not in periods
     }

@@ -29,7 +29,7 @@ from .check import Check
 from .draws import CalibrationDraws
 from .ecdf_plot import plot_ecdf_differences
 from .set_distance import SetDistance, set_distance
-from .uniformity import Array, pit, uniformity_p_value
+from .uniformity import Array, pit, rank_p_value
 
 __all__ = ["TARP", "tarp"]
 
@@ -68,7 +68,9 @@ class TARP(Check):
 
     def plot(self) -> Figure:
         """Plot expected coverage less credibility for each kind of references."""
-        return plot_ecdf_differences(self.credibilities, self.level, "credibility")
+        return plot_ecdf_differences(
+            self.credibilities, self.level, "credibility", self.failures
+        )
 
 
 def tarp(
@@ -102,7 +104,7 @@ def tarp(
         truth = distance(reference, draws.theta)
         others = _distances(distance, reference, rows)
         found[name] = pit(truth, others, generator)
-    p_values = {name: uniformity_p_value(f) for name, f in found.items()}
+    p_values = {name: rank_p_value(f) for name, f in found.items()}
     return TARP(p_values, false_alarm_rate, found)
 
 
