@@ -196,7 +196,7 @@ def _corner(
     num = len(columns)
     size = min(1.6, max(0.6, 7.4 / num))  # inches a panel
     small = size < 0.7
-    left, bottom, top = (1.25, 1.1, 0.75) if small else (0.95, 0.95, 0.75)
+    left, bottom, top = (1.25, 1.1, 0.75) if small else (1.05, 0.95, 0.75)
     width, height = left + num * size + 0.35, bottom + num * size + top
     width = max(width, 3.9)
     figure = Figure(figsize=(width, height))

@@ -167,7 +167,7 @@ def _corner_ticks(axes: Axes, bottom: bool, left: bool, num_ticks: int) -> None:
 
 def _corner_label(axes: Axes, label: str, small: bool, *, below: bool) -> None:
     """Put a label at a fixed distance; slanted and nearer where panels are small."""
-    distance = 4 if small else 34
+    distance = 4 if small else 34 if below else 42
     if small:
         label = label.replace("\n", " ")
         style: dict[str, Any] = {"rotation": 45 if below else 0, "ha": "right"}

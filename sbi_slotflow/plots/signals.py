@@ -223,6 +223,9 @@ def _draw_sources(
         probability = float(sources.existence[i])
         if probability < _SURE:
             _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
+    if placed:
+        where = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate("probability:", (0, 1), xytext=(4, -9), fontsize=SMALL, **where)
     loose = parts.components[free][:, index].numpy()
     if len(loose):
         axes.plot(*loose.T, color=DATA, zorder=1, **style)

@@ -20,7 +20,7 @@ __all__ = ["plot_source_corners"]
 
 _MOST_DRAWS = 10_000
 _FEWEST_DRAWS = 20
-_PANEL, _LEFT, _BOTTOM, _TOP = 0.85, 0.95, 0.85, 0.35  # inches
+_PANEL, _LEFT, _BOTTOM, _TOP = 0.85, 1.05, 0.85, 0.35  # inches
 
 
 def plot_source_corners(
