@@ -46,8 +46,11 @@ class Peaks(NamedTuple):
     def block(self, which: Tensor, k: int | Tensor) -> Tensor:
         """Factors ``(N, D, D)`` of component k of N sets, given those before it."""
         width = self.mode.shape[-1]
+        if isinstance(k, int):
+            here = slice(k * width, (k + 1) * width)
+            return self.factor[:, here, here][which]
         steps = torch.arange(width, device=which.device)
-        index = (torch.as_tensor(k, device=which.device) * width).unsqueeze(-1) + steps
+        index = (k * width).unsqueeze(-1) + steps
         index = index.expand(len(which), -1)
         return self.factor[
             which[:, None, None], index.unsqueeze(-1), index.unsqueeze(-2)
