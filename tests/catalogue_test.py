@@ -78,7 +78,8 @@ def test_sources_are_found_with_their_probabilities():
     for d, name in enumerate(LAYOUT.component_names):
         # 6 standard errors of the medians of at least 1,700 draws, and some for draws
         # that were assigned wrongly.
-        np.testing.assert_allclose(table[name], TRUE[:, d], atol=0.25 * float(SCALE[d]))
+        close = 0.25 * SCALE[d].item()
+        np.testing.assert_allclose(table[name], TRUE[:, d], atol=close)
         np.testing.assert_allclose(table[f"{name}_std"], SCALE[d], rtol=0.15)
         width = (table[f"{name}_high"] - table[f"{name}_low"]) / (2 * 1.645 * SCALE[d])
         np.testing.assert_allclose(width, 1.0, atol=0.15)

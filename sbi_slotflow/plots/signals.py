@@ -217,15 +217,15 @@ def _draw_sources(
         colour = CYCLE[i % len(CYCLE)]
         axes.plot(*points.T, color=colour, **style)
         reach = np.stack([middle - low, high - middle]).T
-        axes.errorbar(
-            middle[0], middle[1], reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2
-        )
+        x, y = middle
+        axes.errorbar(x, y, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2)
         probability = float(sources.existence[i])
         if probability < _SURE:
             _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
     if placed:
-        where = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        axes.annotate("probability:", (0, 1), xytext=(4, -9), fontsize=SMALL, **where)
+        where: dict[str, Any] = {"xycoords": "axes fraction"}
+        where |= {"textcoords": "offset points", "fontsize": SMALL}
+        axes.annotate("probability:", (0, 1), xytext=(4, -9), **where)
     loose = parts.components[free][:, index].numpy()
     if len(loose):
         axes.plot(*loose.T, color=DATA, zorder=1, **style)
