@@ -16,17 +16,19 @@ their K into draws from it, and scored with ``posterior.with_cardinality_prior``
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .check import Check
 from .draws import CalibrationDraws
 from .uniformity import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CardinalityReliability", "ReliabilityBins", "cardinality_reliability"]
 
@@ -93,7 +95,7 @@ class CardinalityReliability(Check):
             "num": int(self.confusion.sum()),
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot the reliability diagram and the confusion matrix."""
         from .cardinality_plot import plot_reliability
 

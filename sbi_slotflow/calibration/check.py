@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Check"]
 
@@ -63,7 +64,7 @@ class Check(ABC):
         """What was measured, ready for JSON."""
 
     @abstractmethod
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Return the check's figure."""
 
     def to_dict(self) -> dict[str, Any]:

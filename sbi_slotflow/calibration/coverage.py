@@ -21,11 +21,10 @@ with the posterior's means m and standard deviations s given K.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .check import Check
@@ -33,6 +32,9 @@ from .draws import CalibrationDraws
 from .matched import MatchedComponents
 from .sbc import FEWEST_RANKS, component_ranks, picked_component
 from .uniformity import Array, pit, rank_p_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Coverage", "CoverageCurve", "coverage"]
 
@@ -104,7 +106,7 @@ class Coverage(Check):
             for name, curve in {**self.parameters, **self.cardinalities}.items()
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot coverage less level, by parameter and by K."""
         from .coverage_plot import plot_coverage
 

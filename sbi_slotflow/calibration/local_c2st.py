@@ -21,21 +21,21 @@ here. It is a logistic regression on these numbers and their products.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..plots.style import DATA, TRUTH, dress, legend_above
 from ..seeding import generator_for
 from .check import Check
 from .draws import BatchedPosterior, CalibrationDraws
 from .reductions import reduce_fns
 from .sbc import set_numbers
 from .uniformity import Array, pit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
@@ -70,8 +70,13 @@ class LocalC2ST(Check):
             "num_null": len(self.null),
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot the statistic in the histogram of its null distribution."""
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+        from ..plots.style import DATA, TRUTH, dress, legend_above
+
         figure = Figure(figsize=(5.0, 3.0))
         figure.set_layout_engine("constrained")
         axes = figure.subplots()

@@ -22,16 +22,18 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import ks_2samp
 from torch import Tensor
 
 from ..storage import read_tensors, write_tensors
 from .check import Check
 from .uniformity import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Misspecification",
@@ -114,7 +116,7 @@ class Misspecification(Check):
             "num_reference": len(self.usual),
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot the distances of observations and of training data."""
         from .misspecification_plot import plot_misspecification
 

@@ -17,16 +17,18 @@ On simulated x this tests the posterior, on observed x the model too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..problems.base import Problem
 from .check import Check
 from .uniformity import Array, pit, rank_p_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ResidualStream", "Residuals", "residuals"]
 
@@ -90,7 +92,7 @@ class Residuals(Check):
         ]
         return found
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot the residuals' spectrum and autocorrelation, a row for each stream."""
         from .residuals_plot import plot_residuals
 

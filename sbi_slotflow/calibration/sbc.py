@@ -21,20 +21,21 @@ exact for any number of pairs, not asymptotic.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..layout import ThetaLayout, ThetaParts
 from ..separation import smallest_gap
 from .check import Check
 from .draws import CalibrationDraws
-from .ecdf_plot import plot_ecdf_differences
 from .matched import MatchedComponents
 from .reductions import reduce_fns
 from .uniformity import Array, pit, rank_p_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["FEWEST_RANKS", "ComponentSBC", "SetSBC", "sbc", "sbc_components"]
 
@@ -76,8 +77,10 @@ class _SBC(Check):
             for name, u in self.ranks.items()
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot the ECDF of each quantity's ranks, less the diagonal."""
+        from .ecdf_plot import plot_ecdf_differences
+
         return plot_ecdf_differences(
             self.ranks, self.level, "rank of the truth", self.failures
         )

@@ -18,18 +18,19 @@ reference, the more the ranks depend on the posterior's width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..prior import VariableKPrior
 from .check import Check
 from .draws import CalibrationDraws
-from .ecdf_plot import plot_ecdf_differences
 from .set_distance import SetDistance, set_distance
 from .uniformity import Array, pit, rank_p_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["TARP", "tarp"]
 
@@ -66,8 +67,10 @@ class TARP(Check):
             for name, f in self.credibilities.items()
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Plot expected coverage less credibility for each kind of references."""
+        from .ecdf_plot import plot_ecdf_differences
+
         return plot_ecdf_differences(
             self.credibilities, self.level, "credibility", self.failures
         )
