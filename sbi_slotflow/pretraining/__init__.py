@@ -10,12 +10,24 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..calibration import TrainingReference
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
 from ..problems import Sinusoids, sinusoids
+from ..seeding import generator_for
 from ..training import SlotNPE
 
-__all__ = ["RECIPES", "PretrainingRecipe", "Stage", "StageBuilder", "pretrain"]
+__all__ = [
+    "RECIPES",
+    "PretrainingRecipe",
+    "Stage",
+    "StageBuilder",
+    "pretrain",
+    "training_reference",
+]
+
+# Signals that describe a problem's training data, and the stream of their seed.
+_REFERENCE_SIGNALS, _REFERENCE = 4_000, 3
 
 
 _LOCAL = tuple(
@@ -149,6 +161,20 @@ def pretrain(
         weights = estimator.state_dict()
     assert estimator is not None
     return estimator
+
+
+def training_reference(name: str) -> TrainingReference:
+    """Describe the training data of a set of weights.
+
+    With it, the posterior warns of observations that are unlike them.
+
+    Args:
+        name: Name of a recipe.
+    """
+    problem = RECIPES[name].problem
+    theta = problem.prior.sample((_REFERENCE_SIGNALS,), generator_for(0, _REFERENCE, 0))
+    x = problem.simulator(theta, generator_for(0, _REFERENCE, 1))
+    return TrainingReference.fit(x)
 
 
 @dataclass(frozen=True)

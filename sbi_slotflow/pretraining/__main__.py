@@ -1,4 +1,4 @@
-"""Train a set of weights and write it."""
+"""Train a set of weights and write it, and what its training data look like."""
 # ruff: noqa: T201
 
 import argparse
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import RECIPES, pretrain
+from . import RECIPES, pretrain, training_reference
 
 
 def main() -> None:
@@ -23,6 +23,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.safetensors"
     estimator.save(path)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+    path = args.out / f"{args.name}.reference.safetensors"
+    training_reference(args.name).save(path)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
