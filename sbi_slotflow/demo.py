@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datatree import to_datatree
 from .demo_report import (
     PERIODS,
     UNITS,
@@ -59,7 +58,9 @@ CHECKPOINT_EVERY = 100  # steps
 TEST_SEED = 1
 
 # Streams of a seed.
-_THETA, _NOISE, _DRAWS, _DRAWS_GIVEN_K, _TEST_THETA, _TEST_NOISE = range(6)
+_THETA, _NOISE, _DRAWS, _DRAWS_GIVEN_K, _TEST_THETA, _TEST_NOISE, _PREDICTIVE = range(7)
+# Replicated signals that are kept with the draws.
+_NUM_PREDICTIVE = 20
 
 
 class DemoError(Exception):
@@ -233,11 +234,12 @@ def analyse(
     mean = posterior.reconstruct(draws).mean(0)
     print_reconstruction(mean, x, observation.theta, draws, problem)
     print_accuracy(posterior.cardinality(signals).probs, tests, problem)
-    _write(problem, observation, draws, given_k, out)
+    _write(problem, posterior, observation, draws, given_k, out)
 
 
 def _write(
     problem: Sinusoids,
+    posterior: SlotPosterior,
     observation: Observation,
     draws: Tensor,
     given_k: Tensor,
@@ -245,8 +247,13 @@ def _write(
 ) -> None:
     """Write the draws and the figures."""
     x, theta, layout = observation.x, observation.theta, problem.layout
-    true_row = None if theta is None else theta[0]
-    tree = to_datatree(draws, layout, x=x[0], true_theta=true_row)
+    tree = posterior.to_datatree(
+        x=x,
+        samples=draws,
+        true_theta=None if theta is None else theta[0],
+        num_predictive=_NUM_PREDICTIVE,
+        generator=generator_for(SEEDS[problem.name], _PREDICTIVE),
+    )
     tree.to_netcdf(out / "posterior.nc", engine="h5netcdf")
     corner = plot_corner(
         given_k, layout, true_theta=theta, units=UNITS, periods=PERIODS
