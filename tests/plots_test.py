@@ -345,7 +345,9 @@ def test_training_marks_drops_of_the_learning_rate() -> None:
         places = [float(np.asarray(line.get_xdata())[0]) for line in dotted]
         assert places == [200.0, 400.0]
     assert "learning rate drops" in labels(figure)
-    smooth = plots.plot_training(history([1.0, 0.9, 0.7, 0.5]))
+    # a cosine, which ends at zero
+    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 10) for i in range(11)]
+    smooth = plots.plot_training(history(cosine))
     assert "learning rate drops" not in labels(smooth)
     with pytest.raises(ValueError, match="history must hold at least one entry"):
         plots.plot_training([])

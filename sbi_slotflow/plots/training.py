@@ -16,7 +16,8 @@ _TITLES = {
     "shared": "shared parameters (nats)",
     "correct": "share of signals with the right K",
 }
-# A rate that falls below this share of the last one was dropped, not annealed.
+# A rate that falls below this share of the last one, and more than twice as much as it
+# fell before, was dropped, not annealed.
 _DROP = 0.6
 
 
@@ -26,8 +27,8 @@ def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
     Training values are means over the steps since the last validation, of the weights
     as they then were; validation values are those of the averaged weights. Vertical
     lines mark learning-rate drops, where the rate falls by 40 % or more from one
-    validation to the next; the last panel shows the rate itself. The paper's figure 20
-    shows the total.
+    validation to the next, and not as part of a smooth decay; the last panel shows the
+    rate itself. The paper's figure 20 shows the total.
 
     Args:
         history: Entries with ``step``, ``learning_rate``, and ``train_*`` and
@@ -48,7 +49,9 @@ def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
         raise ValueError(f"history must have the keys {missing} in its entries.")
     columns = {name: np.array([entry[name] for entry in history]) for name in needed}
     steps, rate = columns["step"], columns["learning_rate"]
-    drops = steps[1:][rate[1:] < _DROP * rate[:-1]]
+    falls = np.maximum(-np.diff(rate), 0.0)
+    sudden = falls > 2 * np.concatenate([[0.0], falls[:-1]])
+    drops = steps[1:][(rate[1:] < _DROP * rate[:-1]) & sudden]
     terms = [t for t in _TITLES if columns[f"val_{t}"].any()]
     num = len(terms) + 1
     rows = (num + 1) // 2
