@@ -24,7 +24,7 @@ from sbi_slotflow import (
     rjmcmc,
     slot_nn,
 )
-from sbi_slotflow.nn.anchored_head import JointHead
+from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.pointer import AnchorChain
 from sbi_slotflow.pretraining import RECIPES
 from sbi_slotflow.problems import Sinusoids

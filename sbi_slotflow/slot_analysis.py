@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .layout import ThetaLayout, ThetaParts
 from .metrics.labels import near
-from .nn.anchored_head import FactorisedHead, JointHead
 from .nn.component_head import ComponentHead
 from .nn.encoders import Encoding
 from .nn.estimator import SlotDensityEstimator
+from .nn.factorised_head import FactorisedHead
+from .nn.joint_head import JointHead
 from .nn.matching import hungarian
 from .posterior import SlotPosterior
 

@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .anchored_head import AnchoredHead, FactorisedHead, JointHead
+from .anchored_head import AnchoredHead
 from .component_head import ComponentHead
 from .encoders import Encoding
+from .factorised_head import FactorisedHead
 from .flows import RowContext
+from .joint_head import JointHead
 
 __all__ = ["ComponentMixture", "component_mixture"]
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ..prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
-from .anchored_head import JointHead
 from .charts import Chart, chart_from_spec
 from .encoder_specs import encoder_from_spec
 from .encoders import Encoding, encode
 from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
 from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedHead
+from .joint_head import JointHead
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]

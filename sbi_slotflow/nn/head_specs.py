@@ -3,12 +3,14 @@
 from typing import Any
 
 from .anchor_axis import AnchorAxis
-from .anchored_head import AnchoredHead, FactorisedHead, JointHead
+from .anchored_head import AnchoredHead
 from .charts import chart_from_spec
 from .component_head import ComponentHead
 from .encoders import Encoding
+from .factorised_head import FactorisedHead
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
+from .joint_head import JointHead
 from .slots import slots_from_spec
 from .spec import EstimatorSpec
 

@@ -26,8 +26,10 @@ from sbi_slotflow.component_proposals import slot_mixtures
 from sbi_slotflow.layout import ThetaParts
 from sbi_slotflow.nn import Encoding, RowContext, SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.anchor_axis import AnchorAxis
-from sbi_slotflow.nn.anchored_head import AnchoredHead, FactorisedHead, JointHead
+from sbi_slotflow.nn.anchored_head import AnchoredHead
 from sbi_slotflow.nn.distinct import distinct_rows
+from sbi_slotflow.nn.factorised_head import FactorisedHead
+from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.local_density import LocalDensity
 from sbi_slotflow.nn.pointer import AnchorChain, AnchorMarginals
 from sbi_slotflow.nn.token_encoder import (

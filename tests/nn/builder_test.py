@@ -27,7 +27,7 @@ from sbi_slotflow.nn import (
     WhiteningChart,
     slot_nn,
 )
-from sbi_slotflow.nn.anchored_head import JointHead
+from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.token_encoder import TokenEncoder
 
 SMALL: dict[str, Any] = {

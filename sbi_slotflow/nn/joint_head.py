@@ -1,0 +1,351 @@
+r"""Anchored components that know of those before them.
+
+In canonical order,
+
+.. math::
+    \log q = \sum_k \log q(a_k | a_{k-1}, x, K)
+        + \log q(\theta_k | \theta_{<k}, a_1 \ldots a_K, x, K)
+
+is O(K) to evaluate and to draw, and least separations hold by construction.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..layout import ThetaParts
+from .anchor_axis import AnchorAxis
+from .anchored_head import AnchoredHead, trunk_network
+from .charts import Chart
+from .distinct import distinct_rows
+from .encoders import Encoding
+from .flows import RowContext
+from .gauss_newton import SignalFit
+from .local_density import LocalDensity, LocalGaussian, solve_lower
+from .peaks import MAX_SETS, PeakFinder, Peaks
+from .pointer import AnchorChain
+from .spec import Matching
+
+__all__ = ["JointHead", "JointSets"]
+
+# Cells within which two components are told of each other.
+_REACH = 6
+# Float32 rows round: that far past an end counts as on it.
+_SLACK = 1e-4
+
+
+class JointSets(NamedTuple):
+    """Distinct sets of anchors and everything that follows from them.
+
+    Attributes:
+        which: Set of each row, shape ``(N,)``.
+        anchors: Anchors, shape ``(S, Kmax)``.
+        mask: Active ones, shape ``(S, Kmax)``.
+        starts: Where their cells start, shape ``(S, Kmax)``.
+        ends: Where they end, shape ``(S, Kmax)``.
+        upper: Largest positions, shape ``(S, Kmax)``.
+        contexts: Contexts of components, shape ``(S Kmax, C)``.
+        near: Whether a component is near the one before, shape ``(S, Kmax)``.
+        centre: Phases about which components' are unwrapped, shape ``(S, Kmax)``.
+        peaks: Peaks found by Gauss-Newton; None without.
+    """
+
+    which: Tensor
+    anchors: Tensor
+    mask: Tensor
+    starts: Tensor
+    ends: Tensor
+    upper: Tensor
+    contexts: Tensor
+    near: Tensor
+    centre: Tensor
+    peaks: Peaks | None
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Log of each row's residual level, shape ``(N,)``; None without peaks."""
+        return None if self.peaks is None else self.peaks.noise[self.which]
+
+
+class JointHead(AnchoredHead):
+    """Anchored components that know of those before them.
+
+    ``refine_steps`` Gauss-Newton steps on the likelihood of all K components, from
+    their anchors, give the Gaussian that the local densities start from, with its
+    covariance between components (see :mod:`.peaks`); without, the network predicts it
+    from the tokens.
+
+    Args:
+        chart: Chart of a component.
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        trunk_features: Width of a component's context.
+        flow: Options of the flow.
+        fit: The signal, for Gauss-Newton.
+        refine_steps: Gauss-Newton steps; 0 for none.
+
+    Raises:
+        ValueError: If the chart is no density or a fit is missing.
+    """
+
+    def __init__(
+        self,
+        chart: Chart,
+        axis: AnchorAxis,
+        token_features: int,
+        max_cardinality: int,
+        trunk_features: int = 128,
+        flow: dict[str, Any] | None = None,
+        fit: SignalFit | None = None,
+        refine_steps: int = 0,
+    ) -> None:
+        super().__init__(chart, axis)
+        self.max_cardinality = max_cardinality
+        features = self.own_features = self.local_chart.num_features
+        self.find_peaks: PeakFinder | None = None
+        self.gaussian: LocalGaussian | None = None
+        seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
+        self.pointer = AnchorChain(axis, token_features, max_cardinality)
+        if refine_steps:
+            if fit is None:
+                raise ValueError(
+                    "refine_slots needs a signal that can be fitted: a problem whose "
+                    "build_fit() returns a SignalFit, and, for a signal of your own, "
+                    "fit=... where its estimator is loaded."
+                )
+            self.find_peaks = PeakFinder(chart, self.local_chart, fit, refine_steps)
+            seen += self.find_peaks.num_features
+        self.trunk = trunk_network(seen, trunk_features)
+        if not refine_steps:
+            self.gaussian = LocalGaussian(
+                features, trunk_features, self.local_chart.has_phase
+            )
+        self.local = LocalDensity(
+            features,
+            trunk_features,
+            own_features=features,
+            **{
+                **(flow or {}),
+                "location_scale": bool(refine_steps),
+                "from_identity": bool(refine_steps),
+            },
+        )
+
+    @property
+    def keeps_separation(self) -> bool:
+        """Components know where the one before is."""
+        return True
+
+    def anchor_log_prob(
+        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
+    ) -> Tensor:
+        """Log probabilities ``(N,)`` of the anchors alone; for training."""
+        position = self._coordinates(parts)[0][..., 0]
+        return self._anchors(position, parts.mask, encoding, owner, prune=False)[1]
+
+    def _anchors(
+        self,
+        position: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Anchors ``(N, Kmax)`` of positions, and their log probabilities ``(N,)``."""
+        edges = self.edges(encoding)
+        anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
+        assert encoding.tokens is not None
+        return anchors, self.pointer.log_prob(
+            encoding.tokens, edges, owner, anchors, mask, prune
+        )
+
+    def _log_prob(
+        self,
+        coordinates: Tensor,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        matching: Matching,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        # Components stand in canonical order: there is nothing to match.
+        position = coordinates[..., 0]
+        anchors, value = self._anchors(position, mask, encoding, owner, prune)
+        sets = self.sets(encoding, owner, anchors, mask)
+        w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
+        row, k = mask.nonzero(as_tuple=True)
+        which, here = sets.which[row], w[row, k]
+        noise = torch.zeros_like(w)
+        if sets.peaks is not None:
+            noise = _whiten(w, sets.peaks, sets.which)
+        context = self.context(sets, which, k, w, noise, row)
+        if sets.peaks is not None:
+            factor = sets.peaks.block(which, k)
+            mean = here - (factor @ noise[row, k].unsqueeze(-1)).squeeze(-1)
+        else:
+            assert self.gaussian is not None
+            mean, factor = self.gaussian(context)
+        before = torch.where(k > 0, position[row, k - 1], -torch.inf)
+        low, high = self._limits(sets, which, k, before)
+        allowed = ((here >= low - _SLACK) & (here <= high + _SLACK)).all(-1)
+        here = torch.maximum(torch.minimum(here, high), low)
+        local = self.local.log_prob(here, mean, factor, (low, high), context)
+        local = torch.where(allowed, local, -torch.inf)
+        return value.index_add(0, row, local), sets.noise
+
+    def _sample(
+        self,
+        mask: Tensor,
+        encoding: Encoding,
+        owner: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert encoding.tokens is not None
+        edges = self.edges(encoding)
+        anchors = self.pointer.sample(
+            encoding.tokens, edges, owner, mask, generator, prune=True
+        )
+        sets = self.sets(encoding, owner, anchors, mask)
+        shape = (*mask.shape, self.local_chart.num_features)
+        w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
+        noise = torch.zeros_like(w)
+        before = w.new_full((len(mask),), -torch.inf)
+        largest = int(mask.sum(-1).max()) if len(mask) else 0
+        for k in range(largest):
+            rows = mask[:, k].nonzero().squeeze(-1)
+            which = sets.which[rows]
+            context = self.context(sets, which, k, w, noise, rows)
+            mean, factor = self._given_before(sets, which, k, noise[rows], context)
+            ends = self._limits(sets, which, k, before[rows])
+            w[rows, k], noise[rows, k] = self.local.sample(
+                mean, factor, ends, context, generator
+            )
+            before[rows] = anchors[rows, k] + 0.5 + w[rows, k, 0]
+        w = self.local_chart.absolute(w, anchors, sets.centre[sets.which])
+        return w, sets.noise
+
+    def sets(
+        self, encoding: Encoding, owner: Tensor, anchors: Tensor, mask: Tensor
+    ) -> JointSets:
+        """Collect what follows from the anchors of N rows, each distinct set once.
+
+        Args:
+            encoding: Embeddings of B observations.
+            owner: Observation of each row, shape ``(N,)``.
+            anchors: Ascending anchors, zero where inactive, shape ``(N, Kmax)``.
+            mask: Active ones, shape ``(N, Kmax)``.
+        """
+        tokens, count = encoding.tokens, mask.sum(-1)
+        assert tokens is not None
+        which = torch.arange(len(owner), device=owner.device)
+        if not torch.is_grad_enabled():
+            columns, which = distinct_rows(owner, count, *anchors.unbind(-1))
+            owner, count, anchors = *columns[:2], torch.stack(columns[2:], -1)
+            mask = torch.arange(anchors.shape[-1]).to(count) < count.unsqueeze(-1)
+        edges = self.edges(encoding)
+        starts, ends = (edges[owner.unsqueeze(-1), anchors + i] for i in (0, 1))
+        peaks = None
+        if self.find_peaks is not None:
+            assert encoding.data is not None
+            cells = anchors, starts, ends, mask
+            remember = not torch.is_grad_enabled()
+            peaks = self.find_peaks(encoding.data, owner, *cells, remember=remember)
+        here = tokens[owner.unsqueeze(-1), anchors]
+        sizes = functional.one_hot(count, self.max_cardinality + 1).to(tokens)
+        gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)
+        first = torch.arange(mask.shape[-1], device=mask.device) == 0
+        to_next = functional.pad(gaps[:, 1:], (0, 1))
+        has_next = functional.pad(mask[:, 1:], (0, 1))
+        seen = [
+            here,
+            sizes.unsqueeze(-2).expand(*mask.shape, -1),
+            *_neighbour(here.roll(1, dims=1), gaps, mask & ~first),
+            *_neighbour(here.roll(-1, dims=1), to_next, has_next),
+        ]
+        if peaks is not None:
+            seen.append(peaks.features.to(tokens))
+        contexts = self.trunk(torch.cat(seen, -1)).flatten(0, 1)
+        if peaks is not None:
+            centre = peaks.centre
+        else:
+            assert self.gaussian is not None
+            centre = self.gaussian.centre(contexts).reshape(mask.shape)
+        near = (gaps < _REACH) & ~first
+        upper = self.axis.upper(ends, mask)
+        return JointSets(
+            which, anchors, mask, starts, ends, upper, contexts, near, centre, peaks
+        )
+
+    def context(
+        self,
+        sets: JointSets,
+        which: Tensor,
+        k: int | Tensor,
+        w: Tensor,
+        noise: Tensor,
+        row: Tensor,
+    ) -> RowContext:
+        """Contexts of component k of M rows, with the component before if it is near.
+
+        Args:
+            sets: The sets.
+            which: Set of each of the M, shape ``(M,)``.
+            k: Component of each.
+            w: Local coordinates of all rows, shape ``(N, Kmax, D)``.
+            noise: The same, whitened by the peaks.
+            row: Row of each of the M.
+        """
+        known = w if sets.peaks is None else noise.clamp(-6.0, 6.0)
+        before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
+        near = sets.near[which, k].unsqueeze(-1)
+        index = which * self.max_cardinality + k
+        return RowContext(sets.contexts, index, torch.where(near, before, 0.0).float())
+
+    def _given_before(
+        self,
+        sets: JointSets,
+        which: Tensor,
+        k: int,
+        noise: Tensor,
+        context: RowContext,
+    ) -> tuple[Tensor, Tensor]:
+        """Gaussian of component k given the noise ``(M, Kmax, D)`` of those before."""
+        if sets.peaks is None:
+            assert self.gaussian is not None
+            return self.gaussian(context)
+        width = noise.shape[-1]
+        mean = sets.peaks.mode[which, k]
+        if k:
+            rows = slice(k * width, (k + 1) * width)
+            mixing = sets.peaks.factor[:, rows, : k * width][which]
+            known = noise[:, :k].flatten(1).unsqueeze(-1)
+            mean = mean + (mixing @ known).squeeze(-1)
+        return mean, sets.peaks.block(which, k)
+
+    def _limits(
+        self, sets: JointSets, which: Tensor, k: int | Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Least and largest coordinates of component k, given the position before."""
+        low = self.axis.lower(sets.starts[which, k], before)
+        return self.limits(sets.anchors[which, k], low, sets.upper[which, k])
+
+
+def _neighbour(tokens: Tensor, gaps: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """A neighbour's token and, one-hot, its distance; zero if there is none."""
+    distance = functional.one_hot(gaps.clamp(max=_REACH), _REACH + 1).to(tokens)
+    there = there.unsqueeze(-1)
+    return torch.where(there, tokens, 0.0), torch.where(there, distance, 0.0)
+
+
+def _whiten(w: Tensor, peaks: Peaks, which: Tensor) -> Tensor:
+    """Coordinates ``(N, K, D)`` in deviations from their sets' peaks."""
+    # In parts, as each row brings a matrix of its own.
+    parts = zip(which.split(MAX_SETS), w.split(MAX_SETS), strict=True)
+    whitened = [
+        solve_lower(peaks.factor[index], (part - peaks.mode[index]).flatten(1))
+        for index, part in parts
+    ]
+    return torch.cat(whitened).reshape(w.shape) if whitened else w
