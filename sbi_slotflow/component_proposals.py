@@ -1,15 +1,20 @@
-r"""Densities from which reversible-jump moves draw one component.
+r"""Densities from which moves between sets draw one component.
+
+:class:`PooledComponents` learns one from draws of a posterior, or from any other
+population. The components of all sets are sorted by the parameter that orders them and
+cut into slices of equal size. In the chart's coordinates u,
 
 .. math::
-    q(\theta | x, K) = (1 - d)\, \frac{1}{K} \sum_{i=1}^{K} q_i(\theta | x, K)
-        + d\, p(\theta)
+    g(\theta) = d\, p(\theta) + (1 - d) \left| \frac{du}{d\theta} \right|
+        \sum_s w_s\, t_5(u;\, m_s, \Sigma_s), \qquad w_s \propto h_s^{1/4}
 
-q_i is the density of slot i of K, p the prior of a component and d a defensive share.
-It keeps q positive wherever the prior is, so that a component which the slots do not
-know of can be born and, as the reverse of a birth, die.
+m_s and Sigma_s are mean and covariance of a slice and h_s the interval that it spans:
+components that all sets agree on are many and narrow, and need proposals least. The
+prior's share d keeps g positive, so that a component which no set knows of can be born
+and, as the reverse of a birth, die.
 """
 
-from copy import deepcopy
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,11 +22,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .nn.component_mixture import ComponentMixture, component_mixture
-from .posterior import SlotPosterior
-from .seeding import forked_rng, generator_for
+from .nn.charts import Chart, WhiteningChart
+from .prior import VariableKPrior
+from .seeding import forked_rng
 
-__all__ = ["ComponentProposal", "PriorComponents", "SlotMixture", "slot_mixtures"]
+__all__ = ["ComponentProposal", "PooledComponents", "PriorComponents"]
+
+_MOST_SLICES, _LEAST_IN_SLICE = 128, 24
+_FREEDOM = 5
+_INFLATION = 1.5
+_WIDTH_POWER = 0.25
 
 
 @runtime_checkable
@@ -59,85 +69,93 @@ class PriorComponents:
         return values.sum(-1) if values.ndim > 1 else values
 
 
-@dataclass(frozen=True)
-class SlotMixture:
-    """The slots of one observation given K, mixed with the prior.
+class PooledComponents:
+    """Components like those of a population of sets, see the module.
 
-    Attributes:
-        slots: The slots' density of a component.
-        prior: The prior of a component.
-        defensive_share: Share d of the prior.
+    Args:
+        theta: Rows of the population, shape ``(M, E)``.
+        prior: Prior over the rows.
+        prior_share: Share d of the prior of a component, in (0, 1].
+        chart: Chart of a component, a density; whitening by the prior if None.
+
+    Raises:
+        ValueError: If the share is out of range.
     """
 
-    slots: ComponentMixture
-    prior: PriorComponents
-    defensive_share: float
+    def __init__(
+        self,
+        theta: Tensor,
+        prior: VariableKPrior,
+        prior_share: float = 0.2,
+        chart: Chart | None = None,
+    ) -> None:
+        if not 0 < prior_share <= 1:
+            raise ValueError(f"prior_share must lie in (0, 1], got {prior_share}.")
+        layout = prior.layout
+        if chart is None:
+            chart = WhiteningChart(prior.component_marginals)
+        self.chart, self.prior = chart, PriorComponents(prior.component)
+        parts = layout.unpack(theta)
+        components = parts.components[parts.mask].double()
+        num = min(_MOST_SLICES, len(components) // _LEAST_IN_SLICE)
+        self.prior_share = prior_share if num else 1.0
+        if not num:
+            return
+        order = components[:, layout.order_by].argsort()
+        size = len(order) // num
+        slices = components[order[: num * size]].reshape(num, size, -1)
+        place = slices[..., layout.order_by]
+        width = place[:, -1] - place[:, 0]
+        self.weights = (width + 1e-12) ** _WIDTH_POWER
+        self.weights = self.weights / self.weights.sum()
+        u, _ = chart.forward(slices)
+        self.mean = u.mean(1)
+        away = u - self.mean.unsqueeze(1)
+        covariance = _INFLATION**2 * (away.mT @ away) / (size - 1)
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        # Slices of few distinct components are degenerate.
+        self.factor = torch.linalg.cholesky(
+            covariance + torch.diag_embed(0.01 * diagonal + 1e-16)
+        )
+        self.inverse = torch.linalg.inv(self.factor)
 
     def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n components, shape ``(n, D)``."""
-        from_prior = torch.rand(n, 1, generator=generator) < self.defensive_share
-        return torch.where(
-            from_prior,
-            self.prior.sample_component(n, generator),
-            self.slots.sample(n, generator),
+        broad = self.prior.sample_component(n, generator).double()
+        if self.prior_share == 1:
+            return broad
+        which = torch.multinomial(self.weights, n, True, generator=generator)
+        shape = n, self.mean.shape[-1]
+        z = torch.randn(shape, dtype=torch.float64, generator=generator)
+        # Student's t: a normal over the root of a chi-square over its freedom.
+        squares = torch.randn(
+            n, int(_FREEDOM), dtype=torch.float64, generator=generator
         )
+        z = z / squares.square().mean(-1, keepdim=True).sqrt()
+        u = self.mean[which] + (self.factor[which] @ z.unsqueeze(-1)).squeeze(-1)
+        from_prior = torch.rand(n, 1, generator=generator) < self.prior_share
+        return torch.where(from_prior, broad, self.chart.inverse(u))
 
     def log_prob_component(self, components: Tensor) -> Tensor:
         """Evaluate the log density ``(n,)`` of components ``(n, D)``."""
-        components = components.float()
-        slots = self.slots.log_prob(components)
-        prior = self.prior.log_prob_component(components)
-        share = torch.tensor(self.defensive_share)
-        return torch.logaddexp(slots + (-share).log1p(), prior + share.log())
-
-
-@torch.no_grad()
-def slot_mixtures(
-    posterior: SlotPosterior, x: Tensor | None = None, defensive_share: float = 0.1
-) -> tuple[SlotMixture, ...]:
-    """Make the proposals q(theta | x, K) for K = 1..Kmax.
-
-    Args:
-        posterior: A trained posterior.
-        x: One observation ``(T,)`` or ``(1, T)``; the posterior's default x if None.
-        defensive_share: Share of the prior in each mixture, in (0, 1].
-
-    Returns:
-        Kmax mixtures on the CPU, that of K = 1 first.
-
-    Raises:
-        TypeError: If posterior is no ``SlotPosterior``.
-        ValueError: If x is not one observation, the share is out of range, or the
-            chart is no density.
-    """
-    if not isinstance(posterior, SlotPosterior):
-        raise TypeError(
-            f"posterior must be a SlotPosterior, got {type(posterior).__name__}."
+        prior = self.prior.log_prob_component(components.float()).double()
+        if self.prior_share == 1:
+            return prior
+        inside = self.chart.contains(components)
+        point = self.chart.some_point(components)
+        u, log_det = self.chart.forward(
+            torch.where(inside.unsqueeze(-1), components, point).double()
         )
-    if not 0 < defensive_share <= 1:
-        raise ValueError(f"defensive_share must lie in (0, 1], got {defensive_share}.")
-    estimator = posterior.posterior_estimator.eval()
-    if not estimator.chart.is_density:
-        raise ValueError(
-            f"posterior must have densities, got the {estimator.chart.kind!r} chart."
+        dim = u.shape[-1]
+        z = (self.inverse @ (u.T - self.mean.unsqueeze(-1))).square().sum(1)
+        log_norm = (
+            math.lgamma(0.5 * (_FREEDOM + dim))
+            - math.lgamma(0.5 * _FREEDOM)
+            - 0.5 * dim * math.log(_FREEDOM * math.pi)
         )
-    x = posterior.default_x if x is None else torch.as_tensor(x)
-    if x is None:
-        raise ValueError("x must be given where the posterior has no default x.")
-    batch = torch.atleast_2d(x).to(estimator.x_scale)
-    if len(batch) != 1:
-        raise ValueError(f"x must be one observation, got a batch of {len(batch)}.")
-    estimator.check_condition(batch)
-    estimator = deepcopy(estimator).cpu()
-    encoding = estimator.encode(batch.cpu())
-    prior = PriorComponents(deepcopy(posterior.prior).to("cpu").component)
-    return tuple(
-        SlotMixture(
-            component_mixture(
-                estimator.component_head, encoding, k, generator_for(0, k)
-            ),
-            prior,
-            defensive_share,
-        )
-        for k in range(1, posterior.prior.max_cardinality + 1)
-    )
+        scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        weights = (self.weights.log() - scale + log_norm).unsqueeze(-1)
+        each = weights - 0.5 * (_FREEDOM + dim) * (z / _FREEDOM).log1p()
+        pooled = torch.where(inside, each.logsumexp(0) + log_det, -math.inf)
+        share = self.prior_share
+        return torch.logaddexp(pooled + math.log1p(-share), prior + math.log(share))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.signal import zoom_fft
 
@@ -178,9 +179,7 @@ class SineStatistics:
         amplitudes = self.linear_amplitudes(components)
         frequency = components[..., 2]
         inner = (self.projections(frequency) * amplitudes).sum((-2, -1))
-        flat = amplitudes.reshape(*amplitudes.shape[:-2], -1)
-        square = np.einsum("...i,...ij,...j->...", flat, self.gram(frequency), flat)
-        residual = self.energy - 2 * inner + square
+        residual = self.energy - 2 * inner + self._signal_energy(amplitudes, frequency)
         norm = self.num_data * (np.log(sigma) + 0.5 * math.log(2 * math.pi))
         return -norm - 0.5 * residual / sigma**2
 
@@ -196,17 +195,51 @@ class SineStatistics:
         angle = np.arctan2(-b, a) - 2 * math.pi * self.reference_time * frequency
         return np.stack([np.hypot(a, b), angle % (2 * math.pi), frequency], -1)
 
+    def _signal_energy(self, amplitudes: Floats, frequency: Floats) -> Floats:
+        """Sum of the squared signal of amplitudes ``(..., K, 2)``, shape ``(...)``.
+
+        About a record's own middle cosines are orthogonal to sines, so that pairs of
+        components need real kernels alone.
+        """
+        num = frequency.shape[-1]
+        first, second = np.triu_indices(num)
+        twice = np.where(first == second, 0.5, 1.0)  # pairs stand for (j, k) and (k, j)
+        below = frequency[..., first] - frequency[..., second]
+        above = frequency[..., first] + frequency[..., second]
+        a, b = np.moveaxis(amplitudes, -1, 0)
+        total = np.zeros(frequency.shape[:-1])
+        records = zip(self.lengths, self.intervals, self.offsets, strict=True)
+        for length, interval, offset in records:
+            angle = 2 * math.pi * offset * frequency
+            cos, sin = np.cos(angle), np.sin(angle)
+            even, odd = a * cos + b * sin, b * cos - a * sin
+            even = even[..., first] * even[..., second] * twice
+            odd = odd[..., first] * odd[..., second] * twice
+            total += ((even + odd) * _kernel(below, length, interval)).sum(-1)
+            total += ((even - odd) * _kernel(above, length, interval)).sum(-1)
+        return total
+
     def _sum(self, frequency: Floats) -> Complexes:
         """The sums s(f)."""
         total = np.zeros(np.shape(frequency), dtype=np.complex128)
         records = zip(self.lengths, self.intervals, self.offsets, strict=True)
-        for num, interval, offset in records:
-            below = np.sin(math.pi * frequency * interval)
-            level = np.abs(below) < 1e-13
-            kernel = np.sin(math.pi * frequency * interval * num)
-            kernel = np.where(level, num, kernel / np.where(level, 1.0, below))
+        for length, interval, offset in records:
+            kernel = _kernel(frequency, length, interval)
             total += kernel * np.exp(2j * math.pi * frequency * offset)
         return total
+
+
+def _kernel(frequency: Floats, length: int, interval: float) -> Floats:
+    """The sum s(f) of one record about its own middle, which is real."""
+    below = _sin(math.pi * interval * frequency)
+    level = np.abs(below) < 1e-13
+    kernel = _sin(math.pi * interval * length * frequency)
+    return np.where(level, length, kernel / np.where(level, 1.0, below))
+
+
+def _sin(angle: Floats) -> Floats:
+    # torch's is several times faster than NumPy's
+    return torch.from_numpy(np.asarray(angle)).sin().numpy()
 
 
 class _Table(NamedTuple):

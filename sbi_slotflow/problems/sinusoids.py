@@ -10,8 +10,10 @@ x holds the long record, then the short one; both start at t = 0. theta is
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from sbi.utils import BoxUniform, MultipleIndependent
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ from .sine_statistics import SineStatistics
 __all__ = ["ResampledNoise", "Sinusoids", "sinusoids"]
 
 # Rows above which tabulating an observation's statistics pays.
-_MANY_ROWS = 500
+_MANY_ROWS = 100
 
 Preset = Literal["tiny", "paper", "crowded"]
 
@@ -88,6 +90,8 @@ class Sinusoids(Problem):
         """
         white = isinstance(self.simulator.noise, WhiteNoise)
         num = theta.shape[:-1].numel()
+        if x.ndim == 2 and len(x) == 1 and theta.ndim == 2:
+            x = x[0]
         shared = x.ndim == 1 and num >= _MANY_ROWS
         each = x.ndim == 2 and theta.ndim == 3 and theta.shape[1] == len(x)
         if not white or not (shared or (each and len(theta) >= _MANY_ROWS)):
@@ -99,11 +103,13 @@ class Sinusoids(Problem):
         columns = theta.unbind(1) if each else (theta,)
         values = []
         for rows, one in zip(columns, torch.atleast_2d(x), strict=True):
-            statistics = SineStatistics.of(one.double().cpu().numpy(), self.grids, band)
+            data = one.double().cpu().numpy().tobytes()
+            statistics = _statistics(data, self.grids, band)
             parts = self.layout.unpack(rows.double().cpu())
             # Padding has an amplitude of zero, at some frequency of the band.
-            components = parts.components.clone()
-            components[..., 2][~parts.mask] = band[0]
+            most = max(1, int(parts.cardinality.max()))
+            components = parts.components[..., :most, :].clone()
+            components[..., 2][~parts.mask[..., :most]] = band[0]
             found = statistics.log_likelihood(
                 components.numpy(), parts.shared[..., 0].numpy()
             )
@@ -268,6 +274,13 @@ class ResampledNoise:
         raise NotImplementedError(
             'noise="resampled" has no likelihood; use noise="white" to get one.'
         )
+
+
+@lru_cache(maxsize=4)  # samplers ask for one observation's again and again
+def _statistics(
+    data: bytes, grids: tuple[Grid, ...], band: tuple[float, float]
+) -> SineStatistics:
+    return SineStatistics.of(np.frombuffer(data), grids, band)
 
 
 def _component(setup: _Setup) -> Distribution:

@@ -5,14 +5,20 @@ share :math:`\epsilon` of the draws gets one more component c from the prior:
 
 .. math::
     q'(\theta) = (1 - \epsilon\, e_K)\, q(\theta)
-        + \epsilon\, e_{K - 1} \sum_j q(\theta \setminus j)\, p_c(\theta_j)
+        + \epsilon\, e_{K - 1}
+        \sum_{j \in J(\theta)} q(\theta \setminus j)\, p_c(\theta_j)
 
 If something is missing some of these fit far better, and the weights' tail shows it.
-e_K is 1 for the cardinalities below Kmax that q deems possible at all: sets of the
-others are few, and the sum costs as much as K evaluations of q.
+e_K is 1 for the cardinalities below Kmax that q deems possible at all.
+
+q may cost much more than the likelihood, so J has only those components without which
+the set is still plausible: by posterior density times p_c, within :math:`e^{-15}` of
+the one that is missed least. A draw whose own additional component is not among them is
+not counted, so that q' is the density of those that are.
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -27,6 +33,8 @@ __all__ = ["Proposal", "WithExtraComponent"]
 
 # Probability from which a cardinality is deemed possible.
 _POSSIBLE = 1e-3
+# Nats by which a component may be missed more than another and still be in J.
+_IN_DOUBT = 15.0
 
 
 class Proposal(Protocol):
@@ -54,18 +62,31 @@ class WithExtraComponent:
     Args:
         proposal: The proposal q.
         share: Share epsilon of draws with a component from the prior.
+        log_target: Maps rows ``(S, B, E)`` and observations ``(B, T)`` to the log of
+            the unnormalised posterior ``(S, B)``.
 
     Raises:
         ValueError: If the share is out of range.
     """
 
-    def __init__(self, proposal: Proposal, share: float) -> None:
+    def __init__(
+        self,
+        proposal: Proposal,
+        share: float,
+        log_target: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
         if not 0 <= share < 1:
             raise ValueError(f"defensive must lie in [0, 1), got {share}.")
         self.proposal, self.prior, self.share = proposal, proposal.prior, share
+        self.log_target = log_target
 
-    def sample(self, num: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw rows ``(num, B, E)``; some may break the least separation."""
+    def sample(
+        self, num: int, x: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw rows ``(num, B, E)``, and tell which of them count ``(num, B)``.
+
+        Rows may break the least separation.
+        """
         layout = self.prior.layout
         theta = self.proposal.sample_batched(torch.Size((num,)), x, generator=generator)
         parts = layout.unpack(theta)
@@ -80,27 +101,47 @@ class WithExtraComponent:
             place.unsqueeze(-1), extra.unsqueeze(-2), parts.components
         )
         k = parts.cardinality + chosen.long()
-        return layout.canonical(layout.pack(k, components, parts.shared))
+        theta = layout.canonical(layout.pack(k, components, parts.shared))
+        own = (layout.unpack(theta).components == extra.unsqueeze(-2)).all(-1)
+        counted = (own & self._in_doubt(theta, x, chosen)).any(-1)
+        return theta, counted | ~chosen
 
     def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
         """Evaluate log q' of rows ``(S, B, E)``, float64, shape ``(S, B)``."""
         log_q = self.proposal.log_prob_batched(theta, x).double()
         if not self.share:
             return log_q
-        k, extended = self.prior.layout.cardinality(theta), self._extended(x)
+        layout = self.prior.layout
+        k, extended = layout.cardinality(theta), self._extended(x)
         keep = torch.where(_entries(extended, k), 1 - self.share, 1.0).double()
-        log_q = log_q + keep.log()
         longer = _entries(extended, k - 1) & (k > 0)
-        most = int(longer.sum(0).max()) if len(theta) else 0
-        if not most:
-            return log_q
-        # Those rows of each observation first, and as many as the most has.
-        order = (~longer).byte().argsort(dim=0, stable=True)[:most]
-        rows = theta.gather(0, order.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
-        extra = torch.full_like(log_q, -torch.inf)
-        extra = extra.scatter(0, order, self._log_longer(rows, x))
-        extra = torch.where(longer, extra, -torch.inf)
-        return torch.logaddexp(log_q, extra + math.log(self.share))
+        in_doubt = self._in_doubt(theta, x, longer)
+        components = layout.unpack(theta).components
+        terms = [log_q + keep.log()]
+        for j in range(int(k.max()) if len(k) else 0):
+            shorter = _without(layout, theta, torch.full_like(k, j))
+            rest = self._log_proposal(shorter, x, in_doubt[..., j])
+            extra = self._log_component(components[..., j, :])
+            terms.append(rest + extra + math.log(self.share))
+        return torch.stack(terms).logsumexp(0)
+
+    def _in_doubt(self, theta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        """The sets J of some ``rows`` ``(S, B)``, ``(S, B, Kmax)``; others empty."""
+        layout = self.prior.layout
+        parts = layout.unpack(theta)
+        present = parts.mask & rows.unsqueeze(-1)
+        if not (present.sum(-1) > 1).any():
+            return present
+        value = torch.full(present.shape, -torch.inf).to(theta).double()
+        for j in range(int(parts.cardinality[rows].max())):
+            shorter = _without(layout, theta, torch.full_like(parts.cardinality, j))
+            rest = _where(self.log_target, shorter, x, present[..., j])
+            value[..., j] = rest + self._log_component(parts.components[..., j, :])
+        return present & (value >= value.amax(-1, keepdim=True) - _IN_DOUBT)
+
+    def _log_proposal(self, theta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        """Log q of some ``rows`` ``(S, B)``, float64; -inf elsewhere."""
+        return _where(self.proposal.log_prob_batched, theta, x, rows)
 
     def _extended(self, x: Tensor) -> Tensor:
         """Cardinalities that may get one more component, ``(B, Kmax + 1)``."""
@@ -113,20 +154,6 @@ class WithExtraComponent:
         extended[:, most] = False
         return extended
 
-    def _log_longer(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Log of the sum over components, one of them from the prior; ``(S, B)``."""
-        layout = self.prior.layout
-        k = layout.cardinality(theta)
-        terms = [torch.full(k.shape, -torch.inf).to(theta).double()]
-        for j in range(int(k.max())):
-            present = j < k
-            shorter = _without(layout, theta, torch.full_like(k, j))
-            shorter = torch.where(present.unsqueeze(-1), shorter, theta)
-            rest = self.proposal.log_prob_batched(shorter, x).double()
-            extra = self._log_component(layout.unpack(theta).components[..., j, :])
-            terms.append(torch.where(present, rest + extra, -torch.inf))
-        return torch.stack(terms).logsumexp(0)
-
     def _log_component(self, components: Tensor) -> Tensor:
         flat = components.reshape(-1, components.shape[-1])
         inside = [m.quantile(torch.tensor(0.5)) for m in self.prior.component_marginals]
@@ -134,6 +161,21 @@ class WithExtraComponent:
         flat = torch.where(zero, torch.stack(inside).to(flat), flat)
         log_p = PriorComponents(self.prior.component).log_prob_component(flat)
         return log_p.double().reshape(components.shape[:-1])
+
+
+def _where(
+    function: Callable[[Tensor, Tensor], Tensor], theta: Tensor, x: Tensor, rows: Tensor
+) -> Tensor:
+    """Values ``(S, B)`` of a function at some ``rows``, float64; -inf elsewhere."""
+    out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
+    most = int(rows.sum(0).max()) if len(rows) else 0
+    if not most:
+        return out
+    # Those rows of each observation first, and as many as the most has.
+    order = (~rows).byte().argsort(dim=0, stable=True)[:most]
+    some = theta.gather(0, order.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
+    out = out.scatter(0, order, function(some, x).double())
+    return torch.where(rows, out, -torch.inf)
 
 
 def _entries(table: Tensor, k: Tensor) -> Tensor:

@@ -215,13 +215,16 @@ class ExchangeMove:
     Args:
         layout: Layout of theta.
         name: A key of ``EXCHANGES``.
-        components: The density g.
+        components: Makes the density g of the sets that stay.
     """
 
     def __init__(
-        self, layout: ThetaLayout, name: str, components: ComponentProposal
+        self,
+        layout: ThetaLayout,
+        name: str,
+        components: Callable[[Tensor], ComponentProposal],
     ) -> None:
-        self.layout, self.name, self.components = layout, name, components
+        self.layout, self.name, self.learn = layout, name, components
         self.counts = EXCHANGES[name]
 
     def propose(
@@ -229,14 +232,22 @@ class ExchangeMove:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Move`."""
         taken, added = self.counts
-        there = self._exchange(theta, taken, added, generator)
-        back = self._exchange(theta, added, taken, generator)
+        g = self.learn(others)
         coin = torch.rand(len(theta), generator=generator) < 0.5
-        rows = torch.where(coin.unsqueeze(-1), there[0], back[0])
-        return rows, torch.where(coin, there[1], back[1])
+        new, log_ratio = theta.clone(), theta.new_zeros(len(theta)).double()
+        for rows, counts in ((coin, (taken, added)), (~coin, (added, taken))):
+            new[rows], log_ratio[rows] = self._exchange(
+                theta[rows], *counts, g, generator
+            )
+        return new, log_ratio
 
     def _exchange(
-        self, theta: Tensor, taken: int, added: int, generator: torch.Generator | None
+        self,
+        theta: Tensor,
+        taken: int,
+        added: int,
+        g: ComponentProposal,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         layout = self.layout
         # A random order, so that the last r are a random choice.
@@ -248,33 +259,27 @@ class ExchangeMove:
         components = parts.components.clone()
         log_ratio = _log_ways(k, taken) - _log_ways(k_new, added)
         row = torch.arange(len(theta))
+        fresh = _draw(g, max(1, added) * len(theta), generator).to(components)
         for i in range(taken):
-            place = (k - 1 - i).clamp(min=0)
-            removed = components[row, place]
+            removed = components[row, (k - 1 - i).clamp(min=0)]
             # Where there is none, any point of the support does.
-            removed = torch.where(possible.unsqueeze(-1), removed, self._point(removed))
-            log_ratio = log_ratio + self._log_density(removed)
+            removed = torch.where(possible.unsqueeze(-1), removed, fresh[: len(theta)])
+            log_ratio = log_ratio + g.log_prob_component(removed).double()
         for i in range(added):
             place = (k - taken + i).clamp(0, layout.max_cardinality - 1)
-            new = self._draw(len(theta), generator).to(components)
+            new = fresh[i * len(theta) : (i + 1) * len(theta)]
             components[row, place] = torch.where(
                 possible.unsqueeze(-1), new, components[row, place]
             )
-            log_ratio = log_ratio - self._log_density(new)
+            log_ratio = log_ratio - g.log_prob_component(new).double()
         rows = layout.pack(k_new, components, parts.shared)
         return layout.canonical(rows), torch.where(possible, log_ratio, -math.inf)
 
-    def _draw(self, num: int, generator: torch.Generator | None) -> Tensor:
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return self.components.sample_component(num, generator)
 
-    def _log_density(self, components: Tensor) -> Tensor:
-        return self.components.log_prob_component(components.float()).double()
-
-    def _point(self, like: Tensor) -> Tensor:
-        seeded = torch.Generator().manual_seed(0)
-        return self.components.sample_component(1, seeded).to(like)
+def _draw(g: ComponentProposal, num: int, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    return g.sample_component(num, generator)
 
 
 def _log_ways(k: Tensor, count: int) -> Tensor:

@@ -174,13 +174,16 @@ def _weigh(
     generator: torch.Generator | None,
 ) -> list[RefinedPosterior]:
     prior = posterior.prior
-    proposal = WithExtraComponent(posterior, defensive)
-    theta = proposal.sample(num_samples, x, generator)
-    log_q = proposal.log_prob(theta, x)
-    log_p = prior.log_prob(theta).double()
-    log_p = log_p + checked_log_likelihood(log_likelihood, theta, x)
+
+    def log_target(theta: Tensor, x: Tensor) -> Tensor:
+        log_p = prior.log_prob(theta).double()
+        return log_p + checked_log_likelihood(log_likelihood, theta, x)
+
+    proposal = WithExtraComponent(posterior, defensive, log_target)
+    theta, counted = proposal.sample(num_samples, x, generator)
+    log_q, log_p = proposal.log_prob(theta, x), log_target(theta, x)
     # A draw of density zero under q was put out of its support by rounding.
-    possible = torch.isfinite(log_p) & torch.isfinite(log_q)
+    possible = counted & torch.isfinite(log_p) & torch.isfinite(log_q)
     log_weights = torch.where(possible, log_p - log_q, -torch.inf)
     results = []
     for b in range(len(x)):

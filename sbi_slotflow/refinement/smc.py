@@ -7,11 +7,14 @@ Particles pass through the targets
     \qquad q'' = (1 - \delta)\, q' + \delta\, p
 
 from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
-Each step is as long as 80 % of the particles stay effective, but no longer than doubles
-beta: a component that q misses shows in no weight, and is found while beta is small
-and births are cheap. Then the particles are resampled, and moved for as long as the
-mean weight of the next step still grows: particles that lag behind their target make
-the evidence too small. The small share of the prior lets moves reach every set.
+Where 2 % of the draws are effective under the posterior, one step leads there: moves
+at beta = 1 need no q, which is what costs. Otherwise each step is as long as 80 % of
+the particles stay effective, but no longer than doubles beta: a component that q misses
+shows in no weight, and is found while beta is small and births are cheap. Then the
+particles are resampled, and moved for as long as the mean weight of the next step still
+grows (particles that lag behind their target make the evidence too small), at the end
+until their cardinality and density have little to do with what they were. The small
+share of the prior lets moves reach every set.
 """
 
 import math
@@ -20,11 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..component_proposals import (
-    ComponentProposal,
-    PriorComponents,
-    slot_mixtures,
-)
+from ..component_proposals import PooledComponents
+from ..layout import ThetaLayout
 from ..nn.charts import Chart, WhiteningChart
 from ..posterior import SlotPosterior
 from ..psis import pareto_smoothed
@@ -43,11 +43,13 @@ from .refine import LogLikelihood, RefinedPosterior, checked_log_likelihood
 __all__ = ["temper"]
 
 _EFFECTIVE_SHARE = 0.8
+# Share that must stay effective to go to the posterior at once.
+_ENOUGH_SHARE = 0.02
 _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
-_SWEEPS, _MOST_SWEEPS = 2, 20
+_SWEEPS, _MOST_SWEEPS = 2, 25
 _DRIFT = 2.0
-_LAST_SWEEPS = 5
+_LAST_SWEEPS, _MEMORY = 5, 0.1
 _MAX_STEPS = 200
 
 
@@ -66,28 +68,38 @@ def temper(
         ValueError: If no particle has a positive weight.
     """
     prior, one = posterior.prior, x.unsqueeze(0)
-    proposal = WithExtraComponent(posterior, defensive)
+
+    def log_target(theta: Tensor) -> Tensor:
+        log_p = prior.log_prob(theta).double()
+        inside = torch.isfinite(log_p)
+        if inside.any():
+            log_p[inside] += checked_log_likelihood(log_likelihood, theta[inside], x)
+        return log_p
+
+    proposal = WithExtraComponent(
+        posterior, defensive, lambda theta, _: log_target(theta[:, 0]).unsqueeze(1)
+    )
 
     def evaluate(theta: Tensor, beta: float = 0.0) -> Population:
-        log_prior = prior.log_prob(theta).double()
-        log_p = torch.full_like(log_prior, -math.inf)
-        inside = torch.isfinite(log_prior)
-        if inside.any():
-            values = checked_log_likelihood(log_likelihood, theta[inside], one)
-            log_p[inside] = log_prior[inside] + values
+        log_p = log_target(theta)
         if beta == 1.0:  # q has no part in the last target, and costs most
             return Population(theta, log_p, log_p)
+        log_prior = prior.log_prob(theta).double()
         log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1), one)[:, 0]
         log_q = torch.logaddexp(
             log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
         )
         # Outside the prior's support both vanish.
+        inside = torch.isfinite(log_prior)
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
 
-    start = _start(proposal, one, num_samples, generator)
+    start, counted = _start(proposal, one, num_samples, generator)
     dtype = start.dtype
     population = evaluate(start.double())
-    moves = _moves(posterior, x)
+    population = population._replace(
+        log_q=torch.where(counted, population.log_q, math.inf)
+    )
+    moves = _moves(posterior)
     beta, steps, log_evidence, variance, worst = 0.0, 0, 0.0, 0.0, -math.inf
     rates: dict[str, list[float]] = {move.name: [] for move in moves}
     while beta < 1:
@@ -102,19 +114,15 @@ def temper(
         if 1 - beta < 1e-9 or steps == _MAX_STEPS:
             beta = 1.0
         population = population.rows(_resample(log_weights, generator))
-        least, before = _LAST_SWEEPS if beta == 1.0 else _SWEEPS, math.inf
-        for sweep in range(1, _MOST_SWEEPS + 1):
+        settled = _Forgetting(prior.layout, population) if beta == 1.0 else _Drift(beta)
+        for _ in range(_MOST_SWEEPS):
             for move in moves:
                 population, rate = metropolis(
                     population, move, beta, partial(evaluate, beta=beta), generator
                 )
                 rates[move.name].append(rate)
-            if sweep >= least:
-                ahead = _log_mean(_step(population, beta)[1])
-                # The mean weight's own error is at most 1 / sqrt(N).
-                if ahead - before < _DRIFT / math.sqrt(num_samples):
-                    break
-                before = ahead
+            if settled(population):
+                break
     diagnostics = {name: sum(r) / max(1, len(r)) for name, r in rates.items()}
     return RefinedPosterior(
         prior.layout,
@@ -127,30 +135,62 @@ def temper(
     )
 
 
+class _Drift:
+    """Whether the mean weight of the next step has stopped growing."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta, self.before, self.sweeps = beta, math.inf, 0
+
+    def __call__(self, population: Population) -> bool:
+        self.sweeps += 1
+        if self.sweeps < _SWEEPS:
+            return False
+        ahead, before = _log_mean(_step(population, self.beta)[1]), self.before
+        self.before = ahead
+        # The mean weight's own error is at most 1 / sqrt(N).
+        return ahead - before < _DRIFT / math.sqrt(len(population.theta))
+
+
+class _Forgetting:
+    """Whether particles are nearly independent of where they started."""
+
+    def __init__(self, layout: ThetaLayout, population: Population) -> None:
+        self.layout, self.sweeps = layout, 0
+        self.start = self._numbers(population)
+
+    def __call__(self, population: Population) -> bool:
+        self.sweeps += 1
+        now = self._numbers(population)
+        correlation = (self.start * now).mean(-1).abs().max()
+        return self.sweeps >= _LAST_SWEEPS and float(correlation) < _MEMORY
+
+    def _numbers(self, population: Population) -> Tensor:
+        """Standardised cardinality and log density of the particles, ``(2, N)``."""
+        k = self.layout.cardinality(population.theta)
+        numbers = torch.stack([k.double(), population.log_p])
+        away = numbers - numbers.mean(-1, keepdim=True)
+        return away / away.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-9)
+
+
 def _start(
     proposal: WithExtraComponent,
     x: Tensor,
     num: int,
     generator: torch.Generator | None,
-) -> Tensor:
-    """Draw from q''."""
-    theta = proposal.sample(num, x, generator)[:, 0]
+) -> tuple[Tensor, Tensor]:
+    """Draw from q'', and tell which draws count."""
+    theta, counted = (part[:, 0] for part in proposal.sample(num, x, generator))
     with forked_rng(generator):
         chosen = torch.rand(num) < _PRIOR_SHARE
         broad = proposal.prior.sample(torch.Size((num,))).to(theta)
-    return torch.where(chosen.unsqueeze(-1), broad, theta)
+    return torch.where(chosen.unsqueeze(-1), broad, theta), counted | chosen
 
 
-def _moves(posterior: Proposal, x: Tensor) -> list[Move]:
+def _moves(posterior: Proposal) -> list[Move]:
     prior = posterior.prior
     chart: Chart = WhiteningChart(prior.component_marginals)
-    components: ComponentProposal = PriorComponents(prior.component)
     if isinstance(posterior, SlotPosterior):
         chart = posterior.posterior_estimator.chart
-        # One slot more than q thinks there are components.
-        most = int(posterior.cardinality(x).probs.argmax())
-        mixtures = slot_mixtures(posterior, x, defensive_share=0.3)
-        components = mixtures[min(most, len(mixtures) - 1)]
     shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
     differences = [
         DifferenceMove(prior.layout, chart, shared, "set"),
@@ -158,7 +198,11 @@ def _moves(posterior: Proposal, x: Tensor) -> list[Move]:
     ]
     if shared is not None:
         differences.append(DifferenceMove(prior.layout, chart, shared, "shared"))
-    exchanges = [ExchangeMove(prior.layout, name, components) for name in EXCHANGES]
+
+    def pooled(theta: Tensor) -> PooledComponents:
+        return PooledComponents(theta, prior, chart=chart)
+
+    exchanges = [ExchangeMove(prior.layout, name, pooled) for name in EXCHANGES]
     return [*differences, *exchanges]
 
 
@@ -166,7 +210,7 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
     """Longest step that leaves enough particles effective, and its log weights."""
     gain = population.log_p - population.log_q
     gain = torch.where(torch.isfinite(population.log_q), gain, -math.inf)
-    most = min(1 - beta, max(beta, _FIRST_STEP))
+    most = 1 - beta
 
     def effective(step: float) -> float:
         weights = (step * gain).softmax(-1)
@@ -174,6 +218,9 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
 
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
+    if effective(most) >= _ENOUGH_SHARE:
+        return most, most * gain
+    most = min(most, max(beta, _FIRST_STEP))
     low, high = 0.0, most
     if effective(most) >= _EFFECTIVE_SHARE:
         low = most

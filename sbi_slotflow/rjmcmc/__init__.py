@@ -5,7 +5,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..component_proposals import slot_mixtures
 from .collapsed import CollapsedDraws, collapsed
 from .eryn_bridge import ErynSampler, eryn_sampler
 from .fixed_k import fixed_k
@@ -23,7 +22,6 @@ __all__ = [
     "eryn_sampler",
     "fixed_k",
     "laplace_proposal",
-    "slot_mixtures",
 ]
 
 

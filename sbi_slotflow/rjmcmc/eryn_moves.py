@@ -1,7 +1,7 @@
 r"""Moves for Eryn's sampler: births, deaths and updates of components.
 
-:class:`SlotFlowMove` draws components from a density q(theta | x, K), by default that
-of trained slots, and accepts with Eryn's ratio times
+:class:`SlotFlowMove` draws components from a density q(theta | x, K), for one that of
+a trained posterior's draws, and accepts with Eryn's ratio times
 
 .. math::
     1 / q(\theta' | x, K + 1) \;\text{(birth)}, \quad
@@ -17,6 +17,7 @@ all, so that the leaves in use do not keep their distribution.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..component_proposals import ComponentProposal, slot_mixtures
+from ..component_proposals import ComponentProposal, PooledComponents
 from ..posterior import SlotPosterior
 from ..prior import VariableKPrior
 from ..problems.sine_statistics import Floats
+from ..seeding import generator_for
 from .eryn_import import require_eryn
 from .eryn_target import COMPONENTS, SHARED, Arrays
 
@@ -117,21 +119,41 @@ class SlotFlowMove(ReversibleJumpMove):
         cls,
         posterior: SlotPosterior,
         x: Tensor | None = None,
-        defensive_share: float = 0.1,
+        prior_share: float = 0.1,
+        num_samples: int = 10_000,
+        seed: int = 0,
         **kwargs: Any,
     ) -> "SlotFlowMove":
-        """Make the move from a trained posterior's slots; see :func:`slot_mixtures`.
+        """Make the move from the components in a trained posterior's draws.
 
         Args:
             posterior: A trained posterior.
             x: The observation; the posterior's default x if None.
-            defensive_share: Share of the prior in the proposal.
+            prior_share: Share of the prior in the proposal, in (0, 1].
+            num_samples: Draws to learn the proposal from.
+            seed: Seed of the draws.
             kwargs: Options of the move. The limits are the posterior's prior's unless
                 ``nleaves_min`` and ``nleaves_max`` are given.
+
+        Raises:
+            TypeError: If posterior is no ``SlotPosterior``.
+            ValueError: If x is not one observation, or the share is out of range.
         """
+        if not isinstance(posterior, SlotPosterior):
+            raise TypeError(
+                f"posterior must be a SlotPosterior, got {type(posterior).__name__}."
+            )
+        theta = posterior.sample((num_samples,), x, generator=generator_for(seed))
+        estimator = posterior.posterior_estimator
+        pooled = PooledComponents(
+            theta.cpu(),
+            deepcopy(posterior.prior).to("cpu"),
+            prior_share,
+            estimator.chart,
+        )
         low, high = leaf_limits(posterior.prior)
         options = {"nleaves_min": low, "nleaves_max": high, **kwargs}
-        return cls(slot_mixtures(posterior, x, defensive_share), **options)
+        return cls(pooled, **options)
 
     def get_proposal(
         self,

@@ -21,8 +21,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import StudentT
 
-from sbi_slotflow import SlotPosterior, VariableKPrior, problems
-from sbi_slotflow.component_proposals import slot_mixtures
+from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.layout import ThetaParts
 from sbi_slotflow.nn import Encoding, RowContext, SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.anchor_axis import AnchorAxis
@@ -313,52 +312,6 @@ def test_factorised_density_is_the_sum_over_all_assignments(k: int) -> None:
     mixed = rows.clone()
     mixed[:, :k] = rows[:, :k].flip(1)
     torch.testing.assert_close(sets.log_prob(mixed), sets.log_prob(rows))
-
-
-# --- one component, whichever it is
-
-
-@every_variant
-def test_component_mixtures_are_densities_of_their_draws(name: str) -> None:
-    # E_q[p / q] = 1 with p / q <= 4, as a quarter of q is the prior's
-    posterior = SlotPosterior(untrained(name), tiny.prior)
-    for mixture in slot_mixtures(posterior, observation(), 0.25):
-        draws = mixture.sample_component(4_000, seeded(1))
-        log_q = mixture.log_prob_component(draws)
-        log_p = mixture.prior.log_prob_component(draws)
-        ratio = (log_p - log_q).exp()
-        assert ratio.max() <= 4.001
-        assert_mean_is_one(ratio, 0.05)
-        outside = torch.tensor([[1.0, 1.0, 2.1], [0.4, 1.0, 1.0], [1.0, 6.3, 1.0]])
-        assert mixture.slots.log_prob(outside).isneginf().all()
-        if name != "refined":
-            rows = mixture.prior.sample_component(8_000, seeded(2))
-            log_q = mixture.slots.log_prob(rows)
-            log_p = mixture.prior.log_prob_component(rows)
-            assert_mean_is_one((log_q - log_p).exp(), 0.05)
-
-
-@pytest.mark.parametrize("name", ["joint", "refined"])
-def test_component_mixture_of_one_anchor_is_the_density_above_it(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fixed = torch.tensor([[8, 0, 0]])
-    monkeypatch.setattr(
-        AnchorChain,
-        "sample",
-        lambda _, tokens, edges, owner, *__, **___: fixed.expand(
-            len(owner), -1
-        ).clone(),
-    )
-    posterior = SlotPosterior(untrained(name), tiny.prior)
-    slots = slot_mixtures(posterior, observation())[0].slots
-    draws = slots.sample(10_000, seeded(1)).double().unsqueeze(1)
-    head = untrained(name).component_head
-    assert isinstance(head, AnchoredHead)
-    # draws that go by float32 may land on the other side of the cell's end
-    assert_density_is_that_of_the_draws(
-        head, draws, lambda rows: slots.log_prob(rows.squeeze(1))
-    )
 
 
 # --- the location axis

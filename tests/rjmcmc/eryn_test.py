@@ -18,7 +18,7 @@ from torch.distributions import Independent, Normal
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
-from sbi_slotflow.component_proposals import PriorComponents, slot_mixtures
+from sbi_slotflow.component_proposals import PriorComponents
 from sbi_slotflow.nn.charts import PolarChart
 from sbi_slotflow.problems.base import Problem
 from sbi_slotflow.problems.linear_gaussian import LinearGaussian
@@ -258,31 +258,6 @@ def untrained() -> SlotPosterior:
     return posterior
 
 
-def test_slot_mixture_is_the_density_of_its_samples():
-    # E_q[p / q] = 1 with p / q <= 10: a standard error of at most 3 / sqrt(20,000),
-    # so that 0.09 is more than four of them.
-    posterior, x = untrained(), observation(gaussian)
-    for mixture in slot_mixtures(posterior, x):
-        draws = mixture.sample_component(20_000, generator_for(4))
-        log_q = mixture.log_prob_component(draws)
-        log_p = gaussian.prior.component.log_prob(draws)
-        assert abs((log_p - log_q).exp().mean() - 1) < 0.09
-
-
-def test_slot_mixture_of_one_slot_is_the_estimator():
-    posterior, x = untrained(), observation(gaussian)
-    (mixture, *_) = slot_mixtures(posterior, x, defensive_share=0.25)
-    components = gaussian.prior.component.sample((50,))
-    theta = torch.zeros(50, 7)
-    theta[:, 0], theta[:, 1:3] = 1.0, components
-    expected = posterior.log_prob(theta, x)
-    expected = expected - posterior.cardinality(x).logits[1] + np.log(0.75)
-    log_prior = gaussian.prior.component.log_prob(components) + np.log(0.25)
-    expected = torch.logaddexp(expected, log_prior)
-    ours = mixture.log_prob_component(components)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-
-
 def test_slots_of_a_wrong_network_keep_the_posterior():
     posterior, x = untrained(), observation(gaussian)
     sampler = eryn_sampler(
@@ -357,9 +332,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="entry for branch 'pulsars'"):
         SlotFlowMove(proposal, *limits, branch="pulsars")
     with pytest.raises(TypeError, match="posterior must be a SlotPosterior"):
-        slot_mixtures(exact)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="defensive_share must lie in"):
-        slot_mixtures(untrained(), x, defensive_share=0.0)
+        SlotFlowMove.from_posterior(exact, x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="prior_share must lie in"):
+        SlotFlowMove.from_posterior(untrained(), x, prior_share=0.0)
 
 
 def test_a_missing_eryn_says_what_to_install(monkeypatch):
