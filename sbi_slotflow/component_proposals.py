@@ -6,12 +6,12 @@ cut into slices of equal size. In the chart's coordinates u,
 
 .. math::
     g(\theta) = d\, p(\theta) + (1 - d) \left| \frac{du}{d\theta} \right|
-        \sum_s w_s\, t_5(u;\, m_s, \Sigma_s), \qquad w_s \propto h_s^{1/4}
+        \sum_s w_s\, t_\nu(u;\, m_s, \Sigma_s), \qquad w_s \propto h_s^{1/4}
 
-m_s and Sigma_s are mean and covariance of a slice and h_s the interval that it spans:
-components that all sets agree on are many and narrow, and need proposals least. The
-prior's share d keeps g positive, so that a component which no set knows of can be born
-and, as the reverse of a birth, die.
+nu is 5 or 6, m_s and Sigma_s are mean and covariance of a slice and h_s the interval
+that it spans: components that all sets agree on are many and narrow, and need proposals
+least. The prior's share d keeps g positive, so that a component which no set knows of
+can be born and, as the reverse of a birth, die.
 """
 
 import math
@@ -117,7 +117,17 @@ class PooledComponents:
         self.factor = torch.linalg.cholesky(
             covariance + torch.diag_embed(0.01 * diagonal + 1e-16)
         )
+        dim = u.shape[-1]
+        # An odd or even freedom that makes the density's power a whole number.
+        self.freedom = _FREEDOM + (dim + _FREEDOM) % 2
         self.inverse = torch.linalg.inv(self.factor)
+        log_norm = (
+            math.lgamma(0.5 * (self.freedom + dim))
+            - math.lgamma(0.5 * self.freedom)
+            - 0.5 * dim * math.log(self.freedom * math.pi)
+        )
+        scale = self.factor.diagonal(dim1=-2, dim2=-1).prod(-1)
+        self.height = self.weights / scale * math.exp(log_norm)
 
     def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n components, shape ``(n, D)``."""
@@ -128,9 +138,7 @@ class PooledComponents:
         shape = n, self.mean.shape[-1]
         z = torch.randn(shape, dtype=torch.float64, generator=generator)
         # Student's t: a normal over the root of a chi-square over its freedom.
-        squares = torch.randn(
-            n, int(_FREEDOM), dtype=torch.float64, generator=generator
-        )
+        squares = torch.randn(n, self.freedom, dtype=torch.float64, generator=generator)
         z = z / squares.square().mean(-1, keepdim=True).sqrt()
         u = self.mean[which] + (self.factor[which] @ z.unsqueeze(-1)).squeeze(-1)
         from_prior = torch.rand(n, 1, generator=generator) < self.prior_share
@@ -146,16 +154,13 @@ class PooledComponents:
         u, log_det = self.chart.forward(
             torch.where(inside.unsqueeze(-1), components, point).double()
         )
-        dim = u.shape[-1]
-        z = (self.inverse @ (u.T - self.mean.unsqueeze(-1))).square().sum(1)
-        log_norm = (
-            math.lgamma(0.5 * (_FREEDOM + dim))
-            - math.lgamma(0.5 * _FREEDOM)
-            - 0.5 * dim * math.log(_FREEDOM * math.pi)
-        )
-        scale = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        weights = (self.weights.log() - scale + log_norm).unsqueeze(-1)
-        each = weights - 0.5 * (_FREEDOM + dim) * (z / _FREEDOM).log1p()
-        pooled = torch.where(inside, each.logsumexp(0) + log_det, -math.inf)
+        apart = [c.unsqueeze(-1) - m for c, m in zip(u.T, self.mean.T, strict=True)]
+        away = torch.zeros_like(apart[0])
+        for d in range(len(apart)):
+            z = sum(self.inverse[:, d, e] * apart[e] for e in range(d + 1))
+            away += z * z
+        kernel = (1 + away / self.freedom).reciprocal()
+        kernel = kernel.pow((self.freedom + u.shape[-1]) // 2)
+        pooled = torch.where(inside, (kernel @ self.height).log() + log_det, -math.inf)
         share = self.prior_share
         return torch.logaddexp(pooled + math.log1p(-share), prior + math.log(share))

@@ -8,6 +8,7 @@ r"""Simulators whose signal is the sum of the components' signals.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class AdditiveSimulator:
             raise ValueError("x must have at least one axis, got a scalar.")
         if not torch.isfinite(x).all():
             raise ValueError("x must be finite, got NaN or Inf.")
-        batch = torch.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
+        batch = np.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
         rows = theta.double().expand(*batch, -1).reshape(-1, self.layout.size)
         data = x.double().expand(*batch, -1)
         data = data.reshape(-1, data.shape[-1]) if x.ndim > 1 else data

@@ -66,7 +66,7 @@ class SetDistance:
                 "theta holds a fractional cardinality; call run_tarp with "
                 "z_score_theta=False, the distance has scales of its own."
             )
-        shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+        shape = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
         size = self.layout.size
         first = self.layout.unpack(a.expand(*shape, size).reshape(-1, size))
         second = self.layout.unpack(b.expand(*shape, size).reshape(-1, size))

@@ -46,8 +46,8 @@ class RefinedPosterior(PosteriorDraws):
         log_evidence: Estimate of log p(x).
         log_evidence_error: Its standard error.
         pareto_k: k-hat of the weights; below 0.7 they can be believed.
-        diagnostics: Numbers of the method: the number of tempering steps and the
-            acceptance of each kind of move.
+        diagnostics: Numbers of the method: those of tempering steps and of sweeps of
+            all moves, and the acceptance of each kind of move.
     """
 
     log_evidence: float = math.nan

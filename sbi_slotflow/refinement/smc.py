@@ -49,7 +49,7 @@ _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
 _SWEEPS, _MOST_SWEEPS = 2, 25
 _DRIFT = 2.0
-_LAST_SWEEPS, _MEMORY = 5, 0.1
+_LAST_SWEEPS, _MEMORY, _LITTLE = 5, 0.1, 0.05
 _MAX_STEPS = 200
 
 
@@ -100,7 +100,8 @@ def temper(
         log_q=torch.where(counted, population.log_q, math.inf)
     )
     moves = _moves(posterior)
-    beta, steps, log_evidence, variance, worst = 0.0, 0, 0.0, 0.0, -math.inf
+    beta, steps, sweeps = 0.0, 0, 0
+    log_evidence, variance, worst = 0.0, 0.0, -math.inf
     rates: dict[str, list[float]] = {move.name: [] for move in moves}
     while beta < 1:
         step, log_weights = _step(population, beta)
@@ -116,6 +117,7 @@ def temper(
         population = population.rows(_resample(log_weights, generator))
         settled = _Forgetting(prior.layout, population) if beta == 1.0 else _Drift(beta)
         for _ in range(_MOST_SWEEPS):
+            sweeps += 1
             for move in moves:
                 population, rate = metropolis(
                     population, move, beta, partial(evaluate, beta=beta), generator
@@ -131,7 +133,7 @@ def temper(
         log_evidence=log_evidence,
         log_evidence_error=math.sqrt(variance),
         pareto_k=worst,
-        diagnostics={"steps": float(steps), **diagnostics},
+        diagnostics={"steps": float(steps), "sweeps": float(sweeps), **diagnostics},
     )
 
 
@@ -161,15 +163,16 @@ class _Forgetting:
     def __call__(self, population: Population) -> bool:
         self.sweeps += 1
         now = self._numbers(population)
-        correlation = (self.start * now).mean(-1).abs().max()
-        return self.sweeps >= _LAST_SWEEPS and float(correlation) < _MEMORY
+        shared = (self.start * now).mean(-1).abs()
+        # Of a cardinality that hardly varies nothing needs to be forgotten.
+        spread = now.square().mean(-1).clamp(min=_LITTLE)
+        return self.sweeps >= _LAST_SWEEPS and bool((shared < _MEMORY * spread).all())
 
     def _numbers(self, population: Population) -> Tensor:
-        """Standardised cardinality and log density of the particles, ``(2, N)``."""
+        """Cardinality and log density of the particles less their means, ``(2, N)``."""
         k = self.layout.cardinality(population.theta)
         numbers = torch.stack([k.double(), population.log_p])
-        away = numbers - numbers.mean(-1, keepdim=True)
-        return away / away.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-9)
+        return numbers - numbers.mean(-1, keepdim=True)
 
 
 def _start(

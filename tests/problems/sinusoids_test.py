@@ -165,6 +165,28 @@ def test_the_true_parameters_are_more_likely_than_wrong_ones(preset: Any) -> Non
     assert (joint.argmax(0) == torch.arange(20)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["tiny", "paper", "crowded"])
+def test_likelihoods_of_many_rows_are_those_of_each(name: Any) -> None:
+    # from statistics of the observation, and from the signal itself
+    problem = sinusoids(name)
+    theta = problem.prior.sample((300,))
+    theta = torch.cat([theta, problem.layout.relabel(theta)])
+    x = problem.simulator(theta[:3])
+    expected = problem.simulator.log_likelihood(theta.unsqueeze(1), x)
+    error = (problem.log_likelihood(theta.unsqueeze(1).expand(-1, 3, -1), x)) - expected
+    assert (error.abs() < 1e-6 * expected.abs()).all()
+    for i, one in enumerate(x):
+        for data in (one, one.unsqueeze(0)):
+            found = problem.log_likelihood(theta, data)
+            assert (found - expected[:, i]).abs().max() < 1e-6 * expected.abs().max()
+    empty = theta[:200].clone()
+    empty[:, 0], empty[:, 2:] = 0.0, 0.0
+    if problem.prior.cardinality_probs[0] > 0:
+        found = problem.log_likelihood(empty, x[0])
+        direct = problem.simulator.log_likelihood(empty, x[0])
+        torch.testing.assert_close(found, direct)
+
+
 # resampled noise
 
 
