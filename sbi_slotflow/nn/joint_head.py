@@ -298,11 +298,17 @@ class JointHead(AnchoredHead):
             noise: The same, whitened by the peaks.
             row: Row of each of the M.
         """
-        known = w if sets.peaks is None else noise.clamp(-6.0, 6.0)
-        before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
-        near = sets.near[which, k].unsqueeze(-1)
-        index = which * self.max_cardinality + k
-        return RowContext(sets.contexts, index, torch.where(near, before, 0.0).float())
+        near, own = sets.near[which, k].unsqueeze(-1), None
+        if near.any():
+            known = w if sets.peaks is None else noise
+            before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
+            if sets.peaks is not None:
+                before = before.clamp(-6.0, 6.0)
+            own = torch.where(near, before, 0.0).float()
+        if isinstance(k, int):
+            each = sets.contexts.unflatten(0, (-1, self.max_cardinality))
+            return RowContext(each[:, k], which, own)
+        return RowContext(sets.contexts, which * self.max_cardinality + k, own)
 
     def _given_before(
         self,
