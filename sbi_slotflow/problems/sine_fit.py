@@ -97,8 +97,10 @@ class SineFit:
         for _ in range(_SEARCH_ROUNDS):
             # What the other components leave at each point of the grid.
             others = frequency[..., None, None, :]
-            below = self._moments(others - grid.unsqueeze(-1), 1)[0]
-            above = self._moments(others + grid.unsqueeze(-1), 1)[0]
+            both = torch.stack(
+                [others - grid.unsqueeze(-1), others + grid.unsqueeze(-1)]
+            )
+            below, above = self._moments(both, 1)[0]
             weight = phasor[..., None, None, :].masked_fill(own[:, None, :], 0.0)
             model = 0.5 * (weight * below + (weight * above).conj()).sum(-1)
             power = (seen - model).abs().square()
@@ -157,8 +159,9 @@ class SineFit:
     def gram(self, alpha: Tensor, beta: Tensor, frequency: Tensor) -> Tensor:
         """Inner products of C vectors a component: ``(N, K C, K C)``."""
         num, width = alpha.shape[-2], alpha.shape[-1]
-        below = self._moments(frequency.unsqueeze(-1) - frequency.unsqueeze(-2))
-        above = self._moments(frequency.unsqueeze(-1) + frequency.unsqueeze(-2))
+        first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
+        both = self._moments(torch.stack([first - second, first + second]))
+        below, above = zip(*both, strict=True)
         total = None
         for moments, other_alpha, other_beta in (
             (below, alpha.conj(), beta.conj()),
