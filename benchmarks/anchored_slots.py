@@ -2,9 +2,10 @@
 
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
 ``widths`` (posterior deviations over exact ones, ``paper``), ``amortized``
-(the same of slots without Gauss-Newton), ``coverage`` (of credible
-intervals), ``paper`` and ``crowded`` (against the collapsed sampler, amortized and
-refined), ``close`` (correlations of close components), ``smc`` (refinement by SMC).
+(the same of slots without Gauss-Newton), ``coverage`` and ``coverage_crowded`` (of
+credible intervals; resumable), ``paper`` and ``crowded`` (against the collapsed
+sampler, amortized and refined), ``close`` (correlations of close components), ``smc``
+(refinement by SMC).
 ``cards`` writes the model cards from the numbers that were kept with
 ``--out benchmarks/results``.
 """
@@ -18,18 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
 from sbi_slotflow.pretraining import RECIPES, StageBuilder
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
 
+from .calibration_rows import cardinality_rows, coverage_rows
 from .common import (
     PERIODS,
     TEST,
     Numbers,
-    given_k,
     one,
     progress,
     ready,
@@ -42,13 +42,12 @@ RESULTS = Path(__file__).parent / "results"
 _CHECKPOINTS = Path("checkpoints")
 _AMORTIZED_SIMULATIONS = 192_000
 WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
-LEVELS = np.linspace(0.1, 0.95, 18)
 
 
 def cardinality(num_signals: int, seed: int) -> Numbers:
     """p(K | x) on fresh signals of each preset."""
     return {
-        name: _cardinality(name, num_signals, seed)
+        name: cardinality_rows(*ready(name), num_signals, seed)
         for name in ("tiny", "paper", "crowded")
     }
 
@@ -100,10 +99,20 @@ def _widths(
 
 
 def coverage(num_signals: int, seed: int) -> Numbers:
-    """Coverage of credible intervals given the true K, ``paper`` and ``crowded``."""
+    """Coverage of credible intervals given the true K, ``paper``."""
+    return _coverage("paper", 5 * num_signals, seed)
+
+
+def coverage_crowded(num_signals: int, seed: int) -> Numbers:
+    """Coverage of credible intervals given the true K, ``crowded``."""
     # Anchors of weak components are many, each of which is fitted.
-    sizes = {"paper": 5 * num_signals, "crowded": num_signals // 2}
-    return {name: _coverage(name, num, seed) for name, num in sizes.items()}
+    return _coverage("crowded", 2 * num_signals, seed)
+
+
+def _coverage(preset: str, num_components: int, seed: int) -> Numbers:
+    problem, posterior = ready(preset)
+    folder = _CHECKPOINTS / f"coverage-{preset}"
+    return {preset: coverage_rows(problem, posterior, num_components, seed, folder)}
 
 
 def paper(num_signals: int, seed: int) -> Numbers:
@@ -177,93 +186,6 @@ def smc(num_signals: int, seed: int) -> Numbers:
         kept.setdefault("TV", []).append(distance.item())
         progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
     return {name: spread(values) for name, values in kept.items()}
-
-
-def _cardinality(preset: str, num_signals: int, seed: int) -> Numbers:
-    problem, posterior = ready(preset)
-    theta, x = simulate(problem, num_signals, TEST + seed)
-    probs = torch.cat([posterior.cardinality(part).probs for part in x.split(200)])
-    k = problem.layout.cardinality(theta)
-    right = (probs.argmax(-1) == k).double()
-    from_itself = torch.multinomial(probs, 1, generator=generator_for(seed))
-    score = -probs.gather(-1, k.unsqueeze(-1)).squeeze(-1).double().log()
-    accuracy = float(right.mean())
-    return {
-        "accuracy": accuracy,
-        "95 % interval": _wilson(accuracy, num_signals),
-        "mean negative log score of the true K": spread(score.tolist()),
-        "expected calibration error": _calibration_error(probs, k),
-        "the same of draws from p(K | x) itself": _calibration_error(
-            probs, from_itself.squeeze(-1)
-        ),
-        "n": num_signals,
-    }
-
-
-def _calibration_error(probs: Tensor, k: Tensor, num_bins: int = 15) -> float:
-    """Mean gap between p(K | x) and frequency, over 15 bins of all its entries."""
-    hits = torch.nn.functional.one_hot(k, probs.shape[-1]).double().flatten()
-    stated = probs.double().flatten()
-    bins = (stated * num_bins).long().clamp(max=num_bins - 1)
-    gap = torch.zeros(num_bins, dtype=torch.float64)
-    gap.index_add_(0, bins, stated - hits)
-    return float(gap.abs().sum() / len(k))
-
-
-def _coverage(preset: str, num_components: int, seed: int) -> Numbers:
-    """Bias of the share of truths in central intervals, over levels, by K.
-
-    Beside it what ranks of a calibrated posterior would give.
-    """
-    problem, posterior = ready(preset)
-    layout = problem.layout
-    numbers: Numbers = {}
-    for k in range(1, layout.max_cardinality + 1):
-        num_signals = math.ceil(num_components / k)
-        theta, x = simulate(given_k(problem, k), num_signals, TEST + seed + k)
-        ranks: dict[str, list[Tensor]] = {}
-        for rows, part in zip(theta.split(100), x.split(100), strict=True):
-            draws = posterior.sample_batched((199,), part, k=k)
-            truth, drawn = layout.unpack(rows), layout.unpack(draws)
-            for d, name in enumerate(layout.component_names):
-                mine = drawn.components[..., :k, d].double()
-                true = truth.components[..., :k, d].double()
-                if name in PERIODS:
-                    mine = _unwrapped(mine, PERIODS[name])
-                    turns = (mine.mean(0) - true) / PERIODS[name]
-                    true = true + PERIODS[name] * turns.round()
-                ranks.setdefault(name, []).append((mine < true).double().mean(0))
-        for name, found in ranks.items():
-            rank = torch.cat(found).flatten()
-            bias = _bias(rank)
-            uniform = torch.randint(
-                0, 200, (200, len(rank)), generator=generator_for(seed, k)
-            )
-            numbers[f"K = {k}, {name}"] = {
-                "mean bias": float(bias.mean()),
-                "largest bias": float(bias.max()),
-                "mean bias of uniform ranks": float(
-                    np.mean([_bias(row / 199).mean() for row in uniform])
-                ),
-                "components": len(rank),
-            }
-        biases = {name: numbers[f"K = {k}, {name}"]["mean bias"] for name in ranks}
-        progress(f"K = {k}: {biases}")
-    return numbers
-
-
-def _bias(rank: Tensor) -> np.ndarray:
-    """Absolute bias of the coverage at each of the levels."""
-    depth = 2 * (rank - 0.5).abs()
-    share = (depth < torch.from_numpy(LEVELS).unsqueeze(-1)).double().mean(-1)
-    return np.abs(share.numpy() - LEVELS)
-
-
-def _unwrapped(angle: Tensor, period: float) -> Tensor:
-    """Draws (first axis) of an angle, cut opposite to their circular mean."""
-    turns = angle * (2 * math.pi / period)
-    middle = torch.atan2(turns.sin().mean(0), turns.cos().mean(0)) * period / math.tau
-    return middle + (angle - middle + 0.5 * period) % period - 0.5 * period
 
 
 def _against_exact(preset: str, num_signals: int, seed: int) -> Numbers:
@@ -343,15 +265,6 @@ def _compare(problem, posterior, refined, reference, second, x, k, keep):
             keep("correlation error, floor", found.floor.correlation_error)
 
 
-def _wilson(share: float, num: int) -> list[float]:
-    z = 1.96
-    middle = (share + z**2 / (2 * num)) / (1 + z**2 / num)
-    half = (
-        z / (1 + z**2 / num) * math.sqrt(share * (1 - share) / num + (z / num) ** 2 / 4)
-    )
-    return [middle - half, middle + half]
-
-
 def _quantiles(values: list[float]) -> Numbers:
     low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
     return {"median": median, "5 %": low, "95 %": high, "components": len(values)}
@@ -395,6 +308,7 @@ PARTS = {
     "widths": (widths, 200),
     "amortized": (amortized, 200),
     "coverage": (coverage, 1_000),
+    "coverage_crowded": (coverage_crowded, 1_000),
     "paper": (paper, 50),
     "crowded": (crowded, 50),
     "close": (close, 20),

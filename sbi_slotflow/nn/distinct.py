@@ -20,6 +20,8 @@ def distinct_rows(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """
     which = torch.zeros_like(columns[0], dtype=torch.int64)
     for column in columns:
+        if (column == column[:1]).all():
+            continue
         values, index = torch.unique(column, return_inverse=True)
         _, which = torch.unique(which * len(values) + index, return_inverse=True)
     num = int(which.max()) + 1 if len(which) else 0

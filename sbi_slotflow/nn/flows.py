@@ -30,7 +30,8 @@ from torch import Tensor, nn
 __all__ = ["ConditionalFlow", "LocationScale", "RowContext"]
 
 _MAX_LOG_SCALE = 10.0
-_MAX_ROWS = 32_768
+# Rows of a batch without gradients: their hidden layers stay in a processor's cache.
+_MAX_ROWS = 32768
 
 
 class RowContext(NamedTuple):
@@ -39,7 +40,7 @@ class RowContext(NamedTuple):
     Attributes:
         values: Distinct contexts, shape ``(n, C)``.
         which: Position in ``values`` of each row's context, shape ``(N,)``.
-        own: What each row sees besides, shape ``(N, P)``; None for nothing.
+        own: What each row sees besides, shape ``(N, P)``; None for nothing, or zeros.
     """
 
     values: Tensor
@@ -50,6 +51,12 @@ class RowContext(NamedTuple):
         """The contexts of rows ``start..stop``."""
         own = None if self.own is None else self.own[start:stop]
         return RowContext(self.values, self.which[start:stop], own)
+
+    def spread(self, projected: Tensor) -> Tensor:
+        """Give each row what was made of its value, ``(n, ...)`` to ``(N, ...)``."""
+        if len(projected) == 1:
+            return projected.expand(len(self.which), *projected.shape[1:])
+        return projected.index_select(0, self.which)
 
 
 class ConditionalFlow(nn.Module):
@@ -245,8 +252,8 @@ class LocationScale(Transform):
         return torch.stack(columns, -1), log_scale.sum(-1)
 
     def _coefficients(self, context: RowContext) -> tuple[Tensor, Tensor, Tensor]:
-        raw = self.network(context.values)[context.which]
-        if self.from_own is not None:
+        raw = context.spread(self.network(context.values))
+        if self.from_own is not None and context.own is not None:
             raw = raw + self.from_own(context.own)
         shift, log_scale, lower = raw.split(
             [self.features, self.features, raw.shape[-1] - 2 * self.features], dim=-1
@@ -311,11 +318,11 @@ class _ProjectedNet(nn.Module):
         self.last = nn.Sequential(nn.GELU(), nn.Linear(hidden_features, out_features))
 
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
-        hidden = self.from_context(context.values)[context.which]
+        hidden = context.spread(self.from_context(context.values))
         if self.from_inputs is not None:
-            hidden = hidden + self.from_inputs(inputs)
-        if self.from_own is not None:
-            hidden = hidden + self.from_own(context.own)
+            hidden = torch.addmm(hidden, inputs, self.from_inputs.weight.T)
+        if self.from_own is not None and context.own is not None:
+            hidden = torch.addmm(hidden, context.own, self.from_own.weight.T)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.last(hidden)
@@ -334,7 +341,7 @@ class _GatheredResidualNet(nn.Module):
         own_features: int = 0,
     ) -> None:
         super().__init__()
-        self.hidden_features = hidden_features
+        self.hidden_features, self.own_features = hidden_features, own_features
         self.network = ResidualNet(
             in_features,
             out_features,
@@ -344,9 +351,12 @@ class _GatheredResidualNet(nn.Module):
         )
 
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
-        values = context.values[context.which]
-        if context.own is not None:
-            values = torch.cat([values, context.own], -1)
+        values = context.spread(context.values)
+        if self.own_features:
+            own = context.own
+            if own is None:
+                own = values.new_zeros(len(values), self.own_features)
+            values = torch.cat([values, own], -1)
         return self.network(inputs, values)
 
 

@@ -100,10 +100,9 @@ def fit_peak(
         equations = fit.normal_equations(data, owner, components, mask)
         variance = equations.residual.clamp(min=1e-12) / num_data
         blocks = torch.zeros(len(w), size, size).to(w)
-        width = w.shape[-1]
-        for k in range(w.shape[-2]):
-            here = slice(k * width, (k + 1) * width)
-            blocks[:, here, here] = jacobian[:, k]
+        # One block for each component, on the diagonal.
+        diagonal = blocks.view(len(w), *2 * w.shape[-2:]).diagonal(dim1=1, dim2=3)
+        diagonal.copy_(jacobian.permute(0, 2, 3, 1))
         scaled = blocks / variance[:, None, None]
         pull = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(-1) - w.flatten(1)
         precision = blocks.mT @ equations.curvature @ scaled + identity

@@ -218,7 +218,7 @@ class JointHead(AnchoredHead):
             rows = mask[:, k].nonzero().squeeze(-1)
             which = sets.which[rows]
             context = self.context(sets, which, k, w, noise, rows)
-            mean, factor = self._given_before(sets, which, k, noise[rows], context)
+            mean, factor = self._given_before(sets, which, k, noise[rows, :k], context)
             ends = self._limits(sets, which, k, before[rows])
             w[rows, k], noise[rows, k] = self.local.sample(
                 mean, factor, ends, context, generator
@@ -298,11 +298,17 @@ class JointHead(AnchoredHead):
             noise: The same, whitened by the peaks.
             row: Row of each of the M.
         """
-        known = w if sets.peaks is None else noise.clamp(-6.0, 6.0)
-        before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
-        near = sets.near[which, k].unsqueeze(-1)
-        index = which * self.max_cardinality + k
-        return RowContext(sets.contexts, index, torch.where(near, before, 0.0).float())
+        near, own = sets.near[which, k].unsqueeze(-1), None
+        if near.any():
+            known = w if sets.peaks is None else noise
+            before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
+            if sets.peaks is not None:
+                before = before.clamp(-6.0, 6.0)
+            own = torch.where(near, before, 0.0).float()
+        if isinstance(k, int):
+            each = sets.contexts.unflatten(0, (-1, self.max_cardinality))
+            return RowContext(each[:, k], which, own)
+        return RowContext(sets.contexts, which * self.max_cardinality + k, own)
 
     def _given_before(
         self,
@@ -312,7 +318,7 @@ class JointHead(AnchoredHead):
         noise: Tensor,
         context: RowContext,
     ) -> tuple[Tensor, Tensor]:
-        """Gaussian of component k given the noise ``(M, Kmax, D)`` of those before."""
+        """Gaussian of component k given the noise ``(M, k, D)`` of those before."""
         if sets.peaks is None:
             assert self.gaussian is not None
             return self.gaussian(context)
@@ -320,9 +326,11 @@ class JointHead(AnchoredHead):
         mean = sets.peaks.mode[which, k]
         if k:
             rows = slice(k * width, (k + 1) * width)
-            mixing = sets.peaks.factor[:, rows, : k * width][which]
-            known = noise[:, :k].flatten(1).unsqueeze(-1)
-            mean = mean + (mixing @ known).squeeze(-1)
+            mixing, known = sets.peaks.factor[:, rows, : k * width], noise.flatten(1)
+            if len(mixing) == 1:  # no need of a matrix for each row
+                mean = mean + known @ mixing[0].mT
+            else:
+                mean = mean + (mixing[which] @ known.unsqueeze(-1)).squeeze(-1)
         return mean, sets.peaks.block(which, k)
 
     def _limits(

@@ -142,16 +142,10 @@ class AnchorChain(nn.Module):
             steps = (
                 self._log_probs(tokens, edges, prune, *states).double().exp().cumsum(-1)
             )
-            # Short of 1, so that rounding leaves no row beyond the last cell.
             level = torch.rand(
-                len(rows),
-                1,
-                dtype=steps.dtype,
-                device=steps.device,
-                generator=generator,
+                len(rows), dtype=steps.dtype, device=steps.device, generator=generator
             )
-            level = level * steps[which, -1:] * (1 - 1e-12)
-            drawn = torch.searchsorted(steps[which], level, right=True).squeeze(-1)
+            drawn = _draw(steps, which, level)
             anchors[rows, k] = before[rows] = drawn
             starts = edges[owner[rows], drawn]
             earliest[rows] = self.axis.lower(starts, earliest[rows])
@@ -277,6 +271,24 @@ def _distinct(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     if torch.is_grad_enabled():
         return columns, torch.arange(len(columns[0]), device=columns[0].device)
     return distinct_rows(*columns)
+
+
+def _draw(steps: Tensor, which: Tensor, level: Tensor) -> Tensor:
+    """Draw cells from distributions, one for each row.
+
+    Args:
+        steps: Cumulative probabilities of M distributions, shape ``(M, L)``, float64.
+        which: Distribution of each row, shape ``(N,)``.
+        level: Uniform variables, shape ``(N,)``.
+    """
+    # One search through all distributions, the m-th of which covers [m, m + 1].
+    size = steps.shape[-1]
+    first = torch.arange(len(steps)).to(steps).unsqueeze(-1)
+    line = (first + steps / steps[:, -1:]).flatten()
+    base = which.to(level)
+    # Short of the end, so that rounding leaves no row beyond its last cell.
+    level = torch.minimum(base + level, torch.nextafter(base + 1, base))
+    return torch.searchsorted(line, level, right=True) - which * size
 
 
 def _log_first(scores: Tensor, feasible: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .chirp import ChirpTransform
 from .encoders import Encoding, Pool, SelfAttention, projection
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ __all__ = ["BandTokens", "TokenEncoder", "TraceTokens", "front_end_from_spec"]
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
 _ATTEND_EVERY = 3
-_EDGE_SHIFT, _EDGE_CHOICES = 0.4, 5
+# The first record's amplitudes are taken at that many points of each cell; edges lie at
+# every other of them, so many at most from even.
+_POINTS, _FARTHEST = 10, 4
 _FOUND_CHANNELS = 5
 
 
@@ -81,19 +84,17 @@ class BandTokens(nn.Module):
         self._low, self._width = band[0], (band[1] - band[0]) / num_tokens
         self.lengths, self.num_tokens = tuple(lengths), num_tokens
         self.num_data = sum(lengths)
-        cells = torch.arange(num_tokens, dtype=torch.float64)
-        width = (band[1] - band[0]) / num_tokens
-        middles, edges = band[0] + (cells + 0.5) * width, band[0] + cells * width
-        self._readings = 0
+        self._readings = len(lengths) + 2
+        self.spectra = nn.ModuleList()
         for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
-            flat = torch.ones(length, dtype=torch.float64)
             hann = torch.hann_window(length, dtype=torch.float64)
-            readings = [(flat, middles)]
             if i == 0:
-                readings += [(flat, edges), (hann, middles)]
-            self._readings += len(readings)
-            matrix = torch.cat([_fourier(*reading, rate) for reading in readings], -1)
-            self._keep(f"matrix_{i}", matrix)
+                tapers = torch.stack([torch.ones_like(hann), hann])
+                points = band[0], self._width / _POINTS, _POINTS * num_tokens
+            else:
+                tapers = torch.ones(1, length, dtype=torch.float64)
+                points = band[0] + 0.5 * self._width, self._width, num_tokens
+            self.spectra.append(ChirpTransform(tapers, rate, *points))
             self._keep(f"taper_{i}", hann)
             bins = torch.arange(length // 2 + 1, dtype=torch.float64) * rate / length
             margin = 8 * rate / length
@@ -101,13 +102,13 @@ class BandTokens(nn.Module):
             if not outside.any():  # the band is the whole spectrum
                 outside = torch.ones_like(outside)
             outside[0] = outside[-1] = False
-            self.register_buffer(f"outside_{i}", outside, persistent=False)
-        # The tapered spectrum where edges may lie: (edge, shift) flattened.
-        shifts = torch.linspace(-_EDGE_SHIFT, _EDGE_SHIFT, _EDGE_CHOICES).double()
-        places = (cells[1:].unsqueeze(-1) + shifts).flatten()
-        taper = torch.hann_window(lengths[0], dtype=torch.float64)
-        self._keep("edge_matrix", _fourier(taper, band[0] + places * width, rates[0]))
-        self.register_buffer("edge_shifts", shifts, persistent=False)
+            # Averages the power outside the band, in units of the noise's.
+            share = outside / (outside.sum() * 0.375 * length)
+            self._keep(f"outside_{i}", share.repeat_interleave(2).unsqueeze(-1))
+        shifts = torch.arange(-_FARTHEST, _FARTHEST + 1, 2, dtype=torch.float64)
+        edges = torch.arange(num_tokens + 1, dtype=torch.float64)
+        self.register_buffer("edge_shifts", shifts / _POINTS, persistent=False)
+        self.register_buffer("even_edges", edges, persistent=False)
         # Noise of a reading's real or imaginary part, in units of sigma.
         noise = [math.sqrt(2 / length) for length in lengths]
         noise = [noise[0], noise[0], noise[0] * math.sqrt(1.5), *noise[1:]]
@@ -125,17 +126,18 @@ class BandTokens(nn.Module):
         Returns:
             Channels ``(B, L, channels)``, levels ``(B, S)`` and edges ``(B, L + 1)``.
         """
-        amplitudes = self._read(x)
-        level = torch.stack(
+        amplitudes, tapered = self._read(x)
+        level = torch.cat(
             [self._noise_level(i, r) for i, r in enumerate(x.split(self.lengths, -1))],
             dim=-1,
         )
         sigma = level.mean(-1).exp()
         levels_everywhere = level.unsqueeze(-1).expand(-1, -1, self.num_tokens)
-        edges = self._edges(x)
-        shifts = edges - torch.arange(self.num_tokens + 1).to(edges)
+        shifts = self._edge_shifts(tapered)
+        edges = self.get_buffer("even_edges") + shifts
+        shifts = shifts.to(x)
         channels = [
-            torch.stack([shifts[:, :-1], shifts[:, 1:]], -2).to(x),
+            torch.stack([shifts[:, :-1], shifts[:, 1:]], -2),
             amplitudes,
             *self._in_units_of_noise(amplitudes, sigma),
             levels_everywhere,
@@ -147,21 +149,27 @@ class BandTokens(nn.Module):
             level = torch.cat([level, earned], -1)
         return torch.cat(channels, dim=-2).mT, level, edges
 
-    def _read(self, x: Tensor) -> Tensor:
-        """Amplitudes ``(B, 2 R, L)`` of R readings."""
-        readings = [
-            (record @ self.get_buffer(f"matrix_{i}")).unflatten(
-                -1, (-1, self.num_tokens)
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Amplitudes ``(B, 2 R, L)`` of R readings, and the first tapered spectrum."""
+        first, *others = (
+            spectrum(record)
+            for spectrum, record in zip(
+                self.spectra, x.split(self.lengths, -1), strict=True
             )
-            for i, record in enumerate(x.split(self.lengths, -1))
-        ]
-        return torch.cat(readings, -2)
+        )
+        flat, tapered = first.unbind(-2)
+        middle = slice(_POINTS // 2, None, _POINTS)
+        readings = [flat[:, middle], flat[:, ::_POINTS], tapered[:, middle]]
+        readings += [other.squeeze(-2) for other in others]
+        both = torch.view_as_real(torch.stack(readings, -2)).mT
+        return both.flatten(-3, -2), tapered
 
     def _noise_level(self, i: int, record: Tensor) -> Tensor:
-        """Log noise level of a record, from its spectrum outside the band."""
+        """Log noise levels ``(B, 1)`` of records, by their spectra outside the band."""
         spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
-        power = spectrum[:, self.get_buffer(f"outside_{i}")].abs().square().mean(-1)
-        return 0.5 * (power / (0.375 * self.lengths[i]) + 1e-8).log()
+        power = torch.view_as_real(spectrum).flatten(-2).square()
+        power = power @ self.get_buffer(f"outside_{i}")
+        return 0.5 * (power + 1e-8).log()
 
     def _in_units_of_noise(
         self, amplitudes: Tensor, sigma: Tensor
@@ -177,7 +185,7 @@ class BandTokens(nn.Module):
         assert self.pursue is not None
         pursued = self.pursue(x)
         sigma = pursued.residual.square().mean(-1).sqrt().clamp(min=1e-12)
-        left = self._in_units_of_noise(self._read(pursued.residual), sigma)
+        left = self._in_units_of_noise(self._read(pursued.residual)[0], sigma)
         position = (pursued.frequency - self._low) / self._width
         cell = torch.searchsorted(edges, position.contiguous(), right=True) - 1
         cell = cell.clamp(0, self.num_tokens - 1)
@@ -210,15 +218,12 @@ class BandTokens(nn.Module):
         return [*left, found], earned.to(x)
 
     @torch.no_grad()
-    def _edges(self, x: Tensor) -> Tensor:
-        """Edges of the cells, float64."""
-        amplitude = x[:, : self.lengths[0]] @ self.get_buffer("edge_matrix")
-        power = amplitude.unflatten(-1, (2, -1)).square().sum(-2)
-        least = power.unflatten(-1, (self.num_tokens - 1, -1)).argmin(-1)
-        edges = torch.arange(self.num_tokens + 1.0, dtype=torch.float64)
-        edges = edges.to(x.device).repeat(len(x), 1)
-        edges[:, 1:-1] += self.get_buffer("edge_shifts")[least]
-        return edges
+    def _edge_shifts(self, tapered: Tensor) -> Tensor:
+        """Edges ``(B, L + 1)`` less even ones, from a spectrum at all points."""
+        around = tapered[:, _POINTS - _FARTHEST :].unfold(1, 2 * _FARTHEST + 1, _POINTS)
+        power = torch.view_as_real(around[..., ::2]).square().sum(-1)
+        shifts = self.get_buffer("edge_shifts")[power.argmin(-1)]
+        return nn.functional.pad(shifts, (1, 1))
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values.float(), persistent=False)
@@ -357,7 +362,14 @@ class _Block(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        around = self.convolution(self.norm(tokens).mT).mT
+        # As one matrix product, which is faster than torch's dilated convolution.
+        weight, bias = self.convolution.weight, self.convolution.bias
+        size, step = weight.shape[-1], self.convolution.dilation[0]
+        reach = step * (size // 2)
+        padded = nn.functional.pad(self.norm(tokens), (0, 0, reach, reach))
+        taps = [padded.narrow(1, i * step, tokens.shape[1]) for i in range(size)]
+        weight = weight.permute(0, 2, 1).flatten(1)
+        around = nn.functional.linear(torch.cat(taps, -1), weight, bias)
         return tokens + self.mix(around)
 
 
@@ -384,13 +396,3 @@ def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:
     if kind not in known:
         raise ValueError(f"front end must be one of {sorted(known)}, got {kind!r}.")
     return known[kind](**options)
-
-
-def _fourier(taper: Tensor, frequency: Tensor, rate: float) -> Tensor:
-    """Matrix ``(T, 2 L)`` to the real and imaginary amplitudes at L frequencies."""
-    num = len(taper)
-    times = (torch.arange(num, dtype=torch.float64) - 0.5 * (num - 1)) / rate
-    turns = times.unsqueeze(-1) * frequency
-    wave = torch.polar(torch.ones_like(turns), -2 * math.pi * (turns - turns.round()))
-    wave = wave * (2 / taper.sum()) * taper.unsqueeze(-1)
-    return torch.cat([wave.real, wave.imag], -1)

@@ -97,8 +97,10 @@ class SineFit:
         for _ in range(_SEARCH_ROUNDS):
             # What the other components leave at each point of the grid.
             others = frequency[..., None, None, :]
-            below = self._moments(others - grid.unsqueeze(-1), 1)[0]
-            above = self._moments(others + grid.unsqueeze(-1), 1)[0]
+            both = torch.stack(
+                [others - grid.unsqueeze(-1), others + grid.unsqueeze(-1)]
+            )
+            below, above = self._moments(both, 1)[0]
             weight = phasor[..., None, None, :].masked_fill(own[:, None, :], 0.0)
             model = 0.5 * (weight * below + (weight * above).conj()).sum(-1)
             power = (seen - model).abs().square()
@@ -157,8 +159,9 @@ class SineFit:
     def gram(self, alpha: Tensor, beta: Tensor, frequency: Tensor) -> Tensor:
         """Inner products of C vectors a component: ``(N, K C, K C)``."""
         num, width = alpha.shape[-2], alpha.shape[-1]
-        below = self._moments(frequency.unsqueeze(-1) - frequency.unsqueeze(-2))
-        above = self._moments(frequency.unsqueeze(-1) + frequency.unsqueeze(-2))
+        first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
+        both = self._moments(torch.stack([first - second, first + second]))
+        below, above = zip(*both, strict=True)
         total = None
         for moments, other_alpha, other_beta in (
             (below, alpha.conj(), beta.conj()),
@@ -269,23 +272,31 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
 
 def _series(angle: Tensor, grid: Grid, count: int) -> list[Tensor]:
     """As :func:`_centred_moments`, as a power series in ``angle`` = 2 pi f."""
-    moments = _power_sums(grid)
-    sums = [torch.zeros_like(angle, dtype=torch.complex128) for _ in range(count)]
-    power = torch.ones_like(sums[0])
-    for m in range(_SERIES_TERMS):
-        for p in range(count):
-            if (m + p) % 2 == 0:  # odd moments vanish
-                sums[p] = sums[p] + power * moments[m + p]
-        power = power * 1j * angle / (m + 1)
-    return sums
+    order = torch.arange(_SERIES_TERMS).to(angle)
+    scale = grid.duration  # keeps the powers near one
+    powers = (angle * scale).unsqueeze(-1) ** order
+    factors = angle.new_tensor(_series_factors(grid, count))
+    # Even terms are real, odd ones imaginary: i^m with its sign in the factors.
+    real, imag = powers[:, ::2] @ factors[::2], powers[:, 1::2] @ factors[1::2]
+    return list(torch.complex(real, imag).unbind(-1))
 
 
-@lru_cache(maxsize=16)
-def _power_sums(grid: Grid) -> tuple[float, ...]:
-    """Sums of s^p over a grid whose middle is s = 0."""
+@lru_cache(maxsize=32)
+def _series_factors(grid: Grid, count: int) -> tuple[tuple[float, ...], ...]:
+    """Factors (terms, count) of powers of 2 pi f times the record's length."""
     num, dt = grid.num_samples, 1 / grid.rate
     s = (torch.arange(num, dtype=torch.float64) - 0.5 * (num - 1)) * dt
-    return tuple(s.pow(p).sum().item() for p in range(_SERIES_TERMS + 3))
+    return tuple(
+        tuple(
+            # Odd moments vanish.
+            (-1) ** (m // 2)
+            * s.pow(m + p).sum().item()
+            * ((m + p) % 2 == 0)
+            / (math.factorial(m) * grid.duration**m)
+            for p in range(count)
+        )
+        for m in range(_SERIES_TERMS)
+    )
 
 
 def _unit_circle(turns: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Anchored slots on pulses in a trace: ``python -m benchmarks.anchored_spikes``.
+
+``calibration`` trains a small network on ``problems.spikes()``, in two stages as the
+shipped weights are made, and measures on fresh traces how calibrated p(K | x) and the
+credible intervals are. Training and coverage keep their state in ``checkpoints/`` and
+may be stopped and taken up again.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from sbi_slotflow import SlotNPE, SlotPosterior, slot_nn
+from sbi_slotflow.pretraining import Stage, StageBuilder
+from sbi_slotflow.problems import spikes
+
+from .calibration_rows import cardinality_rows, coverage_rows
+from .common import Numbers, run_parts
+
+_CHECKPOINTS = Path("checkpoints")
+_STAGES = (
+    Stage(128_000, 1e-3, 3.0, part="anchors"),
+    Stage(48_000, 1e-3, 3.0, part="local"),
+)
+
+
+def calibration(num_components: int, seed: int) -> Numbers:
+    """p(K | x) and credible intervals of time, width and amplitude by K, ``spikes``."""
+    problem, posterior = spikes(), _trained()
+    simulations = [stage.num_simulations for stage in _STAGES]
+    return {
+        "simulations of the two stages": simulations,
+        "K": cardinality_rows(problem, posterior, 10 * num_components, seed),
+        "credible intervals given K": coverage_rows(
+            problem,
+            posterior,
+            num_components,
+            seed,
+            _CHECKPOINTS / "coverage-spikes",
+        ),
+    }
+
+
+def _trained() -> SlotPosterior:
+    """The posterior of the last stage, trained as far as it is not yet."""
+    problem = spikes()
+    weights: dict[str, Tensor] | None = None
+    posterior = None
+    for i, stage in enumerate(_STAGES):
+        build = slot_nn(
+            problem,
+            refine_slots=3,
+            loss_weights=(stage.cardinality_weight, 1.0, 1.0),
+        )
+        trainer = SlotNPE(problem.prior, StageBuilder(build, weights, stage.part))
+        estimator = trainer.train_online(
+            problem.simulator,
+            num_simulations=stage.num_simulations,
+            learning_rate=stage.learning_rate,
+            num_validation=1_024,
+            validate_every=100,
+            seed=i,
+            checkpoint=_CHECKPOINTS / f"spikes-{i + 1}.safetensors",
+        )
+        weights, posterior = estimator.state_dict(), trainer.build_posterior()
+    assert posterior is not None
+    return posterior
+
+
+PARTS = {"calibration": (calibration, 1_000)}
+
+if __name__ == "__main__":
+    run_parts(PARTS, "spikes", __doc__)
