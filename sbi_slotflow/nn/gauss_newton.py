@@ -20,6 +20,9 @@ from torch import Tensor
 __all__ = ["FittedPeak", "NormalEquations", "SignalFit", "fit_peak"]
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-4, 1e8
+# Nats that another step promises where a fit counts as converged, and how often those
+# that have not are given as many steps again.
+_CONVERGED, _MORE_ROUNDS = 0.05, 3
 
 
 class NormalEquations(NamedTuple):
@@ -59,45 +62,68 @@ class FittedPeak(NamedTuple):
 
     Attributes:
         mode: Coordinates of the peak, shape ``(N, K, D)``.
+        pull: The gradient that is left there, shape ``(N, K D)``: of coordinates at
+            their bounds, or of a fit that has not converged.
         precision: Curvature, shape ``(N, K D, K D)``, positive definite.
         variance: Mean squared residual, shape ``(N,)``.
+        decrement: Nats that another step promises within the bounds, shape ``(N,)``.
     """
 
     mode: Tensor
+    pull: Tensor
     precision: Tensor
     variance: Tensor
+    decrement: Tensor
+
+
+class _State(NamedTuple):
+    """Where the fits of N sets are."""
+
+    w: Tensor
+    cost: Tensor
+    pull: Tensor
+    precision: Tensor
+    variance: Tensor
+    damping: Tensor
+
+    def rows(self, index: Tensor) -> "_State":
+        return _State(*(part[index] for part in self))
 
 
 @torch.no_grad()
 def fit_peak(
     fit: SignalFit,
-    to_components: Callable[[Tensor], Tensor],
+    to_components: Callable[[Tensor, Tensor], Tensor],
     data: Tensor,
     owner: Tensor,
     start: Tensor,
     mask: Tensor,
     num_steps: int,
-    limit: Tensor,
+    bounds: tuple[Tensor, Tensor],
 ) -> FittedPeak:
     """Take Gauss-Newton steps from a start.
 
+    Sets that have not converged after ``num_steps`` get up to four times as many.
+
     Args:
         fit: The signal.
-        to_components: Maps coordinates ``(N, K, D)`` to components, one by one.
+        to_components: Maps coordinates ``(n, K, D)`` of the sets with indices ``(n,)``
+            to components, one by one.
         data: Observations, shape ``(B, T)``.
         owner: Observation of each set, shape ``(N,)``.
         start: Coordinates to start from, shape ``(N, K, D)``, float64.
         mask: Active components, shape ``(N, K)``.
         num_steps: Number of steps.
-        limit: Largest absolute values of the D coordinates.
+        bounds: Least and largest coordinates, each broadcasting to ``(N, K, D)``.
     """
     num_data, size = data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)
-    w = start
+    low, high = (end.to(start).expand_as(start) for end in bounds)
+    inactive = ~mask.repeat_interleave(start.shape[-1], dim=-1)
 
-    def linearise(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        components, jacobian = _with_jacobian(to_components, w)
-        equations = fit.normal_equations(data, owner, components, mask)
+    def linearise(w: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        components, jacobian = _with_jacobian(lambda w: to_components(w, index), w)
+        equations = fit.normal_equations(data, owner[index], components, mask[index])
         variance = equations.residual.clamp(min=1e-12) / num_data
         blocks = torch.zeros(len(w), size, size).to(w)
         # One block for each component, on the diagonal.
@@ -109,24 +135,56 @@ def fit_peak(
         cost = 0.5 * num_data * variance.log() + 0.5 * w.square().sum((-2, -1))
         return cost, pull, precision, variance
 
-    cost, pull, precision, variance = linearise(w)
-    damping = torch.full_like(cost, 1e-2)
-    for _ in range(num_steps):
+    def free(state: _State, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Pull and precision of what is not held at its bound."""
+        w = state.w.flatten(1)
+        held = (w >= high[index].flatten(1)) & (state.pull > 0)
+        held |= (w <= low[index].flatten(1)) & (state.pull < 0)
+        held |= inactive[index]
+        both = held.unsqueeze(-1) | held.unsqueeze(-2)
+        precision = torch.where(both, identity, state.precision)
+        return torch.where(held, 0.0, state.pull), precision
+
+    def step(state: _State, index: Tensor) -> _State:
+        pull, precision = free(state, index)
         diagonal = precision.diagonal(dim1=-2, dim2=-1)
-        damped = precision + torch.diag_embed(damping.unsqueeze(-1) * diagonal)
-        step = torch.linalg.solve(damped, pull).reshape(w.shape)
-        tried = w + step * mask.unsqueeze(-1)
-        tried = torch.maximum(torch.minimum(tried, limit), -limit)
-        new_cost, new_pull, new_precision, new_variance = linearise(tried)
-        better = new_cost < cost
-        w = torch.where(better[:, None, None], tried, w)
-        cost = torch.where(better, new_cost, cost)
-        pull = torch.where(better[:, None], new_pull, pull)
-        precision = torch.where(better[:, None, None], new_precision, precision)
-        variance = torch.where(better, new_variance, variance)
-        damping = torch.where(better, 0.1 * damping, 10 * damping)
-        damping = damping.clamp(_LEAST_DAMPING, _MOST_DAMPING)
-    return FittedPeak(w, precision, variance)
+        damped = precision + torch.diag_embed(state.damping.unsqueeze(-1) * diagonal)
+        tried = state.w + torch.linalg.solve(damped, pull).reshape(state.w.shape)
+        tried = torch.maximum(torch.minimum(tried, high[index]), low[index])
+        new = _State(tried, *linearise(tried, index), 0.1 * state.damping)
+        old = state._replace(damping=10 * state.damping)
+        better = new.cost < state.cost
+        kept = _State(
+            *(
+                torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+                for a, b in zip(new, old, strict=True)
+            )
+        )
+        return kept._replace(damping=kept.damping.clamp(_LEAST_DAMPING, _MOST_DAMPING))
+
+    def promise(state: _State, index: Tensor) -> Tensor:
+        pull, precision = free(state, index)
+        return 0.5 * (pull * torch.linalg.solve(precision, pull)).sum(-1)
+
+    every = torch.arange(len(start), device=start.device)
+    start = torch.maximum(torch.minimum(start, high), low)
+    start = torch.where(mask.unsqueeze(-1), start, 0.0)
+    damping = torch.full((len(start),), 1e-2).to(start)
+    state = _State(start, *linearise(start, every), damping)
+    for _ in range(num_steps):
+        state = step(state, every)
+    decrement = promise(state, every)
+    for _ in range(_MORE_ROUNDS if num_steps else 0):
+        left = (decrement > _CONVERGED).nonzero().squeeze(-1)
+        if not len(left):
+            break
+        some = state.rows(left)
+        for _ in range(num_steps):
+            some = step(some, left)
+        for part, moved in zip(state, some, strict=True):
+            part[left] = moved
+        decrement[left] = promise(some, left)
+    return FittedPeak(state.w, state.pull, state.precision, state.variance, decrement)
 
 
 def _with_jacobian(

@@ -16,6 +16,8 @@ bound need nothing special, and no draw leaves the prior's support. A flow over 
 then learns what is not Gaussian.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,10 @@ __all__ = ["LocalDensity", "LocalGaussian", "solve_lower"]
 # A Gaussian this many deviations off the interval is moved that near, so that what is
 # left of it is not steeper than the flow can mend.
 _FARTHEST = 3.0
-_EDGE = 1e-15
+# Draws keep that far from the ends: rounded to float32 they must not be in another
+# cell, nor at the other end of the phases.
+_SLACK = 2e-4
+_EDGE, _LEAST_MASS = 1e-30, 1e-300
 # Deviations beyond which tails are those of a log-normal: a peak that was fitted too
 # narrow, or at the wrong place, costs the logarithm of the distance, not its square.
 _BEND = 2.5
@@ -105,7 +110,8 @@ class LocalDensity(nn.Module):
             shift, alpha, beta = _interval(w[:, d], scale, limits)
             z[:, d] = _expand(_uncut(zeta[:, d], alpha, beta) - shift)
             w[:, d] += scale * z[:, d]
-        return torch.maximum(torch.minimum(w, high), low), z
+        slack = (0.25 * (high - low)).clamp(0.0, _SLACK)
+        return torch.maximum(torch.minimum(w, high - slack), low + slack), z
 
 
 class LocalGaussian(nn.Module):
@@ -197,24 +203,34 @@ def _expand(y: Tensor) -> Tensor:
 
 def _cut(z: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Map a truncated normal variable to a normal one; log derivative beside it."""
-    # Whichever tail holds less is worked in, where fractions keep their digits.
-    flip = torch.where(alpha + beta > 0, -1.0, 1.0).to(z)
-    low = torch.where(flip > 0, alpha, -beta)
-    high = torch.where(flip > 0, beta, -alpha)
-    floor = torch.special.ndtr(low)
-    mass = (torch.special.ndtr(high) - floor).clamp(min=1e-300)
-    fraction = (torch.special.ndtr(flip * z) - floor) / mass
-    cut = torch.special.ndtri(fraction.clamp(_EDGE, 1 - _EDGE))
+    # Worked in the tail on z's side of zero, where shares keep their digits.
+    flip = torch.where(z > 0, -1.0, 1.0).to(z)
+    here, low, high = (_ndtr(flip * end) for end in (z, alpha, beta))
+    mass = _mass(alpha, beta)
+    below, above = ((share - here).abs() / mass for share in (low, high))
+    nearer = torch.special.ndtri(torch.minimum(below, above).clamp(_EDGE, 0.5))
+    cut = torch.where(below < above, nearer, -nearer)
     log_det = 0.5 * (cut.square() - z.square()) - mass.log()
-    return flip * cut, log_det
+    return cut, log_det
 
 
 def _uncut(cut: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Inverse of :func:`_cut`."""
-    flip = torch.where(alpha + beta > 0, -1.0, 1.0).to(cut)
-    low = torch.where(flip > 0, alpha, -beta)
-    high = torch.where(flip > 0, beta, -alpha)
-    floor = torch.special.ndtr(low)
-    mass = torch.special.ndtr(high) - floor
-    z = torch.special.ndtri(floor + mass * torch.special.ndtr(flip * cut))
-    return flip * torch.minimum(torch.maximum(z, low), high)
+    mass = _mass(alpha, beta)
+    below = _ndtr(alpha) + mass * _ndtr(cut)
+    above = _ndtr(-beta) + mass * _ndtr(-cut)
+    nearer = torch.special.ndtri(torch.minimum(below, above))
+    z = torch.where(below < above, nearer, -nearer)
+    return torch.minimum(torch.maximum(z, alpha), beta)
+
+
+def _ndtr(z: Tensor) -> Tensor:
+    """Share of a normal variable below z; torch's own is zero below -8.3."""
+    return 0.5 * torch.special.erfc(-math.sqrt(0.5) * z)
+
+
+def _mass(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Share of a normal variable between two ends."""
+    flip = torch.where(alpha + beta > 0, -1.0, 1.0).to(alpha)
+    share = _ndtr(flip * beta) - _ndtr(flip * alpha)
+    return share.abs().clamp(min=_LEAST_MASS)

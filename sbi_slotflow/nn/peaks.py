@@ -15,6 +15,8 @@ __all__ = ["PeakFinder", "Peaks"]
 
 # Bounds the memory of fitting and of whitening.
 MAX_SETS = 512
+# Cells that a component may leave its own by while it is fitted.
+_MARGIN = 0.1
 # Bound on what is remembered.
 _MEMO_BYTES = 2**26
 
@@ -27,9 +29,9 @@ class Peaks(NamedTuple):
         centre: Phases of the peaks, shape ``(S, K)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
-        features: What a network is told of each peak, shape ``(S, K, 3 D + 1)``: mode,
+        features: What a network is told of each peak, shape ``(S, K, 3 D + 2)``: mode,
             deviations, their share that is left once the components before are known,
-            and the noise level.
+            the noise level, and how far from converged the fit is.
         noise: Log of the residuals' standard deviation, shape ``(S,)``.
     """
 
@@ -84,7 +86,7 @@ class PeakFinder:
     @property
     def num_features(self) -> int:
         """Length of :attr:`Peaks.features`."""
-        return 3 * self.local_chart.num_features + 1
+        return 3 * self.local_chart.num_features + 2
 
     @torch.no_grad()
     def __call__(
@@ -167,23 +169,29 @@ class PeakFinder:
         start = self._start(data, owner, anchors, starts, ends, mask)
         # Phases are counted from those of the start.
         centre = torch.zeros_like(start[..., 0])
-        limit = torch.full_like(start[0, 0], 1.1)
-        limit[0] = 1.6  # a cell and what lies about it
+        low, high = torch.full_like(start, -1.1), torch.full_like(start, 1.1)
+        low[..., 0] = starts - anchors - 0.5 - _MARGIN
+        high[..., 0] = ends - anchors - 0.5 + _MARGIN
         if chart.has_phase:
             centre = start[..., 1].clone()
             start[..., 1] = 0.0
-            limit[1] = torch.pi
+            low[..., 1], high[..., 1] = -torch.pi, torch.pi
         peak = fit_peak(
             self.fit,
-            lambda w: chart.components(chart.absolute(w, anchors, centre)),
+            lambda w, index: chart.components(
+                chart.absolute(w, anchors[index], centre[index])
+            ),
             data,
             owner,
             start,
             mask,
             self.num_steps,
-            limit,
+            (low, high),
         )
-        mode = peak.mode
+        # Where a bound holds a coordinate, the parabola's peak lies beyond it.
+        mode = peak.mode + torch.linalg.solve(peak.precision, peak.pull).reshape(
+            peak.mode.shape
+        )
         if chart.has_phase:
             centre = wrapped(centre + mode[..., 1])
             mode[..., 1] = 0.0
@@ -192,11 +200,12 @@ class PeakFinder:
         deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(mode.shape)
         left = factor.diagonal(dim1=-2, dim2=-1).reshape(mode.shape) / deviation
         noise = 0.5 * (peak.variance + 1e-12).log()
+        whole = torch.stack([noise, peak.decrement.log1p()], -1)
         features = [
             mode.clamp(-2.0, 2.0),
             0.3 * deviation.log(),
             left.log().clamp(min=-5.0),
-            noise[:, None, None].expand(*mode.shape[:2], 1),
+            whole.unsqueeze(1).expand(-1, mode.shape[1], -1),
         ]
         return Peaks(mode, centre, factor, torch.cat(features, -1), noise)
 

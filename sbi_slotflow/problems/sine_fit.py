@@ -17,15 +17,17 @@ float64.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..nn.gauss_newton import NormalEquations
 from .sine_grid import Grid, near_square_root
+from .sine_statistics import SineStatistics
 
 __all__ = ["SineFit"]
 
@@ -35,6 +37,9 @@ _SERIES_LIMIT = 2.0
 _SERIES_TERMS = 24
 _SEARCH_POINTS = 7
 _SEARCH_ROUNDS = 3
+# Frequencies of one observation above which it pays to tabulate its sums, and the
+# resolution elements to which their band is rounded.
+_MANY, _BAND_STEP = 1_000, 10
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,14 @@ class SineFit:
         """Phasors ``(N, K)`` at given frequencies by ridge regression."""
         alpha = torch.tensor([1.0, 1.0j], dtype=torch.complex128)
         alpha = alpha.to(frequency.device) * mask.unsqueeze(-1)
-        beta = torch.zeros_like(alpha)
-        gram = self.gram(alpha, beta, frequency)
-        inner = self.inner(data, owner, alpha, beta, frequency).flatten(-2)
+        first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
+        both = self._moments(torch.stack([first - second, first + second]), 1)[0]
+        below, above = both[..., :, None, :, None]
+        here, there = alpha[..., :, :, None, None], alpha[..., None, None, :, :]
+        gram = 0.5 * (here * there.conj() * below + here * there * above).real
+        gram = gram.flatten(-4, -3).flatten(-2)
+        seen = self._projections(data, owner, frequency, 1)[0]
+        inner = (alpha * seen.conj().unsqueeze(-1)).real.flatten(-2)
         penalty = self.ridge * torch.eye(gram.shape[-1]).to(gram)
         solved = torch.linalg.solve(gram + penalty, inner).unflatten(-1, (-1, 2))
         return torch.complex(solved[..., 0], solved[..., 1])
@@ -192,6 +202,10 @@ class SineFit:
         self, data: Tensor, owner: Tensor, frequency: Tensor, count: int
     ) -> list[Tensor]:
         """The first ``count`` of the sums Z_0 and Z_1 at frequencies ``(N, K)``."""
+        many = len(data) == 1 and frequency.numel() >= _MANY
+        if many and data.device.type == "cpu" and frequency.isfinite().all():
+            found = self._statistics(data[0], frequency).moments(frequency.numpy())
+            return [torch.from_numpy(sums) for sums in found[:count]]
         lengths = [grid.num_samples for grid in self.grids]
         totals = [torch.zeros_like(frequency, dtype=torch.complex128)] * count
         for grid, record in zip(self.grids, data.split(lengths, -1), strict=True):
@@ -216,6 +230,15 @@ class SineFit:
                 totals[p] = totals[p] + share
         return totals
 
+    def _statistics(self, x: Tensor, frequency: Tensor) -> SineStatistics:
+        """Tables of an observation, in a band about the frequencies."""
+        cells = _BAND_STEP / self.grids[0].duration
+        low, high = float(frequency.min()) / cells, float(frequency.max()) / cells
+        band = max(0.0, math.floor(low) * cells), (math.floor(high) + 1) * cells
+        return _tabulated(
+            x.double().numpy().tobytes(), self.grids, band, self.reference_time
+        )
+
     def _moments(self, frequency: Tensor, count: int = 3) -> list[Tensor]:
         """The first ``count`` of the sums M_0, M_1 and M_2."""
         total = [torch.zeros_like(frequency, dtype=torch.complex128)] * count
@@ -231,6 +254,17 @@ class SineFit:
                 ]
                 total[p] = total[p] + turn * torch.stack(shares).sum(0)
         return total
+
+
+@lru_cache(maxsize=4)  # a fit asks for the same tables at every step
+def _tabulated(
+    data: bytes,
+    grids: tuple[Grid, ...],
+    band: tuple[float, float],
+    reference_time: float,
+) -> SineStatistics:
+    statistics = SineStatistics.of(np.frombuffer(data), grids, band)
+    return replace(statistics, reference_time=reference_time)
 
 
 def _peak(grid: Tensor, power: Tensor) -> Tensor:

@@ -128,7 +128,20 @@ class SineStatistics:
         Returns:
             Shape ``(..., 2)``.
         """
-        total = np.zeros(np.shape(frequency), dtype=np.complex128)
+        total = self.moments(frequency)[0]
+        return np.stack([total.real, -total.imag], axis=-1)
+
+    def moments(self, frequency: Floats) -> tuple[Complexes, Complexes]:
+        r"""The sums c(f) and :math:`\sum_n x_n (t_n - t_0) e^{-2\pi i f (t_n - t_0)}`.
+
+        Args:
+            frequency: Frequencies in the band, shape ``(...)``.
+
+        Returns:
+            Two arrays of that shape.
+        """
+        zeroth = np.zeros(np.shape(frequency), dtype=np.complex128)
+        first = np.zeros_like(zeroth)
         tables = zip(
             self.starts, self.steps, self.offsets, self.values, self.slopes, strict=True
         )
@@ -137,10 +150,17 @@ class SineStatistics:
             left = np.clip(position.astype(np.int64), 0, len(values) - 2)
             u = position - left
             v = 1 - u
-            share = v * v * ((1 + 2 * u) * values[left] + u * slopes[left])
-            share += u * u * ((1 + 2 * v) * values[left + 1] - v * slopes[left + 1])
-            total += share * np.exp(-2j * math.pi * offset * frequency)
-        return np.stack([total.real, -total.imag], axis=-1)
+            low, high, rise = values[left], values[left + 1], slopes[left]
+            fall = slopes[left + 1]
+            share = v * v * ((1 + 2 * u) * low + u * rise)
+            share += u * u * ((1 + 2 * v) * high - v * fall)
+            slope = 6 * u * v * (high - low) + v * (v - 2 * u) * rise
+            slope += u * (u - 2 * v) * fall
+            turn = np.exp(-2j * math.pi * offset * frequency)
+            zeroth += share * turn
+            # About the record's own middle the first moment is the slope of c.
+            first += turn * (offset * share + slope * (0.5j / (math.pi * step)))
+        return zeroth, first
 
     def gram(self, frequency: Floats) -> Floats:
         """Inner products of the cosines and sines of K frequencies with each other.

@@ -29,7 +29,7 @@ from sbi_slotflow.nn.anchored_head import AnchoredHead
 from sbi_slotflow.nn.distinct import distinct_rows
 from sbi_slotflow.nn.factorised_head import FactorisedHead
 from sbi_slotflow.nn.joint_head import JointHead
-from sbi_slotflow.nn.local_density import LocalDensity
+from sbi_slotflow.nn.local_density import LocalDensity, _cut, _uncut
 from sbi_slotflow.nn.pointer import AnchorChain, AnchorMarginals
 from sbi_slotflow.nn.token_encoder import (
     BandTokens,
@@ -507,6 +507,47 @@ def constant(values: Any, num: int) -> Tensor:
     return values.expand(num, *values.shape).contiguous()
 
 
+@pytest.mark.parametrize(
+    ("ends", "reach"),
+    [((-12, 12), 10), ((-2, 9), 6), ((-9, 2), 6), ((3, 9), 6), ((-9, -3), 6)],
+)
+def test_truncated_normals_keep_their_digits_in_both_tails(ends, reach) -> None:
+    cut = torch.linspace(-reach, reach, 300, dtype=torch.float64)
+    alpha, beta = (torch.full_like(cut, end) for end in ends)
+    z = _uncut(cut, alpha, beta)
+    back, log_det = _cut(z.requires_grad_(), alpha, beta)
+    torch.testing.assert_close(back, cut, rtol=0, atol=1e-3)
+    (slope,) = torch.autograd.grad(back.sum(), z)
+    torch.testing.assert_close(log_det, slope.log(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["joint", "refined", "pursued"])
+def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = untrained(name).component_head
+    assert isinstance(head, JointHead)
+    # far beyond the ends of the cells, so that most draws lie at one of them
+    monkeypatch.setattr(
+        "sbi_slotflow.nn.local_density._uncut",
+        lambda cut, alpha, beta: torch.where(cut > 0, beta, alpha),
+    )
+    seen: list[Tensor] = []
+    sample = head.pointer.sample
+    monkeypatch.setattr(
+        head.pointer, "sample", lambda *a, **b: seen.append(sample(*a, **b)) or seen[-1]
+    )
+    encoding = untrained(name).encode(observation())
+    mask = (torch.arange(3) < 2).expand(500, -1)
+    owner = torch.zeros(500, dtype=torch.int64)
+    drawn, _ = head.sample(mask, encoding, owner, seeded(1))
+    position = head.local_chart.coordinates(
+        torch.where(mask.unsqueeze(-1), drawn, head.chart.some_point(drawn))
+    )[0][..., 0]
+    found = head.axis.anchors(position, head.edges(encoding)[owner])
+    assert (found == seen[0])[mask].double().mean() > 0.995
+
+
 @pytest.mark.parametrize("case", INTERVALS)
 @torch.no_grad()
 def test_local_density_has_mass_one_and_is_that_of_the_draws(case: str) -> None:
@@ -529,7 +570,7 @@ def test_local_density_has_mass_one_and_is_that_of_the_draws(case: str) -> None:
     assert float(mass[-1]) == pytest.approx(1, abs=2e-3)
     draws, z = density.sample(*given, context(len(grid)), seeded(1))
     assert ((draws >= low) & (draws <= high)).all()
-    torch.testing.assert_close(draws, mean + scale * z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(draws, mean + scale * z, rtol=0, atol=2.1e-4)
     places = torch.searchsorted(grid, draws[:, 0].contiguous()).clamp(1, len(grid) - 1)
     # false alarm in 1 of 10^6 for each of seven tests
     levels = mass[places - 1].clamp(0, 1).numpy()
@@ -557,9 +598,8 @@ def test_local_density_of_two_coordinates() -> None:
     assert float(mass.sum()) == pytest.approx(1, abs=2e-3)
     num = 20_000
     draws, z = density.sample(*given(num), generator=seeded(1))
-    torch.testing.assert_close(
-        draws, torch.tensor(mean) + z @ torch.tensor(factor).double().T
-    )
+    expected = torch.tensor(mean) + z @ torch.tensor(factor).double().T
+    torch.testing.assert_close(draws, expected, rtol=0, atol=2.1e-4)
     assert (draws.abs() <= half).all()
     borders = torch.tensor([-1.0, -0.4, 0.1, 0.5, 1.0]).double()  # between the steps
     drawn = torch.special.ndtri(0.5 * (draws / half + 1))

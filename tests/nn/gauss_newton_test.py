@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import problems
-from sbi_slotflow.nn.gauss_newton import NormalEquations, SignalFit, fit_peak
+from sbi_slotflow.nn.gauss_newton import (
+    FittedPeak,
+    NormalEquations,
+    SignalFit,
+    fit_peak,
+)
 from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
 from sbi_slotflow.nn.local_chart import LocalChart
 from sbi_slotflow.nn.local_density import solve_lower
@@ -124,10 +129,14 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
     data = 0.5 * torch.randn(3, 20, generator=seeded()).double()
     mask = torch.ones(3, 2, dtype=torch.bool)
     start = torch.zeros(3, 2, 2, dtype=torch.float64)
-    limit = torch.full((2,), 10.0, dtype=torch.float64)
-    peak = fit_peak(
-        fit, lambda w: 0.5 * w, data, torch.arange(3), start, mask, 30, limit
-    )
+    owner, high = torch.arange(3), torch.full((2,), 10.0, dtype=torch.float64)
+
+    def fitted(high: Tensor) -> FittedPeak:
+        return fit_peak(
+            fit, lambda w, _: 0.5 * w, data, owner, start, mask, 10, (-high, high)
+        )
+
+    peak = fitted(high)
     design = 0.5 * fit.design
     for i in range(3):
         w = peak.mode[i].flatten()
@@ -139,10 +148,64 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
         # at the peak the likelihood's pull is the prior's
         pull = design.T @ residual / variance
         torch.testing.assert_close(pull, w, rtol=0, atol=1e-4)
-    near = fit_peak(
-        fit, lambda w: 0.5 * w, data, torch.arange(3), start, mask, 30, limit / 1e3
-    )
+        torch.testing.assert_close(peak.pull[i], pull - w)
+    assert (peak.decrement < 1e-6).all()
+    # held at its bounds, it says which way it would go
+    near = fitted(high / 1e3)
     assert (near.mode.abs() <= 0.01).all()
+    held = near.mode.flatten(1).abs() == 0.01
+    assert held.any(-1).all()
+    assert (near.pull * near.mode.flatten(1) >= 0)[held].all()
+    assert (near.pull[held].abs() > 1).any()
+    assert (near.decrement < 1e-6).all()
+
+
+class Hard:
+    """One amplitude a and a cubic: from a distance a step gains little."""
+
+    def start(
+        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
+    ) -> Tensor:
+        return torch.full((len(owner), 1, 1), 3.0, dtype=torch.float64)
+
+    def normal_equations(
+        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
+    ) -> NormalEquations:
+        a = components[:, 0]
+        residual = data[owner] - a**3
+        slope = (3 * a**2).expand_as(residual)
+        return NormalEquations(
+            residual.square().sum(-1),
+            (slope * residual).sum(-1, keepdim=True),
+            slope.square().sum(-1)[:, None, None],
+        )
+
+
+def test_fits_that_have_not_converged_get_more_steps() -> None:
+    data = torch.tensor([[1.1, 0.9] * 10, [27.1, 26.9] * 10]).double()
+    calls: list[int] = []
+
+    def to_components(w: Tensor, index: Tensor) -> Tensor:
+        calls.append(len(index))
+        return w * 1.0
+
+    start = Hard().start(data, torch.arange(2), data, data, data)
+    found = fit_peak(
+        Hard(),
+        to_components,
+        data,
+        torch.arange(2),
+        start,
+        torch.ones(2, 1, dtype=torch.bool),
+        2,
+        (torch.tensor(-5.0), torch.tensor(5.0)),
+    )
+    truth = torch.tensor([1.0, 3.0]).double()
+    torch.testing.assert_close(found.mode.flatten(), truth, atol=0.02, rtol=0)
+    assert (found.decrement < 0.05).all()
+    # the second was there from the start, and is left alone
+    assert calls[:3] == [2, 2, 2]
+    assert set(calls[3:]) == {1}
 
 
 def test_truths_are_standard_normal_about_the_peaks() -> None:
