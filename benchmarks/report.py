@@ -98,8 +98,8 @@ def _section(result: Result, claims: list[Claim], base: Path) -> str:
         "",
         f"![{experiment.title}]({path})",
         "",
-        f"`{facts['command']}` ({_budget(facts['budget means'])}; {machine['processor']},"
-        f" {machine['threads used by torch']} thread)",
+        f"`{facts['command']}` ({_budget(facts['budget means'])}; "
+        f"{machine['processor']}, {machine['threads used by torch']} thread)",
         "",
     ]
     return "\n".join(lines)

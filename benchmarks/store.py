@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import xarray as xr
 
+from sbi_slotflow.seeding import forked_rng, generator_for
+
 from .experiment import Budget, Experiment
 
 __all__ = ["RESULTS", "Cache", "Result", "machine", "versions"]
@@ -113,7 +115,8 @@ class Result:
         """
         self.facts.unlink(missing_ok=True)
         started = time.perf_counter()
-        dataset = self.experiment.run(self.budget, seed)
+        with forked_rng(generator_for(seed)):
+            dataset = self.experiment.run(self.budget, seed)
         seconds = time.perf_counter() - started
         _write(dataset, self.data)
         facts = {

@@ -1,4 +1,4 @@
-"""Every experiment of the suite runs at the budget smoke, and what it leaves is whole."""
+"""Every experiment runs at the budget smoke, and what it leaves is whole."""
 
 import json
 from pathlib import Path
