@@ -122,7 +122,8 @@ def _amortized(
         )
         drawn = posterior.prior.layout.unpack(rows).components[..., :2, :]
         errors.append(_error(drawn, truth[start : start + step]))
-        probs.append(posterior.cardinality(x[start : start + step]).probs[:, 2])
+        found = torch.atleast_2d(posterior.cardinality(x[start : start + step]).probs)
+        probs.append(found[:, 2])
     return xr.Dataset(
         {
             "error": (("signal", "component", "parameter"), np.concatenate(errors)),

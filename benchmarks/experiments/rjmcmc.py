@@ -28,7 +28,7 @@ from sbi_slotflow import metrics
 from sbi_slotflow import rjmcmc as samplers
 from sbi_slotflow.metrics import Comparison
 from sbi_slotflow.plots import plot_corner
-from sbi_slotflow.plots.style import DATA, FONT, POSTERIOR, SMALL, dress
+from sbi_slotflow.plots.style import DATA, POSTERIOR, SMALL, dress
 from sbi_slotflow.seeding import generator_for
 
 from ..common import TEST, given_k, one, ready, simulate
@@ -271,7 +271,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         reference=torch.from_numpy(dataset.exact.values),
         labels=("ours", "reversible-jump MCMC"),
     )
-    axes = figure.add_axes((0.56, 0.73, 0.16, 0.17))
+    axes = figure.add_axes((0.56, 0.72, 0.17, 0.18))
     shown = {"ours": POSTERIOR, "exact": "black"}
     if "Eryn" in dataset.source.values:
         shown["Eryn"] = DATA
@@ -280,7 +280,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         axes.bar(np.arange(11) + 0.28 * (i - 1), values, 0.26, color=colour)
     axes.set_xticks(range(0, 11, 2))
     dress(axes, "K", "p(K | x)", "blue ours, black exact, grey Eryn")
-    axes = figure.add_axes((0.81, 0.73, 0.16, 0.17))
+    axes = figure.add_axes((0.81, 0.72, 0.17, 0.18))
     for name, colour in (("paper", POSTERIOR), ("crowded", DATA)):
         if f"{name}_c2st" in dataset:
             for what, marker in (("ours", "o"), ("refined", "s"), ("floor", "x")):
@@ -292,7 +292,6 @@ def plot(dataset: xr.Dataset) -> Figure:
     axes.axhline(0.5, color="black", linewidth=0.6)
     axes.legend(fontsize=SMALL - 3, frameon=False)
     dress(axes, "random signals, sorted", "C2ST against exact", "0.5: the same")
-    figure.text(0.56, 0.92, "Cardinality, and signals at random", fontsize=FONT + 1)
     return figure
 
 
