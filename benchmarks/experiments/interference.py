@@ -53,7 +53,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(60, 3, 1, 50),
-    "quick": Size(1_200, 150, 100, 200),
+    "quick": Size(600, 80, 40, 200),
     "full": Size(20_000, 2_000, 2_000, 200),
 }
 

@@ -58,7 +58,7 @@ class Size:
 _ALL = tuple(range(1, 11))
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size((1, 2, 3), 2, 200, 1_000),
-    "quick": Size(_ALL, 20, 500, 4_000),
+    "quick": Size(_ALL, 10, 500, 4_000),
     "full": Size(_ALL, 200, 500, 20_000),
 }
 
