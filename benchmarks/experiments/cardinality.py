@@ -40,7 +40,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(40, 20),
-    "quick": Size(10_000, 3_000),
+    "quick": Size(10_000, 1_500),
     "full": Size(100_000, 100_000),
 }
 

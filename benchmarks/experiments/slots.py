@@ -174,6 +174,9 @@ def plot(dataset: xr.Dataset) -> Figure:
         dress(row[0], "slot, by mean frequency", "matched frequency (Hz)", kind)
         shares = dataset[f"{kind}: stability"].values[0]
         row[1].imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = np.arange(len(shares))
+        row[1].set_xticks(ticks, [str(t + 1) for t in ticks])
+        row[1].set_yticks(ticks, [str(t + 1) for t in ticks])
         score = consistency(dataset, kind)
         title = f"one signal; consistency {np.mean(score):.2f}"
         dress(row[1], "component", "slot", title)
