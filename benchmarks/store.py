@@ -30,7 +30,6 @@ RESULTS = _HERE / "results"
 SMOKE = _HERE / "smoke"
 _PARTS = _HERE / ".cache"
 _PACKAGES = ("torch", "sbi", "numpy", "scipy", "xarray", "eryn", "dynesty")
-_DPI = 100
 
 
 class Cache:
@@ -140,7 +139,7 @@ class Result:
         dataset = self.read()
         claims = [claim.to_json() for claim in self.experiment.claims(dataset)]
         self.experiment.plot(dataset).savefig(
-            self.figure, dpi=_DPI, metadata={"Software": None}
+            self.figure, dpi="figure", metadata={"Software": None}
         )
         text = json.dumps(_plain({**facts, "claims": claims}), indent=2)
         self.facts.write_text(text + "\n")
