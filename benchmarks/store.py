@@ -71,6 +71,20 @@ class Cache:
         """Forget all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def belongs_to(self, means: dict[str, Any]) -> None:
+        """Forget parts of a budget that meant something else than it does now.
+
+        Args:
+            means: What the budget means.
+        """
+        path = self.path("budget", ".json")
+        if path is not None:
+            text = json.dumps(_plain(means))
+            if path.exists() and path.read_text() != text:
+                self.clear()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
 
 class Result:
     """The files of one experiment at one budget.
@@ -94,9 +108,12 @@ class Result:
         )
 
     def done(self, seed: int) -> bool:
-        """Whether it is there, with that seed."""
-        files = (self.data, self.figure, self.facts)
-        return all(f.exists() for f in files) and self.read_facts()["seed"] == seed
+        """Whether it is there, with that seed and what the budget means now."""
+        if not all(f.exists() for f in (self.data, self.figure, self.facts)):
+            return False
+        facts = self.read_facts()
+        means = _plain(self.experiment.budget(self.budget))
+        return facts["seed"] == seed and facts["budget means"] == means
 
     def read_facts(self) -> dict[str, Any]:
         """The JSON file."""
