@@ -206,6 +206,13 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
                 met=bool(abs(np.median(values) - 1) <= 0.05),
             )
         )
+        found.append(
+            Claim(
+                f"components wider than 1.2 times exact, {name}, %",
+                100 * float((values > 1.2).mean()),
+                target="<= 1",
+            )
+        )
         above = (each.sel(kind="exact") / each.sel(kind="bound")).sel(parameter=name)
         found.append(
             Claim(
