@@ -32,6 +32,8 @@ BUDGET_NAMES: tuple[Budget, ...] = get_args(Budget)
 Value = float | str | None
 
 _FOLDER = Path(__file__).parent / "experiments"
+# What nobody can do better than: no rivals, and no loss to fall short of.
+LIMITS = ("exact", "floor", "Cramér-Rao")
 _TARGET = re.compile(r"(<=|>=|<|>)\s*([-+.\deE]+)")
 
 
@@ -70,7 +72,10 @@ class Claim:
             object.__setattr__(self, "met", _holds(self.ours, relation, limit))
 
     def worse_than(self) -> list[str]:
-        """Names of those who do better than we, ``"paper"`` among them."""
+        """Names of those who do better than we, ``"paper"`` among them.
+
+        Limits, as the exact posterior, are not counted.
+        """
         if self.better is None or not isinstance(self.ours, int | float):
             return []
         sign = 1.0 if self.better == "lower" else -1.0
@@ -78,7 +83,9 @@ class Claim:
         return [
             name
             for name, value in others.items()
-            if isinstance(value, int | float) and sign * value < sign * self.ours
+            if name not in LIMITS
+            and isinstance(value, int | float)
+            and sign * value < sign * self.ours
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -182,10 +182,10 @@ def _number(value: Any) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    if 100 <= abs(value) < 1e7:
+    if 1_000 <= abs(value) < 1e7:
         return f"{value:,.0f}"
-    plain = value == 0 or 1e-3 <= abs(value) < 100
-    return f"{value:.3g}" if plain else f"{value:.2e}"
+    plain = value == 0 or 1e-3 <= abs(value) < 1_000
+    return f"{value:.4g}" if plain else f"{value:.2e}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

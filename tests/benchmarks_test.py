@@ -138,6 +138,8 @@ def test_targets_and_rivals_are_judged():
     assert Claim("share", 0.4, target="as good as possible").met is None
     claim = Claim("error", 0.5, paper=0.4, better="lower", rivals={"a": 0.6, "b": 0.3})
     assert claim.worse_than() == ["paper", "b"]
+    claim = Claim("error", 0.5, better="lower", rivals={"exact": 0.1, "a": 0.2})
+    assert claim.worse_than() == ["a"]
     claim = Claim("share", 0.5, paper=0.4, better="higher", rivals={"a": 0.6})
     assert claim.worse_than() == ["a"]
 
