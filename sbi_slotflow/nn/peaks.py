@@ -167,12 +167,9 @@ class PeakFinder:
         start = self._start(data, owner, anchors, starts, ends, mask)
         # Phases are counted from those of the start.
         centre = torch.zeros_like(start[..., 0])
-        limit = torch.full_like(start[0, 0], 1.1)
-        limit[0] = 1.6  # a cell and what lies about it
         if chart.has_phase:
             centre = start[..., 1].clone()
             start[..., 1] = 0.0
-            limit[1] = torch.pi
         peak = fit_peak(
             self.fit,
             lambda w: chart.components(chart.absolute(w, anchors, centre)),
@@ -181,7 +178,7 @@ class PeakFinder:
             start,
             mask,
             self.num_steps,
-            limit,
+            chart.farthest().to(start),
         )
         mode = peak.mode
         if chart.has_phase:

@@ -46,12 +46,16 @@ class BandTokens(nn.Module):
     which were found in their cell and the residual's amplitudes, and the levels what
     each component earned.
 
+    Records may be complex, their real parts before their imaginary ones. A band that
+    is all of their spectrum is a circle.
+
     Args:
         lengths: Samples of each record.
         rates: Samples per second of each record.
         band: Lowest and highest frequency.
         num_tokens: Number L of tokens.
         pursuit: Components to look for beforehand; 0 for none.
+        analytic: Whether records are complex.
     """
 
     kind: ClassVar[str] = "band"
@@ -65,6 +69,7 @@ class BandTokens(nn.Module):
         band: Sequence[float],
         num_tokens: int,
         pursuit: int = 0,
+        analytic: bool = False,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -74,13 +79,16 @@ class BandTokens(nn.Module):
             "band": list(band),
             "num_tokens": num_tokens,
             "pursuit": pursuit,
+            "analytic": analytic,
         }
+        self.analytic = analytic
+        self.circular = analytic and math.isclose(band[1] - band[0], rates[0])
         self.pursue = None
         if pursuit:
-            self.pursue = _pursuit(lengths, rates, band, pursuit)
+            self.pursue = _pursuit(lengths, rates, band, pursuit, analytic)
         self._low, self._width = band[0], (band[1] - band[0]) / num_tokens
-        self.lengths, self.num_tokens = tuple(lengths), num_tokens
-        self.num_data = sum(lengths)
+        self.lengths = tuple((2 if analytic else 1) * length for length in lengths)
+        self.num_tokens, self.num_data = num_tokens, sum(self.lengths)
         cells = torch.arange(num_tokens, dtype=torch.float64)
         width = (band[1] - band[0]) / num_tokens
         middles, edges = band[0] + (cells + 0.5) * width, band[0] + cells * width
@@ -92,10 +100,12 @@ class BandTokens(nn.Module):
             if i == 0:
                 readings += [(flat, edges), (hann, middles)]
             self._readings += len(readings)
-            matrix = torch.cat([_fourier(*reading, rate) for reading in readings], -1)
-            self._keep(f"matrix_{i}", matrix)
+            matrices = [_fourier(*reading, rate, analytic) for reading in readings]
+            self._keep(f"matrix_{i}", torch.cat(matrices, -1))
             self._keep(f"taper_{i}", hann)
             bins = torch.arange(length // 2 + 1, dtype=torch.float64) * rate / length
+            if analytic:
+                bins = torch.fft.fftfreq(length, 1 / rate, dtype=torch.float64)
             margin = 8 * rate / length
             outside = (bins < band[0] - margin) | (bins > band[1] + margin)
             if not outside.any():  # the band is the whole spectrum
@@ -106,10 +116,11 @@ class BandTokens(nn.Module):
         shifts = torch.linspace(-_EDGE_SHIFT, _EDGE_SHIFT, _EDGE_CHOICES).double()
         places = (cells[1:].unsqueeze(-1) + shifts).flatten()
         taper = torch.hann_window(lengths[0], dtype=torch.float64)
-        self._keep("edge_matrix", _fourier(taper, band[0] + places * width, rates[0]))
+        edge_matrix = _fourier(taper, band[0] + places * width, rates[0], analytic)
+        self._keep("edge_matrix", edge_matrix)
         self.register_buffer("edge_shifts", shifts, persistent=False)
         # Noise of a reading's real or imaginary part, in units of sigma.
-        noise = [math.sqrt(2 / length) for length in lengths]
+        noise = [math.sqrt((1 if analytic else 2) / length) for length in lengths]
         noise = [noise[0], noise[0], noise[0] * math.sqrt(1.5), *noise[1:]]
         self._keep("noise", torch.tensor(noise).repeat_interleave(2))
         self._keep("position", torch.linspace(-1.0, 1.0, num_tokens))
@@ -159,7 +170,12 @@ class BandTokens(nn.Module):
 
     def _noise_level(self, i: int, record: Tensor) -> Tensor:
         """Log noise level of a record, from its spectrum outside the band."""
-        spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
+        taper = self.get_buffer(f"taper_{i}")
+        if self.analytic:
+            real, imaginary = record.chunk(2, -1)
+            spectrum = torch.fft.fft(torch.complex(real, imaginary) * taper)
+        else:
+            spectrum = torch.fft.rfft(record * taper)
         power = spectrum[:, self.get_buffer(f"outside_{i}")].abs().square().mean(-1)
         return 0.5 * (power / (0.375 * self.lengths[i]) + 1e-8).log()
 
@@ -310,7 +326,10 @@ class TokenEncoder(nn.Module):
         self.lift = nn.Sequential(
             nn.Linear(channels, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
-        self.blocks = nn.ModuleList(_Block(width, dilation) for dilation in _DILATIONS)
+        padding = "circular" if getattr(front_end, "circular", False) else "zeros"
+        self.blocks = nn.ModuleList(
+            _Block(width, dilation, padding) for dilation in _DILATIONS
+        )
         rounds = range(len(_DILATIONS) // _ATTEND_EVERY)
         self.norms: nn.ModuleList = nn.ModuleList(nn.LayerNorm(width) for _ in rounds)
         self.attentions: nn.ModuleList = nn.ModuleList(
@@ -343,11 +362,16 @@ class TokenEncoder(nn.Module):
 class _Block(nn.Module):
     """Residual block: a dilated convolution over the axis, then a mix of channels."""
 
-    def __init__(self, width: int, dilation: int) -> None:
+    def __init__(self, width: int, dilation: int, padding: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.convolution = nn.Conv1d(
-            width, width, 5, padding=2 * dilation, dilation=dilation
+            width,
+            width,
+            5,
+            padding=2 * dilation,
+            dilation=dilation,
+            padding_mode=padding,
         )
         self.mix = nn.Sequential(
             nn.GELU(),
@@ -362,14 +386,19 @@ class _Block(nn.Module):
 
 
 def _pursuit(
-    lengths: Sequence[int], rates: Sequence[float], band: Sequence[float], most: int
+    lengths: Sequence[int],
+    rates: Sequence[float],
+    band: Sequence[float],
+    most: int,
+    analytic: bool,
 ) -> "SinePursuit":
     from ..problems.sine_fit import SineFit
     from ..problems.sine_grid import Grid
     from ..problems.sine_pursuit import SinePursuit
 
     grids = (Grid(n / rate, rate) for n, rate in zip(lengths, rates, strict=True))
-    return SinePursuit(SineFit(tuple(grids)), (band[0], band[1]), most)
+    fit = SineFit(tuple(grids), analytic=analytic)
+    return SinePursuit(fit, (band[0], band[1]), most)
 
 
 def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:
@@ -386,11 +415,19 @@ def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:
     return known[kind](**options)
 
 
-def _fourier(taper: Tensor, frequency: Tensor, rate: float) -> Tensor:
-    """Matrix ``(T, 2 L)`` to the real and imaginary amplitudes at L frequencies."""
+def _fourier(
+    taper: Tensor, frequency: Tensor, rate: float, analytic: bool = False
+) -> Tensor:
+    """Matrix ``(T, 2 L)`` to the real and imaginary amplitudes at L frequencies.
+
+    With ``analytic`` it is ``(2 T, 2 L)``, from real and imaginary parts.
+    """
     num = len(taper)
     times = (torch.arange(num, dtype=torch.float64) - 0.5 * (num - 1)) / rate
     turns = times.unsqueeze(-1) * frequency
     wave = torch.polar(torch.ones_like(turns), -2 * math.pi * (turns - turns.round()))
     wave = wave * (2 / taper.sum()) * taper.unsqueeze(-1)
-    return torch.cat([wave.real, wave.imag], -1)
+    matrix = torch.cat([wave.real, wave.imag], -1)
+    if analytic:
+        matrix = 0.5 * torch.cat([matrix, torch.cat([-wave.imag, wave.real], -1)])
+    return matrix

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration import TrainingReference
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
-from ..problems import Sinusoids, sinusoids
+from ..problems import LineSpectrum, Sinusoids, line_spectrum, sinusoids
 from ..seeding import generator_for
 from ..training import SlotNPE
 
@@ -69,18 +69,20 @@ class PretrainingRecipe:
     """How a set of weights is made.
 
     Attributes:
-        preset: Preset of the sinusoid problem.
+        preset: Preset of the sinusoid problem, or ``"line_spectrum"``.
         builder: Options of :class:`~sbi_slotflow.slot_nn`.
         stages: Runs of training, one after the other.
     """
 
-    preset: Literal["tiny", "paper", "crowded"]
+    preset: Literal["tiny", "paper", "crowded", "line_spectrum"]
     builder: dict[str, Any]
     stages: tuple[Stage, ...]
 
     @property
-    def problem(self) -> Sinusoids:
+    def problem(self) -> Sinusoids | LineSpectrum:
         """The problem that the weights are for."""
+        if self.preset == "line_spectrum":
+            return line_spectrum()
         return sinusoids(self.preset)
 
 
@@ -111,6 +113,14 @@ RECIPES: dict[str, PretrainingRecipe] = {
         (
             Stage(384_000, 1e-3, 3.0, part="anchors"),
             Stage(64_000, 1e-3, 3.0, part="local"),
+        ),
+    ),
+    "line-spectrum": PretrainingRecipe(
+        "line_spectrum",
+        {"refine_slots": 3},
+        (
+            Stage(179_200, 1e-3, 3.0, part="anchors"),
+            Stage(38_400, 1e-3, 3.0, part="local"),
         ),
     ),
 }

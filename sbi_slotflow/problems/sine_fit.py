@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..nn.gauss_newton import NormalEquations
-from .sine_grid import Grid, near_square_root
+from .sine_grid import Grid, SineSignal, near_square_root
 
 __all__ = ["SineFit"]
 
@@ -41,14 +41,18 @@ _SEARCH_ROUNDS = 3
 class SineFit:
     """Normal equations of K sinusoids (A, phi, f) in white noise.
 
+    Complex exponentials lack the conjugate's share of each inner product.
+
     Attributes:
         grids: Time grids of the records, which the data concatenate.
         ridge: Penalty on linear amplitudes in :meth:`start`, in data points: it keeps
             two components of nearly one frequency finite.
+        analytic: Whether the data are complex, see :class:`SineSignal`.
     """
 
     grids: tuple[Grid, ...]
     ridge: float = 10.0
+    analytic: bool = False
 
     kind: ClassVar[str] = "sinusoids"
 
@@ -56,12 +60,24 @@ class SineFit:
     def spec(self) -> dict[str, Any]:
         """Description from which :meth:`from_spec` rebuilds the fit."""
         grids = [[grid.duration, grid.rate] for grid in self.grids]
-        return {"kind": self.kind, "grids": grids, "ridge": self.ridge}
+        return {
+            "kind": self.kind,
+            "grids": grids,
+            "ridge": self.ridge,
+            "analytic": self.analytic,
+        }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "SineFit":
         """Rebuild a fit from :attr:`spec`."""
-        return cls(tuple(Grid(*grid) for grid in spec["grids"]), spec["ridge"])
+        grids = tuple(Grid(*grid) for grid in spec["grids"])
+        # Fits of older files are of real data.
+        return cls(grids, spec["ridge"], spec.get("analytic", False))
+
+    @property
+    def signal(self) -> SineSignal:
+        """The signal that is fitted."""
+        return SineSignal(self.grids, self.analytic)
 
     @property
     def reference_time(self) -> float:
@@ -97,11 +113,12 @@ class SineFit:
         for _ in range(_SEARCH_ROUNDS):
             # What the other components leave at each point of the grid.
             others = frequency[..., None, None, :]
-            below = self._moments(others - grid.unsqueeze(-1), 1)[0]
-            above = self._moments(others + grid.unsqueeze(-1), 1)[0]
             weight = phasor[..., None, None, :].masked_fill(own[:, None, :], 0.0)
-            model = 0.5 * (weight * below + (weight * above).conj()).sum(-1)
-            power = (seen - model).abs().square()
+            model = weight * self._moments(others - grid.unsqueeze(-1), 1)[0]
+            if not self.analytic:
+                above = self._moments(others + grid.unsqueeze(-1), 1)[0]
+                model = 0.5 * (model + (weight * above).conj())
+            power = (seen - model.sum(-1)).abs().square()
             frequency = _peak(grid, power)
             phasor = self._regress(data, owner, frequency, mask)
         phase = phasor.angle() - _TWO_PI * self.reference_time * frequency
@@ -158,19 +175,20 @@ class SineFit:
         """Inner products of C vectors a component: ``(N, K C, K C)``."""
         num, width = alpha.shape[-2], alpha.shape[-1]
         below = self._moments(frequency.unsqueeze(-1) - frequency.unsqueeze(-2))
-        above = self._moments(frequency.unsqueeze(-1) + frequency.unsqueeze(-2))
+        parts = [(below, alpha.conj(), beta.conj())]
+        if not self.analytic:
+            above = self._moments(frequency.unsqueeze(-1) + frequency.unsqueeze(-2))
+            parts.append((above, alpha, beta))
         total = None
-        for moments, other_alpha, other_beta in (
-            (below, alpha.conj(), beta.conj()),
-            (above, alpha, beta),
-        ):
+        for moments, other_alpha, other_beta in parts:
             m0, m1, m2 = (m[..., :, None, :, None] for m in moments)
             a, b = alpha[..., :, :, None, None], beta[..., :, :, None, None]
             c, d = other_alpha[..., None, None, :, :], other_beta[..., None, None, :, :]
             part = a * c * m0 + (a * d + b * c) * m1 + b * d * m2
             total = part if total is None else total + part
         assert total is not None
-        return 0.5 * total.real.reshape(*alpha.shape[:-2], num * width, num * width)
+        gram = total.real.reshape(*alpha.shape[:-2], num * width, num * width)
+        return gram if self.analytic else 0.5 * gram
 
     def inner(
         self,
@@ -189,13 +207,15 @@ class SineFit:
         self, data: Tensor, owner: Tensor, frequency: Tensor, count: int
     ) -> list[Tensor]:
         """The first ``count`` of the sums Z_0 and Z_1 at frequencies ``(N, K)``."""
-        lengths = [grid.num_samples for grid in self.grids]
+        parts = 2 if self.analytic else 1
+        lengths = [parts * grid.num_samples for grid in self.grids]
         totals = [torch.zeros_like(frequency, dtype=torch.complex128)] * count
         for grid, record in zip(self.grids, data.split(lengths, -1), strict=True):
             fine = near_square_root(grid.num_samples)
             coarse = -(-grid.num_samples // fine)
             padding = coarse * fine - grid.num_samples
-            record = torch.nn.functional.pad(record.double(), (0, padding))
+            record = record.double().unflatten(-1, (parts, grid.num_samples))
+            record = torch.nn.functional.pad(record, (0, padding))
             times = torch.arange(coarse * fine).to(frequency) / grid.rate
             times = times - self.reference_time
             step = frequency.unsqueeze(-1) / grid.rate
@@ -208,9 +228,12 @@ class SineFit:
             for p in range(count):
                 values = record * times if p else record
                 blocks = values.unflatten(-1, (coarse, fine))[owner]
-                real, imag = (blocks @ inner).chunk(2, -1)  # (N, coarse, K)
-                share = (torch.complex(real, imag).mT * i).sum(-1)
-                totals[p] = totals[p] + share
+                # (N, parts, coarse, K)
+                real, imag = (blocks @ inner.unsqueeze(1)).chunk(2, -1)
+                shares = (torch.complex(real, imag).mT * i.unsqueeze(1)).sum(-1)
+                totals[p] = totals[p] + shares[:, 0]
+                if self.analytic:
+                    totals[p] = totals[p] + 1j * shares[:, 1]
         return totals
 
     def _moments(self, frequency: Tensor, count: int = 3) -> list[Tensor]:
@@ -247,6 +270,10 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
     M_1 = D' / (2 pi i), M_2 = -D'' / (2 pi)^2.
     """
     num, dt = grid.num_samples, 1 / grid.rate
+    # A sampling rate more changes the sign at most.
+    turns = (frequency * dt).round()
+    frequency = frequency - turns / dt
+    sign = 1 - 2 * ((num - 1) * turns % 2)
     x = math.pi * frequency * dt
     near = (x * num).abs() < _SERIES_LIMIT
     x = torch.where(near, torch.ones_like(x), x)
@@ -264,7 +291,7 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
         values = [
             v.masked_scatter(near, s) for v, s in zip(values, series, strict=True)
         ]
-    return values
+    return [sign * value for value in values]
 
 
 def _series(angle: Tensor, grid: Grid, count: int) -> list[Tensor]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .sine_fit import SineFit
-from .sine_grid import SineSignal
 
 __all__ = ["Pursued", "SinePursuit"]
 
@@ -61,14 +60,17 @@ class SinePursuit:
 
     def __init__(self, fit: SineFit, band: tuple[float, float], most: int) -> None:
         self.fit, self.band, self.most = fit, band, most
-        self.signal = SineSignal(fit.grids)
+        self.signal = fit.signal
         first = fit.grids[0]
         self.width = 1 / first.duration
         num = math.ceil((band[1] - band[0]) / self.width * _OVERSAMPLING)
         self.grid = torch.linspace(*band, num + 1, dtype=torch.float64)
         turns = (first.times - fit.reference_time).unsqueeze(-1) * self.grid
         wave = torch.polar(torch.full_like(turns, 2 / len(turns)), -_TWO_PI * turns)
-        self._matrix = torch.cat([wave.real, wave.imag], -1).float()
+        matrix = torch.cat([wave.real, wave.imag], -1)
+        if fit.analytic:
+            matrix = 0.5 * torch.cat([matrix, torch.cat([-wave.imag, wave.real], -1)])
+        self._matrix = matrix.float()
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Pursued:
