@@ -6,10 +6,10 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev test test-all lint types format bench demo pretrained clean
+.PHONY: help venv dev test test-all lint types format bench experiments demo pretrained clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed ## Install the library and its test tools into .venv
 	@:
@@ -44,8 +44,12 @@ format: dev ## Fix style and formatting in place
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-bench: venv ## Run the benchmarks
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+bench: venv ## Time the networks and the simulator against the paper's
+	$(BIN)/python -m pytest benchmarks/perf --benchmark-only --benchmark-autosave --benchmark-columns=median,iqr,ops,rounds
+
+experiments: $(VENV)/.installed-dev ## Run the paper's experiments at the budget quick and write benchmarks/REPORT.md
+	$(BIN)/python -m benchmarks run --budget quick
+	$(BIN)/python -m benchmarks report
 
 demo: venv ## Run the demo into demo/; X=FILE gives it an observation
 	$(BIN)/python -m sbi_slotflow.demo --out demo $(if $(X),--x "$(X)")
@@ -54,5 +58,5 @@ pretrained: venv ## Train a set of shipped weights anew; NAME=sinusoids-tiny, sa
 	$(BIN)/python -m sbi_slotflow.pretraining $(NAME) --out sbi_slotflow/weights
 
 clean: ## Remove caches, builds and the demo's output; .venv stays
-	rm -rf build dist demo .benchmarks .pytest_cache .ruff_cache
+	rm -rf build dist demo .benchmarks benchmarks/smoke .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks: scripts, and the suite of experiments (``python -m benchmarks``)."""

@@ -1,0 +1,85 @@
+"""The benchmark suite: ``python -m benchmarks list | run NAME... | report``.
+
+Examples::
+
+    python -m benchmarks list
+    python -m benchmarks run --budget smoke            # all, seconds each
+    python -m benchmarks run cardinality widths        # quick is the default
+    python -m benchmarks report                        # writes benchmarks/REPORT.md
+
+A run that was stopped goes on where it was; what is done is not done again unless
+``--again``.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .experiment import BUDGET_NAMES, discover, load
+from .report import write_report
+from .store import Cache, Result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="list the experiments")
+    run = commands.add_parser("run", help="run experiments")
+    run.add_argument("names", nargs="*", metavar="NAME", help="all if none is given")
+    run.add_argument("--budget", choices=BUDGET_NAMES, default="quick")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--out", type=Path, help="folder of the results")
+    run.add_argument("--again", action="store_true", help="run what is done, too")
+    report = commands.add_parser("report", help="write benchmarks/REPORT.md")
+    report.add_argument("--budget", choices=BUDGET_NAMES, default="quick")
+    report.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if args.command == "list":
+        for name in discover():
+            experiment = load(name)
+            print(f"{name:<20} {experiment.title} ({experiment.about('Paper')})")
+    elif args.command == "run":
+        return _run(args)
+    else:
+        print(write_report(args.budget, args.out))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    warnings.simplefilter("default")
+    known = discover()
+    if unknown := sorted(set(args.names) - set(known)):
+        print(f"no experiment {unknown}; there are {known}", file=sys.stderr)
+        return 2
+    bar = tqdm(args.names or known, desc=args.budget, unit="experiment")
+    for name in bar:
+        bar.set_postfix_str(name)
+        result = Result(load(name), args.budget, args.out)
+        if result.done(args.seed) and not args.again:
+            tqdm.write(f"{name}: done before; --again runs it again")
+            continue
+        if args.again:
+            Cache(name, args.budget, args.seed).clear()
+        result.measure(args.seed)
+        facts = result.read_facts()
+        met = [claim["met"] for claim in facts["claims"] if claim["met"] is not None]
+        tqdm.write(
+            f"{name}: {len(facts['claims'])} claims, {sum(met)} of {len(met)} targets "
+            f"met, {result.figure}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""``benchmarks/REPORT.md``: a table for each question, with the figure and command."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .experiment import Budget, Claim, discover, load
+from .store import Result
+
+__all__ = ["write_report"]
+
+_PLACE = Path(__file__).parent / "REPORT.md"
+_HEAD = """# Benchmark report
+
+Written by `python -m benchmarks report`; edit the experiments, not this file. Each
+section answers one question, with the command that made its numbers. *Paper* is the
+number that Houba, Giarda and Speri (2025) print, at the figure or table named; brackets
+hold 95 % intervals; *target* is what this package wants to reach. A dash means that
+there is no such number. Losses are listed first.
+"""
+
+
+def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
+    """Write the report of what was run at a budget.
+
+    Claims and figures are made anew from the datasets that are kept, so that they
+    follow the code as it is.
+
+    Args:
+        budget: Which results.
+        folder: Folder of the results, and then of the report; else the usual ones.
+
+    Returns:
+        The report's path.
+    """
+    place = _PLACE if folder is None else folder / _PLACE.name
+    losses: list[str] = []
+    sections: list[str] = []
+    missing: list[str] = []
+    for name in discover():
+        result = Result(load(name), budget, folder)
+        if not result.facts.exists():
+            missing.append(name)
+            continue
+        result.redraw()
+        claims = result.experiment.claims(result.read())
+        losses += [f"- [{name}](#{name}): {text}" for text in _losses(claims)]
+        sections.append(_section(result, claims, place.parent))
+    parts = [_HEAD]
+    parts.append(
+        "## Where we lose or miss a target\n\n"
+        + "\n".join(losses or ["Nowhere."])
+        + "\n"
+    )
+    parts += sections
+    if missing:
+        parts.append(f"## Not run at this budget\n\n{', '.join(missing)}\n")
+    place.write_text("\n".join(parts))
+    return place
+
+
+def _section(result: Result, claims: list[Claim], base: Path) -> str:
+    experiment, facts = result.experiment, result.read_facts()
+    rivals = list(dict.fromkeys(name for claim in claims for name in claim.rivals))
+    heads = ["quantity", "paper", *rivals, "ours", "target", "met"]
+    lines = [
+        f"## {experiment.name}",
+        "",
+        f"**{experiment.title}.** {experiment.about('Question')}",
+        "",
+        f"Paper: {experiment.about('Paper')}",
+        "",
+        f"Protocol: {experiment.about('Protocol')}",
+        "",
+        _row(heads),
+        _row(["---"] * len(heads)),
+    ]
+    notes: list[str] = []
+    for claim in claims:
+        mark = ""
+        if claim.note:
+            if claim.note not in notes:
+                notes.append(claim.note)
+            mark = f" ({notes.index(claim.note) + 1})"
+        paper = _number(claim.paper)
+        if claim.source:
+            paper += f" ({claim.source})"
+        met = {True: "yes", False: "**no**", None: "-"}[claim.met]
+        others = [_number(claim.rivals.get(name)) for name in rivals]
+        ours = _number(claim.ours) + _interval(claim.interval)
+        cells = [claim.quantity + mark, paper, *others, ours, claim.target or "-", met]
+        lines.append(_row(cells))
+    lines.append("")
+    lines += [f"({i}) {note}  " for i, note in enumerate(notes, 1)]
+    path = Path(os.path.relpath(result.figure, base)).as_posix()
+    machine = facts["machine"]
+    lines += [
+        "",
+        f"![{experiment.title}]({path})",
+        "",
+        f"`{facts['command']}` ({_budget(facts['budget means'])}; "
+        f"{machine['processor']}, {machine['threads used by torch']} thread)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _losses(claims: list[Claim]) -> list[str]:
+    texts = []
+    for claim in claims:
+        better = claim.worse_than()
+        if claim.met is False or better:
+            text = f"{claim.quantity}: {_number(claim.ours)}"
+            if claim.met is False:
+                text += f", target {claim.target}"
+            others = {"paper": claim.paper, **claim.rivals}
+            text += "".join(f"; {name} {_number(others[name])}" for name in better)
+            texts.append(text)
+    return texts
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _number(value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return "-"
+    return (
+        value
+        if isinstance(value, str)
+        else f"{value:.3g}"
+        if abs(value) < 1e5
+        else f"{value:.2e}"
+    )
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return (
+        "" if interval is None else f" [{_number(interval[0])}, {_number(interval[1])}]"
+    )
+
+
+def _budget(means: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in means.items())

@@ -1,0 +1,144 @@
+"""Every experiment runs at the budget smoke, and what it leaves is whole."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+
+from benchmarks.__main__ import main
+from benchmarks.experiment import BUDGET_NAMES, Claim, discover, load
+from benchmarks.report import write_report
+from benchmarks.store import Cache, Result
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # tiny samples, hardly trained nets
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.parametrize("name", discover())
+def test_an_experiment_leaves_data_figure_and_claims(name: str, folder: Path):
+    experiment = load(name)
+    assert set(experiment.module.BUDGETS) == set(BUDGET_NAMES)
+    for heading in ("Paper", "Question", "Protocol"):
+        assert experiment.about(heading), f"no {heading}: in the docstring"
+    before = torch.get_rng_state()
+    assert main(["run", name, "--budget", "smoke", "--out", str(folder)]) == 0
+    assert torch.equal(torch.get_rng_state(), before), "reseeds the global generator"
+    result = Result(experiment, "smoke", folder)
+    assert result.done(0)
+    assert not result.done(1)
+    dataset = result.read()
+    numbers = [v for v in dataset.data_vars.values() if v.dtype.kind == "f"]
+    assert any(np.isfinite(v).any() for v in numbers)
+    claims = experiment.claims(dataset)
+    quantities = [claim.quantity for claim in claims]
+    assert quantities
+    assert len(set(quantities)) == len(quantities)
+    for claim in claims:
+        if claim.interval is not None and isinstance(claim.ours, float):
+            low, high = claim.interval
+            assert low <= claim.ours <= high or np.isnan(claim.ours), claim
+    facts = result.read_facts()
+    assert [c["quantity"] for c in facts["claims"]] == quantities
+    assert result.figure.stat().st_size > 5_000
+
+
+def test_the_report_has_a_section_with_figure_and_command_for_each(folder: Path):
+    there = [path.name.partition(".")[0] for path in folder.glob("*.smoke.json")]
+    if not there:
+        main(["run", "dataset", "--budget", "smoke", "--out", str(folder)])
+        there = ["dataset"]
+    text = write_report("smoke", folder).read_text()
+    for name in there:
+        assert f"## {name}\n" in text
+        assert f"({name}.smoke.png)" in text
+        assert f"python -m benchmarks run {name} --budget smoke" in text
+
+
+class _Counting:
+    """An experiment that counts how often it runs."""
+
+    BUDGETS = load("dataset").module.BUDGETS
+    __doc__ = "Nothing.\n\nPaper: none.\n"
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def run(self, budget: str, seed: int) -> xr.Dataset:
+        self.runs += 1
+        return xr.Dataset({"runs": float(self.runs), "seed": seed})
+
+    def plot(self, dataset: xr.Dataset) -> Figure:
+        return Figure()
+
+    def claims(self, dataset: xr.Dataset) -> list[Claim]:
+        return [Claim("runs", float(dataset["runs"]), target="< 2")]
+
+
+def test_what_is_done_is_not_done_again_unless_asked(tmp_path, monkeypatch):
+    module = _Counting()
+    monkeypatch.setattr(
+        "benchmarks.__main__.load", lambda name: _experiment(name, module)
+    )
+    monkeypatch.setattr("benchmarks.__main__.discover", lambda: ["counting"])
+    command = ["run", "counting", "--budget", "smoke", "--out", str(tmp_path)]
+    main(command)
+    main(command)
+    assert module.runs == 1
+    main([*command, "--seed", "1"])
+    assert module.runs == 2
+    main([*command, "--seed", "1", "--again"])
+    assert module.runs == 3
+    facts = json.loads((tmp_path / "counting.smoke.json").read_text())
+    assert facts["claims"][0]["met"] is False
+
+
+def test_a_stopped_run_keeps_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.store._PARTS", tmp_path)
+    computed = []
+
+    def part() -> xr.Dataset:
+        computed.append(1)
+        return xr.Dataset({"value": ("i", np.arange(3.0))})
+
+    first = Cache("some", "quick", 0).get("a", part)
+    again = Cache("some", "quick", 0).get("a", part)
+    xr.testing.assert_identical(first, again)
+    assert len(computed) == 1
+    Cache("some", "quick", 1).get("a", part)
+    Cache("some", "full", 0).get("a", part)
+    assert len(computed) == 3
+    Cache("some", "quick", 0).clear()
+    Cache("some", "quick", 0).get("a", part)
+    Cache("some", "smoke", 0).get("a", part)
+    Cache("some", "smoke", 0).get("a", part)
+    assert len(computed) == 6
+
+
+def test_targets_and_rivals_are_judged():
+    assert Claim("error", 0.5, target="<= 0.5").met is True
+    assert Claim("error", 0.5, target="< 0.5").met is False
+    assert Claim("share", 0.4, target=">= 5e-1").met is False
+    assert Claim("share", 0.4, target="as good as possible").met is None
+    claim = Claim("error", 0.5, paper=0.4, better="lower", rivals={"a": 0.6, "b": 0.3})
+    assert claim.worse_than() == ["paper", "b"]
+    claim = Claim("share", 0.5, paper=0.4, better="higher", rivals={"a": 0.6})
+    assert claim.worse_than() == ["a"]
+
+
+def test_an_unknown_experiment_is_refused(capsys):
+    assert main(["run", "no_such_experiment", "--budget", "smoke"]) == 2
+    assert "dataset" in capsys.readouterr().err
+
+
+def _experiment(name, module):
+    from benchmarks.experiment import Experiment
+
+    return Experiment(name, module)
