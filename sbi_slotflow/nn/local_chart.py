@@ -29,6 +29,8 @@ _INSIDE = 1e-9
 # Standard deviations within which a fit looks for a normal parameter, and those that
 # a half-normal one's coordinates in [-1, 1] cover.
 _FARTHEST, _REACH = 6.0, 4.0
+# Stands for infinity, which has no gradient.
+_OPEN = 1e6
 
 
 class LocalChart:
@@ -134,9 +136,7 @@ class LocalChart:
         pairs = [(-end, end) for end in first]
         for d in self._others:
             finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
-            pairs.append(
-                (-1.0 if finite[0] else -torch.inf, 1.0 if finite[1] else torch.inf)
-            )
+            pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
         low, high = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
         return low, high
 

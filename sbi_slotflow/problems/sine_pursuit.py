@@ -54,7 +54,8 @@ class SinePursuit:
 
     Args:
         fit: Their least squares.
-        band: Lowest and highest frequency.
+        band: Lowest and highest frequency; a circle, if the data are complex and it is
+            all of their spectrum.
         most: Largest number P of components.
     """
 
@@ -63,6 +64,7 @@ class SinePursuit:
         self.signal = fit.signal
         first = fit.grids[0]
         self.width = 1 / first.duration
+        self._circular = fit.analytic and math.isclose(band[1] - band[0], first.rate)
         num = math.ceil((band[1] - band[0]) / self.width * _OVERSAMPLING)
         self.grid = torch.linspace(*band, num + 1, dtype=torch.float64)
         turns = (first.times - fit.reference_time).unsqueeze(-1) * self.grid
@@ -130,8 +132,10 @@ class SinePursuit:
         solved = torch.linalg.solve(gram + torch.diag_embed(penalty), inner)
         real, imag, change = solved.unflatten(-1, (-1, 3)).unbind(-1)
         most = _FARTHEST * self.width
-        moved = (frequency + change.clamp(-most, most)).clamp(*self.band)
-        return [torch.complex(real, imag), moved]
+        moved = frequency + change.clamp(-most, most)
+        low, high = self.band
+        moved = low + (moved - low) % (high - low) if self._circular else moved
+        return [torch.complex(real, imag), moved.clamp(low, high)]
 
     def _total(self, phasor: Tensor, frequency: Tensor) -> Tensor:
         phase = phasor.angle() - _TWO_PI * self.fit.reference_time * frequency
