@@ -119,7 +119,7 @@ DISTRIBUTIONS = {
     ),
     "shifted half-normal": (
         TransformedDistribution(HalfNormal(HIGH), [AffineTransform(0.1, 1.0)]),
-        [("half_normal", 0.1, 3.0), ("half_normal", 0.1, 5.0)],
+        [("half_normal", 0.1, 1.0), ("half_normal", 0.1, 5.0)],
     ),
     "MultipleIndependent": (
         MultipleIndependent(

@@ -56,12 +56,14 @@ class Stage:
         part: ``"anchors"``: the encoder, the cardinality and the anchors, which needs
             no fits; ``"local"``: the densities in the anchors' cells and of the shared
             parameters, with the rest kept from the stage before; ``"all"``.
+        batch_size: Simulations a step.
     """
 
     num_simulations: int
     learning_rate: float = 1e-3
     cardinality_weight: float = 1.0
     part: Part = "all"
+    batch_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ RECIPES: dict[str, PretrainingRecipe] = {
         "line_spectrum",
         {"refine_slots": 3},
         (
-            Stage(179_200, 1e-3, 3.0, part="anchors"),
-            Stage(38_400, 1e-3, 3.0, part="local"),
+            Stage(44_800, 1e-3, 3.0, part="anchors", batch_size=64),
+            Stage(6_400, 1e-3, 3.0, part="local", batch_size=64),
         ),
     ),
 }
@@ -162,6 +164,7 @@ def pretrain(
         estimator = SlotNPE(problem.prior, build, device=device).train_online(
             problem.simulator,
             num_simulations=stage.num_simulations,
+            batch_size=stage.batch_size,
             learning_rate=stage.learning_rate,
             num_validation=1_024,
             validate_every=100,

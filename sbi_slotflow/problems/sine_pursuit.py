@@ -57,10 +57,20 @@ class SinePursuit:
         band: Lowest and highest frequency; a circle, if the data are complex and it is
             all of their spectrum.
         most: Largest number P of components.
+        least_gain: Nats below which a component is not kept.
+        num_steps: Gauss-Newton steps after each new component.
     """
 
-    def __init__(self, fit: SineFit, band: tuple[float, float], most: int) -> None:
+    def __init__(
+        self,
+        fit: SineFit,
+        band: tuple[float, float],
+        most: int,
+        least_gain: float = _LEAST_GAIN,
+        num_steps: int = _NUM_STEPS,
+    ) -> None:
         self.fit, self.band, self.most = fit, band, most
+        self.least_gain, self.num_steps = least_gain, num_steps
         self.signal = fit.signal
         first = fit.grids[0]
         self.width = 1 / first.duration
@@ -94,13 +104,13 @@ class SinePursuit:
                 torch.cat([a, b], -1) for a, b in zip(old, (peak, place), strict=True)
             ]
             noise = energy[left] / num_data
-            for _ in range(_NUM_STEPS):
+            for _ in range(self.num_steps):
                 new = self._step(data[left], *new, noise)
             rest = x[left] - self._total(*new).to(x)
             smaller = rest.double().square().sum(-1).clamp(min=1e-30)
             earned = 0.5 * num_data * (energy[left] / smaller).log()
             gain[left, p] = earned.clamp(min=0.0)
-            kept = earned > _LEAST_GAIN
+            kept = earned > self.least_gain
             left = left[kept]
             phasor[left, : p + 1], frequency[left, : p + 1] = (n[kept] for n in new)
             found[left, p] = True
