@@ -95,9 +95,7 @@ def _on_circle(
     return low + places.masked_fill(~active, math.inf).sort(-1).values
 
 
-def smallest_gap(
-    values: Tensor, mask: Tensor, period: float | None = None
-) -> Tensor:
+def smallest_gap(values: Tensor, mask: Tensor, period: float | None = None) -> Tensor:
     """Least distance between two active values of each row, inf if fewer than two.
 
     Args:

@@ -583,9 +583,9 @@ def test_an_impossible_separation_is_rejected(separation: float) -> None:
 
 def test_a_separation_around_a_circle_needs_the_whole_circle() -> None:
     circle: dict[str, Any] = {"component_names": ["angle"], "periods": {"angle": 1.0}}
-    with pytest.raises(ValueError, match="covers its period of 1, got a width of 0.5"):
+    with pytest.raises(ValueError, match=r"period of 1, got a width of 0\.5"):
         VariableKPrior(box((0.0, 0.5)), [1, 1, 1], min_separation=0.1, **circle)
-    with pytest.raises(ValueError, match="3 components need 1.2 of the 1 wide"):
+    with pytest.raises(ValueError, match=r"3 components need 1\.2 of the 1 wide"):
         VariableKPrior(box((0.0, 1.0)), [1, 1, 1, 1], min_separation=0.4, **circle)
     prior = VariableKPrior(box((0.0, 1.0)), [0, 0, 1], min_separation=0.4, **circle)
     across, apart = torch.tensor([[2.0, 0.1, 0.9], [2.0, 0.1, 0.55]])

@@ -81,9 +81,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
         for i, lines in enumerate(LINES)
     ]
     joined = xr.concat(parts, "lines")
-    return joined.assign_coords(
-        lines=list(LINES), snr=list(SNRS), method=list(METHODS)
-    )
+    return joined.assign_coords(lines=list(LINES), snr=list(SNRS), method=list(METHODS))
 
 
 def _measure(num: int, lines: int, level: int, seed: int) -> xr.Dataset:

@@ -54,9 +54,11 @@ class Rival(ABC):
     Attributes:
         trains: Whether it learns from simulations; else :meth:`fit` only stores the
             problem.
+        samples_anew: Whether every observation costs a long run of a sampler.
     """
 
     trains: ClassVar[bool] = False
+    samples_anew: ClassVar[bool] = False
     problem: Problem
 
     def fit(self, problem: Problem, training: Training | None) -> None:
@@ -69,6 +71,7 @@ class Rival(ABC):
 
     def _learn(self, training: Training) -> None:
         """Train; the global generator is seeded."""
+        raise NotImplementedError
 
     @abstractmethod
     def infer(

@@ -90,8 +90,6 @@ class SubspaceMDL(Rival):
         record = x[: grid.num_samples].double().numpy()
         # A window no longer than a few hundred samples keeps the eigenvalues cheap.
         subspace = Subspace(record, min(len(record) // 2, 200))
-        order = 2 * math.ceil(
-            subspace.mdl(2 * self.problem.layout.max_cardinality) / 2
-        )
+        order = 2 * math.ceil(subspace.mdl(2 * self.problem.layout.max_cardinality) / 2)
         found = torch.from_numpy(subspace.esprit(order)) * grid.rate
         return found[(found > low) & (found < high)]

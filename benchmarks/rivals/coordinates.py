@@ -5,7 +5,9 @@ standard normal and bounds are none; shared parameters likewise. What a method f
 padding with is its own affair. A vector is sorted again where it becomes a set, so the
 density of a set is the sum over its labellings,
 
-.. math:: q(\{\theta_1..\theta_K\}) = \sum_\pi q(\theta_{\pi(1)}, \ldots, \theta_{\pi(K)}),
+.. math::
+    q(\{\theta_1..\theta_K\})
+        = \sum_\pi q(\theta_{\pi(1)}, \ldots, \theta_{\pi(K)}),
 
 taken in full: the rivals have a few components.
 """
@@ -37,7 +39,7 @@ class Coordinates:
         self.size = self.num_shared + self.layout.max_cardinality * self.width
 
     def vectors(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors ``(N, size)`` with zeros for padding, K and log-Jacobians ``(N,)``."""
+        """Vectors ``(N, size)``, padded with zeros, K and log-Jacobians ``(N,)``."""
         parts = self.layout.unpack(self.layout.canonical(theta).double())
         inside = self.chart.some_point(parts.components)
         filled = torch.where(parts.mask.unsqueeze(-1), parts.components, inside)
@@ -58,9 +60,7 @@ class Coordinates:
         """Canonical rows ``(N, E)`` of vectors ``(N, size)``."""
         shared = self.shared_chart.inverse(vectors[:, : self.num_shared])
         u = vectors[:, self.num_shared :].unflatten(-1, (-1, self.width))
-        return self.layout.canonical(
-            self.layout.pack(k, self.chart.inverse(u), shared)
-        )
+        return self.layout.canonical(self.layout.pack(k, self.chart.inverse(u), shared))
 
     def sum_over_labellings(
         self, theta: Tensor, log_density: Callable[[Tensor, Tensor], Tensor]

@@ -110,7 +110,9 @@ class _SaturatedNetwork(_Network):
     def __init__(self, embedding: Embedding, coordinates: Coordinates, num: int):
         super().__init__(embedding, coordinates, num)
         self.to_k = nn.Sequential(
-            nn.Linear(embedding.num_features, 64), nn.GELU(), nn.Linear(64, self.num_sizes)
+            nn.Linear(embedding.num_features, 64),
+            nn.GELU(),
+            nn.Linear(64, self.num_sizes),
         )
         context = embedding.num_features + self.num_sizes
         self.layers = autoregressive(coordinates.size, context)
@@ -259,6 +261,4 @@ class FixedCapacity(_Masked):
         embedded = self.estimator.net(x.unsqueeze(0)).expand(num, -1)
         with forked_rng(generator_for(seed)):
             vectors, k = self.estimator.draw(embedded)
-        return Answer(
-            self.probs(x.unsqueeze(0))[0], self.coordinates.rows(vectors, k)
-        )
+        return Answer(self.probs(x.unsqueeze(0))[0], self.coordinates.rows(vectors, k))

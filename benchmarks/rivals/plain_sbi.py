@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbi_slotflow.seeding import forked_rng, generator_for
 
-from .base import Answer, Embedding, Rival, Training, counted, train
+from .base import Answer, Embedding, Rival, Training, train
 from .coordinates import Coordinates
 
 __all__ = ["Classifier", "MixedNPE", "OneForEachK"]
@@ -88,7 +88,7 @@ class MixedNPE(Rival):
 
 
 class OneForEachK(Rival):
-    """A classifier of K, and sbi's NPE trained for each K on the signals that have it."""
+    """A classifier of K, and an NPE for each K, trained on the signals that have it."""
 
     trains: ClassVar[bool] = True
 
@@ -203,7 +203,9 @@ class Classifier(ConditionalDensityEstimator):
         """Log probabilities ``(1, B)``."""
         return -self.loss(input.reshape(-1, 1), condition).unsqueeze(0)
 
-    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: object) -> Tensor:
+    def sample(
+        self, sample_shape: torch.Size, condition: Tensor, **kwargs: object
+    ) -> Tensor:
         """Draw K ``(*sample_shape, B, 1)``."""
         logits = self.logits(condition)
         drawn = torch.distributions.Categorical(logits=logits).sample(sample_shape)

@@ -1,7 +1,7 @@
 """Samplers that see the likelihood: they need no training, and start anew each time."""
 
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Eryn(Rival):
         steps: Steps that are kept, after as many that are not.
     """
 
+    samples_anew: ClassVar[bool] = True
+
     def __init__(self, start: Literal["prior", "truth"], steps: int) -> None:
         self.start, self.steps = start, steps
 
@@ -35,9 +37,7 @@ class Eryn(Rival):
     ) -> Answer:
         """Run the sampler."""
         start = {"theta": truth} if self.start == "truth" else {}
-        sampler = rjmcmc.eryn_sampler(
-            self.problem, x, self.start, seed=seed, **start
-        )
+        sampler = rjmcmc.eryn_sampler(self.problem, x, self.start, seed=seed, **start)
         draws = sampler.run(self.steps, burn_in=self.steps, thin=5)
         rows = draws.sample((num,), generator=generator_for(seed))
         return Answer(counted(self.problem.layout, rows), rows.float())
@@ -46,6 +46,7 @@ class Eryn(Rival):
 class _ByK(Rival):
     """A run for each K, whose evidences give p(K | x)."""
 
+    samples_anew: ClassVar[bool] = True
     problem: Sinusoids
 
     def __init__(self, num_live: int) -> None:

@@ -68,7 +68,7 @@ class Subspace:
         return np.sort(turns)
 
     def _misfit(self, most: int) -> NDArray[np.float64]:
-        """n (L - k) log(a / g) for k = 0..most."""
+        """N (L - k) log(a / g) for k = 0..most."""
         logs = np.log(self.values)
         rest = [self.values[k:] for k in range(most + 1)]
         return np.array(

@@ -6,10 +6,10 @@ r"""Coordinates of a component relative to its anchor.
 y is the position on the location axis (:mod:`.anchor_axis`) and a the anchor;
 :math:`\psi = \phi + 2\pi f t_0` a phase, if there is one, referred to a time in the
 middle of the record and unwrapped about a centre :math:`\psi_0`; v the other
-parameters, scaled so that a bounded prior covers [-1, 1] (a half-normal one of four
-standard deviations likewise) and a normal one has unit width. All are natural coordinates, in which a likelihood is nearly Gaussian: the
-prior's bounds are left to the density (:mod:`.local_density`), which cuts Gaussians off
-there. Arithmetic is float64.
+parameters, scaled so that a bounded prior covers [-1, 1] (a half-normal one does with
+four standard deviations) and a normal one has unit width. All are natural coordinates,
+in which a likelihood is nearly Gaussian: the prior's bounds are left to the density
+(:mod:`.local_density`), which cuts Gaussians off there. Arithmetic is float64.
 """
 
 import math

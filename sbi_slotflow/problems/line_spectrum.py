@@ -46,7 +46,13 @@ from .base import Problem
 from .sine_fit import SineFit
 from .sine_grid import Grid, SineSignal
 
-__all__ = ["LineSimulator", "LineSpectrum", "RelativeNoise", "clustered", "line_spectrum"]
+__all__ = [
+    "LineSimulator",
+    "LineSpectrum",
+    "RelativeNoise",
+    "clustered",
+    "line_spectrum",
+]
 
 _FLOOR, _SNR = 0.1, (0.0, 50.0)
 _CLUSTER_SPREAD = 0.05
@@ -106,9 +112,7 @@ class LineSpectrum(Problem):
 
     grid: Grid
 
-    def build_token_encoder(
-        self, pursuit: bool = True, **options: Any
-    ) -> TokenEncoder:
+    def build_token_encoder(self, pursuit: bool = True, **options: Any) -> TokenEncoder:
         """Return a :class:`TokenEncoder` with a token for each cell of the circle.
 
         Args:

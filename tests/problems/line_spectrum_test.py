@@ -90,7 +90,10 @@ def test_lines_keep_their_distance_around_the_circle(problem, draw: str) -> None
 def test_clustered_lines_are_neighbours_of_one_another(problem) -> None:
     weights = [float(k == 2) for k in range(11)]
     pairs = LineSpectrum(
-        "pairs", problem.prior.with_cardinality(weights), problem.simulator, problem.grid
+        "pairs",
+        problem.prior.with_cardinality(weights),
+        problem.simulator,
+        problem.grid,
     )
     theta = clustered(pairs, 3_000, generator_for(2)).double()
     places = problem.layout.unpack(theta).components[:, :2, 2]
