@@ -119,10 +119,18 @@ RECIPES: dict[str, PretrainingRecipe] = {
     ),
     "line-spectrum": PretrainingRecipe(
         "line_spectrum",
-        {"refine_slots": 3},
+        {
+            "refine_slots": 3,
+            "slots": "anchored",
+            "hidden_features": 64,
+            "trunk_features": 64,
+            "flow_hidden_features": 32,
+            "flow_layers": 3,
+            "encoder_options": {"width": 32},
+        },
         (
-            Stage(44_800, 1e-3, 3.0, part="anchors", batch_size=64),
-            Stage(6_400, 1e-3, 3.0, part="local", batch_size=64),
+            Stage(64_000, 2e-3, 3.0, part="anchors", batch_size=64),
+            Stage(9_600, 1e-3, 3.0, part="local", batch_size=64),
         ),
     ),
 }
