@@ -1,11 +1,13 @@
 """``benchmarks/REPORT.md``: a table for each question, with the figure and command."""
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .experiment import Budget, Claim, discover, load
-from .store import Result
+from .store import RESULTS, Result
 
 __all__ = ["write_report"]
 
@@ -53,6 +55,8 @@ def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
         + "\n"
     )
     parts += sections
+    if folder is None:
+        parts.append(_scripts())
     if missing:
         parts.append(f"## Not run at this budget\n\n{', '.join(missing)}\n")
     place.write_text("\n".join(parts))
@@ -103,6 +107,54 @@ def _section(result: Result, claims: list[Claim], base: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+_SCRIPTS = {"anchored": "anchored_slots", "exact": "exact_answers"}
+_COSTS = ("speed", "memory", "scaling", "eryn")
+
+
+def _scripts() -> str:
+    """What the single scripts measured, from their JSON files."""
+    lines = [
+        "## Single scripts",
+        "",
+        "What was measured outside the suite: means with their standard errors.",
+        "",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        kind, _, part = path.stem.partition("_")
+        if "." in path.stem or not part:
+            continue
+        script = _SCRIPTS.get(kind, kind)
+        if kind == "anchored" and part in _COSTS:
+            script = "anchored_cost"
+        rows = list(_flat("", json.loads(path.read_text())))
+        lines += [
+            f"<details><summary>python -m benchmarks.{script} {part}</summary>",
+            "",
+            _row(["quantity", "value"]),
+            _row(["---", "---"]),
+            *(_row(list(row)) for row in rows),
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and {"mean", "error", "n"} <= set(value):
+        text = _number(value["mean"])
+        if value["error"] is not None:
+            text += f" ± {_number(value['error'])}"
+        yield name, f"{text} (median {_number(value['median'])}, n = {value['n']})"
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}: {key}" if name else key, inner)
+    elif isinstance(value, list):
+        yield name, ", ".join(_number(v) for v in value if not isinstance(v, dict))
+    else:
+        yield name, _number(value)
 
 
 def _losses(claims: list[Claim]) -> list[str]:
