@@ -46,37 +46,40 @@ class _Slots(Rival):
         return self.posterior.posterior_estimator
 
 
-class _Trained(_Slots):
+class Default(_Slots):
+    """Anchored slots with three Gauss-Newton steps, on the rivals' budget."""
+
     trains: ClassVar[bool] = True
 
-    def builder(self) -> slot_nn:
-        """The network to train."""
-        raise NotImplementedError
-
     def _learn(self, training: Training) -> None:
-        inference = SlotNPE(
-            self.problem.prior, self.builder(), show_progress_bars=False
-        )
+        build = slot_nn(self.problem, refine_slots=3)
+        inference = SlotNPE(self.problem.prior, build, show_progress_bars=False)
         inference.append_simulations(training.theta, training.x).train(
             max_num_epochs=training.epochs, stop_after_epochs=training.epochs
         )
         self.posterior = inference.build_posterior()
 
 
-class Default(_Trained):
-    """Anchored slots with three Gauss-Newton steps, on the rivals' budget."""
+class Paper(_Slots):
+    """The paper's network of 31 million parameters, with its recipe.
 
-    def builder(self) -> slot_nn:
-        """The network of the shipped weights."""
-        return slot_nn(self.problem, refine_slots=3)
+    It has no density, which sbi's loop asks of every network: it is trained online, on
+    as many signals as the others see, all of them new.
+    """
 
+    trains: ClassVar[bool] = True
 
-class Paper(_Trained):
-    """The paper's network of 31 million parameters, on the rivals' budget."""
-
-    def builder(self) -> slot_nn:
-        """The paper's network."""
-        return slot_nn.paper(self.problem)
+    def _learn(self, training: Training) -> None:
+        build = slot_nn.paper(self.problem)
+        inference = SlotNPE(self.problem.prior, build, show_progress_bars=False)
+        inference.train_online(
+            self.problem.simulator,
+            num_simulations=len(training.theta) * training.epochs,
+            recipe="paper",
+            num_validation=128,
+            seed=training.seed,
+        )
+        self.posterior = inference.build_posterior()
 
 
 class Shipped(_Slots):
