@@ -1,4 +1,4 @@
-"""Write the model card of the line spectra's weights: ``python -m benchmarks.line_card``.
+"""The model card of the line spectra's weights: ``python -m benchmarks.line_card``.
 
 Its numbers are those of the experiment ``deepfreq`` as it is kept in the results.
 """

@@ -61,7 +61,7 @@ class Size:
     num_signals: int
 
 
-BUDGETS = {"smoke": Size(12), "quick": Size(400), "full": Size(10_000)}
+BUDGETS = {"smoke": Size(4), "quick": Size(200), "full": Size(10_000)}
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

@@ -8,8 +8,8 @@ Protocol: Signals of `tiny`. Those that train have the same signals, passes over
 encoder and sbi's training loop (the paper's network has an encoder of its own, a
 hundred times the parameters, and one pass over as many signals of its own); `ours,
 shipped` has trained longer and is no rival of theirs. Seconds are of processor time, on
-one thread. p(K | x) and log scores on test signals; C2ST, sliced W2 and the total variation
-of p(K | x) against reversible-jump MCMC (`rjmcmc.collapsed`, its own second run beside)
+one thread. p(K | x) and log scores on test signals; C2ST, sliced W2 and the total
+variation of p(K | x) against reversible-jump MCMC (`rjmcmc.collapsed`, its own second run beside)
 at the reference's most probable K, on the first few of them. A method with fewer than
 50 draws of that K counts as told apart for sure, C2ST = 1. Samplers run on those few
 only. Coverage is that of central intervals given the true K, over all parameters.

@@ -87,7 +87,7 @@ def pursuit_bic(
     fit, band = problem.build_fit(), problem.prior.component_marginals[2].bounds
 
     def search(x: Tensor, most: int):
-        return SinePursuit(fit, band, most, least_gain=-math.inf, num_steps=6)(x)
+        return SinePursuit(fit, band, most, least_gain=-math.inf, num_steps=3)(x)
 
     if k is None:
         penalty = 1.5 * math.log(x.shape[-1])

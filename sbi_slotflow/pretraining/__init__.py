@@ -129,8 +129,8 @@ RECIPES: dict[str, PretrainingRecipe] = {
             "encoder_options": {"width": 32},
         },
         (
-            Stage(64_000, 2e-3, 3.0, part="anchors", batch_size=64),
-            Stage(9_600, 1e-3, 3.0, part="local", batch_size=64),
+            Stage(38_400, 2e-3, 3.0, part="anchors", batch_size=64),
+            Stage(6_400, 1e-3, 3.0, part="local", batch_size=64),
         ),
     ),
 }
