@@ -26,6 +26,7 @@ from sbi_slotflow import (
 )
 from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.pointer import AnchorChain
+from sbi_slotflow.pretraining import RECIPES
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.problems.sine_grid import Grid, SineSignal
 
@@ -195,7 +196,7 @@ class _Told(AnchorChain):
 
 def wide_problem(k: int) -> Sinusoids:
     """K sinusoids in a band of 0.05 Hz each, else as ``paper``."""
-    paper, _ = ready("paper")
+    paper = RECIPES["sinusoids-paper"].problem
     top = 0.5 + 0.05 * k
     component = MultipleIndependent(
         [

@@ -364,8 +364,6 @@ def cards(num_signals: int, seed: int) -> Numbers:
         for path in RESULTS.glob("anchored_*.json")
     }
     for name, recipe in RECIPES.items():
-        if recipe.preset not in kept["cardinality"]:  # another benchmark's
-            continue
         weights = WEIGHTS / f"{name}.safetensors"
         card = {
             "name": name,

@@ -29,9 +29,7 @@ TEST = 1_000_003
 def ready(preset: str) -> tuple[Sinusoids, SlotPosterior]:
     """A preset and its shipped weights."""
     posterior = load_pretrained(f"sinusoids-{preset}")
-    problem = RECIPES[f"sinusoids-{preset}"].problem
-    assert isinstance(problem, Sinusoids)
-    return problem, posterior
+    return RECIPES[f"sinusoids-{preset}"].problem, posterior
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,7 @@ def load_pretrained(
 
     Args:
         name: ``"sinusoids-tiny"``, ``"sinusoids-paper"`` or ``"sinusoids-crowded"``,
-            for the problem of that preset, ``problems.sinusoids("tiny")`` say; or
-            ``"line-spectrum"``, for ``problems.line_spectrum()``.
+            for the problem of that preset, ``problems.sinusoids("tiny")`` say.
         device: Device of the posterior; the CPU if None.
 
     Returns:

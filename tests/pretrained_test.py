@@ -29,8 +29,7 @@ def signals(preset, num: int, seed: int = 0):
 
 def test_every_recipe_is_shipped() -> None:
     assert set(available_weights()) == set(RECIPES)
-    names = {f"sinusoids-{preset}" for preset in PRESETS}
-    assert set(RECIPES) == names | {"line-spectrum"}
+    assert set(RECIPES) == {f"sinusoids-{preset}" for preset in PRESETS}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -43,17 +42,6 @@ def test_weights_are_ready_to_use(preset) -> None:
     assert problem.prior.support.check(rows).all()
     assert torch.isfinite(posterior.log_prob(rows, x[0])).all()
     assert posterior.reconstruct(rows).shape == (50, problem.num_data)
-
-
-def test_weights_of_line_spectra_are_ready_to_use() -> None:
-    problem = problems.line_spectrum()
-    theta = problem.prior.sample((2,), generator_for(0, 0))
-    x = problem.simulator(theta, generator_for(0, 1))
-    posterior = load_pretrained("line-spectrum")
-    rows = posterior.sample((20,), x[0], generator=generator_for(2))
-    assert problem.prior.support.check(rows).all()
-    assert torch.isfinite(posterior.log_prob(rows, x[0])).all()
-    assert model_card("line-spectrum")["problem"] == "problems.line_spectrum()"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

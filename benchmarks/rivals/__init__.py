@@ -24,7 +24,7 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "ESPRIT + MDL": SubspaceMDL,
     "Eryn, from the prior": lambda: Eryn("prior", 300),
     "Eryn, from the truth": lambda: Eryn("truth", 300),
-    "SMC for each K": lambda: SMCByK(500),
-    "nested sampling": lambda: NestedByK(150),
+    "SMC for each K": lambda: SMCByK(250),
+    "nested sampling": lambda: NestedByK(80),
 }
 """Rivals by name, for ``tiny``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration import TrainingReference
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
-from ..problems import LineSpectrum, Sinusoids, line_spectrum, sinusoids
+from ..problems import Sinusoids, sinusoids
 from ..seeding import generator_for
 from ..training import SlotNPE
 
@@ -56,14 +56,12 @@ class Stage:
         part: ``"anchors"``: the encoder, the cardinality and the anchors, which needs
             no fits; ``"local"``: the densities in the anchors' cells and of the shared
             parameters, with the rest kept from the stage before; ``"all"``.
-        batch_size: Simulations a step.
     """
 
     num_simulations: int
     learning_rate: float = 1e-3
     cardinality_weight: float = 1.0
     part: Part = "all"
-    batch_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,18 @@ class PretrainingRecipe:
     """How a set of weights is made.
 
     Attributes:
-        preset: Preset of the sinusoid problem, or ``"line_spectrum"``.
+        preset: Preset of the sinusoid problem.
         builder: Options of :class:`~sbi_slotflow.slot_nn`.
         stages: Runs of training, one after the other.
     """
 
-    preset: Literal["tiny", "paper", "crowded", "line_spectrum"]
+    preset: Literal["tiny", "paper", "crowded"]
     builder: dict[str, Any]
     stages: tuple[Stage, ...]
 
     @property
-    def problem(self) -> Sinusoids | LineSpectrum:
+    def problem(self) -> Sinusoids:
         """The problem that the weights are for."""
-        if self.preset == "line_spectrum":
-            return line_spectrum()
         return sinusoids(self.preset)
 
 
@@ -115,22 +111,6 @@ RECIPES: dict[str, PretrainingRecipe] = {
         (
             Stage(384_000, 1e-3, 3.0, part="anchors"),
             Stage(64_000, 1e-3, 3.0, part="local"),
-        ),
-    ),
-    "line-spectrum": PretrainingRecipe(
-        "line_spectrum",
-        {
-            "refine_slots": 3,
-            "slots": "anchored",
-            "hidden_features": 64,
-            "trunk_features": 64,
-            "flow_hidden_features": 32,
-            "flow_layers": 3,
-            "encoder_options": {"width": 32},
-        },
-        (
-            Stage(38_400, 2e-3, 3.0, part="anchors", batch_size=64),
-            Stage(6_400, 1e-3, 3.0, part="local", batch_size=64),
         ),
     ),
 }
@@ -172,7 +152,6 @@ def pretrain(
         estimator = SlotNPE(problem.prior, build, device=device).train_online(
             problem.simulator,
             num_simulations=stage.num_simulations,
-            batch_size=stage.batch_size,
             learning_rate=stage.learning_rate,
             num_validation=1_024,
             validate_every=100,
