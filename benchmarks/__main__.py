@@ -69,8 +69,10 @@ def _run(args: argparse.Namespace) -> int:
         if result.done(args.seed) and not args.again:
             tqdm.write(f"{name}: done before; --again runs it again")
             continue
+        cache = Cache(name, args.budget, args.seed)
         if args.again:
-            Cache(name, args.budget, args.seed).clear()
+            cache.clear()
+        cache.belongs_to(result.experiment.budget(args.budget))
         result.measure(args.seed)
         facts = result.read_facts()
         met = [claim["met"] for claim in facts["claims"] if claim["met"] is not None]

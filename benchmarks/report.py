@@ -178,13 +178,14 @@ def _row(cells: list[str]) -> str:
 def _number(value: Any) -> str:
     if value is None or value != value:  # NaN
         return "-"
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:.3g}"
-        if abs(value) < 1e5
-        else f"{value:.2e}"
-    )
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    if 100 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    plain = value == 0 or 1e-3 <= abs(value) < 100
+    return f"{value:.3g}" if plain else f"{value:.2e}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

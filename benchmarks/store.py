@@ -30,7 +30,6 @@ RESULTS = _HERE / "results"
 SMOKE = _HERE / "smoke"
 _PARTS = _HERE / ".cache"
 _PACKAGES = ("torch", "sbi", "numpy", "scipy", "xarray", "eryn", "dynesty")
-_DPI = 100
 
 
 class Cache:
@@ -72,6 +71,20 @@ class Cache:
         """Forget all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def belongs_to(self, means: dict[str, Any]) -> None:
+        """Forget parts of a budget that meant something else than it does now.
+
+        Args:
+            means: What the budget means.
+        """
+        path = self.path("budget", ".json")
+        if path is not None:
+            text = json.dumps(_plain(means))
+            if path.exists() and path.read_text() != text:
+                self.clear()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
 
 class Result:
     """The files of one experiment at one budget.
@@ -95,9 +108,12 @@ class Result:
         )
 
     def done(self, seed: int) -> bool:
-        """Whether it is there, with that seed."""
-        files = (self.data, self.figure, self.facts)
-        return all(f.exists() for f in files) and self.read_facts()["seed"] == seed
+        """Whether it is there, with that seed and what the budget means now."""
+        if not all(f.exists() for f in (self.data, self.figure, self.facts)):
+            return False
+        facts = self.read_facts()
+        means = _plain(self.experiment.budget(self.budget))
+        return facts["seed"] == seed and facts["budget means"] == means
 
     def read_facts(self) -> dict[str, Any]:
         """The JSON file."""
@@ -140,7 +156,7 @@ class Result:
         dataset = self.read()
         claims = [claim.to_json() for claim in self.experiment.claims(dataset)]
         self.experiment.plot(dataset).savefig(
-            self.figure, dpi=_DPI, metadata={"Software": None}
+            self.figure, dpi="figure", metadata={"Software": None}
         )
         text = json.dumps(_plain({**facts, "claims": claims}), indent=2)
         self.facts.write_text(text + "\n")

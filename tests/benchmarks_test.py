@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.__main__ import main
 from benchmarks.experiment import BUDGET_NAMES, Claim, discover, load
+from benchmarks.experiments.dataset import Size
 from benchmarks.report import write_report
 from benchmarks.store import Cache, Result
 
@@ -65,7 +67,7 @@ def test_the_report_has_a_section_with_figure_and_command_for_each(folder: Path)
 class _Counting:
     """An experiment that counts how often it runs."""
 
-    BUDGETS = load("dataset").module.BUDGETS
+    BUDGETS: ClassVar[dict[str, Size]] = {"smoke": Size(2, 2)}
     __doc__ = "Nothing.\n\nPaper: none.\n"
 
     def __init__(self) -> None:
@@ -96,6 +98,9 @@ def test_what_is_done_is_not_done_again_unless_asked(tmp_path, monkeypatch):
     assert module.runs == 2
     main([*command, "--seed", "1", "--again"])
     assert module.runs == 3
+    _Counting.BUDGETS = {**_Counting.BUDGETS, "smoke": Size(1, 1)}
+    main([*command, "--seed", "1"])
+    assert module.runs == 4, "the budget means something else now"
     facts = json.loads((tmp_path / "counting.smoke.json").read_text())
     assert facts["claims"][0]["met"] is False
 
@@ -115,7 +120,11 @@ def test_a_stopped_run_keeps_its_parts(tmp_path, monkeypatch):
     Cache("some", "quick", 1).get("a", part)
     Cache("some", "full", 0).get("a", part)
     assert len(computed) == 3
-    Cache("some", "quick", 0).clear()
+    Cache("some", "quick", 0).belongs_to({"num": 1})
+    Cache("some", "quick", 0).get("a", part)
+    assert len(computed) == 3
+    Cache("some", "quick", 0).belongs_to({"num": 2})
+    assert not (tmp_path / "some.quick.0" / "a.nc").exists()
     Cache("some", "quick", 0).get("a", part)
     Cache("some", "smoke", 0).get("a", part)
     Cache("some", "smoke", 0).get("a", part)

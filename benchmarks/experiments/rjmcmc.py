@@ -271,6 +271,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         reference=torch.from_numpy(dataset.exact.values),
         labels=("ours", "reversible-jump MCMC"),
     )
+    figure.set_dpi(75)  # a small file
     axes = figure.add_axes((0.56, 0.72, 0.17, 0.18))
     shown = {"ours": POSTERIOR, "exact": "black"}
     if "Eryn" in dataset.source.values:

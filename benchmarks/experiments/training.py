@@ -15,6 +15,7 @@ beside the paper's.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -100,7 +101,8 @@ def plot(dataset: xr.Dataset) -> Figure:
         axes.plot(part.step, total(part, "train"), color=DATA, label="training")
         axes.plot(part.step, total(part, "val"), color=POSTERIOR, label="validation")
         rate = part.learning_rate.values
-        for step in part.step.values[1:][rate[1:] <= 0.55 * rate[:-1]]:
+        halved = np.isclose(rate[1:], 0.5 * rate[:-1])
+        for step in part.step.values[1:][halved]:
             axes.axvline(step, color="black", linewidth=0.6, linestyle=":")
         axes.legend(fontsize=FONT - 1, frameon=False)
         dress(axes, "step", "loss (nats)", name)
