@@ -65,10 +65,11 @@ class Size:
     num_signals: int
     num_anchors: int
     num_local: int
+    snrs: tuple[int, ...] = SNRS
 
 
 BUDGETS = {
-    "smoke": Size(2, 32, 32),
+    "smoke": Size(2, 32, 32, (10,)),
     "quick": Size(200, 38_400, 6_400),
     "full": Size(10_000, 2_000_000, 200_000),
 }
@@ -93,18 +94,20 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
             [
                 cache.get(
                     f"{lines}-{snr}",
-                    lambda i=i, j=j: _measure(
-                        posterior, size.num_signals, LINES[i], SNRS[j], seed
+                    lambda lines=lines, snr=snr: _measure(
+                        posterior, size.num_signals, lines, snr, seed
                     ),
                 )
-                for j, snr in enumerate(SNRS)
+                for snr in size.snrs
             ],
             "snr",
         )
-        for i, lines in enumerate(LINES)
+        for lines in LINES
     ]
     joined = xr.concat(parts, "lines")
-    return joined.assign_coords(lines=list(LINES), snr=list(SNRS), method=list(METHODS))
+    return joined.assign_coords(
+        lines=list(LINES), snr=list(size.snrs), method=list(METHODS)
+    )
 
 
 def _train(size: Size, cache: Cache, seed: int) -> SlotPosterior:
@@ -197,7 +200,7 @@ def plot(dataset: xr.Dataset) -> Figure:
             for i, method in enumerate(METHODS):
                 values = dataset[name].sel(lines=lines, method=method).mean("signal")
                 axes.plot(
-                    SNRS,
+                    dataset.snr.values,
                     scale * values,
                     marker="o",
                     color="C0" if i == 0 else f"C{i}",
@@ -227,11 +230,11 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
     for lines in LINES:
         for name, title in TITLES.items():
             scale = 1.0 if name == "chamfer" else 100.0
-            for j, snr in enumerate(SNRS):
+            for snr in dataset.snr.values.tolist():
                 here = scale * dataset[name].sel(lines=lines, snr=snr)
                 ours = here.sel(method="ours").values.astype(float)
                 published = {
-                    f"{method}, published": values[j]
+                    f"{method}, published": values[SNRS.index(snr)]
                     for method, values in PUBLISHED[name].items()
                 }
                 run_here = {
