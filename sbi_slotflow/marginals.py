@@ -4,7 +4,9 @@ A marginal is one of
 
 - ``uniform(a, b)``,
 - ``log_uniform(a, b)``: the logarithm is uniform between ``log a`` and ``log b``,
-- ``normal(a, b)``: mean ``a``, standard deviation ``b``.
+- ``normal(a, b)``: mean ``a``, standard deviation ``b``,
+- ``half_normal(a, b)``: ``a`` plus the absolute value of a normal variable of mean
+  zero and standard deviation ``b``.
 
 It maps a parameter to a standard normal variable and back, :math:`u = \Phi^{-1}(F(t))`
 with F the marginal's distribution function. Charts use that map to whiten components,
@@ -19,8 +21,10 @@ import torch
 from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
     Distribution,
     ExpTransform,
+    HalfNormal,
     Independent,
     Normal,
     TransformedDistribution,
@@ -29,7 +33,7 @@ from torch.distributions import (
 
 __all__ = ["Marginal", "clamp_to_support", "marginals_of"]
 
-_FAMILIES = ("uniform", "log_uniform", "normal")
+_FAMILIES = ("uniform", "log_uniform", "normal", "half_normal")
 # Fractions this close to 0 or 1 lie beyond 8 standard deviations.
 _EDGE = 1e-15
 
@@ -39,8 +43,8 @@ class Marginal:
     """One parameter's prior marginal.
 
     Attributes:
-        family: ``"uniform"``, ``"log_uniform"`` or ``"normal"``.
-        a: Lower bound, or mean.
+        family: ``"uniform"``, ``"log_uniform"``, ``"normal"`` or ``"half_normal"``.
+        a: Lower bound, or mean of a normal.
         b: Upper bound, or standard deviation.
         exact: False where the marginal is a normal fitted to samples of a
             distribution whose family is not known here.
@@ -58,15 +62,19 @@ class Marginal:
     @property
     def bounds(self) -> tuple[float, float]:
         """Lower and upper end of the support."""
-        return (-math.inf, math.inf) if self.family == "normal" else (self.a, self.b)
+        if self.family == "normal":
+            return -math.inf, math.inf
+        return self.a, math.inf if self.family == "half_normal" else self.b
 
     def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function F of a bounded marginal, within [0, 1]."""
+        """Distribution function F, within [0, 1] for values inside the support."""
         if self.family == "uniform":
             return ((value - self.a) / (self.b - self.a)).clamp(0.0, 1.0)
         if self.family == "log_uniform":
             low, high = math.log(self.a), math.log(self.b)
             return ((value.log() - low) / (high - low)).clamp(0.0, 1.0)
+        if self.family == "half_normal":
+            return torch.special.erf((value - self.a) / (math.sqrt(2) * self.b))
         return torch.special.ndtr((value - self.a) / self.b)
 
     def quantile(self, fraction: Tensor) -> Tensor:
@@ -75,6 +83,9 @@ class Marginal:
             return self.a + fraction * (self.b - self.a)
         if self.family == "log_uniform":
             return self.a * torch.exp(fraction * math.log(self.b / self.a))
+        if self.family == "half_normal":
+            inside = fraction.clamp(max=1 - _EDGE)
+            return self.a + math.sqrt(2) * self.b * torch.special.erfinv(inside)
         return self.a + self.b * torch.special.ndtri(fraction)
 
     def log_density(self, value: Tensor) -> Tensor:
@@ -83,6 +94,9 @@ class Marginal:
             return torch.full_like(value, -math.log(self.b - self.a))
         if self.family == "log_uniform":
             return -value.log() - math.log(math.log(self.b / self.a))
+        if self.family == "half_normal":
+            z = (value - self.a) / self.b
+            return _log_normal(z) + math.log(2 / self.b)
         return _log_normal((value - self.a) / self.b) - math.log(self.b)
 
     def to_normal(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +125,9 @@ def marginals_of(distribution: Distribution) -> tuple[Marginal, ...]:
     """List the marginals of a distribution with a one-dimensional event.
 
     Known are sbi's ``BoxUniform`` and ``MultipleIndependent``, and torch's uniform,
-    normal and log-uniform (``TransformedDistribution`` of a uniform by exp), alone or
-    in ``Independent``. Any other distribution gives normals fitted to 10,000 samples
+    normal, half-normal, log-uniform (``TransformedDistribution`` of a uniform by exp)
+    and shifted half-normal (likewise, by an affine map of slope 1), alone or in
+    ``Independent``. Any other distribution gives normals fitted to 10,000 samples
     (from a fixed seed), marked ``exact=False``.
 
     Args:
@@ -144,6 +159,13 @@ def _known(distribution: Distribution) -> list[Marginal] | None:
         return _pairs("uniform", distribution.low, distribution.high)
     if isinstance(distribution, Normal):
         return _pairs("normal", distribution.loc, distribution.scale)
+    if isinstance(distribution, HalfNormal):
+        return _pairs("half_normal", torch.zeros(()), distribution.scale)
+    shift = _shift(distribution)
+    if shift is not None and isinstance(distribution, TransformedDistribution):
+        base = _known(distribution.base_dist)
+        if base is not None and all(m.family == "half_normal" for m in base):
+            return [Marginal("half_normal", m.a + shift, m.b) for m in base]
     if (
         isinstance(distribution, TransformedDistribution)
         and len(distribution.transforms) == 1
@@ -157,7 +179,20 @@ def _known(distribution: Distribution) -> list[Marginal] | None:
     return None
 
 
+def _shift(distribution: Distribution) -> float | None:
+    """What a distribution adds to another's draws; None if that is not all it does."""
+    if not isinstance(distribution, TransformedDistribution):
+        return None
+    transforms = distribution.transforms
+    if len(transforms) != 1 or not isinstance(transforms[0], AffineTransform):
+        return None
+    loc, scale = (torch.as_tensor(v) for v in (transforms[0].loc, transforms[0].scale))
+    single = loc.numel() == 1 and bool((scale == 1).all())
+    return float(loc) if single else None
+
+
 def _pairs(family: str, a: Tensor, b: Tensor) -> list[Marginal]:
+    a, b = torch.broadcast_tensors(a, b)
     pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
     return [Marginal(family, low, high) for low, high in pairs]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseModel", "WhiteNoise"]
+__all__ = ["NoiseModel", "WhiteNoise", "white_log_prob"]
 
 
 class NoiseModel(Protocol):
@@ -58,8 +58,20 @@ class WhiteNoise:
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Log density of residuals, -inf where sigma is not positive."""
-        sigma = self.scale(shared).to(residual)
-        num = residual.shape[-1]
-        norm = num * (sigma.log() + 0.5 * math.log(2 * math.pi))
-        value = -norm - 0.5 * residual.square().sum(-1) / sigma.square()
-        return torch.where(sigma > 0, value, value.new_full((), -math.inf))
+        return white_log_prob(residual, self.scale(shared))
+
+
+def white_log_prob(residual: Tensor, sigma: Tensor) -> Tensor:
+    """Log density of white noise.
+
+    Args:
+        residual: Residuals, shape ``(..., T)``.
+        sigma: Standard deviations, shape ``(...)``.
+
+    Returns:
+        Shape ``(...)``, -inf where sigma is not positive.
+    """
+    sigma = sigma.to(residual)
+    norm = residual.shape[-1] * (sigma.log() + 0.5 * math.log(2 * math.pi))
+    value = -norm - 0.5 * residual.square().sum(-1) / sigma.square()
+    return torch.where(sigma > 0, value, value.new_full((), -math.inf))

@@ -11,6 +11,7 @@ probability that K independent components keep the least separation; it is 1 wit
 one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -40,7 +41,8 @@ class VariableKPrior(Distribution):
         cardinality: Weights of K = 0..Kmax (normalised here), or a ``Categorical``.
         shared: Distribution of the shared parameters, event shape ``(S,)``.
         min_separation: Least distance between two components in the ``order_by``
-            parameter, whose marginal must be uniform and independent of the others.
+            parameter, whose marginal must be uniform and independent of the others;
+            around the circle, if the parameter has a period.
         order_by: Index of the parameter that defines the canonical order.
         component_names: Names of the D parameters; ``theta_1..theta_D`` if omitted.
         shared_names: Names of the S shared parameters.
@@ -237,12 +239,19 @@ class VariableKPrior(Distribution):
         parts = self.layout.unpack(theta)
         low, high = self._order_marginal.bounds
         slack = 2 * torch.finfo(torch.float32).eps * max(abs(low), abs(high))
-        gap = smallest_gap(parts.components[..., self.layout.order_by], parts.mask)
+        values = parts.components[..., self.layout.order_by]
+        gap = smallest_gap(values, parts.mask, self._order_period)
         return gap >= self.min_separation - slack
 
     @property
     def _order_marginal(self) -> Marginal:
         return self.component_marginals[self.layout.order_by]
+
+    @property
+    def _order_period(self) -> float | None:
+        """Period of the order_by parameter, None if it is not circular."""
+        period = self.layout.component_periods[self.layout.order_by]
+        return period if math.isfinite(period) else None
 
     def _draw(self, num: int) -> Tensor:
         layout, probs = self.layout, self.cardinality_probs
@@ -257,6 +266,7 @@ class VariableKPrior(Distribution):
                 layout.max_cardinality,
                 self._order_marginal.bounds,
                 self.min_separation,
+                circular=self._order_period is not None,
             ).float()
         components = clamp_to_support(components, self.component_marginals)
         shared = None
@@ -280,7 +290,9 @@ class VariableKPrior(Distribution):
     def _log_separation(self, k: Tensor) -> Tensor:
         assert self.min_separation is not None
         low, high = self._order_marginal.bounds
-        return log_separation_constant(k, self.min_separation, high - low)
+        return log_separation_constant(
+            k, self.min_separation, high - low, self._order_period is not None
+        )
 
     def _checked_separation(self, separation: float | None) -> float | None:
         if separation is None or separation == 0:
@@ -297,10 +309,17 @@ class VariableKPrior(Distribution):
             )
         most = int(self.cardinality_probs.nonzero().max())
         width = marginal.bounds[1] - marginal.bounds[0]
-        if (most - 1) * separation >= width:
+        period = self._order_period
+        if period is not None and not math.isclose(period, width, rel_tol=1e-6):
+            raise ValueError(
+                f"min_separation around a circle needs a marginal of {name!r} that "
+                f"covers its period of {period:g}, got a width of {width:g}."
+            )
+        gaps = most - 1 if period is None else most
+        if gaps * separation >= width:
             raise ValueError(
                 f"min_separation={separation} is impossible: {most} components need "
-                f"{(most - 1) * separation:g} of the {width:g} wide range of {name!r}."
+                f"{gaps * separation:g} of the {width:g} wide range of {name!r}."
             )
         return float(separation)
 

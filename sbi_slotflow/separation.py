@@ -1,4 +1,4 @@
-r"""Points on an interval that keep a least distance from each other.
+r"""Points on an interval or a circle that keep a least distance from each other.
 
 K points drawn independently and uniformly from a window of width W, conditioned on all
 gaps being at least d, have the sorted density
@@ -9,6 +9,12 @@ gaps being at least d, have the sorted density
 
 because removing d from every gap maps them one to one onto K sorted uniform points in
 a window of width W - (K - 1) d. The same map samples them exactly, without rejection.
+
+On a circle of circumference W, where the last point is next to the first,
+
+.. math:: Z_K = \left(1 - \frac{K d}{W}\right)^{K - 1}, \qquad K \ge 1,
+
+and the gaps less d are uniform on a simplex, the first point on the circle.
 """
 
 import math
@@ -20,7 +26,7 @@ __all__ = ["log_separation_constant", "sample_separated", "smallest_gap"]
 
 
 def log_separation_constant(
-    cardinality: Tensor, separation: float, width: float
+    cardinality: Tensor, separation: float, width: float, circular: bool = False
 ) -> Tensor:
     """Log probability Z_K that K independent uniform points keep their distance.
 
@@ -28,14 +34,17 @@ def log_separation_constant(
         cardinality: Numbers of points K, any shape.
         separation: Least gap d.
         width: Width W of the window.
+        circular: Whether its ends are joined.
 
     Returns:
         log Z_K, float64, of the shape of ``cardinality``; -inf where K points do not
         fit.
     """
     k = cardinality.double()
-    free = 1.0 - (k - 1.0).clamp(min=0.0) * separation / width
-    return k * torch.log(free.clamp(min=0.0)).nan_to_num(neginf=-math.inf)
+    others = (k - 1.0).clamp(min=0.0)
+    gaps, power = (torch.where(others > 0, k, 0.0), others) if circular else (others, k)
+    free = 1.0 - gaps * separation / width
+    return power * torch.log(free.clamp(min=0.0)).nan_to_num(neginf=-math.inf)
 
 
 def sample_separated(
@@ -43,6 +52,7 @@ def sample_separated(
     max_cardinality: int,
     bounds: tuple[float, float],
     separation: float,
+    circular: bool = False,
 ) -> Tensor:
     """Draw sorted points with gaps of at least ``separation``.
 
@@ -51,6 +61,7 @@ def sample_separated(
         max_cardinality: Number of columns Kmax.
         bounds: The window.
         separation: Least gap d.
+        circular: Whether the window's ends are joined.
 
     Returns:
         Float64 points, shape ``(B, Kmax)``, ascending in the first K columns; later
@@ -59,6 +70,8 @@ def sample_separated(
     low, high = bounds
     index = torch.arange(max_cardinality, device=cardinality.device)
     active = index < cardinality.unsqueeze(-1)
+    if circular:
+        return _on_circle(active, bounds, separation)
     uniform = torch.rand(
         active.shape, dtype=torch.float64, device=cardinality.device
     ).masked_fill(~active, 2.0)
@@ -66,18 +79,42 @@ def sample_separated(
     return low + uniform.sort(-1).values * free.unsqueeze(-1) + index * separation
 
 
-def smallest_gap(values: Tensor, mask: Tensor) -> Tensor:
+def _on_circle(
+    active: Tensor, bounds: tuple[float, float], separation: float
+) -> Tensor:
+    """As :func:`sample_separated`, on a circle."""
+    low, width = bounds[0], bounds[1] - bounds[0]
+    rest = torch.empty(active.shape, dtype=torch.float64, device=active.device)
+    rest = rest.exponential_() * active
+    count = active.sum(-1, keepdim=True)
+    free = (width - count * separation) * rest / rest.sum(-1, keepdim=True)
+    gaps = torch.where(active, free + separation, 0.0)
+    first = width * torch.rand_like(gaps[..., :1])
+    # Beyond the last active point the sum of gaps would come back to the first.
+    places = (first + gaps.cumsum(-1) - gaps) % width
+    return low + places.masked_fill(~active, math.inf).sort(-1).values
+
+
+def smallest_gap(values: Tensor, mask: Tensor, period: float | None = None) -> Tensor:
     """Least distance between two active values of each row, inf if fewer than two.
 
     Args:
         values: Shape ``(..., Kmax)``, in any order.
         mask: Active entries, same shape.
+        period: Circumference of the circle that the values lie on; None for none.
 
     Returns:
         Shape ``(...)``.
     """
     values = torch.where(mask, values, values.new_full((), math.inf))
-    gaps = values.sort(-1).values.diff(dim=-1)
+    values = values.sort(-1).values
+    if period is not None:
+        first = torch.where(mask.sum(-1, keepdim=True) > 1, values[..., :1], math.inf)
+        last = values.masked_fill(values.isinf(), -math.inf).amax(-1, keepdim=True)
+        around = first + period - last
+    gaps = values.diff(dim=-1)
+    if period is not None:
+        gaps = torch.cat([gaps, around], -1)
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)
     return (
         gaps.amin(-1)

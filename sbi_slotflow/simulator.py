@@ -141,10 +141,22 @@ class AdditiveSimulator:
                     f"{here.shape[-1]}."
                 )
             shared = self.layout.unpack(part).shared
-            values.append(self.noise.log_prob(here - signal, shared))
+            values.append(self.noise_log_prob(here - signal, signal, shared))
         if not values:
             return rows.new_zeros(batch)
         return torch.cat(values).reshape(batch)
+
+    def noise_log_prob(
+        self, residual: Tensor, signal: Tensor, shared: Tensor
+    ) -> Tensor:
+        """Log density of residuals; override it for noise that follows the signal.
+
+        Args:
+            residual: Data less signals, shape ``(B, T)``.
+            signal: Signals, shape ``(B, T)``.
+            shared: Shared parameters, shape ``(B, S)``.
+        """
+        return self.noise.log_prob(residual, shared)
 
     def _signal(self, rows: Tensor) -> Tensor:
         parts = self.layout.unpack(rows)

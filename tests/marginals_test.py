@@ -7,9 +7,11 @@ from sbi.utils import BoxUniform, MultipleIndependent
 from scipy import stats
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
     Distribution,
     ExpTransform,
     Gamma,
+    HalfNormal,
     Independent,
     LogNormal,
     Normal,
@@ -23,6 +25,7 @@ MARGINALS: dict[str, tuple[Marginal, Any]] = {
     "uniform": (Marginal("uniform", -2.0, 3.0), stats.uniform(-2.0, 5.0)),
     "log-uniform": (Marginal("log_uniform", 0.05, 1.5), stats.loguniform(0.05, 1.5)),
     "normal": (Marginal("normal", 1.5, 0.5), stats.norm(1.5, 0.5)),
+    "half-normal": (Marginal("half_normal", 0.1, 0.7), stats.halfnorm(0.1, 0.7)),
 }
 
 
@@ -110,6 +113,14 @@ DISTRIBUTIONS = {
         [("normal", -1.0, 2.0), ("normal", 2.0, 6.0)],
     ),
     "log-uniform": (log_uniform(0.05, 1.5), [("log_uniform", 0.05, 1.5)]),
+    "half-normal": (
+        Independent(HalfNormal(torch.tensor([0.5, 2.0])), 1),
+        [("half_normal", 0.0, 0.5), ("half_normal", 0.0, 2.0)],
+    ),
+    "shifted half-normal": (
+        TransformedDistribution(HalfNormal(HIGH), [AffineTransform(0.1, 1.0)]),
+        [("half_normal", 0.1, 1.0), ("half_normal", 0.1, 5.0)],
+    ),
     "MultipleIndependent": (
         MultipleIndependent(
             [

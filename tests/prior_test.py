@@ -581,6 +581,19 @@ def test_an_impossible_separation_is_rejected(separation: float) -> None:
         prior.with_cardinality([1, 1, 1, 1])
 
 
+def test_a_separation_around_a_circle_needs_the_whole_circle() -> None:
+    circle: dict[str, Any] = {"component_names": ["angle"], "periods": {"angle": 1.0}}
+    with pytest.raises(ValueError, match=r"period of 1, got a width of 0\.5"):
+        VariableKPrior(box((0.0, 0.5)), [1, 1, 1], min_separation=0.1, **circle)
+    with pytest.raises(ValueError, match=r"3 components need 1\.2 of the 1 wide"):
+        VariableKPrior(box((0.0, 1.0)), [1, 1, 1, 1], min_separation=0.4, **circle)
+    prior = VariableKPrior(box((0.0, 1.0)), [0, 0, 1], min_separation=0.4, **circle)
+    across, apart = torch.tensor([[2.0, 0.1, 0.9], [2.0, 0.1, 0.55]])
+    assert prior.log_prob(across).item() == -math.inf
+    # 2! over the share 1 - 2 * 0.4 of pairs that keep the distance
+    assert prior.log_prob(apart).item() == pytest.approx(math.log(2 / 0.2), abs=1e-5)
+
+
 @pytest.mark.parametrize("separation", [-0.1, math.nan])
 def test_a_separation_that_is_no_distance_is_rejected(separation: float) -> None:
     with pytest.raises(ValueError, match="min_separation must be positive"):

@@ -68,6 +68,63 @@ def test_draws_have_the_law_of_rejection_sampling(k: int) -> None:
     assert min(result.pvalue for result in results) > 1e-6
 
 
+# on a circle
+
+
+def around(points: np.ndarray) -> np.ndarray:
+    """Least gap of each row of sorted points, the one across the seam included."""
+    last = points[:, :1] + (HIGH - LOW) - points[:, -1:]
+    return np.concatenate([np.diff(points, axis=-1), last], -1).min(-1)
+
+
+def rejected_around(rng: np.random.Generator, k: int, num: int) -> np.ndarray:
+    points = np.sort(rng.uniform(LOW, HIGH, size=(num, k)), axis=-1)
+    return points[around(points) >= GAP] if k > 1 else points
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_the_constant_of_a_circle_is_the_probability_to_keep_the_distance(
+    k: int,
+) -> None:
+    num = 400_000
+    kept = len(rejected_around(np.random.default_rng(0), k, num))
+    constant = log_separation_constant(torch.tensor(k), GAP, HIGH - LOW, circular=True)
+    # exact binomial tail: false alarm in 1 of 10^6 seeds for each k
+    assert stats.binomtest(kept, num, constant.exp().item()).pvalue > 1e-6
+
+
+def test_a_circle_holds_as_many_points_as_gaps() -> None:
+    k = torch.tensor([0, 1, 2, 7, 8])  # 7 gaps of 0.4 fit around 3, 8 do not
+    log_z = log_separation_constant(k, GAP, HIGH - LOW, circular=True)
+    assert log_z[:2].tolist() == [0.0, 0.0]
+    assert torch.isfinite(log_z[2:4]).all()
+    assert log_z[4].item() == -math.inf
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_draws_on_a_circle_have_the_law_of_rejection_sampling(k: int) -> None:
+    counts = torch.tensor([k, 0, 5]).repeat(20_000)
+    points = sample_separated(counts, 5, (LOW, HIGH), GAP, circular=True)
+    points = points[::3, :k].numpy()
+    wanted = {1: 20_000, 2: 40_000, 3: 80_000, 5: 1_500_000}[k]
+    reference = rejected_around(np.random.default_rng(1), k, wanted)
+    assert len(reference) > 10_000
+    statistics = [(points[:, i], reference[:, i]) for i in range(k)]
+    if k > 1:
+        statistics.append((around(points), around(reference)))
+        assert around(points).min() >= GAP - 1e-12
+    # false alarm in at most 6 of 10^6 seeds for each k
+    results: list[Any] = [stats.ks_2samp(a, b) for a, b in statistics]
+    assert min(result.pvalue for result in results) > 1e-6
+
+
+def test_the_smallest_gap_around_a_circle_crosses_the_seam() -> None:
+    values = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 0]]).bool()
+    gap = smallest_gap(values, mask, period=1.0)
+    torch.testing.assert_close(gap, torch.tensor([0.2, 0.4, math.inf]))
+
+
 def test_the_smallest_gap_is_that_of_the_closest_active_pair() -> None:
     values = torch.randn(4, 50, 5)
     mask = torch.arange(5) < torch.arange(50).remainder(6).unsqueeze(-1)

@@ -6,10 +6,10 @@ r"""Coordinates of a component relative to its anchor.
 y is the position on the location axis (:mod:`.anchor_axis`) and a the anchor;
 :math:`\psi = \phi + 2\pi f t_0` a phase, if there is one, referred to a time in the
 middle of the record and unwrapped about a centre :math:`\psi_0`; v the other
-parameters, scaled so that a bounded prior covers [-1, 1] and a normal one has unit
-width. All are natural coordinates, in which a likelihood is nearly Gaussian: the
-prior's bounds are left to the density (:mod:`.local_density`), which cuts Gaussians off
-there. Arithmetic is float64.
+parameters, scaled so that a bounded prior covers [-1, 1] (a half-normal one does with
+four standard deviations) and a normal one has unit width. All are natural coordinates,
+in which a likelihood is nearly Gaussian: the prior's bounds are left to the density
+(:mod:`.local_density`), which cuts Gaussians off there. Arithmetic is float64.
 """
 
 import math
@@ -26,6 +26,11 @@ _TWO_PI = 2 * math.pi
 # Fraction of a normal prior outside which positions are not followed; a bounded one is
 # continued, so that a fit may end beyond the bound.
 _INSIDE = 1e-9
+# Standard deviations within which a fit looks for a normal parameter, and those that
+# a half-normal one's coordinates in [-1, 1] cover.
+_FARTHEST, _REACH = 6.0, 4.0
+# Stands for infinity, which has no gradient.
+_OPEN = 1e6
 
 
 class LocalChart:
@@ -127,13 +132,21 @@ class LocalChart:
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(D,)``, those of the offset left open."""
-        high = [torch.inf] + ([math.pi] if self.has_phase else [])
+        first = [torch.inf] + ([math.pi] if self.has_phase else [])
+        pairs = [(-end, end) for end in first]
         for d in self._others:
-            high.append(
-                1.0 if math.isfinite(self.marginals[d].bounds[1]) else torch.inf
-            )
-        ends = torch.tensor(high, dtype=torch.float64)
-        return -ends, ends
+            finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
+            pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
+        low, high = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+        return low, high
+
+    def farthest(self) -> Tensor:
+        """Largest absolute coordinates ``(D,)`` that a fit may end at."""
+        # a cell and what lies about it; half a turn; a little beyond a bound
+        most = [1.6] + ([math.pi] if self.has_phase else [])
+        families = [self.marginals[d].family for d in self._others]
+        most += [_FARTHEST if family == "normal" else 1.1 for family in families]
+        return torch.tensor(most, dtype=torch.float64)
 
     def _scale(self, d: int) -> tuple[float, float]:
         """Middle and half width of a parameter."""
@@ -141,6 +154,8 @@ class LocalChart:
         if marginal.family == "normal":
             return marginal.a, marginal.b
         low, high = marginal.bounds
+        if marginal.family == "half_normal":
+            high = low + _REACH * marginal.b
         return 0.5 * (low + high), 0.5 * (high - low)
 
 

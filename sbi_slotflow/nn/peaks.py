@@ -169,13 +169,13 @@ class PeakFinder:
         start = self._start(data, owner, anchors, starts, ends, mask)
         # Phases are counted from those of the start.
         centre = torch.zeros_like(start[..., 0])
-        low, high = torch.full_like(start, -1.1), torch.full_like(start, 1.1)
+        high = chart.farthest().to(start).expand_as(start).clone()
+        low = -high
         low[..., 0] = starts - anchors - 0.5 - _MARGIN
         high[..., 0] = ends - anchors - 0.5 + _MARGIN
         if chart.has_phase:
             centre = start[..., 1].clone()
             start[..., 1] = 0.0
-            low[..., 1], high[..., 1] = -torch.pi, torch.pi
         peak = fit_peak(
             self.fit,
             lambda w, index: chart.components(

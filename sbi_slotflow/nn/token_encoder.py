@@ -49,12 +49,16 @@ class BandTokens(nn.Module):
     which were found in their cell and the residual's amplitudes, and the levels what
     each component earned.
 
+    Records may be complex, their real parts before their imaginary ones. A band that
+    is all of their spectrum is a circle.
+
     Args:
         lengths: Samples of each record.
         rates: Samples per second of each record.
         band: Lowest and highest frequency.
         num_tokens: Number L of tokens.
         pursuit: Components to look for beforehand; 0 for none.
+        analytic: Whether records are complex.
     """
 
     kind: ClassVar[str] = "band"
@@ -68,6 +72,7 @@ class BandTokens(nn.Module):
         band: Sequence[float],
         num_tokens: int,
         pursuit: int = 0,
+        analytic: bool = False,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -77,13 +82,16 @@ class BandTokens(nn.Module):
             "band": list(band),
             "num_tokens": num_tokens,
             "pursuit": pursuit,
+            "analytic": analytic,
         }
+        self.analytic = analytic
+        self.circular = analytic and math.isclose(band[1] - band[0], rates[0])
         self.pursue = None
         if pursuit:
-            self.pursue = _pursuit(lengths, rates, band, pursuit)
+            self.pursue = _pursuit(lengths, rates, band, pursuit, analytic)
         self._low, self._width = band[0], (band[1] - band[0]) / num_tokens
-        self.lengths, self.num_tokens = tuple(lengths), num_tokens
-        self.num_data = sum(lengths)
+        self.lengths = tuple((2 if analytic else 1) * length for length in lengths)
+        self.num_tokens, self.num_data = num_tokens, sum(self.lengths)
         self._readings = len(lengths) + 2
         self.spectra = nn.ModuleList()
         for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
@@ -97,20 +105,22 @@ class BandTokens(nn.Module):
             self.spectra.append(ChirpTransform(tapers, rate, *points))
             self._keep(f"taper_{i}", hann)
             bins = torch.arange(length // 2 + 1, dtype=torch.float64) * rate / length
+            if analytic:
+                bins = torch.fft.fftfreq(length, 1 / rate, dtype=torch.float64)
             margin = 8 * rate / length
             outside = (bins < band[0] - margin) | (bins > band[1] + margin)
             if not outside.any():  # the band is the whole spectrum
                 outside = torch.ones_like(outside)
             outside[0] = outside[-1] = False
             # Averages the power outside the band, in units of the noise's.
-            share = outside / (outside.sum() * 0.375 * length)
+            share = outside / (outside.sum() * 0.375 * self.lengths[i])
             self._keep(f"outside_{i}", share.repeat_interleave(2).unsqueeze(-1))
         shifts = torch.arange(-_FARTHEST, _FARTHEST + 1, 2, dtype=torch.float64)
         edges = torch.arange(num_tokens + 1, dtype=torch.float64)
         self.register_buffer("edge_shifts", shifts / _POINTS, persistent=False)
         self.register_buffer("even_edges", edges, persistent=False)
         # Noise of a reading's real or imaginary part, in units of sigma.
-        noise = [math.sqrt(2 / length) for length in lengths]
+        noise = [math.sqrt((1 if analytic else 2) / length) for length in lengths]
         noise = [noise[0], noise[0], noise[0] * math.sqrt(1.5), *noise[1:]]
         self._keep("noise", torch.tensor(noise).repeat_interleave(2))
         self._keep("position", torch.linspace(-1.0, 1.0, num_tokens))
@@ -151,12 +161,8 @@ class BandTokens(nn.Module):
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Amplitudes ``(B, 2 R, L)`` of R readings, and the first tapered spectrum."""
-        first, *others = (
-            spectrum(record)
-            for spectrum, record in zip(
-                self.spectra, x.split(self.lengths, -1), strict=True
-            )
-        )
+        records = zip(self.spectra, x.split(self.lengths, -1), strict=True)
+        first, *others = (self._spectrum(*pair) for pair in records)
         flat, tapered = first.unbind(-2)
         middle = slice(_POINTS // 2, None, _POINTS)
         readings = [flat[:, middle], flat[:, ::_POINTS], tapered[:, middle]]
@@ -164,9 +170,20 @@ class BandTokens(nn.Module):
         both = torch.view_as_real(torch.stack(readings, -2)).mT
         return both.flatten(-3, -2), tapered
 
+    def _spectrum(self, transform: nn.Module, record: Tensor) -> Tensor:
+        if not self.analytic:
+            return transform(record)
+        real, imaginary = (transform(part) for part in record.chunk(2, -1))
+        # A complex line has all of its power at one frequency.
+        return 0.5 * (real + 1j * imaginary)
+
     def _noise_level(self, i: int, record: Tensor) -> Tensor:
         """Log noise levels ``(B, 1)`` of records, by their spectra outside the band."""
-        spectrum = torch.fft.rfft(record * self.get_buffer(f"taper_{i}"))
+        taper = self.get_buffer(f"taper_{i}")
+        if self.analytic:
+            spectrum = torch.fft.fft(torch.complex(*record.chunk(2, -1)) * taper)
+        else:
+            spectrum = torch.fft.rfft(record * taper)
         power = torch.view_as_real(spectrum).flatten(-2).square()
         power = power @ self.get_buffer(f"outside_{i}")
         return 0.5 * (power + 1e-8).log()
@@ -315,7 +332,10 @@ class TokenEncoder(nn.Module):
         self.lift = nn.Sequential(
             nn.Linear(channels, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
-        self.blocks = nn.ModuleList(_Block(width, dilation) for dilation in _DILATIONS)
+        padding = "circular" if getattr(front_end, "circular", False) else "zeros"
+        self.blocks = nn.ModuleList(
+            _Block(width, dilation, padding) for dilation in _DILATIONS
+        )
         rounds = range(len(_DILATIONS) // _ATTEND_EVERY)
         self.norms: nn.ModuleList = nn.ModuleList(nn.LayerNorm(width) for _ in rounds)
         self.attentions: nn.ModuleList = nn.ModuleList(
@@ -348,11 +368,16 @@ class TokenEncoder(nn.Module):
 class _Block(nn.Module):
     """Residual block: a dilated convolution over the axis, then a mix of channels."""
 
-    def __init__(self, width: int, dilation: int) -> None:
+    def __init__(self, width: int, dilation: int, padding: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.convolution = nn.Conv1d(
-            width, width, 5, padding=2 * dilation, dilation=dilation
+            width,
+            width,
+            5,
+            padding=2 * dilation,
+            dilation=dilation,
+            padding_mode=padding,
         )
         self.mix = nn.Sequential(
             nn.GELU(),
@@ -374,14 +399,19 @@ class _Block(nn.Module):
 
 
 def _pursuit(
-    lengths: Sequence[int], rates: Sequence[float], band: Sequence[float], most: int
+    lengths: Sequence[int],
+    rates: Sequence[float],
+    band: Sequence[float],
+    most: int,
+    analytic: bool,
 ) -> "SinePursuit":
     from ..problems.sine_fit import SineFit
     from ..problems.sine_grid import Grid
     from ..problems.sine_pursuit import SinePursuit
 
     grids = (Grid(n / rate, rate) for n, rate in zip(lengths, rates, strict=True))
-    return SinePursuit(SineFit(tuple(grids)), (band[0], band[1]), most)
+    fit = SineFit(tuple(grids), analytic=analytic)
+    return SinePursuit(fit, (band[0], band[1]), most)
 
 
 def front_end_from_spec(spec: dict[str, Any]) -> nn.Module:

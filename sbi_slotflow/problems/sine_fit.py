@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..nn.gauss_newton import NormalEquations
-from .sine_grid import Grid, near_square_root
+from .sine_grid import Grid, SineSignal, near_square_root
 from .sine_statistics import SineStatistics
 
 __all__ = ["SineFit"]
@@ -46,14 +46,18 @@ _MANY, _BAND_STEP = 1_000, 10
 class SineFit:
     """Normal equations of K sinusoids (A, phi, f) in white noise.
 
+    Complex exponentials lack the conjugate's share of each inner product.
+
     Attributes:
         grids: Time grids of the records, which the data concatenate.
         ridge: Penalty on linear amplitudes in :meth:`start`, in data points: it keeps
             two components of nearly one frequency finite.
+        analytic: Whether the data are complex, see :class:`SineSignal`.
     """
 
     grids: tuple[Grid, ...]
     ridge: float = 10.0
+    analytic: bool = False
 
     kind: ClassVar[str] = "sinusoids"
 
@@ -61,12 +65,24 @@ class SineFit:
     def spec(self) -> dict[str, Any]:
         """Description from which :meth:`from_spec` rebuilds the fit."""
         grids = [[grid.duration, grid.rate] for grid in self.grids]
-        return {"kind": self.kind, "grids": grids, "ridge": self.ridge}
+        return {
+            "kind": self.kind,
+            "grids": grids,
+            "ridge": self.ridge,
+            "analytic": self.analytic,
+        }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "SineFit":
         """Rebuild a fit from :attr:`spec`."""
-        return cls(tuple(Grid(*grid) for grid in spec["grids"]), spec["ridge"])
+        grids = tuple(Grid(*grid) for grid in spec["grids"])
+        # Fits of older files are of real data.
+        return cls(grids, spec["ridge"], spec.get("analytic", False))
+
+    @property
+    def signal(self) -> SineSignal:
+        """The signal that is fitted."""
+        return SineSignal(self.grids, self.analytic)
 
     @property
     def reference_time(self) -> float:
@@ -102,13 +118,12 @@ class SineFit:
         for _ in range(_SEARCH_ROUNDS):
             # What the other components leave at each point of the grid.
             others = frequency[..., None, None, :]
-            both = torch.stack(
-                [others - grid.unsqueeze(-1), others + grid.unsqueeze(-1)]
-            )
-            below, above = self._moments(both, 1)[0]
             weight = phasor[..., None, None, :].masked_fill(own[:, None, :], 0.0)
-            model = 0.5 * (weight * below + (weight * above).conj()).sum(-1)
-            power = (seen - model).abs().square()
+            model = weight * self._moments(others - grid.unsqueeze(-1), 1)[0]
+            if not self.analytic:
+                above = self._moments(others + grid.unsqueeze(-1), 1)[0]
+                model = 0.5 * (model + (weight * above).conj())
+            power = (seen - model.sum(-1)).abs().square()
             frequency = _peak(grid, power)
             phasor = self._regress(data, owner, frequency, mask)
         phase = phasor.angle() - _TWO_PI * self.reference_time * frequency
@@ -121,10 +136,12 @@ class SineFit:
         alpha = torch.tensor([1.0, 1.0j], dtype=torch.complex128)
         alpha = alpha.to(frequency.device) * mask.unsqueeze(-1)
         first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
-        both = self._moments(torch.stack([first - second, first + second]), 1)[0]
-        below, above = both[..., :, None, :, None]
         here, there = alpha[..., :, :, None, None], alpha[..., None, None, :, :]
-        gram = 0.5 * (here * there.conj() * below + here * there * above).real
+        below = self._moments(first - second, 1)[0][..., :, None, :, None]
+        gram = (here * there.conj() * below).real
+        if not self.analytic:
+            above = self._moments(first + second, 1)[0][..., :, None, :, None]
+            gram = 0.5 * (gram + (here * there * above).real)
         gram = gram.flatten(-4, -3).flatten(-2)
         seen = self._projections(data, owner, frequency, 1)[0]
         inner = (alpha * seen.conj().unsqueeze(-1)).real.flatten(-2)
@@ -170,20 +187,22 @@ class SineFit:
         """Inner products of C vectors a component: ``(N, K C, K C)``."""
         num, width = alpha.shape[-2], alpha.shape[-1]
         first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
-        both = self._moments(torch.stack([first - second, first + second]))
-        below, above = zip(*both, strict=True)
+        if self.analytic:
+            parts = [(self._moments(first - second), alpha.conj(), beta.conj())]
+        else:
+            both = self._moments(torch.stack([first - second, first + second]))
+            below, above = zip(*both, strict=True)
+            parts = [(below, alpha.conj(), beta.conj()), (above, alpha, beta)]
         total = None
-        for moments, other_alpha, other_beta in (
-            (below, alpha.conj(), beta.conj()),
-            (above, alpha, beta),
-        ):
+        for moments, other_alpha, other_beta in parts:
             m0, m1, m2 = (m[..., :, None, :, None] for m in moments)
             a, b = alpha[..., :, :, None, None], beta[..., :, :, None, None]
             c, d = other_alpha[..., None, None, :, :], other_beta[..., None, None, :, :]
             part = a * c * m0 + (a * d + b * c) * m1 + b * d * m2
             total = part if total is None else total + part
         assert total is not None
-        return 0.5 * total.real.reshape(*alpha.shape[:-2], num * width, num * width)
+        gram = total.real.reshape(*alpha.shape[:-2], num * width, num * width)
+        return gram if self.analytic else 0.5 * gram
 
     def inner(
         self,
@@ -202,17 +221,19 @@ class SineFit:
         self, data: Tensor, owner: Tensor, frequency: Tensor, count: int
     ) -> list[Tensor]:
         """The first ``count`` of the sums Z_0 and Z_1 at frequencies ``(N, K)``."""
-        many = len(data) == 1 and frequency.numel() >= _MANY
+        many = len(data) == 1 and frequency.numel() >= _MANY and not self.analytic
         if many and data.device.type == "cpu" and frequency.isfinite().all():
             found = self._statistics(data[0], frequency).moments(frequency.numpy())
             return [torch.from_numpy(sums) for sums in found[:count]]
-        lengths = [grid.num_samples for grid in self.grids]
+        records = 2 if self.analytic else 1
+        lengths = [records * grid.num_samples for grid in self.grids]
         totals = [torch.zeros_like(frequency, dtype=torch.complex128)] * count
         for grid, record in zip(self.grids, data.split(lengths, -1), strict=True):
             fine = near_square_root(grid.num_samples)
             coarse = -(-grid.num_samples // fine)
             padding = coarse * fine - grid.num_samples
-            record = torch.nn.functional.pad(record.double(), (0, padding))
+            record = record.double().unflatten(-1, (records, grid.num_samples))
+            record = torch.nn.functional.pad(record, (0, padding))
             times = torch.arange(coarse * fine).to(frequency) / grid.rate
             times = times - self.reference_time
             step = frequency.unsqueeze(-1) / grid.rate
@@ -225,9 +246,12 @@ class SineFit:
             for p in range(count):
                 values = record * times if p else record
                 blocks = values.unflatten(-1, (coarse, fine))[owner]
-                real, imag = (blocks @ inner).chunk(2, -1)  # (N, coarse, K)
-                share = (torch.complex(real, imag).mT * i).sum(-1)
-                totals[p] = totals[p] + share
+                # (N, records, coarse, K)
+                real, imag = (blocks @ inner.unsqueeze(1)).chunk(2, -1)
+                shares = (torch.complex(real, imag).mT * i.unsqueeze(1)).sum(-1)
+                totals[p] = totals[p] + shares[:, 0]
+                if self.analytic:
+                    totals[p] = totals[p] + 1j * shares[:, 1]
         return totals
 
     def _statistics(self, x: Tensor, frequency: Tensor) -> SineStatistics:
@@ -284,6 +308,10 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
     M_1 = D' / (2 pi i), M_2 = -D'' / (2 pi)^2.
     """
     num, dt = grid.num_samples, 1 / grid.rate
+    # A sampling rate more changes the sign at most.
+    turns = (frequency * dt).round()
+    frequency = frequency - turns / dt
+    sign = 1 - 2 * ((num - 1) * turns % 2)
     x = math.pi * frequency * dt
     near = (x * num).abs() < _SERIES_LIMIT
     x = torch.where(near, torch.ones_like(x), x)
@@ -301,7 +329,7 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
         values = [
             v.masked_scatter(near, s) for v, s in zip(values, series, strict=True)
         ]
-    return values
+    return [sign * value for value in values]
 
 
 def _series(angle: Tensor, grid: Grid, count: int) -> list[Tensor]:

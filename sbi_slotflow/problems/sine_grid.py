@@ -52,14 +52,18 @@ class SineSignal:
 
     Attributes:
         grids: Time grids.
+        analytic: Whether signals are A exp i(2 pi f t + phi); each grid then gives its
+            real parts, then its imaginary ones.
     """
 
     grids: tuple[Grid, ...]
+    analytic: bool = False
 
     @property
     def num_samples(self) -> int:
         """Length T of a signal: the grids' samples together."""
-        return sum(grid.num_samples for grid in self.grids)
+        num = sum(grid.num_samples for grid in self.grids)
+        return 2 * num if self.analytic else num
 
     def __call__(self, components: Tensor) -> Tensor:
         """Evaluate each component on its own.
@@ -88,8 +92,11 @@ class SineSignal:
         amplitude, phase, frequency = components.unbind(-1)
         amplitude = torch.where(mask, amplitude, amplitude.new_zeros(()))
         turns = phase.double() / (2 * math.pi)
+        parts = [turns, turns - 0.25] if self.analytic else [turns]
         streams = [
-            _on_grid(grid, amplitude, turns, frequency.double()) for grid in self.grids
+            _on_grid(grid, amplitude, part, frequency.double())
+            for grid in self.grids
+            for part in parts
         ]
         return torch.cat(streams, dim=-1)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .sine_fit import SineFit
-from .sine_grid import SineSignal
 
 __all__ = ["Pursued", "SinePursuit"]
 
@@ -55,20 +54,35 @@ class SinePursuit:
 
     Args:
         fit: Their least squares.
-        band: Lowest and highest frequency.
+        band: Lowest and highest frequency; a circle, if the data are complex and it is
+            all of their spectrum.
         most: Largest number P of components.
+        least_gain: Nats below which a component is not kept.
+        num_steps: Gauss-Newton steps after each new component.
     """
 
-    def __init__(self, fit: SineFit, band: tuple[float, float], most: int) -> None:
+    def __init__(
+        self,
+        fit: SineFit,
+        band: tuple[float, float],
+        most: int,
+        least_gain: float = _LEAST_GAIN,
+        num_steps: int = _NUM_STEPS,
+    ) -> None:
         self.fit, self.band, self.most = fit, band, most
-        self.signal = SineSignal(fit.grids)
+        self.least_gain, self.num_steps = least_gain, num_steps
+        self.signal = fit.signal
         first = fit.grids[0]
         self.width = 1 / first.duration
+        self._circular = fit.analytic and math.isclose(band[1] - band[0], first.rate)
         num = math.ceil((band[1] - band[0]) / self.width * _OVERSAMPLING)
         self.grid = torch.linspace(*band, num + 1, dtype=torch.float64)
         turns = (first.times - fit.reference_time).unsqueeze(-1) * self.grid
         wave = torch.polar(torch.full_like(turns, 2 / len(turns)), -_TWO_PI * turns)
-        self._matrix = torch.cat([wave.real, wave.imag], -1).float()
+        matrix = torch.cat([wave.real, wave.imag], -1)
+        if fit.analytic:
+            matrix = 0.5 * torch.cat([matrix, torch.cat([-wave.imag, wave.real], -1)])
+        self._matrix = matrix.float()
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Pursued:
@@ -90,13 +104,13 @@ class SinePursuit:
                 torch.cat([a, b], -1) for a, b in zip(old, (peak, place), strict=True)
             ]
             noise = energy[left] / num_data
-            for _ in range(_NUM_STEPS):
+            for _ in range(self.num_steps):
                 new = self._step(data[left], *new, noise)
             rest = x[left] - self._total(*new).to(x)
             smaller = rest.double().square().sum(-1).clamp(min=1e-30)
             earned = 0.5 * num_data * (energy[left] / smaller).log()
             gain[left, p] = earned.clamp(min=0.0)
-            kept = earned > _LEAST_GAIN
+            kept = earned > self.least_gain
             left = left[kept]
             phasor[left, : p + 1], frequency[left, : p + 1] = (n[kept] for n in new)
             found[left, p] = True
@@ -128,8 +142,10 @@ class SinePursuit:
         solved = torch.linalg.solve(gram + torch.diag_embed(penalty), inner)
         real, imag, change = solved.unflatten(-1, (-1, 3)).unbind(-1)
         most = _FARTHEST * self.width
-        moved = (frequency + change.clamp(-most, most)).clamp(*self.band)
-        return [torch.complex(real, imag), moved]
+        moved = frequency + change.clamp(-most, most)
+        low, high = self.band
+        moved = low + (moved - low) % (high - low) if self._circular else moved
+        return [torch.complex(real, imag), moved.clamp(low, high)]
 
     def _total(self, phasor: Tensor, frequency: Tensor) -> Tensor:
         phase = phasor.angle() - _TWO_PI * self.fit.reference_time * frequency

@@ -10,7 +10,11 @@ from sbi_slotflow.nn.chirp import ChirpTransform
 
 @pytest.mark.parametrize(
     ("length", "rate", "start", "step", "num"),
-    [(3_000, 10.0, 2.5, 1 / 3_000, 1_500), (81, 4.0, 0.3, 0.05, 7), (2, 1.0, 0, 0.1, 9)],
+    [
+        (3_000, 10.0, 2.5, 1 / 3_000, 1_500),
+        (81, 4.0, 0.3, 0.05, 7),
+        (2, 1.0, 0, 0.1, 9),
+    ],
 )
 def test_amplitudes_are_the_sums_that_define_them(length, rate, start, step, num):
     torch.manual_seed(0)

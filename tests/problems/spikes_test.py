@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sbi_slotflow import SlotDensityEstimator, slot_nn
 from sbi_slotflow.marginals import Marginal
+from sbi_slotflow.nn.anchor_axis import AnchorAxis
+from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
 from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
 from sbi_slotflow.nn.local_chart import LocalChart
@@ -212,9 +214,9 @@ def test_a_peak_is_a_calibrated_gaussian_about_the_truth(problem: Spikes) -> Non
     # all 480: 5 standard errors; the little that is not Gaussian is within them
     assert abs(z.square().mean().item() - 1) < 5 * math.sqrt(2 / 480)
     assert z.abs().max() < 5
-    # The last feature is the logarithm of the noise level: 12 of 512 are fitted.
+    # The last feature but one is the log of the noise level: 12 of 512 are fitted.
     noise = parts.shared[:, 0].double().log()
-    error = peaks.features[:, 0, -1] - noise
+    error = peaks.features[:, 0, -2] - noise
     assert error.abs().max() < 6 / math.sqrt(2 * 500)
 
 
@@ -239,6 +241,29 @@ def test_unbounded_marginals_give_finite_starts() -> None:
     start = fit.start(x, torch.zeros(1, dtype=torch.int64), *ends, mask)[0, 0]
     assert abs(start[0].item() - 0.3) < 0.03
     assert abs(start[1].item() - 2.2) < 0.5
+
+
+def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
+    marginals = Marginal("uniform", 0.0, 1.0), Marginal("normal", 2.0, 0.5)
+    times = torch.arange(64, dtype=torch.float64) / 64
+
+    def bumps(components: Tensor) -> Tensor:
+        place, height = components.unsqueeze(-1).unbind(-2)
+        return height * torch.exp(-0.5 * ((times.to(components) - place) / 0.05) ** 2)
+
+    fit, chart = AdditiveFit(bumps, marginals), WhiteningChart(marginals)
+    truth = torch.tensor([[0.45, 3.6]], dtype=torch.float64)  # 3.2 deviations up
+    generator = torch.Generator().manual_seed(0)
+    x = bumps(truth) + 0.01 * torch.randn(1, 64, generator=generator).double()
+    finder = PeakFinder(chart, LocalChart(chart, AnchorAxis(0, 8)), fit, 6)
+    zero = torch.zeros(1, dtype=torch.int64)
+    start = torch.tensor([[3.0]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    peaks = finder(x, zero, torch.full((1, 1), 3), start, start + 1, mask)
+    w = finder.local_chart.absolute(peaks.mode, torch.full((1, 1), 3), peaks.centre)
+    found = finder.local_chart.components(w)[0, 0]
+    # 5 deviations: 0.01 / sqrt(sum of squares), 0.005 for either
+    assert (found - truth[0]).abs().max() < 0.025
 
 
 # files
