@@ -1,5 +1,7 @@
 """Invariants of the token encoder's parts."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from sbi_slotflow import problems
 def test_blocks_convolve_as_torch_does(place: int, batch: int) -> None:
     torch.manual_seed(place)
     encoder = problems.spikes(num_samples=64).build_token_encoder(width=8)
-    block = encoder.blocks[place]
+    block: Any = encoder.blocks[place]
     tokens = torch.randn(batch, 21, 8)
     around = block.convolution(block.norm(tokens).mT).mT
     expected = tokens + block.mix(around)
