@@ -299,7 +299,8 @@ class JointHead(AnchoredHead):
             row: Row of each of the M.
         """
         near, own = sets.near[which, k].unsqueeze(-1), None
-        if near.any():
+        # In training its weights shall have gradients, if only zeros.
+        if torch.is_grad_enabled() or near.any():
             known = w if sets.peaks is None else noise
             before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
             if sets.peaks is not None:

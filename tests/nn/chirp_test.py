@@ -16,7 +16,9 @@ from sbi_slotflow.nn.chirp import ChirpTransform
         (2, 1.0, 0, 0.1, 9),
     ],
 )
-def test_amplitudes_are_the_sums_that_define_them(length, rate, start, step, num):
+def test_amplitudes_are_the_sums_that_define_them(
+    length: int, rate: float, start: float, step: float, num: int
+) -> None:
     torch.manual_seed(0)
     taper = torch.hann_window(length, dtype=torch.float64) + 0.1
     tapers = torch.stack([torch.ones_like(taper), taper])
@@ -32,6 +34,6 @@ def test_amplitudes_are_the_sums_that_define_them(length, rate, start, step, num
     assert error < 3e-6
 
 
-def test_the_transform_can_be_moved_to_float64():
+def test_the_transform_can_be_moved_to_float64() -> None:
     transform = ChirpTransform(torch.ones(1, 50).double(), 10.0, 1.0, 0.1, 5).double()
     assert transform(torch.ones(1, 50).double()).dtype == torch.complex128
