@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .datatree import to_datatree
     from .draws import PosteriorDraws
     from .layout import ThetaLayout
+    from .model_cards import model_card
     from .nn import (
         CircleChart,
         PolarChart,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from .noise import WhiteNoise
     from .posterior import SlotPosterior
-    from .pretrained import load_pretrained, model_card
+    from .pretrained import load_pretrained
     from .prior import VariableKPrior
     from .problems import Problem
     from .refinement import RefinedPosterior, refine
@@ -79,7 +80,7 @@ _HOMES = {
     "calibration": "",
     "load_pretrained": "pretrained",
     "metrics": "",
-    "model_card": "pretrained",
+    "model_card": "model_cards",
     "plots": "",
     "problems": "",
     "refine": "refinement",
