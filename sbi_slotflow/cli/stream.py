@@ -129,7 +129,7 @@ def _open_run(folder: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         old = json.loads(path.read_text())
         differ = [
-            f"{key} was {old.get(key)}, now {value}"
+            f"{key} was {_short(old.get(key))}, now {_short(value)}"
             for key, value in settings.items()
             if old.get(key) != value
         ]
@@ -141,6 +141,11 @@ def _open_run(folder: Path, settings: dict[str, Any]) -> None:
         return
     folder.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=1).encode())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."
 
 
 def _summary(parts: list[Path]) -> Summary:
