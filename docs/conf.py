@@ -41,7 +41,10 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # The paths of other packages' objects are not checked: their inventories are online.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!sbi_slotflow|slot_nn)[A-Za-z_]+(\..*)?")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!sbi_slotflow)[A-Za-z_]+(\..*)?"),
+    (r"py:.*", r"sbi_slotflow\..*\._\w+"),
+]
 
 doctest_global_setup = """
 import torch

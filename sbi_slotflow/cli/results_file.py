@@ -3,6 +3,7 @@
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,10 @@ def aside(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it replaces ``path`` if all goes well, else goes."""
     new = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield new
+        with warnings.catch_warnings():
+            # Zarr 3 warns of what helps xarray to open a store fast.
+            warnings.filterwarnings("ignore", "Consolidated metadata")
+            yield new
         if path.is_dir():  # a Zarr store is a folder, which nothing replaces at once
             old = path.with_name(f".{uuid.uuid4().hex}.old")
             os.replace(path, old)
