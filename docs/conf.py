@@ -50,7 +50,6 @@ doctest_global_setup = """
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False)
 """
 
 
