@@ -153,7 +153,7 @@ def read_observation(
         signals = open_signals(path)
     except SignalFileError as error:
         raise DemoError(f"{error}. {expected}") from error
-    by_shape = {(p.num_data,): p for p in problems}
+    by_shape: dict[tuple[int, ...], Sinusoids] = {(p.num_data,): p for p in problems}
     by_shape |= {(1, p.num_data): p for p in problems}
     if signals.shape not in by_shape:
         raise DemoError(f"{path} has shape {signals.shape}. {expected}")

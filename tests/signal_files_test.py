@@ -32,7 +32,7 @@ def hdf5_group(path: Path, array: np.ndarray) -> str:
 
 
 def zarr_array(path: Path, array: np.ndarray) -> str:
-    zarr.save_array(str(path), array)
+    zarr.save_array(str(path), array)  # pyright: ignore[reportArgumentType]
     return str(path)
 
 

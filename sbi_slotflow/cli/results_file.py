@@ -106,7 +106,7 @@ def join_csv(parts: Sequence[Path], path: Path) -> None:
 
 
 def _group(tree: "DataTree", name: str) -> "Dataset":
-    return tree[name].to_dataset(inherit=False)
+    return tree.children[name].to_dataset(inherit=False)
 
 
 def _join_zarr(parts: Sequence[Path], path: Path) -> None:

@@ -152,9 +152,10 @@ def _summary(parts: list[Path]) -> Summary:
     counts: Counter[int] = Counter()
     foreign = unreliable = 0
     for part in parts:
-        tree = read_part(part)
-        counts.update(tree["cardinality"]["probability"].values.argmax(-1).tolist())
-        stats = tree["sample_stats"]
+        groups = read_part(part).children
+        probs = groups["cardinality"].to_dataset()["probability"].values
+        counts.update(probs.argmax(-1).tolist())
+        stats = groups["sample_stats"].to_dataset()
         if "training_p_value" in stats:
             foreign += int((stats["training_p_value"].values < 1e-3).sum())
         if "pareto_k" in stats:
