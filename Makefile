@@ -6,7 +6,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev test test-all lint types format bench experiments demo pretrained clean
+.PHONY: help venv dev test test-all lint types format docs doctest bench experiments demo pretrained package clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ format: dev ## Fix style and formatting in place
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
+docs: dev ## Build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -b html docs docs/_build/html
+
+doctest: dev ## Run the examples in the documentation
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -b doctest docs docs/_build/doctest
+
 bench: venv ## Time the networks and the simulator against the paper's
 	$(BIN)/python -m pytest benchmarks/perf --benchmark-only --benchmark-autosave --benchmark-columns=median,iqr,ops,rounds
 
@@ -57,6 +63,10 @@ demo: venv ## Run the demo into demo/; X=FILE gives it an observation
 pretrained: venv ## Train a set of shipped weights anew; NAME=sinusoids-tiny, say
 	$(BIN)/python -m sbi_slotflow.pretraining $(NAME) --out sbi_slotflow/weights
 
+package: dev ## Build wheel and source distribution into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean: ## Remove caches, builds and the demo's output; .venv stays
-	rm -rf build dist demo .benchmarks benchmarks/smoke .pytest_cache .ruff_cache
+	rm -rf build dist demo docs/_build docs/report docs/tutorials .benchmarks benchmarks/smoke .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

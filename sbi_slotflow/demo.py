@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +37,7 @@ from .posterior import SlotPosterior
 from .pretrained import load_pretrained
 from .problems import Sinusoids, sinusoids
 from .seeding import generator_for
+from .signal_files import SignalFileError, open_signals
 from .training.checkpoint import load_state
 from .training.online import OnlineSettings
 from .training.trainer import SlotNPE
@@ -136,7 +135,7 @@ def read_observation(
 
     Args:
         problems: The problems, one of which it must be as long as.
-        path: A ``.npy`` file of floating-point numbers, shape ``(T,)`` or ``(1, T)``.
+        path: A file of floating-point numbers, shape ``(T,)`` or ``(1, T)``.
 
     Returns:
         The signal, and the problem that it belongs to.
@@ -151,31 +150,21 @@ def read_observation(
         f"or (1, T): {described}."
     )
     try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DemoError(f"there is no file {path}. {expected}") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise DemoError(f"cannot read {path}: {reason}. {expected}") from error
-    except (ValueError, EOFError, MemoryError, BadZipFile) as error:
-        raise DemoError(f"{path} is not a .npy file of numbers. {expected}") from error
-    if not isinstance(array, np.ndarray):
-        raise DemoError(f"{path} is an archive of several arrays. {expected}")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise DemoError(f"{path} has dtype {array.dtype}. {expected}")
-    by_shape = {(p.num_data,): p for p in problems}
+        signals = open_signals(path)
+    except SignalFileError as error:
+        raise DemoError(f"{error}. {expected}") from error
+    by_shape: dict[tuple[int, ...], Sinusoids] = {(p.num_data,): p for p in problems}
     by_shape |= {(1, p.num_data): p for p in problems}
-    if array.shape not in by_shape:
-        raise DemoError(f"{path} has shape {array.shape}. {expected}")
-    with np.errstate(over="ignore"):
-        x = torch.from_numpy(array.astype(np.float32)).reshape(1, -1)
+    if signals.shape not in by_shape:
+        raise DemoError(f"{path} has shape {signals.shape}. {expected}")
+    x = torch.from_numpy(signals.read(0, 1))
     num_bad = int((~torch.isfinite(x)).sum())
     if num_bad:
         raise DemoError(
             f"{path} has {num_bad} entries that are NaN, infinite or too large for "
             f"float32. {expected}"
         )
-    return Observation(str(path), x), by_shape[array.shape]
+    return Observation(str(path), x), by_shape[signals.shape]
 
 
 def train(problem: Sinusoids, checkpoint: Path, num_simulations: int) -> SlotPosterior:
@@ -229,7 +218,10 @@ def analyse(
 
     if observation.theta is None:
         warn_if_foreign(x, signals)
-    print_cardinality(probs, observation.theta, problem)
+    true = observation.theta
+    print_cardinality(
+        probs, None if true is None else int(problem.layout.cardinality(true))
+    )
     print_table(given_k, observation.theta, problem, k)
     mean = posterior.reconstruct(draws).mean(0)
     print_reconstruction(mean, x, observation.theta, draws, problem)

@@ -36,10 +36,9 @@ def warn_if_foreign(x: Tensor, signals: Tensor) -> None:
         )
 
 
-def print_cardinality(probs: Tensor, theta: Tensor | None, problem: Sinusoids) -> None:
+def print_cardinality(probs: Tensor, true: int | None = None) -> None:
     """Print p(K | x) with the true K marked."""
     print("\np(K | x)")
-    true = None if theta is None else int(problem.layout.cardinality(theta))
     for k, p in enumerate(probs.tolist()):
         bar, mark = "#" * round(30 * p), "  truth" if k == true else ""
         print(f"  K = {k}  {p:.3f}  {bar}{mark}".rstrip())

@@ -1,32 +1,19 @@
 """Weights that come with the package.
 
-Each set is a safetensors file with, beside it, a model card: how it was trained and
-what was measured of it, written by ``python -m benchmarks.anchored_slots``.
+Each set is a safetensors file with, beside it, a model card.
 """
 
-import json
 from importlib.resources import as_file, files
-from typing import Any
 
 import torch
 
 from .calibration.misspecification import TrainingReference
+from .model_cards import available_weights, check_name, model_card
 from .nn.estimator import SlotDensityEstimator
 from .posterior import SlotPosterior
 from .pretraining import RECIPES
 
 __all__ = ["available_weights", "load_pretrained", "model_card"]
-
-
-def available_weights() -> tuple[str, ...]:
-    """Names of the sets of weights in this installation."""
-    folder = files("sbi_slotflow") / "weights"
-    names = {
-        entry.name.removesuffix(".safetensors")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".safetensors")
-    }
-    return tuple(sorted(names & RECIPES.keys()))
 
 
 def load_pretrained(
@@ -45,7 +32,7 @@ def load_pretrained(
     Raises:
         ValueError: If there are no such weights.
     """
-    _check(name)
+    check_name(name)
     with as_file(files("sbi_slotflow") / "weights" / f"{name}.safetensors") as path:
         estimator = SlotDensityEstimator.load(path)
     problem = RECIPES[name].problem
@@ -60,23 +47,3 @@ def load_pretrained(
             posterior.set_training_reference(TrainingReference.load(path))
     posterior.model_card = model_card(name)
     return posterior
-
-
-def model_card(name: str) -> dict[str, Any]:
-    """Return how a set of weights was trained and what was measured of it.
-
-    Args:
-        name: See :func:`load_pretrained`.
-
-    Raises:
-        ValueError: If there are no such weights.
-    """
-    _check(name)
-    card = files("sbi_slotflow") / "weights" / f"{name}.json"
-    return json.loads(card.read_text())
-
-
-def _check(name: str) -> None:
-    names = available_weights()
-    if name not in names:
-        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arviz_stats.base.array import array_stats
 from torch import Tensor
 
 __all__ = ["SmoothedWeights", "pareto_smoothed"]
@@ -38,6 +37,8 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
     tail = math.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values))))
     if np.ptp(np.sort(values)[-tail:]) < 1e-4:
         return SmoothedWeights(log_weights, 0.0)
+    from arviz_stats.base.array import array_stats  # brings xarray
+
     # The function takes log likelihoods of left-out data: weights are their inverse.
     with np.errstate(all="ignore"):
         result, shape = array_stats.psislw(-values)

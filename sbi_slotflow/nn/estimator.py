@@ -34,7 +34,7 @@ _VERSION = 1
 
 
 class SlotDensityEstimator(ConditionalDensityEstimator):
-    """Density estimator over theta rows; what :class:`slot_nn` builds.
+    """Density estimator over theta rows; what :class:`~sbi_slotflow.slot_nn` builds.
 
     Args:
         spec: The estimator's description.

@@ -192,7 +192,7 @@ class StageBuilder:
     part: Part
 
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
-        """Build the estimator of this stage; see :class:`slot_nn`."""
+        """Build the estimator; see :class:`~sbi_slotflow.slot_nn`."""
         estimator = self.build(theta, x)
         estimator.anchors_only = self.part == "anchors"
         kept = self.weights or {}

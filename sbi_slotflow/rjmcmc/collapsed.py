@@ -69,7 +69,7 @@ class CollapsedDraws(PosteriorDraws):
 
     @property
     def disagreement(self) -> float:
-        """Mean total variation of p(K | x) between two chains: the sampler's floor."""
+        """Mean total variation of p(K | x) between two chains, the sampler's floor."""
         probs = self.cardinality_by_chain
         first, second = torch.triu_indices(len(probs), len(probs), 1)
         distance = 0.5 * (probs[first] - probs[second]).abs().sum(-1)

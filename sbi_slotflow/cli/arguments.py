@@ -1,0 +1,147 @@
+"""Arguments of the command line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["parse"]
+
+_EXIT = """\
+exit status:
+  0    done
+  1    unexpected error, with a traceback
+  2    bad usage or bad input: one line says what was expected and what came
+  130  interrupted
+"""
+
+_INFER = """\
+SIGNALS is one array of floating-point numbers. An array (T,) is one signal, and the
+result is an ArviZ tree: draws, predictive draws, p(K | x) and a catalogue of sources.
+An array (N, T) is N signals, read a few at a time; the result has the same groups with
+a leading dimension `observation`. Until it is whole, its parts lie in OUT.parts: the
+same command takes an interrupted run up again. OUT itself appears in one piece, and
+replaces a file of that name.
+"""
+
+_INFER_EXAMPLES = """\
+examples:
+  sbi-slotflow infer signal.npy --model sinusoids-paper --out result.nc --plot
+  sbi-slotflow infer night.h5:flux --model sinusoids-crowded --out night.zarr --refine
+  sbi-slotflow infer x.npy --model mine.safetensors --problem mine.py:problem \\
+      --out result.nc --catalogue sources.csv
+
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments; exits with status 2 if they are malformed.
+
+    Args:
+        argv: Arguments; those of the command line if None.
+    """
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sbi-slotflow",
+        description="How many components are in a signal, and their parameters.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_infer(commands)
+    info = commands.add_parser(
+        "info",
+        help="tell how a model was trained and how good it is",
+        description="Print the card of a model that comes with the package.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument("model", nargs="?", help="its name; lists the models if left out")
+    return parser.parse_args(argv)
+
+
+def _add_infer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    infer = commands.add_parser(
+        "infer",
+        help="infer the posterior of signals in a file",
+        description=_INFER,
+        epilog=_INFER_EXAMPLES + _EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    infer.add_argument(
+        "signals",
+        metavar="SIGNALS",
+        help="file.npy, file.h5:dataset or folder.zarr:array; the name after the colon "
+        "may be left out where there is one array",
+    )
+    infer.add_argument(
+        "--model",
+        required=True,
+        help="a model of `sbi-slotflow info`, or a file that "
+        "SlotDensityEstimator.save wrote",
+    )
+    infer.add_argument(
+        "--problem",
+        metavar="FILE.py:NAME",
+        help="for a model file: the Problem or VariableKPrior that it was trained "
+        "for, in a Python file of yours, which is run; or the name of a model of "
+        "`sbi-slotflow info`, for its problem",
+    )
+    infer.add_argument(
+        "--out", required=True, type=Path, help="result to write, .nc or .zarr"
+    )
+    infer.add_argument(
+        "--row",
+        type=_natural,
+        metavar="I",
+        help="analyse signal I of an array (N, T) alone, counted from 0",
+    )
+    infer.add_argument(
+        "--num-samples",
+        type=_positive,
+        metavar="S",
+        help="draws from each posterior (4,000 of one signal, 1,000 each of many)",
+    )
+    infer.add_argument("--seed", type=_natural, default=0, help="seed of the draws (0)")
+    infer.add_argument(
+        "--refine",
+        action="store_true",
+        help="make the posterior exact by importance sampling with the problem's "
+        "likelihood, of at least 10,000 draws, resampled to S; k-hat in the result "
+        "says whether to believe it. Slow for many signals",
+    )
+    infer.add_argument(
+        "--catalogue",
+        type=Path,
+        metavar="FILE.csv",
+        help="write the sources as a table",
+    )
+    infer.add_argument(
+        "--plot",
+        action="store_true",
+        help="of one signal, write figures beside OUT (result.corner.png, ...)",
+    )
+    infer.add_argument(
+        "--quiet", action="store_true", help="print errors only, and no progress bar"
+    )
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer of at least {least}, got {text!r}"
+        )
+    return number
