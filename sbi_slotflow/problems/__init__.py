@@ -5,6 +5,7 @@ from .base import Problem
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .sinusoids import Sinusoids, sinusoids
 from .spikes import Spikes, spikes
+from .trace import Trace
 
 __all__ = [
     "AdditiveFit",
@@ -12,6 +13,7 @@ __all__ = [
     "Problem",
     "Sinusoids",
     "Spikes",
+    "Trace",
     "linear_gaussian",
     "sinusoids",
     "spikes",
