@@ -3,12 +3,14 @@
 from .additive_fit import AdditiveFit
 from .base import Problem
 from .linear_gaussian import LinearGaussian, linear_gaussian
+from .sine_grid import Grid
 from .sinusoids import Sinusoids, sinusoids
 from .spikes import Spikes, spikes
 from .trace import Trace
 
 __all__ = [
     "AdditiveFit",
+    "Grid",
     "LinearGaussian",
     "Problem",
     "Sinusoids",
