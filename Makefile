@@ -6,7 +6,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev test test-all lint types format bench demo pretrained clean
+.PHONY: help venv dev test test-all lint types format bench demo tutorials pretrained clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: venv ## Run the benchmarks
 
 demo: venv ## Run the demo into demo/; X=FILE gives it an observation
 	$(BIN)/python -m sbi_slotflow.demo --out demo $(if $(X),--x "$(X)")
+
+tutorials: dev ## Run the tutorials in full and save their outputs; NAME=03 for one
+	$(BIN)/python tutorials/build.py $(NAME)
 
 pretrained: venv ## Train a set of shipped weights anew; NAME=sinusoids-tiny, say
 	$(BIN)/python -m sbi_slotflow.pretraining $(NAME) --out sbi_slotflow/weights

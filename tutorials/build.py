@@ -2,6 +2,7 @@
 
 Every ``NN_name.py`` (jupytext's percent format) is run in full, and ``NN_name.ipynb``
 is written with what it printed and drew. Edit the ``.py`` file; the notebook is made.
+``--text`` runs nothing: it brings changes of the text into the saved notebooks.
 """
 
 import argparse
@@ -50,6 +51,25 @@ def tidy(notebook: Any) -> Any:
     return notebook
 
 
+def retold(path: Path) -> Any:
+    """Return a saved notebook with the present text of its percent file.
+
+    Raises:
+        ValueError: If the code has changed since it was run.
+    """
+    notebook = jupytext.read(path)
+    saved = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    new, old = (
+        [cell for cell in each.cells if cell.cell_type == "code"]
+        for each in (notebook, saved)
+    )
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        raise ValueError(f"{path.name} has other code than its notebook: run it.")
+    for cell, run in zip(new, old, strict=True):
+        cell.outputs, cell.execution_count = run.outputs, run.execution_count
+    return notebook
+
+
 def _is_progress(output: Any) -> bool:
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     bar = output.get("name") == "stderr" and "it/s]" in output.get("text", "")
@@ -66,9 +86,13 @@ def _small(png: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", nargs="*", help="which, 03 say; all if none")
-    for path in sources(parser.parse_args().prefix):
+    parser.add_argument(
+        "--text", action="store_true", help="update the text, run nothing"
+    )
+    arguments = parser.parse_args()
+    for path in sources(arguments.prefix):
         started = time.monotonic()
-        notebook = tidy(execute(path))
+        notebook = tidy(retold(path) if arguments.text else execute(path))
         target = path.with_suffix(".ipynb")
         nbformat.write(nbformat.from_dict(notebook), target)
         size = target.stat().st_size / 1e3
