@@ -185,10 +185,10 @@ print(f"sigma = {bright.rows[:, 1].mean():.3f} +- {bright.rows[:, 1].std():.3f}"
 lines(bright)
 
 # %% [markdown]
-# Two lines, with certainty, and a noise level of 0.31: what rounding leaves (0.29), and
-# a little more for the day that is off. The data are the same; only the question has
-# changed. Neither answer is wrong. "How many sinusoids?" has none without "of what
-# size, and in which noise?", and the prior is where you say that.
+# Two lines, with certainty, and a noise level of 0.31, by which the model now explains
+# the rounding. The data are the same; only the question has changed. Neither answer is
+# wrong. "How many sinusoids?" has none without "of what size, and in which noise?", and
+# the prior is where you say that.
 #
 # ## What to read next
 #
