@@ -6,7 +6,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev test test-all lint types format docs doctest bench experiments demo pretrained package clean
+.PHONY: help venv dev test test-all lint types format docs doctest bench experiments demo tutorials pretrained package clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ experiments: $(VENV)/.installed-dev ## Run the paper's experiments at the budget
 
 demo: venv ## Run the demo into demo/; X=FILE gives it an observation
 	$(BIN)/python -m sbi_slotflow.demo --out demo $(if $(X),--x "$(X)")
+
+tutorials: dev ## Run the tutorials in full and save their outputs; NAME=03 for one
+	$(BIN)/python tutorials/build.py $(NAME)
 
 pretrained: venv ## Train a set of shipped weights anew; NAME=sinusoids-tiny, say
 	$(BIN)/python -m sbi_slotflow.pretraining $(NAME) --out sbi_slotflow/weights

@@ -450,3 +450,10 @@ def test_scaling_fits_a_power_law() -> None:
         plots.plot_width_scaling(torch.zeros(3), {"a": torch.ones(3)})
     with pytest.raises(ValueError, match="widths must hold at least one"):
         plots.plot_width_scaling(k, {})
+
+
+def test_figures_show_themselves_in_a_notebook() -> None:
+    picture = plots.plot_cardinality(torch.tensor([0.2, 0.8]))._repr_png_()
+    assert picture.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(picture[i : i + 4]) for i in (16, 20))
+    assert 100 < height < width < 1_000

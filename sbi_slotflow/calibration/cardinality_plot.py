@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ..figure import Figure
 from ..plots.style import DATA, POSTERIOR, SMALL, dress
 
 if TYPE_CHECKING:

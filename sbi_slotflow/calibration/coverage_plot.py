@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ..figure import Figure
 from ..plots.style import SMALL, dress
 
 if TYPE_CHECKING:

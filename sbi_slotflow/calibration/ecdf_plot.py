@@ -4,8 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ..figure import Figure
 from ..plots.style import POSTERIOR, SHADES, TRUTH, dress
 from .uniformity import Array, ecdf_band
 

@@ -35,7 +35,7 @@ from .sbc import set_numbers
 from .uniformity import Array, pit
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from ..figure import Figure
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
@@ -72,9 +72,9 @@ class LocalC2ST(Check):
 
     def plot(self) -> "Figure":
         """Plot the statistic in the histogram of its null distribution."""
-        from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
+        from ..figure import Figure
         from ..plots.style import DATA, TRUTH, dress, legend_above
 
         figure = Figure(figsize=(5.0, 3.0))

@@ -28,6 +28,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
+from ..callers import caller_stacklevel
 from ..storage import read_tensors, write_tensors
 from .check import Check
 from .uniformity import Array
@@ -253,7 +254,7 @@ class TrainingReference:
                 f"x is unlike the training data (p = {least:.1g}): do not trust this "
                 "posterior; posterior.set_training_reference(None) switches this off.",
                 UnlikeTrainingWarning,
-                stacklevel=3,
+                stacklevel=caller_stacklevel(),
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

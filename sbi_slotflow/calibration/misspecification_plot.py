@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..figure import Figure
 from ..plots.style import DATA, POSTERIOR, TRUTH, dress, legend_above
 
 if TYPE_CHECKING:

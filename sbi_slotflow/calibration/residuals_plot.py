@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ..figure import Figure
 from ..plots.style import POSTERIOR, SHADES, dress
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ..figure import Figure
 from .style import DATA, POSTERIOR, SMALL, TRUTH, dress, legend_above
 
 __all__ = ["plot_cardinality"]

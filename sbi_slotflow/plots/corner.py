@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..circular import circular_mean
+from ..figure import Figure
 from ..layout import ThetaLayout
 from ..metrics.labels import ReferencePoints, near
 from .checks import checked_row, checked_samples, thinned

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..circular import circular_mean
+from ..figure import Figure
 from ..metrics.labels import near
 from ..posterior import SlotPosterior
 from .style import DATA, POSTERIOR, SMALL, dress

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..catalogue import fit_sources
+from ..figure import Figure
 from ..layout import ThetaLayout
 from ..problems import Problem
 from .checks import checked_data, checked_row, checked_samples, thinned

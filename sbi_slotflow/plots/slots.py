@@ -5,9 +5,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..figure import Figure
 from ..slot_analysis import SlotMatches
 from .style import FONT, POSTERIOR, SHADES, SMALL, dress
 

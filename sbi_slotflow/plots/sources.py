@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 
 from matplotlib.artist import Artist
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..catalogue import fit_sources
 from ..circular import unwrap
+from ..figure import Figure
 from ..layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..figure import Figure
 from .style import DATA, FONT, POSTERIOR, REFERENCE, dress, legend_above
 
 __all__ = ["plot_training"]

@@ -9,7 +9,8 @@ x holds the long record, then the short one; both start at t = 0. theta is
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -54,7 +55,13 @@ class _Setup:
     frequency: tuple[float, float]
     sigma: tuple[float, float]
     separation: float | None
-    grids: tuple[Grid, Grid]
+    grids: tuple[Grid, ...]
+
+    @property
+    def weights(self) -> list[float]:
+        """Uniform weights of K = 0..Kmax."""
+        most = self.cardinalities[-1]
+        return [float(k in self.cardinalities) for k in range(most + 1)]
 
 
 _LONG, _SHORT = Grid(300.0, 10.0), Grid(10.0, 512.0)
@@ -77,7 +84,7 @@ class Sinusoids(Problem):
     """A sinusoid problem.
 
     Attributes:
-        grids: Time grids of the long and the short record.
+        grids: Time grids of the records, the longest first.
     """
 
     grids: tuple[Grid, ...]
@@ -117,26 +124,27 @@ class Sinusoids(Problem):
         return torch.stack(values, 1) if each else values[0]
 
     def build_encoder(self, **options: Any) -> nn.Module:
-        """Return a :class:`DualStreamEncoder` for the two records.
+        """Return a :class:`DualStreamEncoder` for the records.
 
-        Unless ``options`` say otherwise it is small: the long record's spectrum is cut
-        to the band and kept at full resolution, the short record is strided down to
-        about 25 positions.
+        Unless ``options`` say otherwise it is small: the longest record's spectrum is
+        cut to the band and kept at full resolution, others are read in time and strided
+        down to about 25 positions.
         """
-        long, short = self.grids
+        long, *others = self.grids
         low, high = self.prior.component_marginals[2].bounds
         margin = 0.1 * (high - low)
         first = max(0, math.floor((low - margin) * long.duration))
         last = min(long.num_samples // 2, math.ceil((high + margin) * long.duration))
-        stride = max(1, round((short.num_samples / 25) ** (1 / 3)))
+        each = [max(1, round((g.num_samples / 25) ** (1 / 3))) for g in others]
         small: dict[str, Any] = {
+            "domains": ("frequency", *["time"] * len(others)),
             "channels": (32, 48, 64),
             "kernels": (5, 5, 3),
-            "strides": ((1, 1, 1), (stride, stride, stride)),
+            "strides": ((1, 1, 1), *[(stride, stride, stride) for stride in each]),
             "hidden_features": 128,
             "residual": True,
             "centre_phase": True,
-            "bands": ((first, last), None),
+            "bands": ((first, last), *[None] * len(others)),
         }
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})
@@ -186,7 +194,15 @@ class Sinusoids(Problem):
 
 
 def sinusoids(
-    preset: Preset = "tiny", *, noise: Literal["white", "resampled"] = "white"
+    preset: Preset = "tiny",
+    *,
+    noise: Literal["white", "resampled"] = "white",
+    cardinality: Sequence[float] | None = None,
+    amplitude: tuple[float, float] | None = None,
+    frequency: tuple[float, float] | None = None,
+    sigma: tuple[float, float] | None = None,
+    separation: float | None = None,
+    grids: Sequence[Grid] | None = None,
 ) -> Sinusoids:
     """Make a sinusoid problem.
 
@@ -201,22 +217,43 @@ def sinusoids(
     ``tiny`` has 20 s at 10 Hz and 2 s at 50 Hz, the others 300 s at 10 Hz and 10 s at
     512 Hz. K is uniform, phases are uniform on [0, 2 pi).
 
+    A problem of your own starts from the preset that is most like it and changes what
+    is not, the units of time and amplitude included::
+
+        sinusoids("crowded", grids=[Grid(600.0, 1.0)], frequency=(0.01, 0.49))
+
     Args:
         preset: Name of the preset.
-        noise: ``"white"`` is exact: independent on the two grids with standard
-            deviation sigma. ``"resampled"`` is :class:`ResampledNoise`, without a
-            likelihood.
+        noise: ``"white"`` is exact: independent on all grids with standard deviation
+            sigma. ``"resampled"`` is :class:`ResampledNoise`, without a likelihood.
+        cardinality: Weights of K = 0..Kmax.
+        amplitude: Least and largest amplitude, with the preset's kind of prior.
+        frequency: Ends of the band, below half the rate of every grid.
+        sigma: Least and largest noise level.
+        separation: Least gap between frequencies; 0 for none.
+        grids: Time grids of the records, the longest first.
 
     Raises:
-        ValueError: If the preset or the noise is unknown.
+        ValueError: If the preset or the noise is unknown, an interval is none, or the
+            band does not fit the grids.
     """
     if preset not in _SETUPS:
         raise ValueError(f"preset must be one of {sorted(_SETUPS)}, got {preset!r}.")
     setup = _SETUPS[preset]
-    most = setup.cardinalities[-1]
+    changes = {
+        "amplitude": amplitude,
+        "frequency": frequency,
+        "sigma": sigma,
+        "separation": separation,
+        "grids": None if grids is None else tuple(grids),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    setup = replace(setup, **changes)
+    if changes:
+        _check_setup(setup)
     prior = VariableKPrior(
         _component(setup),
-        [float(k in setup.cardinalities) for k in range(most + 1)],
+        setup.weights if cardinality is None else cardinality,
         shared=BoxUniform(*_column(setup.sigma)),
         min_separation=setup.separation,
         order_by=2,
@@ -231,7 +268,9 @@ def sinusoids(
     if noise not in models:
         raise ValueError(f"noise must be one of {sorted(models)}, got {noise!r}.")
     simulator = AdditiveSimulator(SineSignal(setup.grids), models[noise], prior.layout)
-    return Sinusoids(f"sinusoids-{preset}", prior, simulator, setup.grids)
+    own = bool(changes) or cardinality is not None
+    name = "sinusoids" if own else f"sinusoids-{preset}"
+    return Sinusoids(name, prior, simulator, setup.grids)
 
 
 @dataclass(frozen=True)
@@ -281,6 +320,29 @@ def _statistics(
     data: bytes, grids: tuple[Grid, ...], band: tuple[float, float]
 ) -> SineStatistics:
     return SineStatistics.of(np.frombuffer(data), grids, band)
+
+
+def _check_setup(setup: _Setup) -> None:
+    """Check what a preset was changed to."""
+    for name in ("amplitude", "frequency", "sigma"):
+        low, high = getattr(setup, name)
+        least = math.ulp(0.0) if name == "amplitude" and setup.log_amplitude else 0.0
+        if not least <= low < high < math.inf:
+            raise ValueError(
+                f"{name} must be (least, largest) with 0 <= least < largest"
+                f"{' and least > 0' if least else ''}, got {(low, high)}."
+            )
+    if not setup.grids:
+        raise ValueError("grids must hold at least one time grid, got none.")
+    durations = [grid.duration for grid in setup.grids]
+    if durations[0] < max(durations):
+        raise ValueError(f"grids must have the longest first, got {durations}.")
+    slowest = min(grid.rate for grid in setup.grids)
+    if setup.frequency[1] > 0.5 * slowest:
+        raise ValueError(
+            f"frequency must end at or below {0.5 * slowest:g}, half the lowest rate "
+            f"of the grids, got {setup.frequency}."
+        )
 
 
 def _component(setup: _Setup) -> Distribution:

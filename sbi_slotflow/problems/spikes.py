@@ -23,13 +23,11 @@ from torch.distributions import (
 )
 
 from ..marginals import Marginal
-from ..nn.anchor_axis import AnchorAxis
-from ..nn.token_encoder import TokenEncoder, TraceTokens
 from ..noise import WhiteNoise
 from ..prior import VariableKPrior
 from ..simulator import AdditiveSimulator
 from .additive_fit import AdditiveFit
-from .base import Problem
+from .trace import Trace
 
 __all__ = ["SpikeFit", "SpikeSignal", "Spikes", "spikes"]
 
@@ -85,17 +83,8 @@ class SpikeFit(AdditiveFit):
 
 
 @dataclass(frozen=True)
-class Spikes(Problem):
+class Spikes(Trace):
     """The spike problem."""
-
-    def build_token_encoder(self, **options: Any) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell of time."""
-        cells = self.location_axis().num_anchors
-        return TokenEncoder(TraceTokens(self.num_data, cells), **options)
-
-    def location_axis(self) -> AnchorAxis:
-        """Time, in cells that hold the same number of samples."""
-        return AnchorAxis(0, _CELLS)
 
     def build_fit(self) -> SpikeFit:
         """Return the least squares of pulses."""
@@ -145,7 +134,7 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
         shared_names=("sigma",),
     )
     simulator = AdditiveSimulator(SpikeSignal(num_samples), WhiteNoise(), prior.layout)
-    return Spikes("spikes", prior, simulator)
+    return Spikes("spikes", prior, simulator, _CELLS)
 
 
 def _column(bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:

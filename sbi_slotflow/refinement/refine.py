@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..callers import caller_stacklevel
 from ..draws import PosteriorDraws
 from ..psis import pareto_smoothed
 from .importance import Proposal, WithExtraComponent
@@ -141,7 +142,11 @@ def refine(
         ]
     for result in results:
         if not result.is_reliable:
-            warnings.warn(_complaint(result, method), UnreliableWeights, stacklevel=2)
+            warnings.warn(
+                _complaint(result, method),
+                UnreliableWeights,
+                stacklevel=caller_stacklevel(),
+            )
     return results[0] if len(batch) == 1 else results
 
 

@@ -201,13 +201,15 @@ class CollapsedSampler:
 
         If that fit is ruled out, or the prior or the pursuit has no such size, the
         nearest size will do. Ruled out are fits with an amplitude that the prior
-        excludes or a criterion far worse than the best. From there a chain may find no
-        way: amplitudes must lie within the prior's bounds at every step, whatever
-        components too many or too few do to the others.
+        excludes, and those with a criterion far worse than the best of the rest. From
+        there a chain may find no way: amplitudes must lie within the prior's bounds at
+        every step, whatever components too many or too few do to the others.
         """
         possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
         nearest = [int(k) for k in possible[(possible - size).abs().argsort()]]
-        likely = [k for k in nearest if self._is_likely(k)]
+        allowed = [k for k in nearest if self._is_allowed(self.fits[k])]
+        best = min((self._criterion[k] for k in allowed), default=math.inf)
+        likely = [k for k in allowed if self._criterion[k] <= best + _WORST_START]
         fit = self.fits[(likely or nearest)[0]]
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
@@ -223,11 +225,8 @@ class CollapsedSampler:
         number = torch.tensor(len(components))
         return layout.pack(number, padded, padded.new_tensor([sigma]))
 
-    def _is_likely(self, size: int) -> bool:
-        """Whether a fit is not ruled out by the data or by the amplitudes' bounds."""
-        if self._criterion[size] > self._criterion.min() + _WORST_START:
-            return False
-        fit = self.fits[size]
+    def _is_allowed(self, fit: SinusoidFit) -> bool:
+        """Whether a fit's amplitudes lie within the prior's bounds, or nearly."""
         low, high = self.prior.component_marginals[0].bounds
         num = self.statistics.num_data
         slack = 4 * math.sqrt(2 * max(fit.energy, 0.0)) / num

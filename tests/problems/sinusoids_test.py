@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sbi_slotflow.problems import Sinusoids, sinusoids
+from sbi_slotflow import slot_nn
+from sbi_slotflow.problems import Grid, Sinusoids, sinusoids
 
 # K, amplitude, frequency, separation, sigma, samples of the two records
 TABLE: dict[str, tuple[Any, ...]] = {
@@ -239,3 +240,63 @@ def test_an_unknown_preset_or_noise_is_rejected() -> None:
         sinusoids(bad)
     with pytest.raises(ValueError, match=r"noise must be one of \['resampled', 'white"):
         sinusoids("tiny", noise=bad)
+
+
+def test_a_problem_of_ones_own_changes_what_it_names() -> None:
+    problem = sinusoids(
+        "crowded",
+        grids=[Grid(60.0, 1.0)],
+        cardinality=[0.0, 1.0, 3.0],
+        amplitude=(0.2, 12.0),
+        frequency=(0.02, 0.48),
+        sigma=(0.05, 2.0),
+        separation=0.01,
+    )
+    prior = problem.prior
+    assert problem.num_data == 60
+    assert prior.cardinality_probs.tolist() == [0.0, 0.25, 0.75]
+    amplitude, _, frequency = prior.component_marginals
+    assert amplitude.bounds == pytest.approx((0.2, 12.0))
+    assert amplitude.family == "log_uniform"  # the preset's
+    assert frequency.bounds == pytest.approx((0.02, 0.48))
+    assert prior.shared_marginals[0].bounds == pytest.approx((0.05, 2.0))
+    assert prior.min_separation == 0.01
+    assert problem.name == "sinusoids"
+    theta = prior.sample((4,))
+    parts = problem.layout.unpack(theta.double())
+    times = torch.arange(60, dtype=torch.float64)
+    amplitude, phase, frequency = parts.components.unsqueeze(-1).unbind(-2)
+    waves = amplitude * torch.cos(2 * math.pi * frequency * times + phase)
+    waves = torch.where(parts.mask.unsqueeze(-1), waves, 0.0)
+    torch.testing.assert_close(problem.simulator.signal(theta.double()), waves.sum(1))
+
+
+@pytest.mark.parametrize("slots", ["anchored", "attention"])
+@pytest.mark.parametrize("num", [1, 3])
+def test_networks_read_any_number_of_records(num: int, slots: Any) -> None:
+    grids = [Grid(40.0, 4.0), Grid(10.0, 8.0), Grid(5.0, 16.0)][:num]
+    problem = sinusoids("tiny", grids=grids)
+    theta = problem.prior.sample((6,))
+    x = problem.simulator(theta)
+    estimator = slot_nn(problem, slots=slots)(theta, x)
+    estimator.loss(theta, x).mean().backward()
+    drawn = estimator.sample(torch.Size((3,)), x)
+    assert torch.isfinite(estimator.log_prob(drawn, x)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"amplitude": (0.0, 1.0)}, "amplitude must be .* and least > 0"),
+        ({"frequency": (3.0, 2.0)}, "frequency must be"),
+        ({"frequency": (0.01, 5.5)}, "frequency must end at or below 5"),
+        ({"sigma": (-1.0, 1.0)}, "sigma must be"),
+        ({"grids": []}, "grids must hold at least one"),
+        ({"grids": [Grid(1.0, 10.0), Grid(2.0, 10.0)]}, "the longest first"),
+    ],
+)
+def test_changes_that_make_no_problem_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sinusoids("crowded", **changes)

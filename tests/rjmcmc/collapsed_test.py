@@ -348,3 +348,27 @@ def test_a_prior_of_another_family_is_rejected(which: str) -> None:
         message = "the prior's frequency must have bounds, got a normal"
     with pytest.raises(ValueError, match=message):
         collapsed(problem, torch.zeros(300))
+
+
+def test_tones_that_the_prior_finds_too_faint_are_noise() -> None:
+    # Two strong tones, and three that the data show but the prior excludes.
+    problem = sinusoids(
+        "crowded",
+        grids=[Grid(300.0, 1.0)],
+        cardinality=[1.0] * 6,
+        amplitude=(1.0, 20.0),
+        frequency=(0.01, 0.49),
+        sigma=(0.01, 10.0),
+    )
+    time = problem.grids[0].times
+    noise = np.random.default_rng(0).normal(0.0, 0.05, len(time))
+    x = torch.from_numpy(noise)
+    for amplitude, frequency in (
+        (10.0, 0.05), (7.0, 0.08), (0.3, 0.2), (0.3, 0.3), (0.3, 0.4),
+    ):  # fmt: skip
+        x = x + amplitude * torch.cos(2 * math.pi * frequency * time + 1.0)
+    draws = collapsed(problem, x.float(), num_draws=300, thin=5, burn_in=2_000)
+    assert draws.cardinality().probs[2] > 0.99
+    # what is left: three tones of power 0.3^2 / 2 and the noise
+    sigma = math.sqrt(1.5 * 0.3**2 + 0.05**2)
+    assert draws.rows[:, 1].mean() == pytest.approx(sigma, rel=0.15)
