@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sbi_slotflow.seeding import forked_rng, generator_for
 
 from .experiment import Budget, Experiment
 
-__all__ = ["RESULTS", "Cache", "Result", "machine", "versions"]
+__all__ = ["RESULTS", "Cache", "Result", "concatenated", "machine", "versions"]
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
@@ -185,6 +185,15 @@ def versions() -> dict[str, str]:
         except ModuleNotFoundError:  # run from source, or an extra left out
             continue
     return found
+
+
+def concatenated(
+    parts: Sequence[xr.Dataset], along: str | xr.Variable, **options: Any
+) -> xr.Dataset:
+    """Join datasets along a new or an old dimension."""
+    joined = xr.concat(parts, along, **options)
+    assert isinstance(joined, xr.Dataset)
+    return joined
 
 
 def _processor() -> str:

@@ -108,13 +108,11 @@ def smallest_gap(values: Tensor, mask: Tensor, period: float | None = None) -> T
     """
     values = torch.where(mask, values, values.new_full((), math.inf))
     values = values.sort(-1).values
+    gaps = values.diff(dim=-1)
     if period is not None:
         first = torch.where(mask.sum(-1, keepdim=True) > 1, values[..., :1], math.inf)
         last = values.masked_fill(values.isinf(), -math.inf).amax(-1, keepdim=True)
-        around = first + period - last
-    gaps = values.diff(dim=-1)
-    if period is not None:
-        gaps = torch.cat([gaps, around], -1)
+        gaps = torch.cat([gaps, first + period - last], -1)
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)
     return (
         gaps.amin(-1)

@@ -123,7 +123,7 @@ def _one(variant: str, seed: int, size: Size, cache: Cache) -> xr.Dataset:
     )
     found = scores(posterior, problem, size.num_signals, 0)
     dims = {"error": ("parameter",), "confusion": ("k", "k_chosen")}
-    data = {name: (dims.get(name, ()), v) for name, v in found.items()}
+    data: dict[str, Any] = {n: (dims.get(n, ()), v) for n, v in found.items()}
     data["flow"] = ((), history[-1]["val_flow"])
     return xr.Dataset(data, {"parameter": list(PARAMETERS)})
 

@@ -24,7 +24,7 @@ from sbi_slotflow.plots.style import CYCLE, FONT, TRUTH, dress
 
 from ..common import ready
 from ..experiment import Budget, Claim
-from ..store import Cache
+from ..store import Cache, concatenated
 
 PARAMETERS = ("amplitude", "phase", "frequency")
 PAPER_BIAS = 0.03
@@ -53,7 +53,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
         if num := getattr(size, preset):
             part = cache.get(preset, lambda p=preset, n=num: _coverage(p, n, seed))
             parts[preset] = part
-    return xr.concat(
+    return concatenated(
         list(parts.values()), xr.Variable("preset", list(parts)), join="outer"
     )
 

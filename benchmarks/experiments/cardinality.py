@@ -24,7 +24,7 @@ from sbi_slotflow.plots.style import SMALL, dress
 from ..common import TEST, ready, simulate
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, share_interval
-from ..store import Cache
+from ..store import Cache, concatenated
 
 PAPER_ACCURACY = 99.85
 # What p(K | x) may be off by: weights that are never wrong are still not certain.
@@ -59,7 +59,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
             )
             for start in tqdm(range(0, num, _CHUNK), desc=preset, leave=False)
         ]
-    return xr.concat(parts, "signal", data_vars="all")
+    return concatenated(parts, "signal", data_vars="all")
 
 
 def _part(preset: str, num: int, seed: int, start: int) -> xr.Dataset:

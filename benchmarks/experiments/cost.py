@@ -222,7 +222,8 @@ def _nested(problem, theta, x, k, seed) -> dict[str, float]:
     before = _peak()
 
     def work() -> None:
-        sampler: Any = dynesty.NestedSampler(
+        make: Any = dynesty.NestedSampler
+        sampler = make(
             log_likelihood, transform, 1 + 3 * k, nlive=250, sample="rwalk",
             rstate=np.random.default_rng([seed, k]),
         )  # fmt: skip

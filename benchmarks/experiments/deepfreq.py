@@ -168,7 +168,7 @@ def _measure(
     with torch.no_grad():
         log_k = posterior.posterior_estimator.log_prob_cardinality(x)
     score = -log_k.gather(-1, given.unsqueeze(-1)).squeeze(-1)
-    data = {
+    data: dict[str, Any] = {
         name: (("method", "signal"), np.stack(values).astype("f4"))
         for name, values in found.items()
     }

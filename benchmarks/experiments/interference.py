@@ -25,6 +25,7 @@ from sbi.utils import BoxUniform
 from tqdm.auto import tqdm
 
 from sbi_slotflow import SlotPosterior, VariableKPrior, rjmcmc
+from sbi_slotflow.calibration import TrainingReference
 from sbi_slotflow.plots.style import FONT, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
@@ -72,7 +73,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     theta = problem.layout.pack(torch.full((num,), 2), truth, sigma)
     x = problem.simulator(theta, generator)
     reference = posterior.training_reference
-    assert reference is not None
+    assert isinstance(reference, TrainingReference)
     p_values = torch.cat([torch.as_tensor(reference.p_values(b)) for b in x.split(200)])
     ours = cache.get(
         "paper", lambda: _amortized(posterior, truth, x, size.num_draws, seed)

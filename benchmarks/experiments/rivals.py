@@ -20,6 +20,7 @@ parameters. Methods that need no training, and the shipped weights, also meet si
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ def _measure(name: str, size: Size, seed: int, reference: xr.Dataset) -> xr.Data
 
 def _scores(
     rival: Rival, theta: Tensor, x: Tensor, size: Size, seed: int, reference: xr.Dataset
-) -> dict[str, tuple]:
+) -> dict[str, Any]:
     layout = rival.problem.layout
     true_k = layout.cardinality(theta)
     probs = torch.full((len(x), layout.max_cardinality + 1), torch.nan).double()

@@ -152,7 +152,8 @@ def _predicted(contexts: np.ndarray, components: np.ndarray) -> list[float]:
     shares = []
     for target in (amplitude[:, None], circle, frequency[:, None]):
         model = KNeighborsRegressor(10, weights="distance")
-        guess = cross_val_predict(model, vectors, target, cv=5).reshape(target.shape)
+        guess = np.asarray(cross_val_predict(model, vectors, target, cv=5))
+        guess = guess.reshape(target.shape)
         shares.append(1 - np.square(guess - target).sum() / _variation(target))
     return shares
 

@@ -25,7 +25,7 @@ from sbi_slotflow.pretraining import RECIPES
 
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval
-from ..store import Cache
+from ..store import Cache, concatenated
 from ..training import train
 
 TERMS = ("cardinality", "flow", "shared")
@@ -85,7 +85,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
             )
 
         parts[name] = cache.get(f"network-{i}", compute)
-    return xr.concat(list(parts.values()), xr.Variable("network", list(parts)))
+    return concatenated(list(parts.values()), xr.Variable("network", list(parts)))
 
 
 def total(dataset: xr.Dataset, kind: str) -> xr.DataArray:

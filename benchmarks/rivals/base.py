@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from sbi.inference import NPE
@@ -59,7 +59,7 @@ class Rival(ABC):
 
     trains: ClassVar[bool] = False
     samples_anew: ClassVar[bool] = False
-    problem: Problem
+    problem: Any
 
     def fit(self, problem: Problem, training: Training | None) -> None:
         """Take the problem, and learn, if the rival learns."""

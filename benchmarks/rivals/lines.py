@@ -67,13 +67,13 @@ def slots(
     scale = torch.tensor([5.0, 5.0, 0.05]).double()
     peak = fit_peak(
         problem.build_fit(),
-        lambda w: components + scale * w,
+        lambda w, index: components[index] + scale * w,
         x,
         torch.arange(len(x)),
         torch.zeros_like(components),
         mask,
         _STEPS,
-        torch.full((3,), 2.0).double(),
+        (torch.full((3,), -2.0), torch.full((3,), 2.0)),
     )
     frequency = (components + scale * peak.mode)[..., 2]
     return k, torch.where(mask, frequency, math.nan)

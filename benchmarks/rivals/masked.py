@@ -43,9 +43,9 @@ def autoregressive(features: int, context: int) -> nn.ModuleList:
         zuko.flows.MaskedAutoregressiveTransform(
             features,
             context,
-            order=torch.arange(features),
+            order=torch.arange(features),  # pyright: ignore[reportArgumentType]
             univariate=zuko.transforms.MonotonicRQSTransform,
-            shapes=[(_BINS,), (_BINS,), (_BINS - 1,)],
+            shapes=[torch.Size((n,)) for n in (_BINS, _BINS, _BINS - 1)],
             hidden_features=(_HIDDEN, _HIDDEN),
         )
         for _ in range(_LAYERS)

@@ -47,7 +47,7 @@ class MixedNPE(Rival):
                     [self.problem.layout.max_cardinality + 1]
                 ),
                 flow_model="zuko_nsf",
-                **_FLOW,
+                **_FLOW,  # pyright: ignore[reportArgumentType]
             )
         self.estimator = train(
             estimator, targets, training.x, training.epochs, trainer=MNPE

@@ -30,14 +30,17 @@ class Eryn(Rival):
     samples_anew: ClassVar[bool] = True
 
     def __init__(self, start: Literal["prior", "truth"], steps: int) -> None:
-        self.start, self.steps = start, steps
+        self.start: Literal["prior", "truth"] = start
+        self.steps = steps
 
     def infer(
         self, x: Tensor, num: int, seed: int, truth: Tensor | None = None
     ) -> Answer:
         """Run the sampler."""
-        start = {"theta": truth} if self.start == "truth" else {}
-        sampler = rjmcmc.eryn_sampler(self.problem, x, self.start, seed=seed, **start)
+        given = truth if self.start == "truth" else None
+        sampler = rjmcmc.eryn_sampler(
+            self.problem, x, self.start, theta=given, seed=seed
+        )
         draws = sampler.run(self.steps, burn_in=self.steps, thin=5)
         rows = draws.sample((num,), generator=generator_for(seed))
         return Answer(counted(self.problem.layout, rows), rows.float())

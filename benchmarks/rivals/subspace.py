@@ -65,7 +65,7 @@ class Subspace:
         signal = self.vectors[:, :k]
         rotation = np.linalg.lstsq(signal[:-1], signal[1:], rcond=None)[0]
         turns = np.angle(np.linalg.eigvals(rotation)) / (2 * np.pi)
-        return np.sort(turns)
+        return np.sort(turns).astype(np.float64)
 
     def _misfit(self, most: int) -> NDArray[np.float64]:
         """N (L - k) log(a / g) for k = 0..most."""

@@ -12,7 +12,7 @@ smoothly. :class:`TraceTokens` reads traces in which components sit at a time.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -368,7 +368,9 @@ class TokenEncoder(nn.Module):
 class _Block(nn.Module):
     """Residual block: a dilated convolution over the axis, then a mix of channels."""
 
-    def __init__(self, width: int, dilation: int, padding: str) -> None:
+    def __init__(
+        self, width: int, dilation: int, padding: Literal["zeros", "circular"]
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.convolution = nn.Conv1d(
@@ -391,7 +393,11 @@ class _Block(nn.Module):
         weight, bias = self.convolution.weight, self.convolution.bias
         size, step = weight.shape[-1], self.convolution.dilation[0]
         reach = step * (size // 2)
-        padded = nn.functional.pad(self.norm(tokens), (0, 0, reach, reach))
+        normed = self.norm(tokens)
+        if self.convolution.padding_mode == "circular":
+            padded = torch.cat([normed[:, -reach:], normed, normed[:, :reach]], 1)
+        else:
+            padded = nn.functional.pad(normed, (0, 0, reach, reach))
         taps = [padded.narrow(1, i * step, tokens.shape[1]) for i in range(size)]
         weight = weight.permute(0, 2, 1).flatten(1)
         around = nn.functional.linear(torch.cat(taps, -1), weight, bias)

@@ -193,7 +193,7 @@ def line_spectrum(*, num_samples: int = 50, max_cardinality: int = 10) -> LineSp
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),
         [0.0] + [1.0] * max_cardinality,
-        shared=BoxUniform(*(torch.tensor([end]) for end in _SNR)),
+        shared=BoxUniform(torch.tensor([_SNR[0]]), torch.tensor([_SNR[1]])),
         min_separation=1 / num_samples,
         order_by=2,
         component_names=("amplitude", "phase", "frequency"),

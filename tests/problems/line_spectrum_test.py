@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbi_slotflow import SlotDensityEstimator, SlotPosterior, slot_nn
 from sbi_slotflow.nn.head_specs import fit_from_spec
@@ -109,7 +109,7 @@ def test_the_likelihood_is_that_of_complex_noise_below_the_signal(problem) -> No
     assert x.shape == (20, 100)
     parts = problem.layout.unpack(theta)
     for i in range(20):
-        signal = exponentials(parts.components[i, : int(parts.cardinality[i])])
+        signal: Any = exponentials(parts.components[i, : int(parts.cardinality[i])])
         power = np.mean(np.abs(signal) ** 2) * 10 ** (-parts.shared[i, 0].item() / 10)
         residual = x[i].double().numpy() - np.concatenate([signal.real, signal.imag])
         # half the noise's power in the real parts, half in the imaginary ones
@@ -205,7 +205,7 @@ def test_tokens_turn_with_the_spectrum(problem: LineSpectrum) -> None:
     theta = problem.prior.sample((5,), generator_for(8))
     x = problem.simulator(theta, generator_for(9))
     encoder = problem.build_token_encoder(pursuit=False)
-    front = encoder.front_end
+    front: Any = encoder.front_end
     assert front.circular
     samples = torch.complex(*x.double().chunk(2, -1))
     turn = torch.arange(50) - 24.5  # about the middle, where phases are referred to
@@ -217,6 +217,7 @@ def test_tokens_turn_with_the_spectrum(problem: LineSpectrum) -> None:
     )
     blocks = encoder.blocks
     tokens = torch.randn(2, 50, 64)
+    assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
         torch.testing.assert_close(
             block(tokens.roll(7, 1)), block(tokens).roll(7, 1), atol=1e-5, rtol=1e-4
