@@ -58,7 +58,7 @@ class SineSignal:
 
     @property
     def num_samples(self) -> int:
-        """Length T of a signal: the grids' samples together."""
+        """Length T of a signal, the grids' samples together."""
         return sum(grid.num_samples for grid in self.grids)
 
     def __call__(self, components: Tensor) -> Tensor:
