@@ -215,7 +215,7 @@ def _scores(
     missing = size.num_exact - len(seconds)
     seconds += [np.nan] * missing
     distances += [dict.fromkeys(distances[0], np.nan)] * missing
-    return {
+    columns: dict[Any, Any] = {
         "correct": ("test", correct.numpy()),
         "score": ("test", -chosen.clamp(min=1e-6).log().numpy()),
         "component_score": ("test", each.numpy()),
@@ -225,6 +225,7 @@ def _scores(
         "seconds": ("exact", seconds),
         **{name: v.variable for name, v in _columns(distances, "exact").items()},
     }
+    return columns
 
 
 def _distances(

@@ -1,4 +1,4 @@
-"""The search for sources; :mod:`.sources` says what they are and how it goes."""
+"""The search for sources, which :mod:`~sbi_slotflow.catalogue.sources` explains."""
 
 import math
 from collections.abc import Sequence
