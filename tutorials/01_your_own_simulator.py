@@ -130,10 +130,9 @@ posterior = trainer.build_posterior()
 plots.plot_training(trainer.history)
 
 # %% [markdown]
-# 9,600 simulations, 150 steps: validation still improves at the end, because the budget
-# is small, not because there is nothing left to learn. (Without
-# `show_progress_bars=False` a bar tells how long it takes.) With `checkpoint=` a run
-# that was stopped goes on.
+# 9,600 simulations in 150 steps are few. The curves flatten because the learning rate
+# falls to zero over a run, however long it is. (Without `show_progress_bars=False` a
+# bar tells the time; with `checkpoint=` a run that was stopped goes on.)
 #
 # ## Which is better?
 #
@@ -149,9 +148,8 @@ for name, one in {"one vector": simple, "anchored": posterior}.items():
     print(f"{name:12s} log density {score:7.2f}, most probable K right {right:.0%}")
 
 # %% [markdown]
-# Anchored slots win by 8 nats. The comparison is not quite fair (the first network saw
-# 2,000 simulations, many times each), but it is what the two ways of training give in
-# about the same time.
+# Anchored slots win by 8 nats. The comparison is not quite fair: the first network saw
+# 2,000 simulations many times, the second one 9,600 once.
 #
 # ## When K is ambiguous
 #
