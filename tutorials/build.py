@@ -27,12 +27,18 @@ def sources(prefixes: list[str] | None = None) -> list[Path]:
     return [path for path in found if path.name.startswith(tuple(prefixes or [""]))]
 
 
-def execute(path: Path) -> Any:
-    """Run a percent file in a folder of its own and return the notebook."""
+def execute(path: Path, folder: Path | None = None) -> Any:
+    """Run a percent file and return the notebook.
+
+    Args:
+        path: The percent file.
+        folder: Where it runs; a new one, which is removed afterwards, if None. In a
+            folder that is kept, trainings that were cut off go on.
+    """
     notebook = jupytext.read(path)
-    with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=1_200, resources=resources).execute()
+    with tempfile.TemporaryDirectory() as temporary:
+        resources = {"metadata": {"path": str(folder or temporary)}}
+        NotebookClient(notebook, timeout=3_600, resources=resources).execute()
     return notebook
 
 
@@ -89,10 +95,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--text", action="store_true", help="update the text, run nothing"
     )
+    parser.add_argument("--folder", type=Path, help="working folder that is kept")
     arguments = parser.parse_args()
     for path in sources(arguments.prefix):
         started = time.monotonic()
-        notebook = tidy(retold(path) if arguments.text else execute(path))
+        notebook = tidy(
+            retold(path) if arguments.text else execute(path, arguments.folder)
+        )
         target = path.with_suffix(".ipynb")
         nbformat.write(nbformat.from_dict(notebook), target)
         size = target.stat().st_size / 1e3

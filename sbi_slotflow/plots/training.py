@@ -16,9 +16,9 @@ _TITLES = {
     "shared": "shared parameters (nats)",
     "correct": "share of signals with the right K",
 }
-# A rate that falls below this share of the last one, and more than twice as much as it
-# fell before, was dropped, not annealed.
-_DROP = 0.6
+# A rate that falls below this share of the last one, and this many times as much as it
+# fell before and falls next, was dropped, not annealed.
+_DROP, _SUDDEN = 0.6, 2.5
 
 
 def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -50,7 +50,8 @@ def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
     columns = {name: np.array([entry[name] for entry in history]) for name in needed}
     steps, rate = columns["step"], columns["learning_rate"]
     falls = np.maximum(-np.diff(rate), 0.0)
-    sudden = falls > 2 * np.concatenate([[0.0], falls[:-1]])
+    beside = np.concatenate([[0.0], falls, [0.0]])
+    sudden = falls > _SUDDEN * np.maximum(beside[:-2], beside[2:])
     drops = steps[1:][(rate[1:] < _DROP * rate[:-1]) & sudden]
     terms = [t for t in _TITLES if columns[f"val_{t}"].any()]
     num = len(terms) + 1
