@@ -106,7 +106,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     ]
     joined = xr.concat(parts, "lines")
     return joined.assign_coords(
-        lines=list(LINES), snr=list(size.snrs), method=list(METHODS)
+        lines=list(LINES), snr=list(size.snrs), estimator=list(METHODS)
     )
 
 
@@ -169,7 +169,7 @@ def _measure(
         log_k = posterior.posterior_estimator.log_prob_cardinality(x)
     score = -log_k.gather(-1, given.unsqueeze(-1)).squeeze(-1)
     data: dict[str, Any] = {
-        name: (("method", "signal"), np.stack(values).astype("f4"))
+        name: (("estimator", "signal"), np.stack(values).astype("f4"))
         for name, values in found.items()
     }
     data["log_score"] = ("signal", score.numpy())
@@ -198,7 +198,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         for axes, (name, title) in zip(row, TITLES.items(), strict=True):
             scale = 1.0 if name == "chamfer" else 100.0
             for i, method in enumerate(METHODS):
-                values = dataset[name].sel(lines=lines, method=method).mean("signal")
+                values = dataset[name].sel(lines=lines, estimator=method).mean("signal")
                 axes.plot(
                     dataset.snr.values,
                     scale * values,
@@ -232,13 +232,13 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
             scale = 1.0 if name == "chamfer" else 100.0
             for snr in dataset.snr.values.tolist():
                 here = scale * dataset[name].sel(lines=lines, snr=snr)
-                ours = here.sel(method="ours").values.astype(float)
+                ours = here.sel(estimator="ours").values.astype(float)
                 published = {
                     f"{method}, published": values[SNRS.index(snr)]
                     for method, values in PUBLISHED[name].items()
                 }
                 run_here = {
-                    method: float(here.sel(method=method).mean())
+                    method: float(here.sel(estimator=method).mean())
                     for method in METHODS[1:]
                 }
                 if name == "missed":  # with K given there is one ESPRIT
