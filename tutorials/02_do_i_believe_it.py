@@ -148,8 +148,8 @@ tree = arviz_base.from_dict({"prior_sbc": ranks}, sample_dims=["sample"])
 arviz_plots.plot_ecdf_pit(tree, group="prior_sbc", sample_dims=["sample"]).show()
 
 # %% [markdown]
-# As it is, the line stays inside. Narrowed, it leaves at both ends (truths in the tails
-# are too many), shifted, it leaves on one side.
+# As it is, the line stays inside. Narrowed, it rises too far at the left and falls
+# towards the right: too many truths are in the tails. Shifted, it leaves on one side.
 #
 # ## What this does not tell
 #
