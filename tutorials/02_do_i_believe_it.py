@@ -119,7 +119,7 @@ for name, draws in pairs.items():
 
 # %% [markdown]
 # - `narrowed` and `shifted` are seen by the ranks of components and by coverage. TARP
-#   sees   the first only: it measures how far draws are spread, less where they are.
+#   sees only the first, with this number of signals.
 # - `oversharp` touches p(K | x) alone, and only the check of K sees it.
 # - `independent` passes everything. The components of `tiny` keep a distance of 0.1 Hz
 #   and   are all but independent anyway: there was nothing to spoil. A fault that makes
