@@ -96,7 +96,7 @@ three = posterior.sample((2_000,), x, k=3, generator=generator_for(3))
 plots.plot_corner(three, problem.layout, 3, truth, names=["time", "amplitude"])
 
 # %% [markdown]
-# All true times and amplitudes lie inside. In the corner plot there is a second,
+# All true times lie inside their intervals. In the corner plot there is a second,
 # smaller mode: the pair is read as one pulse near 0.31, and the pulse near 0.7 as two.
 # (The amplitude of the third pulse leans on 0.5, the least that the prior allows.)
 #
