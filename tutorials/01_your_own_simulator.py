@@ -179,12 +179,12 @@ for gap, x_one, refined in zip(gaps, x_pairs, exact, strict=True):
 #
 # - Gap 0: two equal flares at one time are one flare of twice the height. One is the
 #   simpler answer, and the exact posterior says so although the truth is two. That is
-#   no   error: the data are the same.
+#   no error: the data are the same.
 # - From a gap of 0.01 on (two or three samples) the weights go to two: the data can
 #   tell.
-# - The network cannot yet. It sees 0.02 and 0.04 as one flare, and starts to doubt at
-#   0.08. It is not wrong on average (82 % above, with all the faint flares of the
-#   prior),   but such pairs are rare among 9,600 simulations. Train longer, and refine.
+# - The network cannot yet. It takes 0.02 and 0.04 for one flare and leans to two only
+#   at 0.08. On signals from the prior it is right in 82 % (see above), but pairs as
+#   close as these are rare among 9,600 simulations. Train longer, and refine.
 
 # %%
 i = 2

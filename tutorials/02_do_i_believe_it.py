@@ -122,8 +122,8 @@ for name, draws in pairs.items():
 #   sees only the first, with this number of signals.
 # - `oversharp` touches p(K | x) alone, and only the check of K sees it.
 # - `independent` passes everything. The components of `tiny` keep a distance of 0.1 Hz
-#   and   are all but independent anyway: there was nothing to spoil. A fault that makes
-#   no   difference cannot be found.
+#   and are all but independent anyway: there was nothing to spoil. A fault that makes
+#   no difference cannot be found.
 
 # %%
 calibration.cardinality_reliability(pairs["oversharp"]).plot()

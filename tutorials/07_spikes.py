@@ -139,7 +139,7 @@ plots.plot_cardinality(
 # ## What helps
 #
 # - More simulations. This run had 6,400; ten times as many are within reach of one
-#   core,   and a GPU (`SlotNPE(..., device="cuda")`) does more.
+#   core, and a GPU (`SlotNPE(..., device="cuda")`) does more.
 # - `refine`, wherever there is a likelihood.
 #
 # ## What to read next
