@@ -61,7 +61,7 @@ class SineSignal:
 
     @property
     def num_samples(self) -> int:
-        """Length T of a signal: the grids' samples together."""
+        """Length T of a signal, the grids' samples together."""
         num = sum(grid.num_samples for grid in self.grids)
         return 2 * num if self.analytic else num
 
