@@ -17,6 +17,7 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
 from ..prior import cardinality_weights
+from ..seeding import forked_rng, generator_for
 from ..storage import read_tensors, write_tensors
 from .charts import Chart, chart_from_spec
 from .encoder_specs import encoder_from_spec
@@ -389,7 +390,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         try:
-            estimator = cls(spec, encoder, fit)
+            # The initial weights are overwritten: their draws leave no trace.
+            with forked_rng(generator_for(0)):
+                estimator = cls(spec, encoder, fit)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its spec: {error}.") from error
         try:

@@ -1014,6 +1014,12 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
+def test_loading_leaves_the_global_generator_alone(saved: Path) -> None:
+    before = torch.get_rng_state()
+    SlotDensityEstimator.load(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
