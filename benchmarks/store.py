@@ -154,10 +154,10 @@ class Result:
 
     def _conclude(self, facts: dict[str, Any]) -> None:
         dataset = self.read()
-        claims = [claim.to_json() for claim in self.experiment.claims(dataset)]
-        self.experiment.plot(dataset).savefig(
-            self.figure, dpi="figure", metadata={"Software": None}
-        )
+        with forked_rng(generator_for(facts["seed"])):
+            claims = [claim.to_json() for claim in self.experiment.claims(dataset)]
+            figure = self.experiment.plot(dataset)
+        figure.savefig(self.figure, dpi="figure", metadata={"Software": None})
         text = json.dumps(_plain({**facts, "claims": claims}), indent=2)
         self.facts.write_text(text + "\n")
 
