@@ -160,7 +160,16 @@ class PooledComponents:
             z = sum(self.inverse[:, d, e] * apart[e] for e in range(d + 1))
             away += z * z
         kernel = (1 + away / self.freedom).reciprocal()
-        kernel = kernel.pow((self.freedom + u.shape[-1]) // 2)
+        kernel = _power(kernel, (self.freedom + u.shape[-1]) // 2)
         pooled = torch.where(inside, (kernel @ self.height).log() + log_det, -math.inf)
         share = self.prior_share
         return torch.logaddexp(pooled + math.log1p(-share), prior + math.log(share))
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    """A whole power by squaring, several times as fast as torch's."""
+    result = base if exponent % 2 else torch.ones_like(base)
+    while exponent := exponent // 2:
+        base = base * base
+        result = result * base if exponent % 2 else result
+    return result

@@ -90,7 +90,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size((BASE, "anchored, joint"), 1, 64, 10),
-    "quick": Size(tuple(VARIANTS), 3, 2_560, 200),
+    "quick": Size(tuple(VARIANTS), 3, 12_800, 200),
     "full": Size(tuple(VARIANTS), 3, 500_000, 5_000),
 }
 

@@ -44,7 +44,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size((64, 128), 1, 1),
-    "quick": Size((100, 800, 6_400), 2, 60),
+    "quick": Size((100, 800, 6_400), 2, 300),
     "full": Size((100, 300, 1_000, 3_000, 10_000, 30_000), 5, 5_000),
 }
 

@@ -18,6 +18,7 @@ share of the prior lets moves reach every set.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..component_proposals import PooledComponents
 from ..layout import ThetaLayout
-from ..nn.charts import Chart, WhiteningChart
+from ..nn.charts import Chart, PolarChart, WhiteningChart
 from ..posterior import SlotPosterior
 from ..psis import pareto_smoothed
 from ..seeding import forked_rng
@@ -39,6 +40,7 @@ from .moves import (
     metropolis,
 )
 from .refine import LogLikelihood, RefinedPosterior, checked_log_likelihood
+from .splits import SplitMove
 
 __all__ = ["temper"]
 
@@ -50,6 +52,8 @@ _PRIOR_SHARE = 0.01
 _SWEEPS, _MOST_SWEEPS = 2, 25
 _DRIFT = 2.0
 _LAST_SWEEPS, _MEMORY, _LITTLE = 5, 0.1, 0.05
+# k-hat below which weights have a finite variance.
+_FINITE_VARIANCE = 0.5
 _MAX_STEPS = 200
 
 
@@ -110,12 +114,18 @@ def temper(
             raise ValueError("no draw has a positive prior density and likelihood.")
         log_evidence += mean
         variance += float((log_weights - mean).exp().var()) / num_samples
-        worst = max(worst, pareto_smoothed(log_weights).pareto_k)
+        pareto_k = pareto_smoothed(log_weights).pareto_k
+        worst = max(worst, pareto_k)
         beta, steps = beta + step, steps + 1
         if 1 - beta < 1e-9 or steps == _MAX_STEPS:
             beta = 1.0
         population = population.rows(_resample(log_weights, generator))
-        settled = _Forgetting(prior.layout, population) if beta == 1.0 else _Drift(beta)
+        settled: Callable[[Population], bool] = _Drift(beta)
+        if beta == 1.0:
+            # Errors of good weights are random, and small before anything is moved.
+            share = _effective_share(log_weights) if pareto_k < _FINITE_VARIANCE else 0
+            memory = max(_MEMORY, math.sqrt(share))
+            settled = _Forgetting(prior.layout, population, memory)
         for _ in range(_MOST_SWEEPS):
             sweeps += 1
             for move in moves:
@@ -154,10 +164,17 @@ class _Drift:
 
 
 class _Forgetting:
-    """Whether particles are nearly independent of where they started."""
+    """Whether particles have forgotten the errors of where they started.
 
-    def __init__(self, layout: ThetaLayout, population: Population) -> None:
-        self.layout, self.sweeps = layout, 0
+    A start of N' effective particles errs by 1 / sqrt(N'), and sweeps that keep a share
+    m of what it was leave m of that: no more than the noise of N particles if
+    m <= sqrt(N' / N).
+    """
+
+    def __init__(
+        self, layout: ThetaLayout, population: Population, memory: float
+    ) -> None:
+        self.layout, self.memory, self.sweeps = layout, memory, 0
         self.start = self._numbers(population)
 
     def __call__(self, population: Population) -> bool:
@@ -166,7 +183,7 @@ class _Forgetting:
         shared = (self.start * now).mean(-1).abs()
         # Of a cardinality that hardly varies nothing needs to be forgotten.
         spread = now.square().mean(-1).clamp(min=_LITTLE)
-        return self.sweeps >= _LAST_SWEEPS and bool((shared < _MEMORY * spread).all())
+        return self.sweeps >= _LAST_SWEEPS and bool((shared < self.memory * spread).all())
 
     def _numbers(self, population: Population) -> Tensor:
         """Cardinality and log density of the particles less their means, ``(2, N)``."""
@@ -205,8 +222,11 @@ def _moves(posterior: Proposal) -> list[Move]:
     def pooled(theta: Tensor) -> PooledComponents:
         return PooledComponents(theta, prior, chart=chart)
 
-    exchanges = [ExchangeMove(prior.layout, name, pooled) for name in EXCHANGES]
-    return [*differences, *exchanges]
+    moves: list[Move] = [*differences]
+    moves += [ExchangeMove(prior.layout, name, pooled) for name in EXCHANGES]
+    if isinstance(chart, PolarChart) and SplitMove.suits(prior.layout, chart):
+        moves.append(SplitMove(prior.layout, chart))
+    return moves
 
 
 def _step(population: Population, beta: float) -> tuple[float, Tensor]:
@@ -216,8 +236,7 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
     most = 1 - beta
 
     def effective(step: float) -> float:
-        weights = (step * gain).softmax(-1)
-        return float(1 / weights.square().sum()) / len(gain)
+        return _effective_share(step * gain)
 
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
@@ -235,6 +254,11 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
             high = middle
     step = max(low, 1e-6)
     return step, step * gain
+
+
+def _effective_share(log_weights: Tensor) -> float:
+    weights = log_weights.softmax(-1)
+    return float(1 / weights.square().sum()) / len(weights)
 
 
 def _log_mean(log_weights: Tensor) -> float:
