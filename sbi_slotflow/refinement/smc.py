@@ -51,7 +51,9 @@ _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
 _SWEEPS, _MOST_SWEEPS = 2, 25
 _DRIFT = 2.0
-_LAST_SWEEPS, _MEMORY, _LITTLE = 5, 0.1, 0.05
+_LAST_SWEEPS, _MEMORY, _LITTLE = 10, 0.1, 0.05
+# Splits and merges in a sweep: they are what changes K most often.
+_SPLITS = 3
 # k-hat below which weights have a finite variance.
 _FINITE_VARIANCE = 0.5
 _MAX_STEPS = 200
@@ -114,7 +116,7 @@ def temper(
             raise ValueError("no draw has a positive prior density and likelihood.")
         log_evidence += mean
         variance += float((log_weights - mean).exp().var()) / num_samples
-        pareto_k = pareto_smoothed(log_weights).pareto_k
+        log_weights, pareto_k = pareto_smoothed(log_weights)
         worst = max(worst, pareto_k)
         beta, steps = beta + step, steps + 1
         if 1 - beta < 1e-9 or steps == _MAX_STEPS:
@@ -183,7 +185,9 @@ class _Forgetting:
         shared = (self.start * now).mean(-1).abs()
         # Of a cardinality that hardly varies nothing needs to be forgotten.
         spread = now.square().mean(-1).clamp(min=_LITTLE)
-        return self.sweeps >= _LAST_SWEEPS and bool((shared < self.memory * spread).all())
+        return self.sweeps >= _LAST_SWEEPS and bool(
+            (shared < self.memory * spread).all()
+        )
 
     def _numbers(self, population: Population) -> Tensor:
         """Cardinality and log density of the particles less their means, ``(2, N)``."""
@@ -222,10 +226,11 @@ def _moves(posterior: Proposal) -> list[Move]:
     def pooled(theta: Tensor) -> PooledComponents:
         return PooledComponents(theta, prior, chart=chart)
 
-    moves: list[Move] = [*differences]
-    moves += [ExchangeMove(prior.layout, name, pooled) for name in EXCHANGES]
+    exchanges = {n: ExchangeMove(prior.layout, n, pooled) for n in EXCHANGES}
+    moves: list[Move] = [*differences, *exchanges.values()]
     if isinstance(chart, PolarChart) and SplitMove.suits(prior.layout, chart):
-        moves.append(SplitMove(prior.layout, chart))
+        moves.remove(exchanges["split or merge"])  # of any two, which rarely fit
+        moves += _SPLITS * [SplitMove(prior.layout, chart)]
     return moves
 
 
@@ -240,7 +245,7 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
 
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
-    if effective(most) >= _ENOUGH_SHARE:
+    if _effective_share(pareto_smoothed(most * gain).log_weights) >= _ENOUGH_SHARE:
         return most, most * gain
     most = min(most, max(beta, _FIRST_STEP))
     low, high = 0.0, most

@@ -66,8 +66,9 @@ def test_a_merge_undoes_a_split() -> None:
     assert (LAYOUT.cardinality(split[done]) == 2).all()
     merged, back = MOVE._merge(split[done], generator_for(4))
     # Either order of the two may be drawn, and leads to the same whole.
-    gap = LAYOUT.unpack(merged).components[:, 0] - (
-        LAYOUT.unpack(start[done]).components[:, 0]
+    gap = (
+        LAYOUT.unpack(merged).components[:, 0]
+        - (LAYOUT.unpack(start[done]).components[:, 0])
     )
     gap[:, 1] = torch.remainder(gap[:, 1] + math.pi, math.tau) - math.pi
     assert gap.abs().max() < 1e-6
