@@ -151,6 +151,8 @@ def plot(dataset: xr.Dataset) -> Figure:
             counts = dataset.confusion.sel(variant=name).sum("seed").values
             share = counts / counts.sum(1, keepdims=True).clip(1)
             axes.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower")
+            axes.set_xticks(range(len(share)))
+            axes.set_yticks(range(len(share)))
             for i, j in np.argwhere(counts > 0):
                 axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", fontsize=FONT)
             dress(axes, "most probable K", "true K", f"{name}, %")

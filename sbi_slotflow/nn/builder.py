@@ -169,8 +169,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         - neither for the noise: instead of regressing a sampled sigma, sigma has a
           density trained by likelihood, read from convolutions of its own.
 
-        Its chart is a surface, so ``log_prob`` raises; sampling and training work. Use
-        the default ``slot_nn()`` for densities.
+        Its chart is a surface, so ``log_prob`` raises; sampling works, and training by
+        :meth:`~sbi_slotflow.SlotNPE.train_online` (sbi's own loop evaluates
+        ``log_prob``). Use the default ``slot_nn()`` for densities.
 
         Args:
             problem: A sinusoid problem; see the class.
