@@ -65,7 +65,7 @@ print(f"posterior width over sigma: {relative:.4f}")
 print(f"1 / sqrt(2 T), the bound for {tiny.num_data} samples: {(2 * 300) ** -0.5:.4f}")
 
 # %% [markdown]
-# The network's intervals are 16 % wider than the bound. Unknown components explain one
+# The network's intervals are 25 % wider than the bound. Unknown components explain one
 # or two percent of that (each uses up three of 300 samples), so this network is a
 # little too wide in sigma: honest, but not as sharp as it could be. `refine` would
 # sharpen it.
@@ -106,8 +106,8 @@ for name, one in {"uniform": trained, "half as probable each": sparing}.items():
 
 # %% [markdown]
 # The three certain sources do not care about the prior. The doubtful ones lose about a
-# quarter of their probability. (A doubtful place can be split over several rows, as
-# near 2.79 Hz here; the 4,000 draws of `00_ten_minutes` separate them better.)
+# fifth of their probability. (A doubtful place can be split over several rows, as
+# near 2.8 Hz here; the 4,000 draws of `00_ten_minutes` separate them better.)
 #
 # ## Data from elsewhere
 #

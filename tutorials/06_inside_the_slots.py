@@ -105,7 +105,7 @@ for name, options in variants.items():
     print(f"{name:18s}  {-last['val_loss']:24.2f}   {right:7.1%}")
 
 # %% [markdown]
-# Anchored slots learn much faster: after 60 steps they get K right in more than nine of
+# Anchored slots learn much faster: after 60 steps they get K right in nearly nine of
 # ten signals, and each signal's parameters are 8 nats more probable. Gauss-Newton steps
 # inside the network add another 10: they find the peak, so that the flow has to learn
 # only what is not Gaussian about it. Attention and global slots do not differ at this

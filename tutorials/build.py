@@ -8,6 +8,7 @@ is written with what it printed and drew. Edit the ``.py`` file; the notebook is
 import argparse
 import base64
 import io
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).parent
+# Where packages and cells are on the machine that ran them.
+_FOLDERS = re.compile(r"/\S*/(?:site-packages|ipykernel_\d+)/")
 
 
 def sources(prefixes: list[str] | None = None) -> list[Path]:
@@ -50,6 +53,8 @@ def tidy(notebook: Any) -> Any:
             continue
         cell.outputs = [out for out in cell.outputs if not _is_progress(out)]
         for out in cell.outputs:
+            if "text" in out:
+                out.text = _FOLDERS.sub("", out.text)
             if "image/png" in out.get("data", {}):
                 out.data["image/png"] = _small(out.data["image/png"])
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -13,8 +13,8 @@ the particles stay effective, but no longer than doubles beta: a component that 
 shows in no weight, and is found while beta is small and births are cheap. Then the
 particles are resampled, and moved for as long as the mean weight of the next step still
 grows (particles that lag behind their target make the evidence too small), at the end
-until their cardinality and density have little to do with what they were. The small
-share of the prior lets moves reach every set.
+until what their cardinality and density keep of where they started is below the noise
+of as many particles. The small share of the prior lets moves reach every set.
 """
 
 import math
