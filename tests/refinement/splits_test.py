@@ -8,13 +8,16 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from sbi_slotflow import problems
+from sbi_slotflow.nn.charts import PolarChart
 from sbi_slotflow.refinement.moves import Population, metropolis
 from sbi_slotflow.refinement.splits import SplitMove
 from sbi_slotflow.seeding import generator_for
 
 CROWDED = problems.sinusoids("crowded")
 PRIOR, LAYOUT = CROWDED.prior, CROWDED.layout
-MOVE = SplitMove(LAYOUT, CROWDED.build_chart())
+CHART = CROWDED.build_chart()
+assert isinstance(CHART, PolarChart)
+MOVE = SplitMove(LAYOUT, CHART)
 
 
 def prior_rows(num: int, k: int | None = None) -> torch.Tensor:
