@@ -41,7 +41,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(60, 0, 0),
-    "quick": Size(0, 500, 60),
+    "quick": Size(0, 3_000, 400),
     "full": Size(20_000, 20_000, 3_000),
 }
 

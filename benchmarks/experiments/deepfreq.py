@@ -70,7 +70,7 @@ class Size:
 
 BUDGETS = {
     "smoke": Size(2, 32, 32, (10,)),
-    "quick": Size(200, 38_400, 6_400),
+    "quick": Size(200, 96_000, 12_800),
     "full": Size(10_000, 2_000_000, 200_000),
 }
 NETWORK: dict[str, Any] = {

@@ -58,7 +58,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(0, 1, 300, 0, 500),
-    "quick": Size(6, 6, 3_000, 600, 5_000),
+    "quick": Size(30, 30, 3_000, 600, 5_000),
     "full": Size(50, 50, 10_000, 5_000, 5_000),
 }
 

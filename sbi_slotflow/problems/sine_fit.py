@@ -334,12 +334,14 @@ def _centred_moments(frequency: Tensor, grid: Grid, count: int) -> list[Tensor]:
 
 def _series(angle: Tensor, grid: Grid, count: int) -> list[Tensor]:
     """As :func:`_centred_moments`, as a power series in ``angle`` = 2 pi f."""
-    order = torch.arange(_SERIES_TERMS).to(angle)
-    scale = grid.duration  # keeps the powers near one
-    powers = (angle * scale).unsqueeze(-1) ** order
+    base = (angle * grid.duration).unsqueeze(-1)  # near one
     factors = angle.new_tensor(_series_factors(grid, count))
+    even = torch.ones(len(angle), (_SERIES_TERMS + 1) // 2).to(angle)
+    even[:, 1:] = base.square()
+    even = even.cumprod(-1)
     # Even terms are real, odd ones imaginary: i^m with its sign in the factors.
-    real, imag = powers[:, ::2] @ factors[::2], powers[:, 1::2] @ factors[1::2]
+    odd = base * even[:, : _SERIES_TERMS // 2]
+    real, imag = even @ factors[::2], odd @ factors[1::2]
     return list(torch.complex(real, imag).unbind(-1))
 
 
