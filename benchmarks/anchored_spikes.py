@@ -19,8 +19,8 @@ from .common import Numbers, run_parts
 
 _CHECKPOINTS = Path("checkpoints")
 _STAGES = (
-    Stage(128_000, 1e-3, 3.0, part="anchors"),
-    Stage(48_000, 1e-3, 3.0, part="local"),
+    Stage(64_000, 1e-3, 3.0, part="anchors"),
+    Stage(24_000, 1e-3, 3.0, part="local"),
 )
 
 

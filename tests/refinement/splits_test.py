@@ -78,7 +78,11 @@ def test_a_merge_undoes_a_split() -> None:
     amplitudes = LAYOUT.unpack(split[done]).components[:, :2, 0].log()
     # -log p(A_1) - log A_2 of the one that is drawn first, p being log-uniform.
     swapped = 2 * (amplitudes[:, 0] - amplitudes[:, 1]).abs()
-    error = (back + log_ratio[done]).abs()
+    # In the other order a split may have drawn what the prior excludes.
+    possible = torch.isfinite(back)
+    assert possible.double().mean() > 0.9
+    error = (back + log_ratio[done]).abs()[possible]
+    swapped = swapped[possible]
     assert torch.minimum(error, (error - swapped).abs()).max() < 1e-6
     assert 0.4 < (error < 1e-6).double().mean() < 0.6
 
