@@ -20,8 +20,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
+from sbi_slotflow.circular import circular_mean
+from sbi_slotflow.layout import ThetaLayout
 from sbi_slotflow.pretraining import RECIPES, StageBuilder
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
@@ -161,8 +164,25 @@ def close(num_signals: int, seed: int) -> Numbers:
         for name, result in (("amortized", found), ("floor", found.floor)):
             assert result.correlation_error is not None
             kept.setdefault(name, []).append(result.correlation_error)
+        exact, again = (run.rows[layout.cardinality(run.rows) == 2] for run in runs)
+        for name, rows in (("amortized", draws), ("floor", again)):
+            # Of ranks: a few draws in a wrong cell do not decide them.
+            pair = _ranks(layout, rows, exact), _ranks(layout, exact, exact)
+            error = metrics.correlation_error(*pair)
+            kept.setdefault(f"{name}, of ranks", []).append(error)
         progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
     return {name: spread(values) for name, values in kept.items()}
+
+
+def _ranks(layout: ThetaLayout, rows: Tensor, reference: Tensor) -> Tensor:
+    """Ranks of both components' parameters ``(S, 2, 3)``, phases about the exact."""
+    values, others = (
+        layout.unpack(part).components[:, :2].double() for part in (rows, reference)
+    )
+    middle = circular_mean(others[..., 1], [math.tau, math.tau])
+    phase = torch.remainder(values[..., 1] - middle + math.pi, math.tau)
+    values = torch.stack([values[..., 0], phase, values[..., 2]], -1)
+    return values.argsort(0).argsort(0).double()
 
 
 def smc(num_signals: int, seed: int) -> Numbers:

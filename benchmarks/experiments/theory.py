@@ -41,6 +41,8 @@ from ..training import errors_of, train
 MATCHINGS: tuple[Matching, ...] = ("hungarian", "permanent", "ordered")
 # Float32 has 24 bits; a sum over ten components may lose a few.
 PRECISION = 1e-5
+# Share of resamples over seeds that must have an optimum.
+_DECIDED = 0.9
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,12 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
         )
     if len(dataset.sigma) > 1:
         ratio = best[:, -1] / best[:, 0]
+        found_in = float(np.isfinite(ratio).mean())
         ratio = ratio[np.isfinite(ratio)]
         predicted = float((dataset.snr[0] / dataset.snr[-1]) ** 0.25)
         middle = float(np.median(ratio)) if len(ratio) else None
         interval = None
-        if len(ratio) > 10:
+        if found_in >= _DECIDED:
             low, high = np.quantile(ratio, [0.025, 0.975])
             interval = (float(low), float(high))
         found.append(
@@ -271,6 +274,10 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
                 met=None
                 if interval is None
                 else bool(interval[0] <= predicted <= interval[1]),
+                note=f"Both optima are found in {100 * found_in:.0f} % of resamples; "
+                f"with less than {100 * _DECIDED:.0f} % nothing is decided. Networks "
+                "that have hardly learnt the phases have no optimum: the paper's have "
+                "500,000 simulations.",
             )
         )
     return found
