@@ -110,8 +110,11 @@ class Experiment:
         """First line of the docstring."""
         return (self.module.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
-    def about(self, heading: Literal["Paper", "Question", "Protocol"]) -> str:
-        """The docstring's paragraph of that heading, in one line."""
+    def about(self, heading: Literal["Paper", "Question", "Protocol", "Losses"]) -> str:
+        """The docstring's paragraph of that heading in one line, or nothing.
+
+        ``Losses`` says why a rival is better or a target is missed.
+        """
         text = self.module.__doc__ or ""
         found = re.search(
             rf"^{heading}: (.*?)(?=\n\s*\n|\n[A-Z]\w+: |\Z)", text, re.S | re.M

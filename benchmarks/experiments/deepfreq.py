@@ -15,6 +15,10 @@ in the published test, and not as trained). Errors of the count; false negatives
 the count given, as published; Chamfer distance with the count estimated. Ours: the most
 probable K, then the densest of 16 draws, refined by least squares. Rivals that are run
 on the same signals: ESPRIT with MDL, AIC and SORTE, and matching pursuit with BIC.
+
+Losses: Matching pursuit finds more lines where K is given, and subspace methods are
+exact where there is no noise: both are made for lines and know no other signal. The
+network has seen 96,000 signals, with gaps drawn in one way of the two.
 """
 
 from dataclasses import dataclass

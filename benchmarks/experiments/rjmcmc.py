@@ -12,6 +12,10 @@ units and in units of the exact standard deviation, averaged over components; Er
 started from the truth as in the paper, stands beside ours. Part two repeats this on
 signals drawn from the priors of `paper` and `crowded`, where the paper has one chosen
 example. "Refined" is importance sampling from our draws with the likelihood.
+
+Losses: On `crowded` a few draws of each set sit in a wrong cell of the frequency axis,
+and distances in units of a narrow posterior feel those most. `refine` mends most of it
+and warns where it cannot.
 """
 
 import math

@@ -170,8 +170,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
           density trained by likelihood, read from convolutions of its own.
 
         Its chart is a surface, so ``log_prob`` raises; sampling works, and training by
-        :meth:`~sbi_slotflow.SlotNPE.train_online` (sbi's own loop evaluates
-        ``log_prob``). Use the default ``slot_nn()`` for densities.
+        ``SlotNPE.train_online`` (sbi's own loop evaluates ``log_prob``). Use the
+        default ``slot_nn()`` for densities.
 
         Args:
             problem: A sinusoid problem; see the class.

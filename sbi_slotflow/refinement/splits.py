@@ -83,7 +83,7 @@ class SplitMove:
     def propose(
         self, theta: Tensor, others: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`~sbi_slotflow.refinement.moves.Move`."""
+        """As every ``Move``: new rows, and the log ratio of proposals."""
         coin = torch.rand(len(theta), generator=generator) < 0.5
         new, log_ratio = theta.clone(), theta.new_zeros(len(theta)).double()
         for rows, move in ((coin, self._split), (~coin, self._merge)):
