@@ -62,7 +62,7 @@ class SplitMove:
         if not self.suits(layout, chart):
             raise ValueError(
                 "components must be an amplitude, a phase and the frequency that "
-                f"orders them, got {layout} and {chart.kind!r} chart."
+                f"orders them, two at least, got {layout} and {chart.kind!r} chart."
             )
         assert chart.frequency is not None
         self.layout, self.chart = layout, chart
@@ -72,9 +72,10 @@ class SplitMove:
 
     @staticmethod
     def suits(layout: ThetaLayout, chart: Chart) -> bool:
-        """Whether components are oscillations at one frequency, ordered by it."""
+        """Whether components are oscillations, ordered by frequency, two or more."""
         return (
             isinstance(chart, PolarChart)
+            and layout.max_cardinality > 1
             and chart.frequency == layout.order_by
             and layout.num_component_params == 3
             and chart.reference_time > 0

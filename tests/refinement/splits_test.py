@@ -133,3 +133,5 @@ def test_other_components_are_refused() -> None:
     assert not SplitMove.suits(spikes.layout, spikes.build_chart())
     with pytest.raises(ValueError, match="components must be"):
         SplitMove(spikes.layout, spikes.build_chart())  # pyright: ignore
+    single = problems.sinusoids("tiny", cardinality=[1.0, 1.0])
+    assert not SplitMove.suits(single.layout, single.build_chart())
