@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +37,7 @@ from .common import (
     simulate,
     spread,
 )
+from .samplers_by_k import nested, tempered
 
 
 def floor(num_signals: int, seed: int) -> Numbers:
@@ -270,21 +270,7 @@ def _methods(
         return Timed(found[3], "weighted")
 
     def smc_by_k() -> Timed:
-        likelihood = rjmcmc.laplace_proposal(problem, x).log_likelihood
-        results = [
-            one(
-                refine(
-                    _Prior(given_k(problem, k).prior),
-                    likelihood,
-                    x,
-                    1_000,
-                    method="smc",
-                    defensive=0.0,
-                    generator=generator_for(seed, k),
-                )
-            )
-            for k in range(1, 5)
-        ]
+        results = [tempered(problem, x, k, 1_000, seed) for k in range(1, 5)]
         return Timed(results[2], "weighted")
 
     return {
@@ -326,69 +312,9 @@ def _efficiency(timed: Timed, seconds: float, problem: Sinusoids) -> Numbers:
 
 def _nested(problem: Sinusoids, x: Tensor, seed: int) -> Timed:
     """Nested sampling (dynesty) at each K; draws are those of K = 3."""
-    try:
-        dynesty: Any = import_module("dynesty")
-    except ImportError as error:
-        raise ImportError(
-            "nested sampling needs dynesty: pip install dynesty"
-        ) from error
-    statistics = rjmcmc.laplace_proposal(problem, x).statistics
-    low = np.array([m.bounds[0] for m in problem.prior.component_marginals])
-    high = np.array([m.bounds[1] for m in problem.prior.component_marginals])
-    sigma_low, sigma_high = problem.prior.shared_marginals[0].bounds
-    kept: Timed | None = None
-    for k in range(1, 5):
-
-        def transform(u: np.ndarray, k: int = k) -> np.ndarray:
-            parts = u[1:].reshape(k, 3)
-            # Sorted frequencies, so that each set counts once.
-            parts = np.column_stack([parts[:, :2], np.sort(parts[:, 2])])
-            components = low + parts * (high - low)
-            return np.append(sigma_low + u[0] * (sigma_high - sigma_low), components)
-
-        def log_likelihood(v: np.ndarray, k: int = k) -> float:
-            sigma = np.array(max(v[0], 1e-6))
-            return float(statistics.log_likelihood(v[1:].reshape(k, 3), sigma))
-
-        sampler: Any = dynesty.NestedSampler(
-            log_likelihood,
-            transform,
-            1 + 3 * k,
-            nlive=250,
-            sample="rwalk",
-            rstate=np.random.default_rng([seed, k]),
-        )
-        sampler.run_nested(print_progress=False, maxcall=150_000)
-        if k == 3:
-            found = sampler.results
-            padded = torch.zeros(len(found.samples), problem.prior.max_cardinality, 3)
-            padded = padded.double()
-            padded[:, :3] = torch.from_numpy(found.samples[:, 1:]).reshape(-1, 3, 3)
-            rows = problem.layout.pack(
-                torch.full((len(padded),), 3),
-                padded,
-                torch.from_numpy(found.samples[:, :1]),
-            )
-            weights = torch.from_numpy(found.logwt).unsqueeze(0)
-            rows = problem.layout.canonical(rows).unsqueeze(0)
-            kept = Timed(PosteriorDraws(problem.layout, rows, x, weights), "weighted")
-    assert kept is not None
-    return kept
-
-
-class _Prior:
-    """The prior as a proposal."""
-
-    def __init__(self, prior: VariableKPrior) -> None:
-        self.prior = prior
-
-    def sample_batched(
-        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        return self.prior.sample((*sample_shape, len(x)), generator)
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
-        return self.prior.log_prob(theta)
+    found = [nested(problem, x, k, 250, seed, maxcall=150_000) for k in range(1, 5)]
+    rows, weights = found[2].rows.unsqueeze(0), found[2].weights.log().unsqueeze(0)
+    return Timed(PosteriorDraws(problem.layout, rows, x, weights), "weighted")
 
 
 class _Pool:

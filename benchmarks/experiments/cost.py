@@ -178,61 +178,19 @@ def _eryn(problem, theta, x, k, seed) -> dict[str, float]:
 
 
 def _smc(problem, theta, x, k, seed) -> dict[str, float]:
-    from sbi_slotflow import rjmcmc
-    from sbi_slotflow.refinement import refine
-    from sbi_slotflow.seeding import generator_for
+    from ..samplers_by_k import tempered
 
-    from ..common import given_k
-    from ..exact_answers import _Prior
-
-    likelihood = rjmcmc.laplace_proposal(problem, x).log_likelihood
     before = _peak()
-    seconds = _seconds(
-        lambda: refine(
-            _Prior(given_k(problem, k).prior),
-            likelihood,
-            x,
-            1_000,
-            method="smc",
-            defensive=0.0,
-            generator=generator_for(seed, k),
-        )
-    )
+    seconds = _seconds(lambda: tempered(problem, x, k, 1_000, seed))
     return _sampler(seconds, before)
 
 
 def _nested(problem, theta, x, k, seed) -> dict[str, float]:
-    import dynesty
-
-    from sbi_slotflow import rjmcmc
-
-    statistics = rjmcmc.laplace_proposal(problem, x).statistics
-    prior = problem.prior
-    low, high = np.transpose([m.bounds for m in prior.component_marginals])
-    sigma_low, sigma_high = prior.shared_marginals[0].bounds
-
-    def transform(u: np.ndarray) -> np.ndarray:
-        parts = u[1:].reshape(k, 3)
-        # Sorted frequencies, so that each set counts once.
-        parts = np.column_stack([parts[:, :2], np.sort(parts[:, 2])])
-        sigma = sigma_low + u[0] * (sigma_high - sigma_low)
-        return np.append(sigma, low + parts * (high - low))
-
-    def log_likelihood(v: np.ndarray) -> float:
-        sigma = np.array(max(v[0], 1e-6))
-        return float(statistics.log_likelihood(v[1:].reshape(k, 3), sigma))
+    from ..samplers_by_k import nested
 
     before = _peak()
-
-    def work() -> None:
-        make: Any = dynesty.NestedSampler
-        sampler = make(
-            log_likelihood, transform, 1 + 3 * k, nlive=250, sample="rwalk",
-            rstate=np.random.default_rng([seed, k]),
-        )  # fmt: skip
-        sampler.run_nested(print_progress=False, maxcall=150_000)
-
-    return _sampler(_seconds(work), before)
+    seconds = _seconds(lambda: nested(problem, x, k, 250, seed, maxcall=150_000))
+    return _sampler(seconds, before)
 
 
 def _sampler(seconds: float, before: float, scaled: float = 1.0) -> dict[str, float]:

@@ -1,19 +1,15 @@
 """Samplers that see the likelihood: they need no training, and start anew each time."""
 
-from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sbi_slotflow import rjmcmc
-from sbi_slotflow.prior import VariableKPrior
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.refinement import RefinedPosterior, refine
 from sbi_slotflow.seeding import generator_for
 
-from ..common import given_k
+from ..samplers_by_k import nested, tempered
 from .base import Answer, Rival, counted
 
 __all__ = ["Eryn", "NestedByK", "SMCByK"]
@@ -89,19 +85,8 @@ class SMCByK(_ByK):
 
     def given_k(self, x: Tensor, k: int, seed: int) -> tuple[float, Tensor, Tensor]:
         """Temper the prior given K into the posterior."""
-        proposal = rjmcmc.laplace_proposal(self.problem, x)
-        result = refine(
-            _PriorProposal(given_k(self.problem, k).prior),
-            proposal.log_likelihood,
-            x,
-            self.num_live,
-            method="smc",
-            defensive=0.0,
-            generator=generator_for(seed, k),
-        )
-        assert isinstance(result, RefinedPosterior)
-        rows = result.theta.reshape(-1, self.problem.layout.size)
-        return float(result.log_evidence), rows, result.weights.flatten()
+        found = tempered(self.problem, x, k, self.num_live, seed)
+        return found.log_evidence, found.rows, found.weights
 
 
 class NestedByK(_ByK):
@@ -109,55 +94,4 @@ class NestedByK(_ByK):
 
     def given_k(self, x: Tensor, k: int, seed: int) -> tuple[float, Tensor, Tensor]:
         """Shrink the prior given K onto the posterior."""
-        dynesty: Any = import_module("dynesty")
-        problem, prior = self.problem, self.problem.prior
-        statistics = rjmcmc.laplace_proposal(problem, x).statistics
-        low, high = np.array([m.bounds for m in prior.component_marginals]).T
-        bottom, top = prior.shared_marginals[0].bounds
-        gap = prior.min_separation or 0.0
-
-        def transform(u: np.ndarray) -> np.ndarray:
-            parts = u[1:].reshape(k, 3)
-            components = low + parts * (high - low)
-            # The prior's own map: sorted uniform points, then the gaps.
-            room = high[2] - low[2] - gap * max(k - 1, 0)
-            components[:, 2] = low[2] + np.sort(parts[:, 2]) * room
-            components[:, 2] += gap * np.arange(k)
-            return np.append(bottom + u[0] * (top - bottom), components)
-
-        def log_likelihood(v: np.ndarray) -> float:
-            sigma = np.array(max(v[0], 1e-6))
-            return float(statistics.log_likelihood(v[1:].reshape(k, 3), sigma))
-
-        sampler: Any = dynesty.NestedSampler(
-            log_likelihood,
-            transform,
-            1 + 3 * k,
-            nlive=self.num_live,
-            sample="rwalk" if k else "unif",
-            rstate=np.random.default_rng([seed, k]),
-        )
-        sampler.run_nested(print_progress=False, dlogz=0.1)
-        found = sampler.results
-        num = len(found.samples)
-        components = torch.zeros(num, problem.layout.max_cardinality, 3).double()
-        samples = torch.from_numpy(found.samples)
-        components[:, :k] = samples[:, 1:].reshape(num, k, 3)
-        rows = problem.layout.pack(torch.full((num,), k), components, samples[:, :1])
-        weights = torch.from_numpy(found.importance_weights())
-        return float(found.logz[-1]), problem.layout.canonical(rows), weights
-
-
-class _PriorProposal:
-    """The prior as a proposal."""
-
-    def __init__(self, prior: VariableKPrior) -> None:
-        self.prior = prior
-
-    def sample_batched(
-        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        return self.prior.sample((*sample_shape, len(x)), generator)
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
-        return self.prior.log_prob(theta)
+        return nested(self.problem, x, k, self.num_live, seed, dlogz=0.1)
