@@ -8,10 +8,8 @@ may be stopped and taken up again.
 
 from pathlib import Path
 
-from torch import Tensor
-
-from sbi_slotflow import SlotNPE, SlotPosterior, slot_nn
-from sbi_slotflow.pretraining import Stage, StageBuilder
+from sbi_slotflow import SlotPosterior
+from sbi_slotflow.pretraining import Stage, train_stages
 from sbi_slotflow.problems import spikes
 
 from .calibration_rows import cardinality_rows, coverage_rows
@@ -44,27 +42,10 @@ def calibration(num_components: int, seed: int) -> Numbers:
 def _trained() -> SlotPosterior:
     """The posterior of the last stage, trained as far as it is not yet."""
     problem = spikes()
-    weights: dict[str, Tensor] | None = None
-    posterior = None
-    for i, stage in enumerate(_STAGES):
-        build = slot_nn(
-            problem,
-            refine_slots=3,
-            loss_weights=(stage.cardinality_weight, 1.0, 1.0),
-        )
-        trainer = SlotNPE(problem.prior, StageBuilder(build, weights, stage.part))
-        estimator = trainer.train_online(
-            problem.simulator,
-            num_simulations=stage.num_simulations,
-            learning_rate=stage.learning_rate,
-            num_validation=1_024,
-            validate_every=100,
-            seed=i,
-            checkpoint=_CHECKPOINTS / f"spikes-{i + 1}.safetensors",
-        )
-        weights, posterior = estimator.state_dict(), trainer.build_posterior()
-    assert posterior is not None
-    return posterior
+    estimator = train_stages(
+        problem, {"refine_slots": 3}, _STAGES, _CHECKPOINTS / "spikes"
+    )
+    return SlotPosterior(estimator.eval(), problem.prior)
 
 
 PARTS = {"calibration": (calibration, 1_000)}

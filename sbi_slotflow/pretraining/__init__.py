@@ -4,6 +4,7 @@ Each set of weights follows from its recipe and seed. A run keeps its state in
 ``checkpoints/`` and may be stopped and taken up again at any moment.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..calibration import TrainingReference
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
-from ..problems import Sinusoids, sinusoids
+from ..problems import Problem, Sinusoids, sinusoids
 from ..seeding import generator_for
 from ..training import SlotNPE
 
@@ -23,6 +24,7 @@ __all__ = [
     "Stage",
     "StageBuilder",
     "pretrain",
+    "train_stages",
     "training_reference",
 ]
 
@@ -135,16 +137,37 @@ def pretrain(
     if name not in RECIPES:
         raise ValueError(f"name must be one of {sorted(RECIPES)}, got {name!r}.")
     recipe = RECIPES[name]
-    problem = recipe.problem
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    return train_stages(
+        recipe.problem, recipe.builder, recipe.stages, checkpoints / name, device
+    )
+
+
+def train_stages(
+    problem: Problem,
+    builder: Mapping[str, Any],
+    stages: Sequence[Stage],
+    stem: Path,
+    device: str = "cpu",
+) -> SlotDensityEstimator:
+    """Train in stages, each of which starts from the weights of the one before.
+
+    Args:
+        problem: The problem.
+        builder: Fields of :class:`~sbi_slotflow.nn.builder.slot_nn`.
+        stages: The stages.
+        stem: Path of the runs' states without ``-1.safetensors``, ``-2.safetensors``.
+        device: Device to train on.
+
+    Raises:
+        ValueError: If there are no stages.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] | None = None
     estimator = None
-    for i, stage in enumerate(recipe.stages):
+    for i, stage in enumerate(stages):
         build = StageBuilder(
             slot_nn(
-                problem,
-                loss_weights=(stage.cardinality_weight, 1.0, 1.0),
-                **recipe.builder,
+                problem, loss_weights=(stage.cardinality_weight, 1.0, 1.0), **builder
             ),
             weights,
             stage.part,
@@ -156,10 +179,11 @@ def pretrain(
             num_validation=1_024,
             validate_every=100,
             seed=i,
-            checkpoint=checkpoints / f"{name}-{i + 1}.safetensors",
+            checkpoint=stem.with_name(f"{stem.name}-{i + 1}.safetensors"),
         )
         weights = estimator.state_dict()
-    assert estimator is not None
+    if estimator is None:
+        raise ValueError("stages must hold at least one stage, got none.")
     return estimator
 
 
