@@ -108,13 +108,7 @@ class SplitMove:
         sign = torch.where(uniform[:, 4] < 0.5, 1.0, -1.0)
         gap = sign * size / self.duration
         whole = whole._replace(z=torch.where(possible, whole.z, 1.0))
-        ratio = drawn / whole.z
-        total = whole.z / self._response(ratio, gap)
-        frequency = whole.frequency - gap * ratio.real
-        pair = (
-            _Phasors(ratio * total, frequency + gap),
-            _Phasors(total - ratio * total, frequency),
-        )
+        pair = self._parts(whole, drawn, gap)
         components = parts.components.clone()
         last = k.clamp(max=layout.max_cardinality - 1)
         for place, part in zip((last, chosen), pair, strict=True):
@@ -192,6 +186,18 @@ class SplitMove:
         log_h = -(2 * self.log_range * gap.abs()).log()
         areas = z.abs().log() - first.z.abs().log() - second.z.abs().log()
         return areas - 4 * response - log_g - log_h - math.log(2)
+
+    def _parts(
+        self, whole: _Phasors, drawn: Tensor, gap: Tensor
+    ) -> tuple[_Phasors, _Phasors]:
+        """The two of a whole, given r z and their gap."""
+        ratio = drawn / whole.z
+        total = whole.z / self._response(ratio, gap)
+        frequency = whole.frequency - gap * ratio.real
+        return (
+            _Phasors(ratio * total, frequency + gap),
+            _Phasors(total - ratio * total, frequency),
+        )
 
     def _response(self, ratio: Tensor, gap: Tensor) -> Tensor:
         """D, by which the whole is weaker than the sum."""

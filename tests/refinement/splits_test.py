@@ -10,7 +10,7 @@ from scipy.stats import chisquare, kstest
 from sbi_slotflow import problems
 from sbi_slotflow.nn.charts import PolarChart
 from sbi_slotflow.refinement.moves import Population, metropolis
-from sbi_slotflow.refinement.splits import SplitMove
+from sbi_slotflow.refinement.splits import SplitMove, _Phasors
 from sbi_slotflow.seeding import generator_for
 
 CROWDED = problems.sinusoids("crowded")
@@ -85,6 +85,34 @@ def test_a_merge_undoes_a_split() -> None:
     swapped = swapped[possible]
     assert torch.minimum(error, (error - swapped).abs()).max() < 1e-6
     assert 0.4 < (error < 1e-6).double().mean() < 0.6
+
+
+def test_the_jacobian_of_a_split_is_that_of_its_map() -> None:
+    def parts(v: torch.Tensor) -> torch.Tensor:
+        whole = _Phasors(torch.complex(v[2], v[3]), v[4])
+        first, second = MOVE._parts(whole, torch.complex(v[0], v[1]), v[5])
+        z = torch.view_as_real(torch.stack([first.z, second.z])).flatten()
+        return torch.cat([z, torch.stack([first.frequency, second.frequency])])
+
+    for d in (0.3 + 0.2j, -0.9 + 0.4j, 1.7 - 1.1j):
+        z, gap = 0.6 - 0.5j, 0.7 / MOVE.duration
+        point = torch.tensor([d.real, d.imag, z.real, z.imag, 2.7, gap]).double()
+        jacobian: Any = torch.autograd.functional.jacobian(parts, point)
+        response = MOVE._response(torch.tensor(d / z), torch.tensor(gap).double())
+        assert torch.isclose(
+            jacobian.det().abs(), response.abs().double() ** -4, rtol=1e-5
+        )
+        # and the ratio has it: what remains has no D
+        first, second = MOVE._parts(
+            _Phasors(torch.tensor(z), point[4]), torch.tensor(d), point[5]
+        )
+        log_ratio = MOVE._log_ratio(torch.tensor(z), first, second)
+        log_g = CHART.marginals[0].log_density(torch.tensor(abs(d)).double())
+        log_g = log_g - math.log(math.tau * abs(d))
+        log_h = -math.log(2 * MOVE.log_range * gap)
+        areas = abs(z) / (first.z.abs() * second.z.abs())
+        wanted = areas.log() + jacobian.det().abs().log() - log_g - log_h - math.log(2)
+        assert torch.isclose(log_ratio.double(), wanted, atol=1e-4)
 
 
 def test_the_frequencies_of_two_that_are_close_fit_the_whole_best() -> None:
