@@ -217,71 +217,95 @@ def _against_exact(
     problem, posterior = ready(preset)
     theta, x = simulate(problem, num_signals, TEST + seed)
     kept: dict[str, list[float]] = {}
-
-    def keep(name: str, value: float | None) -> None:
-        if value is not None:
-            kept.setdefault(name, []).append(float(value))
-
     for i in range(num_signals):
-        weighted = one(
-            posterior.refine(
-                problem.log_likelihood,
-                x[i],
-                10_000,
-                defensive=0.0,
-                generator=generator_for(seed, i),
-            )
-        )
-        started = time.thread_time()
-        refined = one(
-            posterior.refine(
-                problem.log_likelihood,
-                x[i],
-                10_000,
-                method=method,
-                defensive=_DEFENSIVE[method],
-                generator=generator_for(seed, i, 1),
-            )
-        )
-        keep(f"refine by {method}, seconds of the thread", time.thread_time() - started)
-        reference, second = (
-            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80)
-            for run in range(2)
-        )
-        exact = reference.cardinality().probs
-        amortized = posterior.cardinality(x[i]).probs.double()
         true = int(problem.layout.cardinality(theta[i]))
-        keep("TV, amortized", metrics.total_variation(amortized, exact).item())
-        keep(
-            "TV, refined",
-            metrics.total_variation(refined.cardinality().probs, exact).item(),
-        )
-        keep(
-            "TV, floor",
-            metrics.total_variation(second.cardinality().probs, exact).item(),
-        )
-        both = 0.5 * (exact + second.cardinality().probs)
-        keep("score, exact", -math.log(max(float(both[true]), 1e-4)))
-        keep("score, amortized", -math.log(max(float(amortized[true]), 1e-4)))
-        keep(
-            "TV, weighted",
-            metrics.total_variation(weighted.cardinality().probs, exact).item(),
-        )
-        keep("ESS/N", weighted.efficiency)
-        keep("k-hat", weighted.pareto_k)
-        k = int(exact.argmax())
-        if k:
-            _compare(problem, posterior, refined, reference, second, x[i], k, keep)
+        found = against_exact(problem, posterior, method, x[i], true, (seed, i))
+        for name, value in found.items():
+            kept.setdefault(name, []).append(value)
         progress(
             f"signal {i + 1}, K = {true}: "
-            + ", ".join(f"{name} {v[-1]:.3g}" for name, v in kept.items())
+            + ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         )
     return {name: spread(values) for name, values in kept.items()}
 
 
-def _compare(problem, posterior, refined, reference, second, x, k, keep):
-    draws = posterior.sample((10_000,), x, k=k, generator=generator_for(k))
-    for label, mine in (("amortized", draws), ("refined", refined)):
+def against_exact(
+    problem: Sinusoids,
+    posterior: SlotPosterior,
+    method: Literal["importance", "smc"],
+    x: Tensor,
+    true: int,
+    seeds: tuple[int, int],
+) -> dict[str, float]:
+    """Compare the posterior of one signal, and refined, with the collapsed sampler.
+
+    Args:
+        problem: The problem.
+        posterior: The posterior.
+        method: How to refine.
+        x: The signal.
+        true: Its cardinality.
+        seeds: Seed of the comparison, number of the signal.
+    """
+    weighted = one(
+        posterior.refine(
+            problem.log_likelihood,
+            x,
+            10_000,
+            defensive=0.0,
+            generator=generator_for(*seeds),
+        )
+    )
+    started = time.thread_time()
+    refined = one(
+        posterior.refine(
+            problem.log_likelihood,
+            x,
+            10_000,
+            method=method,
+            defensive=_DEFENSIVE[method],
+            generator=generator_for(*seeds, 1),
+        )
+    )
+    seconds = time.thread_time() - started
+    reference, second = (
+        rjmcmc.collapsed(problem, x, seed=2 * seeds[1] + run, num_draws=5_000, thin=80)
+        for run in range(2)
+    )
+    exact, again = (run.cardinality().probs for run in (reference, second))
+    amortized = posterior.cardinality(x).probs.double()
+    others = {
+        "amortized": amortized,
+        "refined": refined.cardinality().probs,
+        "weighted": weighted.cardinality().probs,
+        "floor": again,
+    }
+    scores = {"exact": 0.5 * (exact + again), "amortized": amortized}
+    found = {
+        f"refine by {method}, seconds of the thread": seconds,
+        **{
+            f"TV, {name}": metrics.total_variation(probs, exact).item()
+            for name, probs in others.items()
+        },
+        **{
+            f"score, {name}": -math.log(max(float(probs[true]), 1e-4))
+            for name, probs in scores.items()
+        },
+        "ESS/N": float(weighted.efficiency),
+        "k-hat": float(weighted.pareto_k),
+    }
+    k = int(exact.argmax())
+    if k:
+        draws = posterior.sample((10_000,), x, k=k, generator=generator_for(k))
+        both = {"amortized": draws, "refined": refined}
+        found |= _distances(problem, both, reference, second, k)
+    return found
+
+
+def _distances(problem, draws, reference, second, k) -> dict[str, float]:
+    """Distances of draws given K from the reference's, by label."""
+    kept: dict[str, float] = {}
+    for label, mine in draws.items():
         try:
             found = metrics.compare(
                 mine, reference, second, layout=problem.layout, k=k, periods=PERIODS
@@ -295,13 +319,16 @@ def _compare(problem, posterior, refined, reference, second, x, k, keep):
                 float(np.mean([p.w2 for p in c.parameters if p.name.startswith(name)]))
                 for c in (found, found.floor)
             )
-            keep(f"W2, {label}, {name}", w2)
-            keep(f"W2 / floor, {label}, {name}", w2 / floor)
-        keep(f"C2ST, {label}", found.c2st)
-        keep(f"correlation error, {label}", found.correlation_error)
+            kept[f"W2, {label}, {name}"] = w2
+            kept[f"W2 / floor, {label}, {name}"] = w2 / floor
+        results = {label: found}
         if label == "amortized":
-            keep("C2ST, floor", found.floor.c2st)
-            keep("correlation error, floor", found.floor.correlation_error)
+            results["floor"] = found.floor
+        for name, result in results.items():
+            kept[f"C2ST, {name}"] = result.c2st
+            if result.correlation_error is not None:
+                kept[f"correlation error, {name}"] = result.correlation_error
+    return kept
 
 
 def _quantiles(values: list[float]) -> Numbers:

@@ -61,13 +61,13 @@ class AnchoredHead(nn.Module, ABC):
         self, parts: ThetaParts, encoding: Encoding, owner: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Evaluate the log density of N sets; see :meth:`ComponentHead.log_prob`."""
-        return self._evaluate(parts, encoding, owner, "permanent", prune=True)
+        return self._evaluate(parts, encoding, owner, "permanent", inference=True)
 
     def matched_log_prob(
         self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
     ) -> tuple[Tensor, Tensor | None]:
         """Evaluate what training maximises; see :meth:`ComponentHead.log_prob`."""
-        return self._evaluate(parts, encoding, owner, matching, prune=False)
+        return self._evaluate(parts, encoding, owner, matching, inference=False)
 
     def _evaluate(
         self,
@@ -75,11 +75,11 @@ class AnchoredHead(nn.Module, ABC):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
-        prune: bool,
+        inference: bool,
     ) -> tuple[Tensor, Tensor | None]:
         coordinates, log_det = self._coordinates(parts)
         value, noise = self._log_prob(
-            coordinates, parts.mask, encoding, owner, matching, prune
+            coordinates, parts.mask, encoding, owner, matching, inference
         )
         return value + log_det, noise
 
@@ -122,7 +122,7 @@ class AnchoredHead(nn.Module, ABC):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
-        prune: bool,
+        inference: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Log densities ``(N,)`` of coordinates ``(N, Kmax, D)`` with positions."""
 

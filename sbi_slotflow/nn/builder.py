@@ -89,6 +89,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             or ``"factorised"`` (independent given x and K, the paper's eq. 18).
         refine_slots: Gauss-Newton steps from the anchors, of joint anchored slots; 0
             for none. They need a problem whose signal can be fitted.
+        weighed_sets: Sets of anchors at most that refined slots weigh by their evidence
+            at inference, for each observation and K; 0 leaves them to the network.
         shared_head: Whether the shared parameters are inferred (the paper's noise
             head); else draws come from their prior.
         condition_on_cardinality: Whether a slot sees K.
@@ -118,6 +120,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     slots: Literal["default", "anchored", "attention", "global"] = "default"
     coupling: Coupling = "joint"
     refine_slots: int = 0
+    weighed_sets: int = 512
     shared_head: bool = True
     condition_on_cardinality: bool = True
     mean_flow_loss: bool = False
@@ -143,6 +146,10 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         if self.refine_slots < 0:
             raise ValueError(
                 f"refine_slots must not be negative, got {self.refine_slots}."
+            )
+        if self.weighed_sets < 0:
+            raise ValueError(
+                f"weighed_sets must not be negative, got {self.weighed_sets}."
             )
         if not isinstance(self.chart, Chart):
             _check_choice("chart", self.chart, ("default", "circle"))
@@ -355,14 +362,18 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                     "slots='anchored' need a problem that declares where components "
                     "are: location_axis() and build_token_encoder(), see Problem."
                 )
-            return {
+            options = {
                 "kind": "anchored",
                 "axis": asdict(axis),
                 "coupling": self.coupling,
                 "trunk_features": self.trunk_features or 128,
                 "refine_steps": self.refine_slots,
-                "fit": fit_spec(self._fit) if self.refine_slots else None,
+                "fit": None,
             }
+            if self.refine_slots:
+                options["fit"] = fit_spec(self._fit)
+                options["weighed_sets"] = self.weighed_sets
+            return options
         if self.refine_slots:
             raise ValueError("refine_slots needs slots='anchored'.")
         kind = self.slots

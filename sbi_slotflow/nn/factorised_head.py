@@ -71,7 +71,7 @@ class FactorisedHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
-        prune: bool,
+        inference: bool,
     ) -> tuple[Tensor, Tensor | None]:
         edges = self.edges(encoding)[owner]
         anchors = self.axis.anchors(coordinates[..., 0], edges)

@@ -3,10 +3,12 @@ r"""Anchored components that know of those before them.
 In canonical order,
 
 .. math::
-    \log q = \sum_k \log q(a_k | a_{k-1}, x, K)
-        + \log q(\theta_k | \theta_{<k}, a_1 \ldots a_K, x, K)
+    \log q = \log q(a_1 \ldots a_K | x, K)
+        + \sum_k \log q(\theta_k | \theta_{<k}, a_1 \ldots a_K, x, K)
 
-is O(K) to evaluate and to draw, and least separations hold by construction.
+is O(K) to evaluate and to draw, and least separations hold by construction. Anchors
+follow a chain (:mod:`.pointer`), weighed by their evidence where peaks are fitted
+(:mod:`.weighed_anchors`).
 """
 
 from typing import Any, NamedTuple
@@ -27,11 +29,15 @@ from .local_density import LocalDensity, LocalGaussian, solve_lower
 from .peaks import MAX_SETS, PeakFinder, Peaks
 from .pointer import AnchorChain
 from .spec import Matching
+from .weighed_anchors import WeighedAnchors
 
 __all__ = ["JointHead", "JointSets"]
 
 # Cells within which two components are told of each other.
 _REACH = 6
+# Deviations beyond which a component moves those after it no further: what is linear
+# near a peak is not far from it.
+_FAR = 4.0
 # Float32 rows round: that far past an end counts as on it.
 _SLACK = 1e-4
 
@@ -74,8 +80,9 @@ class JointHead(AnchoredHead):
 
     ``refine_steps`` Gauss-Newton steps on the likelihood of all K components, from
     their anchors, give the Gaussian that the local densities start from, with its
-    covariance between components (see :mod:`.peaks`); without, the network predicts it
-    from the tokens.
+    covariance between components (see :mod:`.peaks`), and at inference the evidence by
+    which the ``weighed_sets`` likeliest sets of anchors are weighed; without, the
+    network predicts it from the tokens.
 
     Args:
         chart: Chart of a component.
@@ -86,6 +93,7 @@ class JointHead(AnchoredHead):
         flow: Options of the flow.
         fit: The signal, for Gauss-Newton.
         refine_steps: Gauss-Newton steps; 0 for none.
+        weighed_sets: Sets of anchors to weigh by their evidence; 0 for none.
 
     Raises:
         ValueError: If the chart is no density or a fit is missing.
@@ -101,6 +109,7 @@ class JointHead(AnchoredHead):
         flow: dict[str, Any] | None = None,
         fit: SignalFit | None = None,
         refine_steps: int = 0,
+        weighed_sets: int = 512,
     ) -> None:
         super().__init__(chart, axis)
         self.max_cardinality = max_cardinality
@@ -118,6 +127,8 @@ class JointHead(AnchoredHead):
                 )
             self.find_peaks = PeakFinder(chart, self.local_chart, fit, refine_steps)
             seen += self.find_peaks.num_features
+        self.weighed_sets = weighed_sets
+        self._last: WeighedAnchors | None = None
         self.trunk = trunk_network(seen, trunk_features)
         if not refine_steps:
             self.gaussian = LocalGaussian(
@@ -144,7 +155,7 @@ class JointHead(AnchoredHead):
     ) -> Tensor:
         """Log probabilities ``(N,)`` of the anchors alone; for training."""
         position = self._coordinates(parts)[0][..., 0]
-        return self._anchors(position, parts.mask, encoding, owner, prune=False)[1]
+        return self._anchors(position, parts.mask, encoding, owner, inference=False)[1]
 
     def _anchors(
         self,
@@ -152,15 +163,31 @@ class JointHead(AnchoredHead):
         mask: Tensor,
         encoding: Encoding,
         owner: Tensor,
-        prune: bool,
+        inference: bool,
     ) -> tuple[Tensor, Tensor]:
         """Anchors ``(N, Kmax)`` of positions, and their log probabilities ``(N,)``."""
         edges = self.edges(encoding)
         anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
         assert encoding.tokens is not None
+        weighed = self._weighed(encoding) if inference and len(mask) else None
+        if weighed is not None:
+            return anchors, weighed.log_prob(owner, anchors, mask)
         return anchors, self.pointer.log_prob(
-            encoding.tokens, edges, owner, anchors, mask, prune
+            encoding.tokens, edges, owner, anchors, mask, prune=inference
         )
+
+    def _weighed(self, encoding: Encoding) -> WeighedAnchors | None:
+        """The anchors' distribution where sets are weighed."""
+        if self.find_peaks is None or not self.weighed_sets:
+            return None
+        assert encoding.data is not None
+        assert encoding.tokens is not None
+        args = encoding.data, encoding.tokens, self.edges(encoding)
+        if self._last is None or not self._last.is_of(self.pointer, *args):
+            self._last = WeighedAnchors(
+                self.pointer, self.find_peaks, self.weighed_sets, *args
+            )
+        return self._last
 
     def _log_prob(
         self,
@@ -169,22 +196,21 @@ class JointHead(AnchoredHead):
         encoding: Encoding,
         owner: Tensor,
         matching: Matching,
-        prune: bool,
+        inference: bool,
     ) -> tuple[Tensor, Tensor | None]:
         # Components stand in canonical order: there is nothing to match.
         position = coordinates[..., 0]
-        anchors, value = self._anchors(position, mask, encoding, owner, prune)
+        anchors, value = self._anchors(position, mask, encoding, owner, inference)
         sets = self.sets(encoding, owner, anchors, mask)
         w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
-        noise = torch.zeros_like(w)
+        noise = means = torch.zeros_like(w)
         if sets.peaks is not None:
-            noise = _whiten(w, sets.peaks, sets.which)
+            noise, means = _whiten(w, sets.peaks, sets.which, mask)
         context = self.context(sets, which, k, w, noise, row)
         if sets.peaks is not None:
-            factor = sets.peaks.block(which, k)
-            mean = here - (factor @ noise[row, k].unsqueeze(-1)).squeeze(-1)
+            mean, factor = means[row, k], sets.peaks.block(which, k)
         else:
             assert self.gaussian is not None
             mean, factor = self.gaussian(context)
@@ -204,10 +230,12 @@ class JointHead(AnchoredHead):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor | None]:
         assert encoding.tokens is not None
-        edges = self.edges(encoding)
-        anchors = self.pointer.sample(
-            encoding.tokens, edges, owner, mask, generator, prune=True
-        )
+        weighed = self._weighed(encoding) if len(mask) else None
+        if weighed is not None:
+            anchors = weighed.sample(owner, mask, generator)
+        else:
+            cells = encoding.tokens, self.edges(encoding), owner, mask
+            anchors = self.pointer.sample(*cells, generator, prune=True)
         sets = self.sets(encoding, owner, anchors, mask)
         shape = (*mask.shape, self.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
@@ -327,7 +355,8 @@ class JointHead(AnchoredHead):
         mean = sets.peaks.mode[which, k]
         if k:
             rows = slice(k * width, (k + 1) * width)
-            mixing, known = sets.peaks.factor[:, rows, : k * width], noise.flatten(1)
+            mixing = sets.peaks.factor[:, rows, : k * width]
+            known = noise.flatten(1).clamp(-_FAR, _FAR)
             if len(mixing) == 1:  # no need of a matrix for each row
                 mean = mean + known @ mixing[0].mT
             else:
@@ -349,12 +378,21 @@ def _neighbour(tokens: Tensor, gaps: Tensor, there: Tensor) -> tuple[Tensor, Ten
     return torch.where(there, tokens, 0.0), torch.where(there, distance, 0.0)
 
 
-def _whiten(w: Tensor, peaks: Peaks, which: Tensor) -> Tensor:
-    """Coordinates ``(N, K, D)`` in deviations from their sets' peaks."""
+def _whiten(
+    w: Tensor, peaks: Peaks, which: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Coordinates ``(N, K, D)`` in deviations, given those before, and given means."""
+    width = w.shape[-1]
+    noise, means = torch.zeros_like(w), torch.zeros_like(w)
     # In parts, as each row brings a matrix of its own.
-    parts = zip(which.split(MAX_SETS), w.split(MAX_SETS), strict=True)
-    whitened = [
-        solve_lower(peaks.factor[index], (part - peaks.mode[index]).flatten(1))
-        for index, part in parts
-    ]
-    return torch.cat(whitened).reshape(w.shape) if whitened else w
+    for start in range(0, len(w), MAX_SETS):
+        here = slice(start, start + MAX_SETS)
+        factor, index = peaks.factor[which[here]], which[here]
+        for k in range(int(mask[here].sum(-1).max())):
+            rows, left = slice(k * width, (k + 1) * width), slice(0, k * width)
+            known = noise[here].flatten(1)[:, left].clamp(-_FAR, _FAR)
+            mean = peaks.mode[index, k]
+            mean = mean + (factor[:, rows, left] @ known.unsqueeze(-1)).squeeze(-1)
+            means[here, k] = mean
+            noise[here, k] = solve_lower(factor[:, rows, rows], w[here, k] - mean)
+    return noise, means

@@ -130,6 +130,23 @@ class LocalChart:
             columns[1] = columns[1] + phase
         return torch.stack(columns, -1)
 
+    def log_prior(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Log prior densities ``(...)`` of local coordinates, and their gradients.
+
+        But for a constant; positions and phases are uniform. Values beyond a
+        parameter's support count as at its end.
+        """
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            values = 0.0 * w[..., 0]  # has a gradient, whatever the marginals
+            first = w.shape[-1] - len(self._others)
+            for i, d in enumerate(self._others):
+                (middle, half), marginal = self._scale(d), self.marginals[d]
+                value = (middle + half * w[..., first + i]).clamp(*marginal.bounds)
+                values = values + marginal.log_density(value)
+            (slope,) = torch.autograd.grad(values.sum(), w)
+        return values.detach(), slope
+
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(D,)``, those of the offset left open."""
         first = [torch.inf] + ([math.pi] if self.has_phase else [])

@@ -33,6 +33,8 @@ class Peaks(NamedTuple):
             deviations, their share that is left once the components before are known,
             the noise level, and how far from converged the fit is.
         noise: Log of the residuals' standard deviation, shape ``(S,)``.
+        height: Log of likelihood times prior at the peak, but for a constant of each
+            observation and K, shape ``(S,)``.
     """
 
     mode: Tensor
@@ -40,6 +42,7 @@ class Peaks(NamedTuple):
     factor: Tensor
     features: Tensor
     noise: Tensor
+    height: Tensor
 
     def rows(self, index: Tensor) -> "Peaks":
         """Some of the sets."""
@@ -141,8 +144,9 @@ class PeakFinder:
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         features = zeros.new_zeros(num, size, self.num_features)
-        centre, noise = torch.zeros_like(zeros[..., 0]), zeros.new_zeros(num)
-        peaks = Peaks(zeros, centre, factor, features, noise)
+        centre = torch.zeros_like(zeros[..., 0])
+        noise, height = zeros.new_zeros(2, num)
+        peaks = Peaks(zeros, centre, factor, features, noise, height)
         for start in range(0, num, MAX_SETS):
             here = slice(start, start + MAX_SETS)
             # Only as many components as the largest of these sets has.
@@ -154,6 +158,7 @@ class PeakFinder:
             peaks.factor[here, : most * width, : most * width] = found.factor
             peaks.features[here, :most] = found.features
             peaks.noise[here] = found.noise
+            peaks.height[here] = found.height
         return peaks
 
     def _fit(
@@ -189,9 +194,16 @@ class PeakFinder:
             (low, high),
         )
         # Where a bound holds a coordinate, the parabola's peak lies beyond it.
-        mode = peak.mode + torch.linalg.solve(peak.precision, peak.pull).reshape(
-            peak.mode.shape
-        )
+        beyond = torch.linalg.solve(peak.precision, peak.pull)
+        # The prior, near there, in place of the fit's penalty.
+        log_prior, slope = chart.log_prior(peak.mode)
+        slope = (mask.unsqueeze(-1) * (slope + peak.mode)).flatten(1)
+        shift = torch.linalg.solve(peak.precision, slope)
+        mode = peak.mode + (beyond + shift).reshape(peak.mode.shape)
+        # What is promised beyond bounds counts; what a fit still owes does not.
+        height = (0.5 * peak.pull * beyond + slope * (beyond + 0.5 * shift)).sum(-1)
+        height = height + torch.where(mask, log_prior, 0.0).sum(-1) - peak.decrement
+        height = height - 0.5 * data.shape[-1] * peak.variance.log()
         if chart.has_phase:
             centre = wrapped(centre + mode[..., 1])
             mode[..., 1] = 0.0
@@ -207,7 +219,7 @@ class PeakFinder:
             left.log().clamp(min=-5.0),
             whole.unsqueeze(1).expand(-1, mode.shape[1], -1),
         ]
-        return Peaks(mode, centre, factor, torch.cat(features, -1), noise)
+        return Peaks(mode, centre, factor, torch.cat(features, -1), noise, height)
 
     def _start(
         self,

@@ -31,7 +31,7 @@ from torch.nn import functional
 from .anchor_axis import AnchorAxis
 from .distinct import distinct_rows
 
-__all__ = ["AnchorChain", "AnchorMarginals"]
+__all__ = ["AnchorChain", "AnchorMarginals", "draw_cells"]
 
 NEGLIGIBLE = 1e-5
 """Share of the most probable anchor's probability below which another has none.
@@ -40,7 +40,7 @@ At that level a probability is a network's floor and no knowledge, but a single 
 the other end of the band outweighs the width of a sharp posterior.
 """
 
-_LOG_ZERO = -1e30
+LOG_ZERO = -1e30
 
 
 class AnchorChain(nn.Module):
@@ -89,6 +89,7 @@ class AnchorChain(nn.Module):
         anchors: Tensor,
         mask: Tensor,
         prune: bool = False,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the log probability of N ascending rows of anchors.
 
@@ -99,6 +100,7 @@ class AnchorChain(nn.Module):
             anchors: Anchors, shape ``(N, Kmax)``.
             mask: Active ones, shape ``(N, Kmax)``.
             prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
+            shift: Added to the tokens' scores, shape ``(B, Kmax + 1, L)``.
 
         Returns:
             Shape ``(N,)``; -inf for anchors that leave no room for a set.
@@ -109,10 +111,11 @@ class AnchorChain(nn.Module):
         starts = edges[owner.unsqueeze(-1), anchors]
         earliest = self.axis.earliest(starts)[row, k - 1]
         earliest = torch.where(k > 0, earliest, -torch.inf)
-        states, which = _distinct(owner[row], count, k, before, earliest)
-        chosen = anchors[row, k]
-        value = self._log_probs(tokens, edges, prune, *states)[which, chosen]
-        value = torch.where(value > 0.5 * _LOG_ZERO, value, -torch.inf)
+        step, which = self.next_log_probs(
+            tokens, edges, owner[row], count, k, before, earliest, prune, shift
+        )
+        value = step[which, anchors[row, k]]
+        value = torch.where(value > 0.5 * LOG_ZERO, value, -torch.inf)
         return value.new_zeros(len(mask)).index_add(0, row, value)
 
     @torch.no_grad()
@@ -124,6 +127,7 @@ class AnchorChain(nn.Module):
         mask: Tensor,
         generator: torch.Generator | None = None,
         prune: bool = False,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """Draw anchors ``(N, Kmax)``, ascending, zero where inactive."""
         count = mask.sum(-1)
@@ -132,45 +136,61 @@ class AnchorChain(nn.Module):
         before = torch.full_like(count, -1)
         for k in range(int(count.max()) if len(count) else 0):
             rows = (count > k).nonzero().squeeze(-1)
-            states, which = _distinct(
-                owner[rows],
-                count[rows],
-                torch.full_like(rows, k),
-                before[rows],
-                earliest[rows],
+            step, which = self.next_log_probs(
+                *(tokens, edges, owner[rows], count[rows], torch.full_like(rows, k)),
+                *(before[rows], earliest[rows], prune, shift),
             )
-            steps = (
-                self._log_probs(tokens, edges, prune, *states).double().exp().cumsum(-1)
-            )
+            steps = step.double().exp().cumsum(-1)
             level = torch.rand(
                 len(rows), dtype=steps.dtype, device=steps.device, generator=generator
             )
-            drawn = _draw(steps, which, level)
+            drawn = draw_cells(steps, which, level)
             anchors[rows, k] = before[rows] = drawn
             starts = edges[owner[rows], drawn]
             earliest[rows] = self.axis.lower(starts, earliest[rows])
         return anchors
 
-    def _log_probs(
+    def next_log_probs(
         self,
         tokens: Tensor,
         edges: Tensor,
-        prune: bool,
         owner: Tensor,
         count: Tensor,
         k: Tensor,
         before: Tensor,
         earliest: Tensor,
-    ) -> Tensor:
-        """Log probabilities ``(M, L)`` of the anchor of component k."""
+        prune: bool = False,
+        shift: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log probabilities of the next anchor of N sets.
+
+        Args:
+            tokens: Tokens of the observations, shape ``(B, L, C)``.
+            edges: Edges of their cells, shape ``(B, L + 1)``.
+            owner: Observation of each set, shape ``(N,)``.
+            count: Components of each set.
+            k: Component whose anchor is next.
+            before: Anchor of the one before, -1 for none.
+            earliest: Earliest position of the one before, -inf for none.
+            prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
+            shift: Added to the tokens' scores, shape ``(B, Kmax + 1, L)``.
+
+        Returns:
+            Those of M distinct states, shape ``(M, L)``, and the state of each set,
+            shape ``(N,)``. Impossible anchors have less than half of ``LOG_ZERO``.
+        """
+        states, which = _distinct(owner, count, k, before, earliest)
+        owner, count, k, before, earliest = states
         scores = self._scores(tokens, owner, count, k, before)
+        if shift is not None:
+            scores = scores + shift[owner, count]
         feasible = self.axis.feasible(earliest, count - 1 - k, edges[owner])
         value = _log_first(scores, feasible)
         if prune:
             most = value.amax(-1, keepdim=True)
             few = value < most + math.log(NEGLIGIBLE)
-            value = value.masked_fill(few, _LOG_ZERO).log_softmax(-1)
-        return value
+            value = value.masked_fill(few, LOG_ZERO).log_softmax(-1)
+        return value, which
 
     def _scores(
         self, tokens: Tensor, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
@@ -252,7 +272,7 @@ def _symmetric(odds: Tensor, size: int) -> Tensor:
     Returns:
         Shape ``(B, Kmax, L, size + 1)``.
     """
-    state = odds.new_full((*odds.shape[:-1], size + 1), _LOG_ZERO)
+    state = odds.new_full((*odds.shape[:-1], size + 1), LOG_ZERO)
     state[..., 0] = 0.0
     states = []
     for cell in odds.unbind(-1):
@@ -263,7 +283,7 @@ def _symmetric(odds: Tensor, size: int) -> Tensor:
 
 def _shift(state: Tensor) -> Tensor:
     """Move every entry up by one, log 0 into the first."""
-    return functional.pad(state[..., :-1], (1, 0), value=_LOG_ZERO)
+    return functional.pad(state[..., :-1], (1, 0), value=LOG_ZERO)
 
 
 def _distinct(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -273,7 +293,7 @@ def _distinct(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     return distinct_rows(*columns)
 
 
-def _draw(steps: Tensor, which: Tensor, level: Tensor) -> Tensor:
+def draw_cells(steps: Tensor, which: Tensor, level: Tensor) -> Tensor:
     """Draw cells from distributions, one for each row.
 
     Args:
@@ -296,4 +316,4 @@ def _log_first(scores: Tensor, feasible: Tensor) -> Tensor:
     passed = functional.logsigmoid(-scores).masked_fill(~feasible, 0.0)
     passed = passed.cumsum(-1) - passed
     value = functional.logsigmoid(scores) + passed
-    return value.masked_fill(~feasible, _LOG_ZERO).log_softmax(-1)
+    return value.masked_fill(~feasible, LOG_ZERO).log_softmax(-1)

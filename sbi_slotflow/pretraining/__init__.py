@@ -112,7 +112,7 @@ RECIPES: dict[str, PretrainingRecipe] = {
         },
         (
             Stage(384_000, 1e-3, 3.0, part="anchors"),
-            Stage(64_000, 1e-3, 3.0, part="local"),
+            Stage(128_000, 1e-3, 3.0, part="local"),
         ),
     ),
 }

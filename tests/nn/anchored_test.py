@@ -130,7 +130,8 @@ class Sets:
         return rows.gather(1, key.argsort(-1)[..., None].expand_as(rows))
 
     @torch.no_grad()
-    def log_prob(self, components: Tensor, matching: Any = "permanent") -> Tensor:
+    def log_prob(self, components: Tensor, matching: Any = None) -> Tensor:
+        """Of the density, or with a matching of what training maximises."""
         num = len(components)
         owner = torch.zeros(num, dtype=torch.int64)
         parts = ThetaParts(
@@ -139,7 +140,10 @@ class Sets:
             components=components,
             mask=self.mask(num),
         )
-        return self.head.matched_log_prob(parts, self.encoding, owner, matching)[0]
+        args = parts, self.encoding, owner
+        if matching is None:
+            return self.head.log_prob(*args)[0]
+        return self.head.matched_log_prob(*args, matching)[0]
 
 
 def assert_mean_is_one(ratio: Tensor, largest_error: float) -> None:
@@ -217,7 +221,7 @@ def assert_density_is_that_of_the_draws(
     _, log_det = head.local_chart.coordinates(safe)
     value = log_q(safe).double() - log_det.sum(-1) - log_g
     ratio = torch.where(inside, value.exp(), 0.0)
-    assert_mean_is_one(ratio, 0.05)
+    assert_mean_is_one(ratio, 0.06)
     quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     for column, drawn in zip(rows.T, points.flatten(1).T, strict=True):
         places = torch.bucketize(column.contiguous(), drawn.quantile(quarters))
@@ -237,15 +241,16 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
     name: str, anchors: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # five standard errors: 1 of 10^4 seeds fails for all of these cases together
-    num, k = 10_000, len(anchors)
+    num, k = 20_000, len(anchors)
     sets = Sets.of(name, k)
     assert isinstance(sets.head, JointHead)
+    sets.head.weighed_sets = 0
     fixed = torch.tensor([anchors + [0] * (3 - k)])
     tokens, edges = sets.encoding.tokens, sets.head.edges(sets.encoding)
     assert tokens is not None
     with torch.no_grad():
         chance = sets.head.pointer.log_prob(
-            tokens, edges, torch.tensor([0]), fixed, sets.mask(1)
+            tokens, edges, torch.tensor([0]), fixed, sets.mask(1), prune=True
         )
     monkeypatch.setattr(
         sets.head.pointer, "sample", lambda *_, **__: fixed.expand(num, -1).clone()
@@ -525,8 +530,9 @@ def test_truncated_normals_keep_their_digits_in_both_tails(ends, reach) -> None:
 def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = untrained(name).component_head
+    head = deepcopy(untrained(name).component_head)
     assert isinstance(head, JointHead)
+    head.weighed_sets = 0
     # far beyond the ends of the cells, so that most draws lie at one of them
     monkeypatch.setattr(
         "sbi_slotflow.nn.local_density._uncut",
@@ -672,6 +678,7 @@ class Tokens(nn.Module):
     [
         ({"refine_slots": 2, "coupling": "factorised"}, "needs coupling='joint'"),
         ({"refine_slots": -1}, "refine_slots must not be negative, got -1"),
+        ({"weighed_sets": -1}, "weighed_sets must not be negative, got -1"),
         ({"refine_slots": 2, "slots": "attention"}, "needs slots='anchored'"),
         ({"coupling": "both"}, "coupling must be one of"),
         ({"encoder": Tokens(29), "slots": "anchored"}, "keeps 30 tokens"),
