@@ -6,15 +6,18 @@ With S the sets that the chain deems likeliest and :math:`\pi` the chain's
 probabilities,
 
 .. math::
-    q(a | x, K) = \begin{cases}
-        (1 - c r)\, Z_a / \sum_{b \in S} Z_b & a \in S \\
-        c\, \pi(a) & \text{else} \end{cases}
+    q(a | x, K) = \begin{cases} (1 - c r)\, w_a & a \in S \\ c\, \pi(a) & \text{else}
+        \end{cases}
+    \qquad w_a = (1 - \delta) \frac{Z_a}{\sum_{b \in S} Z_b}
+        + \delta \frac{\pi(a)\, 1_{a \in P}}{\sum_{b \in P} \pi(b)},
     \qquad r = 1 - \sum_{a \in S} \pi(a)
 
-which is exactly normalised. The factor :math:`c \le 1` says how much too probable the
-chain deems sets beyond S, judged by the less likely half of S. To draw, a set is drawn
-from the chain, and replaced by one of S, drawn by evidence, if it is in S, or else with
-the probability :math:`1 - c`.
+which is exactly normalised. P are the sets of S whose peaks are as high as the highest,
+to a few nats: where two components share a cell, Laplace's approximation of Z may fail,
+and the chain keeps a small say. The factor :math:`c \le 1` tells how much too probable
+the chain deems sets beyond S, judged by the less likely half of S. To draw, a set is
+drawn from the chain, and replaced by one of S, drawn by weight, if it is in S, or else
+with the probability :math:`1 - c`.
 
 Where c r is not negligible, the chain is corrected before it is asked for more sets:
 its score of each token moves by what the evidence makes of the odds that a component
@@ -44,9 +47,9 @@ _LEAST_TAIL = 1e-4
 _SCOUTS, _ROUNDS, _ENOUGH = 0.25, 2, 1e-5
 # Largest correction of a score, and the smallest probability that is told from none.
 _LARGEST_SHIFT, _LEAST_CHANCE = 1.0, 1e-6
-# Laplace's approximation fails where two components share a cell: that share is left to
-# the chain, among sets that fit as well as the best to so many nats.
-_DOUBT, _FITS_AS_WELL = 0.03, 12.0
+# The chain's say delta among sets whose peaks are as high as the highest to that many
+# nats.
+_SAY, _AS_HIGH = 0.03, 12.0
 # Bounds the memory of looking for sets.
 _SETS_AT_ONCE = 2_048
 
@@ -59,7 +62,7 @@ class _Table(NamedTuple):
         shift: What the chain's scores are moved by, shape ``(P, L)``.
         anchors: The sets, likeliest first, shape ``(P, S, Kmax)``.
         log_chain: Log probabilities by the chain, -inf for no set, shape ``(P, S)``.
-        log_weight: Log shares of the evidence, shape ``(P, S)``.
+        log_weight: Log weights w, shape ``(P, S)``.
         log_tail: Log of c, shape ``(P,)``.
         outside: c r, shape ``(P,)``.
     """
@@ -206,10 +209,10 @@ class WeighedAnchors:
             chain.index_put((pair, place), part.to(chain)) for part in found
         )
         best = likelihood.amax(-1, keepdim=True)
-        doubtful = chain.masked_fill(likelihood < best - _FITS_AS_WELL, -torch.inf)
+        as_high = chain.masked_fill(likelihood < best - _AS_HIGH, -torch.inf)
         weight = torch.logaddexp(
-            evidence.log_softmax(-1) + math.log1p(-_DOUBT),
-            doubtful.log_softmax(-1) + math.log(_DOUBT),
+            evidence.log_softmax(-1) + math.log1p(-_SAY),
+            as_high.log_softmax(-1) + math.log(_SAY),
         )
         inside = chain.logsumexp(-1)
         ranks = torch.arange(num, device=chain.device)
@@ -228,10 +231,9 @@ class WeighedAnchors:
 
     def _corrected(self, table: _Table) -> Tensor:
         """Shifts ``(P, L)`` that let the chain agree with the evidence on each cell."""
-        size = self.chain.max_cardinality + 1
-        active = torch.arange(size - 1).to(table.keys) < (table.keys % size).unsqueeze(
-            -1
-        )
+        most = self.chain.max_cardinality
+        count = table.keys % (most + 1)
+        active = torch.arange(most).to(count) < count.unsqueeze(-1)
         taken = table.shift.new_zeros(*table.log_chain.shape, table.shift.shape[-1])
         there = active.unsqueeze(1).expand_as(table.anchors).to(taken)
         taken = taken.scatter_reduce(-1, table.anchors, there, "amax")
