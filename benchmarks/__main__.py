@@ -72,7 +72,10 @@ def _run(args: argparse.Namespace) -> int:
         cache = Cache(name, args.budget, args.seed)
         if args.again:
             cache.clear()
-        cache.belongs_to(result.experiment.budget(args.budget))
+        experiment = result.experiment
+        cache.belongs_to(
+            {**experiment.budget(args.budget), "weights": experiment.weights}
+        )
         result.measure(args.seed)
         facts = result.read_facts()
         met = [claim["met"] for claim in facts["claims"] if claim["met"] is not None]

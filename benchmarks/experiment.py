@@ -8,7 +8,9 @@ on, indented or not, until an empty line). It defines
   dataclasses, in plain sight,
 - ``run(budget, seed) -> xarray.Dataset``: the measurement, ``budget`` one of the names,
 - ``plot(dataset) -> Figure``: the figure, from the dataset alone,
-- ``claims(dataset) -> list[Claim]``: what is compared with what, from it alone.
+- ``claims(dataset) -> list[Claim]``: what is compared with what, from it alone,
+- ``WEIGHTS``, if it uses shipped weights: their presets. What was measured with other
+  weights than those is measured again, and marked in the report until then.
 
 Nothing is registered: a file in the folder is an experiment. Names that begin with an
 underscore are helpers.
@@ -24,6 +26,8 @@ from typing import Any, Literal, get_args
 
 import xarray as xr
 from matplotlib.figure import Figure
+
+from sbi_slotflow import model_card
 
 __all__ = ["BUDGET_NAMES", "Budget", "Claim", "Experiment", "discover", "load"]
 
@@ -124,6 +128,14 @@ class Experiment:
     def budget(self, budget: Budget) -> dict[str, Any]:
         """What a budget means here."""
         return asdict(self.module.BUDGETS[budget])
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Checksums of the shipped weights that are used, by name."""
+        names = (
+            f"sinusoids-{preset}" for preset in getattr(self.module, "WEIGHTS", ())
+        )
+        return {name: model_card(name)["sha256"][:12] for name in names}
 
     def run(self, budget: Budget, seed: int) -> xr.Dataset:
         """Measure."""

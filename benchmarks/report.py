@@ -97,6 +97,8 @@ def _section(result: Result, claims: list[Claim], base: Path) -> str:
         cells = [claim.quantity + mark, paper, *others, ours, claim.target or "-", met]
         lines.append(_row(cells))
     lines.append("")
+    if not result.is_of_shipped_weights():
+        lines += ["Measured with earlier weights than those that are shipped now.", ""]
     lines += [f"({i}) {note}  " for i, note in enumerate(notes, 1)]
     path = Path(os.path.relpath(result.figure, base)).as_posix()
     machine = facts["machine"]

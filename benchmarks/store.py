@@ -108,12 +108,17 @@ class Result:
         )
 
     def done(self, seed: int) -> bool:
-        """Whether it is there, with that seed and what the budget means now."""
+        """Whether it is there, with that seed, budget and weights as they are now."""
         if not all(f.exists() for f in (self.data, self.figure, self.facts)):
             return False
         facts = self.read_facts()
         means = _plain(self.experiment.budget(self.budget))
-        return facts["seed"] == seed and facts["budget means"] == means
+        same = facts["seed"] == seed and facts["budget means"] == means
+        return same and self.is_of_shipped_weights()
+
+    def is_of_shipped_weights(self) -> bool:
+        """Whether the weights that were used, if any, are those shipped now."""
+        return self.read_facts().get("weights", {}) == self.experiment.weights
 
     def read_facts(self) -> dict[str, Any]:
         """The JSON file."""
@@ -142,6 +147,7 @@ class Result:
             "budget": self.budget,
             "budget means": self.experiment.budget(self.budget),
             "seed": seed,
+            "weights": self.experiment.weights,
             "seconds of this run (parts done before not counted)": round(seconds, 1),
             "machine": machine(),
             "versions": versions(),

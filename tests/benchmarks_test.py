@@ -68,6 +68,7 @@ class _Counting:
     """An experiment that counts how often it runs."""
 
     BUDGETS: ClassVar[dict[str, Size]] = {"smoke": Size(2, 2)}
+    WEIGHTS: tuple[str, ...] = ()
     __doc__ = "Nothing.\n\nPaper: none.\n"
 
     def __init__(self) -> None:
@@ -101,6 +102,12 @@ def test_what_is_done_is_not_done_again_unless_asked(tmp_path, monkeypatch):
     _Counting.BUDGETS = {**_Counting.BUDGETS, "smoke": Size(1, 1)}
     main([*command, "--seed", "1"])
     assert module.runs == 4, "the budget means something else now"
+    module.WEIGHTS = ("tiny",)
+    main([*command, "--seed", "1"])
+    main([*command, "--seed", "1"])
+    assert module.runs == 5, "it uses weights now"
+    monkeypatch.setattr("benchmarks.experiment.model_card", lambda name: {"sha256": ""})
+    assert not Result(_experiment("counting", module), "smoke", tmp_path).done(1)
     facts = json.loads((tmp_path / "counting.smoke.json").read_text())
     assert facts["claims"][0]["met"] is False
 

@@ -88,7 +88,7 @@ plots.plot_spectrum(problem, samples, x, theta)
 # and the truth as crosses; the upper panel says how many components are expected where.
 #
 # - Three strong components are certain.
-# - The one of amplitude 0.12 near 2.80 Hz is there in half of the draws.
+# - The one of amplitude 0.12 near 2.80 Hz is there in seven of ten draws.
 # - The weakest, 0.06 at 2.77 Hz in the foot of a strong one, is not found.
 # - Near 2.99 Hz the noise has made a bump. The posterior calls it a component with
 #   probability 0.4. It is wrong this time, and says that it may well be.
@@ -108,10 +108,10 @@ catalogue.to_dataframe()[columns].round(4)
 
 # %% [markdown]
 # Intervals hold 90 %. The true frequencies of the three certain sources (2.6882,
-# 2.7534, 2.8847) lie inside, and so does that of source 3 (2.7976), which may not be
-# there at all as far as the posterior knows. A further 0.8 components are expected
-# somewhere in the band, at no place in particular; the one that was missed is among
-# those.
+# 2.7534, 2.8847) lie inside, and so does that of source 5 (2.7976), which may not be
+# there at all as far as the posterior knows. Sources 1 and 4 have intervals that span
+# a good part of the band: faint components that may be anywhere, of which the one that
+# was missed could be one.
 #
 # ## The signal without its noise
 

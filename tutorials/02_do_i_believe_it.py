@@ -56,9 +56,9 @@ report.checks["coverage"].plot()
 
 # %% [markdown]
 # How often intervals hold the truth, less how often they should. Lines near zero are
-# good; the shaded bands are what chance does. Sigma's line lies above zero: its
-# intervals are a little too wide. That does not fail the check with 150 signals, but it
-# is no accident: `05_noise_and_prior` finds the same in another way.
+# good; the shaded bands are what chance does. Sigma's line strays farthest, by no more
+# than 150 signals may: `05_noise_and_prior` finds its intervals within a hundredth of
+# what they should be.
 
 # %%
 report.checks["cardinality"].plot()

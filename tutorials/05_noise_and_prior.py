@@ -65,10 +65,8 @@ print(f"posterior width over sigma: {relative:.4f}")
 print(f"1 / sqrt(2 T), the bound for {tiny.num_data} samples: {(2 * 300) ** -0.5:.4f}")
 
 # %% [markdown]
-# The network's intervals are 25 % wider than the bound. Unknown components explain one
-# or two percent of that (each uses up three of 300 samples), so this network is a
-# little too wide in sigma: honest, but not as sharp as it could be. `refine` would
-# sharpen it.
+# The network's intervals are 1 % wider than the bound, which unknown components explain
+# (each uses up three of 300 samples).
 #
 # ## Another prior of K
 #
@@ -105,9 +103,9 @@ for name, one in {"uniform": trained, "half as probable each": sparing}.items():
     print(table.to_dataframe()[["existence", "frequency", "amplitude"]].round(3))
 
 # %% [markdown]
-# The three certain sources do not care about the prior. The doubtful ones lose about a
-# fifth of their probability. (A doubtful place can be split over several rows, as
-# near 2.8 Hz here; the 4,000 draws of `00_ten_minutes` separate them better.)
+# The three certain sources do not care about the prior. The doubtful ones near 2.80 and
+# 2.99 Hz lose a sixth and a third of their probability. (The other rows are faint
+# components that may be anywhere in the band.)
 #
 # ## Data from elsewhere
 #

@@ -71,9 +71,9 @@ plots.plot_slot_contexts(matches)
 
 # %% [markdown]
 # The lowest slot and the highest are clusters of their own, at either end of the band;
-# those in between share one. Within a cluster, amplitude runs smoothly from one side to
-# the other. Of the phase the eye finds no order in these two dimensions, which does not
-# mean that the context has none: t-SNE shows what varies most.
+# those in between share one. Of amplitude and phase the eye finds no order in these two
+# dimensions, which does not mean that the context has none: t-SNE shows what varies
+# most.
 #
 # ## What earns its keep: a small ablation
 #

@@ -47,6 +47,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(0, 3_000, 400),
     "full": Size(20_000, 20_000, 3_000),
 }
+WEIGHTS = ("tiny", "paper", "crowded")
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

@@ -45,6 +45,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(10_000, 1_500),
     "full": Size(100_000, 100_000),
 }
+WEIGHTS = ("paper", "crowded")
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

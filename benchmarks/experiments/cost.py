@@ -70,6 +70,7 @@ BUDGETS: dict[Budget, Size] = {
         (1, 2, 3),
     ),
 }  # fmt: skip
+WEIGHTS = ("paper",)
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

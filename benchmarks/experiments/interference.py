@@ -57,6 +57,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(600, 80, 40, 200),
     "full": Size(20_000, 2_000, 2_000, 200),
 }
+WEIGHTS = ("paper", "crowded")
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

@@ -90,6 +90,7 @@ BUDGETS = {
     "quick": Size(4_000, 4, 200, 30, 4, 2, 10_000, 2_000, 8),
     "full": Size(50_000, 40, 2_000, 500, 50, 50, 10_000, 5_000, 500),
 }
+WEIGHTS = ("tiny", "paper", "crowded")
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

@@ -65,6 +65,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(30, 30, 3_000, 600, 5_000),
     "full": Size(50, 50, 10_000, 5_000, 5_000),
 }
+WEIGHTS = ("paper", "crowded")
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

@@ -56,6 +56,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(400, 10, 50, 9_600),
     "full": Size(5_000, 500, 100, 1_000_000),
 }
+WEIGHTS = ("paper",)
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

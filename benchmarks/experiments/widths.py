@@ -61,6 +61,7 @@ BUDGETS: dict[Budget, Size] = {
     "quick": Size(_ALL, 10, 500, 4_000),
     "full": Size(_ALL, 200, 500, 20_000),
 }
+WEIGHTS = ("paper",)
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:

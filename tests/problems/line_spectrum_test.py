@@ -233,7 +233,8 @@ def test_a_network_of_lines_learns_draws_and_is_saved(
 ) -> None:
     theta = problem.prior.sample((32,), generator_for(10))
     x = problem.simulator(theta, generator_for(11))
-    estimator = slot_nn(problem, refine_slots=refine_slots, **SMALL)(theta, x)
+    build = slot_nn(problem, refine_slots=refine_slots, weighed_sets=4, **SMALL)
+    estimator = build(theta, x)
     assert estimator.spec.slots["kind"] == "anchored"
     loss = estimator.loss(theta, x)
     assert loss.isfinite().all()
