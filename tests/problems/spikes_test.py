@@ -290,7 +290,8 @@ def test_a_network_of_spikes_learns_draws_and_is_saved(
 ) -> None:
     theta = problem.prior.sample((64,))
     x = problem.simulator(theta)
-    estimator = slot_nn(problem, refine_slots=refine_slots, **SMALL)(theta, x)
+    build = slot_nn(problem, refine_slots=refine_slots, weighed_sets=4, **SMALL)
+    estimator = build(theta, x)
     assert estimator.spec.slots["kind"] == "anchored"
     loss = estimator.loss(theta, x)
     assert loss.shape == (64,)
