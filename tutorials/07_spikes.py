@@ -48,7 +48,8 @@ problem.layout.names[:8]
 # run that was stopped goes on from there, and ends as if it never had been.
 
 # %%
-trainer = SlotNPE(problem.prior, slot_nn(problem, refine_slots=2))
+build = slot_nn(problem, refine_slots=2, weighed_sets=8 if FAST else 512)
+trainer = SlotNPE(problem.prior, build)
 trainer.train_online(
     problem.simulator,
     num_simulations=NUM_SIMULATIONS,

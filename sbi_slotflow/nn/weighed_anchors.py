@@ -45,6 +45,9 @@ _LEAST_TAIL = 1e-4
 # Share of the sets that are weighed at first, and how often before the chain is
 # corrected for the last time; the probability of sets beyond them that calls for more.
 _SCOUTS, _ROUNDS, _ENOUGH = 0.25, 2, 1e-5
+# Where the first sets have less of the chain's probability, more would be as few: the
+# network knows next to nothing.
+_HOPELESS = 0.01
 # Largest correction of a score, and the smallest probability that is told from none.
 _LARGEST_SHIFT, _LEAST_CHANCE = 1.0, 1e-6
 # The chain's say delta among sets whose peaks are as high as the highest to that many
@@ -187,7 +190,9 @@ class WeighedAnchors:
         shift = self.tokens.new_zeros(len(keys), self.tokens.shape[1])
         table = self._tabulated(keys, shift, scouts)
         for i in range(_ROUNDS):
-            left = (table.outside > _ENOUGH).nonzero().squeeze(-1)
+            seen = table.log_chain.logsumexp(-1).exp()
+            left = (table.outside > _ENOUGH) & (seen > _HOPELESS)
+            left = left.nonzero().squeeze(-1)
             if not len(left):
                 break
             some = _Table(*(part[left] for part in table))
