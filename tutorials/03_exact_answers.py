@@ -138,10 +138,10 @@ print(
 # `value` is the network, `floor` the second run of the reference; `sd` is the
 # reference's standard deviation. C2ST is at its floor: a classifier does not tell the
 # network's draws from exact ones. Yet three frequencies have standard deviations 26 to
-# 50 times too large: five draws of 1,782 lack one of the strong components and have a
-# faint one far away in its place, and a standard deviation feels those most. Their
-# likelihood is 150 nats less and more; `refine` gives them no weight. (The third
-# component is the doubtful one, which is spread out in both.)
+# 50 times too large: a few draws lack one of the strong components and have a faint one
+# far away in its place, and a standard deviation feels those most. They fit so badly
+# that `refine` gives them no weight. (The third component is the doubtful one, which is
+# spread out in both.)
 #
 # ## Evidence
 #

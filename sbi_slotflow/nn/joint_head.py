@@ -25,8 +25,8 @@ from .distinct import distinct_rows
 from .encoders import Encoding
 from .flows import RowContext
 from .gauss_newton import SignalFit
-from .local_density import LocalDensity, LocalGaussian, solve_lower
-from .peaks import MAX_SETS, PeakFinder, Peaks
+from .local_density import LocalDensity, LocalGaussian
+from .peaks import PeakFinder, Peaks
 from .pointer import AnchorChain
 from .spec import Matching
 from .weighed_anchors import WeighedAnchors
@@ -35,9 +35,6 @@ __all__ = ["JointHead", "JointSets"]
 
 # Cells within which two components are told of each other.
 _REACH = 6
-# Deviations beyond which a component moves those after it no further: what is linear
-# near a peak is not far from it.
-_FAR = 4.0
 # Float32 rows round: that far past an end counts as on it.
 _SLACK = 1e-4
 
@@ -205,9 +202,9 @@ class JointHead(AnchoredHead):
         w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
-        noise = means = torch.zeros_like(w)
+        means = noise = torch.zeros_like(w)
         if sets.peaks is not None:
-            noise, means = _whiten(w, sets.peaks, sets.which, mask)
+            means, noise = sets.peaks.whiten(w, sets.which, mask)
         context = self.context(sets, which, k, w, noise, row)
         if sets.peaks is not None:
             mean, factor = means[row, k], sets.peaks.block(which, k)
@@ -351,16 +348,7 @@ class JointHead(AnchoredHead):
         if sets.peaks is None:
             assert self.gaussian is not None
             return self.gaussian(context)
-        width = noise.shape[-1]
-        mean = sets.peaks.mode[which, k]
-        if k:
-            rows = slice(k * width, (k + 1) * width)
-            mixing = sets.peaks.factor[:, rows, : k * width]
-            known = noise.flatten(1).clamp(-_FAR, _FAR)
-            if len(mixing) == 1:  # no need of a matrix for each row
-                mean = mean + known @ mixing[0].mT
-            else:
-                mean = mean + (mixing[which] @ known.unsqueeze(-1)).squeeze(-1)
+        mean = sets.peaks.mean(which, k, noise)
         return mean, sets.peaks.block(which, k)
 
     def _limits(
@@ -376,23 +364,3 @@ def _neighbour(tokens: Tensor, gaps: Tensor, there: Tensor) -> tuple[Tensor, Ten
     distance = functional.one_hot(gaps.clamp(max=_REACH), _REACH + 1).to(tokens)
     there = there.unsqueeze(-1)
     return torch.where(there, tokens, 0.0), torch.where(there, distance, 0.0)
-
-
-def _whiten(
-    w: Tensor, peaks: Peaks, which: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Coordinates ``(N, K, D)`` in deviations, given those before, and given means."""
-    width = w.shape[-1]
-    noise, means = torch.zeros_like(w), torch.zeros_like(w)
-    # In parts, as each row brings a matrix of its own.
-    for start in range(0, len(w), MAX_SETS):
-        here = slice(start, start + MAX_SETS)
-        factor, index = peaks.factor[which[here]], which[here]
-        for k in range(int(mask[here].sum(-1).max())):
-            rows, left = slice(k * width, (k + 1) * width), slice(0, k * width)
-            known = noise[here].flatten(1)[:, left].clamp(-_FAR, _FAR)
-            mean = peaks.mode[index, k]
-            mean = mean + (factor[:, rows, left] @ known.unsqueeze(-1)).squeeze(-1)
-            means[here, k] = mean
-            noise[here, k] = solve_lower(factor[:, rows, rows], w[here, k] - mean)
-    return noise, means

@@ -10,11 +10,15 @@ from .charts import Chart
 from .distinct import distinct_rows
 from .gauss_newton import SignalFit, fit_peak
 from .local_chart import LocalChart, wrapped
+from .local_density import solve_lower
 
 __all__ = ["PeakFinder", "Peaks"]
 
 # Bounds the memory of fitting and of whitening.
-MAX_SETS = 512
+_MAX_SETS = 512
+# Deviations beyond which a component moves those after it no further: what is linear
+# near a peak is not far from it.
+_FAR = 4.0
 # Cells that a component may leave its own by while it is fitted.
 _MARGIN = 0.1
 # Bound on what is remembered.
@@ -60,6 +64,46 @@ class Peaks(NamedTuple):
         return self.factor[
             which[:, None, None], index.unsqueeze(-1), index.unsqueeze(-2)
         ]
+
+    def mean(self, which: Tensor, k: int, noise: Tensor) -> Tensor:
+        """Means ``(N, D)`` of component k of N sets, given those before it.
+
+        Args:
+            which: The sets, shape ``(N,)``.
+            k: The component.
+            noise: Deviations of those before, in units of :meth:`block`, shape
+                ``(N, k, D)``.
+        """
+        mean = self.mode[which, k]
+        if not k:
+            return mean
+        width = self.mode.shape[-1]
+        mixing = self.factor[:, k * width : (k + 1) * width, : k * width]
+        known = noise.flatten(1).clamp(-_FAR, _FAR)
+        if len(mixing) == 1:  # no need of a matrix for each row
+            return mean + known @ mixing[0].mT
+        return mean + (mixing[which] @ known.unsqueeze(-1)).squeeze(-1)
+
+    def whiten(self, w: Tensor, which: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Means given those before, and deviations from them, of all components.
+
+        Args:
+            w: Local coordinates, shape ``(N, K, D)``.
+            which: Set of each row, shape ``(N,)``.
+            mask: Active components, shape ``(N, K)``.
+
+        Returns:
+            Both of shape ``(N, K, D)``, zero where inactive.
+        """
+        means, noise = torch.zeros_like(w), torch.zeros_like(w)
+        for k in range(int(mask.sum(-1).max()) if len(mask) else 0):
+            # In parts, as each row brings a matrix of its own.
+            for rows in mask[:, k].nonzero().squeeze(-1).split(_MAX_SETS):
+                mean = self.mean(which[rows], k, noise[rows, :k])
+                factor = self.block(which[rows], k)
+                means[rows, k] = mean
+                noise[rows, k] = solve_lower(factor, w[rows, k] - mean)
+        return means, noise
 
     def marginal(self, which: Tensor, k: Tensor) -> Tensor:
         """Factors ``(N, D, D)`` of component k of N sets, the others unknown."""
@@ -147,8 +191,8 @@ class PeakFinder:
         centre = torch.zeros_like(zeros[..., 0])
         noise, height = zeros.new_zeros(2, num)
         peaks = Peaks(zeros, centre, factor, features, noise, height)
-        for start in range(0, num, MAX_SETS):
-            here = slice(start, start + MAX_SETS)
+        for start in range(0, num, _MAX_SETS):
+            here = slice(start, start + _MAX_SETS)
             # Only as many components as the largest of these sets has.
             most = max(1, int(mask[here].sum(-1).max()))
             parts = (part[here, :most] for part in (anchors, starts, ends, mask))

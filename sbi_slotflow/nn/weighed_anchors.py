@@ -53,8 +53,8 @@ _LARGEST_SHIFT, _LEAST_CHANCE = 1.0, 1e-6
 # The chain's say delta among sets whose peaks are as high as the highest to that many
 # nats.
 _SAY, _AS_HIGH = 0.03, 12.0
-# Bounds the memory of looking for sets.
-_SETS_AT_ONCE = 2_048
+# Bounds the memory of looking for sets, and that of what is remembered.
+_SETS_AT_ONCE, _MOST_REMEMBERED = 2_048, 2**23
 
 
 class _Table(NamedTuple):
@@ -179,7 +179,8 @@ class WeighedAnchors:
                 more = _Table(*map(torch.cat, zip(table, more, strict=True)))
             table = more
         assert table is not None
-        self._table = table
+        few = table.anchors.numel() <= _MOST_REMEMBERED
+        self._table = table if few else None
         place = keys.new_zeros(len(self.data) * (mask.shape[-1] + 1))
         place[table.keys] = torch.arange(len(table.keys), device=keys.device)
         return table, place[keys]
