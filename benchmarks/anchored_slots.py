@@ -25,6 +25,7 @@ from torch import Tensor
 from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
 from sbi_slotflow.circular import circular_mean
 from sbi_slotflow.layout import ThetaLayout
+from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.pretraining import RECIPES, StageBuilder
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
@@ -64,12 +65,18 @@ def widths(num_signals: int, seed: int) -> Numbers:
 
 
 def amortized(num_signals: int, seed: int) -> Numbers:
-    """As ``widths``, of slots without Gauss-Newton (trained here, resumable)."""
+    """As ``widths``, of slots without Gauss-Newton (trained here, resumable).
+
+    Everything is trained, from the shipped encoder, cardinality and anchors.
+    """
     problem, shipped = ready("paper")
     weights = shipped.posterior_estimator.state_dict()
-    trainer = SlotNPE(
-        problem.prior, StageBuilder(slot_nn(problem), weights, part="local")
-    )
+    start = StageBuilder(slot_nn(problem), weights, part="local")
+
+    def build(theta: Tensor, x: Tensor) -> SlotDensityEstimator:
+        return start(theta, x).requires_grad_()
+
+    trainer = SlotNPE(problem.prior, build)
     trainer.train_online(
         problem.simulator,
         num_simulations=_AMORTIZED_SIMULATIONS,

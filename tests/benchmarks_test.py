@@ -64,6 +64,15 @@ def test_the_report_has_a_section_with_figure_and_command_for_each(folder: Path)
         assert f"python -m benchmarks run {name} --budget smoke" in text
 
 
+def test_the_report_tells_what_was_measured_with_other_weights(tmp_path: Path):
+    main(["run", "dataset", "--budget", "smoke", "--out", str(tmp_path)])
+    assert "earlier weights" not in write_report("smoke", tmp_path).read_text()
+    place = tmp_path / "dataset.smoke.json"
+    facts = json.loads(place.read_text())
+    place.write_text(json.dumps({**facts, "weights": {"sinusoids-tiny": "other"}}))
+    assert "earlier weights" in write_report("smoke", tmp_path).read_text()
+
+
 class _Counting:
     """An experiment that counts how often it runs."""
 

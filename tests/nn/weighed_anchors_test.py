@@ -12,6 +12,7 @@ from sbi_slotflow import slot_nn
 from sbi_slotflow.nn.encoders import Encoding
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.joint_head import JointHead
+from sbi_slotflow.nn.peaks import PeakFinder
 from sbi_slotflow.nn.weighed_anchors import WeighedAnchors
 from sbi_slotflow.problems import sinusoids
 
@@ -163,3 +164,28 @@ def test_an_estimator_remembers_and_forgets(estimator) -> None:
     with torch.no_grad():
         estimator.component_head.pointer.presence.bias += 1.0
     assert not torch.equal(both, estimator.log_prob(rows, x))
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_more_sets_are_fitted_where_the_chain_knows_something(
+    estimator, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A uniform chain's first sets are no better than any others.
+    num_sets = 40
+    head, _, anchors = weighed(estimator, observation(0.9), num_sets)
+    if not knows:
+        with torch.no_grad():
+            for parameter in head.pointer.parameters():
+                parameter.zero_()
+            head.pointer.presence.bias.fill_(-10.0)
+    fitted, fit = [], PeakFinder.__call__
+
+    def counted(self, data, owner, *args, **options):
+        fitted.append(len(owner))
+        return fit(self, data, owner, *args, **options)
+
+    monkeypatch.setattr(PeakFinder, "__call__", counted)
+    mask = tiny.layout.mask(torch.tensor([3]))
+    anchors.sample(torch.zeros(1).long(), mask, seeded(2))
+    assert fitted[0] == num_sets // 4
+    assert (max(fitted) == num_sets) == knows
