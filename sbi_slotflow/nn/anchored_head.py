@@ -39,7 +39,6 @@ class AnchoredHead(nn.Module, ABC):
         own_features: Length of what a component is told of the one before.
     """
 
-    trunk: nn.Sequential
     local: LocalDensity
     own_features: int
 

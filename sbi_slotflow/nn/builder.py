@@ -98,7 +98,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         hidden_features: Width of the encoder's embeddings.
         trunk_features: Width of the slots; None, for global slots only, leaves the
             parts of a slot's context side by side.
-        flow_layers: Coupling layers of the flow.
+        flow_layers: Coupling layers of the flow; 0 for none: with ``refine_slots``,
+            the Gaussians that were fitted, cut off at their cells' ends.
         flow_hidden_features: Width of the flow's networks.
         flow_bins: Bins of the splines.
         flow_blocks: Residual blocks in each of the flow's networks.

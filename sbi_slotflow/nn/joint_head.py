@@ -14,7 +14,7 @@ follow a chain (:mod:`.pointer`), weighed by their evidence where peaks are fitt
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..layout import ThetaParts
@@ -79,7 +79,8 @@ class JointHead(AnchoredHead):
     their anchors, give the Gaussian that the local densities start from, with its
     covariance between components (see :mod:`.peaks`), and at inference the evidence by
     which the ``weighed_sets`` likeliest sets of anchors are weighed; without, the
-    network predicts it from the tokens.
+    network predicts it from the tokens. What is left is the flow's to learn; without
+    layers it takes the peaks' Gaussians, cut off at the cells' ends, as they are.
 
     Args:
         chart: Chart of a component.
@@ -126,7 +127,12 @@ class JointHead(AnchoredHead):
             seen += self.find_peaks.num_features
         self.weighed_sets = weighed_sets
         self._last: WeighedAnchors | None = None
-        self.trunk = trunk_network(seen, trunk_features)
+        flow = dict(flow or {})
+        # Without layers there is nothing to learn above fitted peaks.
+        plain = bool(refine_steps) and not flow.get("num_layers", 1)
+        self.trunk: nn.Sequential | None = None
+        if not plain:
+            self.trunk = trunk_network(seen, trunk_features)
         if not refine_steps:
             self.gaussian = LocalGaussian(
                 features, trunk_features, self.local_chart.has_phase
@@ -136,8 +142,8 @@ class JointHead(AnchoredHead):
             trunk_features,
             own_features=features,
             **{
-                **(flow or {}),
-                "location_scale": bool(refine_steps),
+                **flow,
+                "location_scale": bool(refine_steps) and not plain,
                 "from_identity": bool(refine_steps),
             },
         )
@@ -278,21 +284,11 @@ class JointHead(AnchoredHead):
             cells = anchors, starts, ends, mask
             remember = not torch.is_grad_enabled()
             peaks = self.find_peaks(encoding.data, owner, *cells, remember=remember)
-        here = tokens[owner.unsqueeze(-1), anchors]
-        sizes = functional.one_hot(count, self.max_cardinality + 1).to(tokens)
         gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)
         first = torch.arange(mask.shape[-1], device=mask.device) == 0
-        to_next = functional.pad(gaps[:, 1:], (0, 1))
-        has_next = functional.pad(mask[:, 1:], (0, 1))
-        seen = [
-            here,
-            sizes.unsqueeze(-2).expand(*mask.shape, -1),
-            *_neighbour(here.roll(1, dims=1), gaps, mask & ~first),
-            *_neighbour(here.roll(-1, dims=1), to_next, has_next),
-        ]
-        if peaks is not None:
-            seen.append(peaks.features.to(tokens))
-        contexts = self.trunk(torch.cat(seen, -1)).flatten(0, 1)
+        contexts = self._contexts(
+            tokens[owner.unsqueeze(-1), anchors], mask, gaps, peaks
+        )
         if peaks is not None:
             centre = peaks.centre
         else:
@@ -303,6 +299,26 @@ class JointHead(AnchoredHead):
         return JointSets(
             which, anchors, mask, starts, ends, upper, contexts, near, centre, peaks
         )
+
+    def _contexts(
+        self, here: Tensor, mask: Tensor, gaps: Tensor, peaks: Peaks | None
+    ) -> Tensor:
+        """Contexts ``(S Kmax, C)`` of components at tokens ``(S, Kmax, C)``."""
+        if self.trunk is None:
+            return here.new_zeros(mask.numel(), 0)
+        first = torch.arange(mask.shape[-1], device=mask.device) == 0
+        sizes = functional.one_hot(mask.sum(-1), self.max_cardinality + 1).to(here)
+        to_next = functional.pad(gaps[:, 1:], (0, 1))
+        has_next = functional.pad(mask[:, 1:], (0, 1))
+        seen = [
+            here,
+            sizes.unsqueeze(-2).expand(*mask.shape, -1),
+            *_neighbour(here.roll(1, dims=1), gaps, mask & ~first),
+            *_neighbour(here.roll(-1, dims=1), to_next, has_next),
+        ]
+        if peaks is not None:
+            seen.append(peaks.features.to(here))
+        return self.trunk(torch.cat(seen, -1)).flatten(0, 1)
 
     def context(
         self,
@@ -325,7 +341,7 @@ class JointHead(AnchoredHead):
         """
         near, own = sets.near[which, k].unsqueeze(-1), None
         # In training its weights shall have gradients, if only zeros.
-        if torch.is_grad_enabled() or near.any():
+        if self.trunk and (torch.is_grad_enabled() or near.any()):
             known = w if sets.peaks is None else noise
             before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
             if sets.peaks is not None:

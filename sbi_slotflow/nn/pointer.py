@@ -10,7 +10,7 @@ Every token t has a score; h_t, its sigmoid, is the chance that a component sits
 
 s and t over the cells that are left to component k: the next component is at the first
 cell that is not passed over. Scores depend on K, k and the anchor before, those within
-its reach through a network of the two tokens.
+its reach through a network of the two tokens. A chain may be tilted (:class:`Tilt`).
 
 :class:`AnchorMarginals`, for factorised components, takes presences as independent
 given K. The i-th of K components in order is then at t with the probability
@@ -23,6 +23,7 @@ polynomials.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from torch.nn import functional
 from .anchor_axis import AnchorAxis
 from .distinct import distinct_rows
 
-__all__ = ["AnchorChain", "AnchorMarginals", "draw_cells"]
+__all__ = ["AnchorChain", "AnchorMarginals", "Tilt", "draw_cells"]
 
 NEGLIGIBLE = 1e-5
 """Share of the most probable anchor's probability below which another has none.
@@ -41,6 +42,29 @@ the other end of the band outweighs the width of a sharp posterior.
 """
 
 LOG_ZERO = -1e30
+
+
+class Tilt(NamedTuple):
+    r"""A chain's probabilities times the exponential of its cells' shifts.
+
+    .. math::
+        \tilde q(a) \propto q(a) \exp \sum_t s_t\, 1_{t \in a}
+
+    is a chain again, whose steps look ahead to what they leave possible (the twisted
+    chains of Doob's h-transform). Steps are normalised each, so that what looking ahead
+    leaves out, least separations of components that are not neighbours, costs no
+    exactness.
+
+    Attributes:
+        row: Which of P tilts is that of an observation and K, shape ``(B, Kmax + 1)``.
+        shift: Shifts s, shape ``(P, L)``.
+        ahead: Log of what is to come after component k at a cell, shape
+            ``(P, Kmax, L)``.
+    """
+
+    row: Tensor
+    shift: Tensor
+    ahead: Tensor
 
 
 class AnchorChain(nn.Module):
@@ -89,7 +113,7 @@ class AnchorChain(nn.Module):
         anchors: Tensor,
         mask: Tensor,
         prune: bool = False,
-        shift: Tensor | None = None,
+        tilt: Tilt | None = None,
     ) -> Tensor:
         """Evaluate the log probability of N ascending rows of anchors.
 
@@ -100,7 +124,7 @@ class AnchorChain(nn.Module):
             anchors: Anchors, shape ``(N, Kmax)``.
             mask: Active ones, shape ``(N, Kmax)``.
             prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
-            shift: Added to the tokens' scores, shape ``(B, Kmax + 1, L)``.
+            tilt: What the chain is tilted by.
 
         Returns:
             Shape ``(N,)``; -inf for anchors that leave no room for a set.
@@ -112,7 +136,7 @@ class AnchorChain(nn.Module):
         earliest = self.axis.earliest(starts)[row, k - 1]
         earliest = torch.where(k > 0, earliest, -torch.inf)
         step, which = self.next_log_probs(
-            tokens, edges, owner[row], count, k, before, earliest, prune, shift
+            tokens, edges, owner[row], count, k, before, earliest, prune, tilt
         )
         value = step[which, anchors[row, k]]
         value = torch.where(value > 0.5 * LOG_ZERO, value, -torch.inf)
@@ -127,7 +151,7 @@ class AnchorChain(nn.Module):
         mask: Tensor,
         generator: torch.Generator | None = None,
         prune: bool = False,
-        shift: Tensor | None = None,
+        tilt: Tilt | None = None,
     ) -> Tensor:
         """Draw anchors ``(N, Kmax)``, ascending, zero where inactive."""
         count = mask.sum(-1)
@@ -138,7 +162,7 @@ class AnchorChain(nn.Module):
             rows = (count > k).nonzero().squeeze(-1)
             step, which = self.next_log_probs(
                 *(tokens, edges, owner[rows], count[rows], torch.full_like(rows, k)),
-                *(before[rows], earliest[rows], prune, shift),
+                *(before[rows], earliest[rows], prune, tilt),
             )
             steps = step.double().exp().cumsum(-1)
             level = torch.rand(
@@ -160,7 +184,7 @@ class AnchorChain(nn.Module):
         before: Tensor,
         earliest: Tensor,
         prune: bool = False,
-        shift: Tensor | None = None,
+        tilt: Tilt | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log probabilities of the next anchor of N sets.
 
@@ -173,7 +197,7 @@ class AnchorChain(nn.Module):
             before: Anchor of the one before, -1 for none.
             earliest: Earliest position of the one before, -inf for none.
             prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
-            shift: Added to the tokens' scores, shape ``(B, Kmax + 1, L)``.
+            tilt: What the chain is tilted by.
 
         Returns:
             Those of M distinct states, shape ``(M, L)``, and the state of each set,
@@ -182,15 +206,52 @@ class AnchorChain(nn.Module):
         states, which = _distinct(owner, count, k, before, earliest)
         owner, count, k, before, earliest = states
         scores = self._scores(tokens, owner, count, k, before)
-        if shift is not None:
-            scores = scores + shift[owner, count]
         feasible = self.axis.feasible(earliest, count - 1 - k, edges[owner])
         value = _log_first(scores, feasible)
+        if tilt is not None:
+            row = tilt.row[owner, count]
+            # A cell's shift counts once.
+            cells = torch.arange(value.shape[-1], device=value.device)
+            again = cells == before.unsqueeze(-1)
+            shift = tilt.shift[row].masked_fill(again, 0.0)
+            value = (value + shift + tilt.ahead[row, k]).log_softmax(-1)
         if prune:
             most = value.amax(-1, keepdim=True)
             few = value < most + math.log(NEGLIGIBLE)
             value = value.masked_fill(few, LOG_ZERO).log_softmax(-1)
         return value, which
+
+    def tilt(
+        self, tokens: Tensor, edges: Tensor, count: Tensor, shift: Tensor
+    ) -> Tensor:
+        """Look ahead in P tilted chains, by backward recursion.
+
+        Args:
+            tokens: Tokens of each one's observation, shape ``(P, L, C)``.
+            edges: Edges of its cells, shape ``(P, L + 1)``.
+            count: Components, shape ``(P,)``.
+            shift: Shifts, shape ``(P, L)``.
+
+        Returns:
+            :attr:`Tilt.ahead`.
+        """
+        num, cells = shift.shape
+        ahead = shift.new_zeros(num, self.max_cardinality, cells)
+        cell = torch.arange(cells, device=shift.device)
+        for k in range(int(count.max()) - 1 if num else 0, 0, -1):
+            pair = (count > k).nonzero().squeeze(-1)
+            owner, before = pair.repeat_interleave(cells), cell.repeat(len(pair))
+            scores = self._scores(
+                tokens, owner, count[owner], torch.full_like(owner, k), before
+            )
+            # As if the component before were at the start of its cell.
+            earliest = edges[pair, :-1].flatten()
+            feasible = self.axis.feasible(earliest, count[owner] - 1 - k, edges[owner])
+            value = _log_first(scores, feasible)
+            moved = shift[owner].masked_fill(cell == before.unsqueeze(-1), 0.0)
+            value = (value + moved + ahead[owner, k]).logsumexp(-1)
+            ahead[pair, k - 1] = value.unflatten(0, (len(pair), cells))
+        return ahead
 
     def _scores(
         self, tokens: Tensor, owner: Tensor, count: Tensor, k: Tensor, before: Tensor

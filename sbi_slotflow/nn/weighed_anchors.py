@@ -19,10 +19,10 @@ the chain deems sets beyond S, judged by the less likely half of S. To draw, a s
 drawn from the chain, and replaced by one of S, drawn by weight, if it is in S, or else
 with the probability :math:`1 - c`.
 
-Where c r is not negligible, the chain is corrected before it is asked for more sets:
-its score of each token moves by what the evidence makes of the odds that a component
-sits there. A cell that some other set was wrong about is then wrong no more in sets
-beyond S.
+Where c r is not negligible, the chain is tilted (:class:`~.pointer.Tilt`) before it is
+asked for more sets: each cell by what the evidence makes of the odds that a component
+sits there, and by much where it leaves no doubt. What some sets were wrong about is
+then wrong no more in sets beyond S.
 """
 
 import math
@@ -35,7 +35,7 @@ from torch.nn import functional
 from .anchor_evidence import log_evidence
 from .distinct import distinct_rows
 from .peaks import PeakFinder
-from .pointer import LOG_ZERO, AnchorChain, draw_cells
+from .pointer import LOG_ZERO, AnchorChain, Tilt, draw_cells
 
 __all__ = ["WeighedAnchors"]
 
@@ -48,8 +48,10 @@ _SCOUTS, _ROUNDS, _ENOUGH = 0.25, 2, 1e-5
 # Where the first sets have less of the chain's probability, more would be as few: the
 # network knows next to nothing.
 _HOPELESS = 0.01
-# Largest correction of a score, and the smallest probability that is told from none.
+# Largest shift of a cell in a round, and the smallest probability that is told from
+# none; the probability that leaves no doubt, and a cell's shift there.
 _LARGEST_SHIFT, _LEAST_CHANCE = 1.0, 1e-6
+_CERTAIN, _CERTAIN_SHIFT = 0.999, 4.0
 # The chain's say delta among sets whose peaks are as high as the highest to that many
 # nats.
 _SAY, _AS_HIGH = 0.03, 12.0
@@ -62,7 +64,8 @@ class _Table(NamedTuple):
 
     Attributes:
         keys: ``observation * (Kmax + 1) + K`` of the pairs, shape ``(P,)``.
-        shift: What the chain's scores are moved by, shape ``(P, L)``.
+        shift: Shifts of the chain's cells, shape ``(P, L)``.
+        ahead: What they leave to come, see :class:`~.pointer.Tilt`.
         anchors: The sets, likeliest first, shape ``(P, S, Kmax)``.
         log_chain: Log probabilities by the chain, -inf for no set, shape ``(P, S)``.
         log_weight: Log weights w, shape ``(P, S)``.
@@ -72,6 +75,7 @@ class _Table(NamedTuple):
 
     keys: Tensor
     shift: Tensor
+    ahead: Tensor
     anchors: Tensor
     log_chain: Tensor
     log_weight: Tensor
@@ -136,7 +140,7 @@ class WeighedAnchors:
         chain = self.chain.log_prob(
             *(self.tokens, self.edges, owner, anchors, mask),
             prune=True,
-            shift=self._shift(table),
+            tilt=self._tilt(table),
         )
         place = _find(table, pair, anchors)
         inside = torch.log1p(-table.outside)[pair]
@@ -153,7 +157,7 @@ class WeighedAnchors:
         anchors = self.chain.sample(
             *(self.tokens, self.edges, owner, mask, generator),
             prune=True,
-            shift=self._shift(table),
+            tilt=self._tilt(table),
         )
         level = torch.rand(
             *(2, len(owner)),
@@ -181,9 +185,7 @@ class WeighedAnchors:
         assert table is not None
         few = table.anchors.numel() <= _MOST_REMEMBERED
         self._table = table if few else None
-        place = keys.new_zeros(len(self.data) * (mask.shape[-1] + 1))
-        place[table.keys] = torch.arange(len(table.keys), device=keys.device)
-        return table, place[keys]
+        return table, self._rows(table).flatten()[keys]
 
     def _weighed_pairs(self, keys: Tensor) -> _Table:
         """Weigh sets of P pairs, more of them where they are not enough."""
@@ -207,7 +209,9 @@ class WeighedAnchors:
         """Weigh the ``num`` likeliest sets of P pairs."""
         size = self.chain.max_cardinality + 1
         owner, count = keys // size, keys % size
-        anchors, chain = self._likeliest(owner, count, shift, num)
+        tokens, edges = self.tokens[owner], self.edges[owner]
+        ahead = self.chain.tilt(tokens, edges, count, shift)
+        anchors, chain = self._likeliest(tokens, edges, count, shift, ahead, num)
         pair, place = chain.isfinite().nonzero(as_tuple=True)
         mask = torch.arange(size - 1).to(count) < count.unsqueeze(-1)
         found = self._fitted(owner[pair], anchors[pair, place], mask[pair])
@@ -233,7 +237,7 @@ class WeighedAnchors:
         chain, weight = (
             functional.pad(p, spare, value=-torch.inf) for p in (chain, weight)
         )
-        return _Table(keys, shift, anchors, chain, weight, log_tail, outside)
+        return _Table(keys, shift, ahead, anchors, chain, weight, log_tail, outside)
 
     def _corrected(self, table: _Table) -> Tensor:
         """Shifts ``(P, L)`` that let the chain agree with the evidence on each cell."""
@@ -248,13 +252,19 @@ class WeighedAnchors:
             for part in (table.log_chain, table.log_weight)
         )
         change = true.logit(_LEAST_CHANCE) - seen.logit(_LEAST_CHANCE)
-        return table.shift + change.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+        change = change.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+        change = torch.where(true > _CERTAIN, _CERTAIN_SHIFT, change)
+        return table.shift + change
 
-    def _shift(self, table: _Table) -> Tensor:
-        """The tables' shifts by observation and cardinality, ``(B, Kmax + 1, L)``."""
+    def _tilt(self, table: _Table) -> Tilt:
+        return Tilt(self._rows(table), table.shift, table.ahead)
+
+    def _rows(self, table: _Table) -> Tensor:
+        """Rows of the table, by observation and cardinality, ``(B, Kmax + 1)``."""
         size = self.chain.max_cardinality + 1
-        shift = table.shift.new_zeros(len(self.data) * size, table.shift.shape[-1])
-        return shift.index_copy(0, table.keys, table.shift).unflatten(0, (-1, size))
+        row = table.keys.new_zeros(len(self.data) * size)
+        row[table.keys] = torch.arange(len(table.keys), device=row.device)
+        return row.unflatten(0, (-1, size))
 
     def _fitted(
         self, owner: Tensor, anchors: Tensor, mask: Tensor
@@ -267,7 +277,13 @@ class WeighedAnchors:
         return evidence, -self.data.shape[-1] * peaks.noise
 
     def _likeliest(
-        self, owner: Tensor, count: Tensor, shift: Tensor, num: int
+        self,
+        tokens: Tensor,
+        edges: Tensor,
+        count: Tensor,
+        shift: Tensor,
+        ahead: Tensor,
+        num: int,
     ) -> tuple[Tensor, Tensor]:
         """Look for the chain's likeliest sets of P pairs, by beam search.
 
@@ -275,11 +291,11 @@ class WeighedAnchors:
             The sets, shape ``(P, S, Kmax)``, likeliest first, and their log
             probabilities, shape ``(P, S)``, float64, -inf where there is no set.
         """
-        chain, pairs = self.chain, torch.arange(len(owner), device=owner.device)
-        tokens, edges = self.tokens[owner], self.edges[owner]
-        shift = shift.unsqueeze(1).expand(-1, chain.max_cardinality + 1, -1)
-        anchors = count.new_zeros(len(owner), num, chain.max_cardinality)
-        total = self.edges.new_full((len(owner), num), -torch.inf)
+        chain, pairs = self.chain, torch.arange(len(count), device=count.device)
+        row = pairs.unsqueeze(-1).expand(-1, chain.max_cardinality + 1)
+        tilt = Tilt(row, shift, ahead)
+        anchors = count.new_zeros(len(count), num, chain.max_cardinality)
+        total = edges.new_full((len(count), num), -torch.inf)
         total[:, 0] = 0.0
         earliest = torch.full_like(total, -torch.inf)
         for k in range(int(count.max())):
@@ -289,7 +305,7 @@ class WeighedAnchors:
             before = anchors[pair, place, k - 1] if k else torch.full_like(pair, -1)
             step, which = chain.next_log_probs(
                 *(tokens, edges, pair, count[pair], torch.full_like(pair, k)),
-                *(before, earliest[pair, place], True, shift),
+                *(before, earliest[pair, place], True, tilt),
             )
             cells = step.shape[-1]
             step = step.masked_fill(step < 0.5 * LOG_ZERO, -torch.inf)

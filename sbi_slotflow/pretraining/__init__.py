@@ -109,10 +109,12 @@ RECIPES: dict[str, PretrainingRecipe] = {
             "refine_slots": 4,
             "slots": "anchored",
             "encoder_options": {"pursuit": True},
+            # A flow of all signals' fits has the tails of those that failed.
+            "flow_layers": 0,
         },
         (
             Stage(384_000, 1e-3, 3.0, part="anchors"),
-            Stage(128_000, 1e-3, 3.0, part="local"),
+            Stage(32_000, 1e-3, 3.0, part="local"),
         ),
     ),
 }
