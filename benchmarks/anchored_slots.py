@@ -323,11 +323,13 @@ def _distances(problem, draws, reference, second, k) -> dict[str, float]:
         assert found.floor is not None
         for name in problem.component_names:
             w2, floor = (
-                float(np.mean([p.w2 for p in c.parameters if p.name.startswith(name)]))
+                np.array([p.w2 for p in c.parameters if p.name.startswith(name)])
                 for c in (found, found.floor)
             )
-            kept[f"W2, {label}, {name}"] = w2
-            kept[f"W2 / floor, {label}, {name}"] = w2 / floor
+            kept[f"W2, {label}, {name}"] = float(w2.mean())
+            kept[f"W2 / floor, {label}, {name}"] = float(w2.mean() / floor.mean())
+            # One component of many that may rarely be elsewhere decides the mean.
+            kept[f"W2, {label}, {name}, median component"] = float(np.median(w2))
         results = {label: found}
         if label == "amortized":
             results["floor"] = found.floor
