@@ -126,8 +126,7 @@ def temper(
         if beta == 1.0:
             # Errors of good weights are random, and small before anything is moved.
             share = _effective_share(log_weights) if pareto_k < _FINITE_VARIANCE else 0
-            memory = max(_MEMORY, math.sqrt(share))
-            settled = _Forgetting(prior.layout, population, memory)
+            settled = _Forgetting(prior.layout, population, share)
         for _ in range(_MOST_SWEEPS):
             sweeps += 1
             for move in moves:
@@ -170,13 +169,15 @@ class _Forgetting:
 
     A start of N' effective particles errs by 1 / sqrt(N'), and sweeps that keep a share
     m of what it was leave m of that: no more than the noise of N particles if
-    m <= sqrt(N' / N).
+    m <= sqrt(N' / N). The better the start, the fewer sweeps there are at least.
     """
 
     def __init__(
-        self, layout: ThetaLayout, population: Population, memory: float
+        self, layout: ThetaLayout, population: Population, share: float
     ) -> None:
-        self.layout, self.memory, self.sweeps = layout, memory, 0
+        self.layout, self.sweeps = layout, 0
+        self.memory = max(_MEMORY, math.sqrt(share))
+        self.least = max(_SWEEPS, math.ceil((1 - share) * _LAST_SWEEPS))
         self.start = self._numbers(population)
 
     def __call__(self, population: Population) -> bool:
@@ -185,9 +186,7 @@ class _Forgetting:
         shared = (self.start * now).mean(-1).abs()
         # Of a cardinality that hardly varies nothing needs to be forgotten.
         spread = now.square().mean(-1).clamp(min=_LITTLE)
-        return self.sweeps >= _LAST_SWEEPS and bool(
-            (shared < self.memory * spread).all()
-        )
+        return self.sweeps >= self.least and bool((shared < self.memory * spread).all())
 
     def _numbers(self, population: Population) -> Tensor:
         """Cardinality and log density of the particles less their means, ``(2, N)``."""
