@@ -42,6 +42,8 @@ the other end of the band outweighs the width of a sharp posterior.
 """
 
 LOG_ZERO = -1e30
+# Bounds the memory of looking ahead.
+_STATES_AT_ONCE = 1_024
 
 
 class Tilt(NamedTuple):
@@ -51,9 +53,8 @@ class Tilt(NamedTuple):
         \tilde q(a) \propto q(a) \exp \sum_t s_t\, 1_{t \in a}
 
     is a chain again, whose steps look ahead to what they leave possible (the twisted
-    chains of Doob's h-transform). Steps are normalised each, so that what looking ahead
-    leaves out, least separations of components that are not neighbours, costs no
-    exactness.
+    chains of Doob's h-transform). Each step is normalised, so that what looking ahead
+    leaves out, a least separation's reach beyond the next cell, costs no exactness.
 
     Attributes:
         row: Which of P tilts is that of an observation and K, shape ``(B, Kmax + 1)``.
@@ -221,7 +222,7 @@ class AnchorChain(nn.Module):
             value = value.masked_fill(few, LOG_ZERO).log_softmax(-1)
         return value, which
 
-    def tilt(
+    def look_ahead(
         self, tokens: Tensor, edges: Tensor, count: Tensor, shift: Tensor
     ) -> Tensor:
         """Look ahead in P tilted chains, by backward recursion.
@@ -237,20 +238,21 @@ class AnchorChain(nn.Module):
         """
         num, cells = shift.shape
         ahead = shift.new_zeros(num, self.max_cardinality, cells)
+        if not shift.any():
+            return ahead
         cell = torch.arange(cells, device=shift.device)
-        for k in range(int(count.max()) - 1 if num else 0, 0, -1):
-            pair = (count > k).nonzero().squeeze(-1)
-            owner, before = pair.repeat_interleave(cells), cell.repeat(len(pair))
-            scores = self._scores(
-                tokens, owner, count[owner], torch.full_like(owner, k), before
-            )
-            # As if the component before were at the start of its cell.
-            earliest = edges[pair, :-1].flatten()
-            feasible = self.axis.feasible(earliest, count[owner] - 1 - k, edges[owner])
-            value = _log_first(scores, feasible)
-            moved = shift[owner].masked_fill(cell == before.unsqueeze(-1), 0.0)
-            value = (value + moved + ahead[owner, k]).logsumexp(-1)
-            ahead[pair, k - 1] = value.unflatten(0, (len(pair), cells))
+        for k in range(int(count.max()) - 1, 0, -1):
+            longer = (count > k).nonzero().squeeze(-1)
+            for pair in longer.split(max(1, _STATES_AT_ONCE // cells)):
+                owner, before = pair.repeat_interleave(cells), cell.repeat(len(pair))
+                place = torch.full_like(owner, k)
+                scores = self._scores(tokens, owner, count[owner], place, before)
+                # As if the component before were at the start of its cell.
+                earliest, left = edges[pair, :-1].flatten(), count[owner] - 1 - k
+                feasible = self.axis.feasible(earliest, left, edges[owner])
+                moved = shift[owner].masked_fill(cell == before.unsqueeze(-1), 0.0)
+                value = _log_first(scores, feasible) + moved + ahead[owner, k]
+                ahead[pair, k - 1] = value.logsumexp(-1).unflatten(0, (-1, cells))
         return ahead
 
     def _scores(

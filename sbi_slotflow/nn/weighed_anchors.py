@@ -210,7 +210,7 @@ class WeighedAnchors:
         size = self.chain.max_cardinality + 1
         owner, count = keys // size, keys % size
         tokens, edges = self.tokens[owner], self.edges[owner]
-        ahead = self.chain.tilt(tokens, edges, count, shift)
+        ahead = self.chain.look_ahead(tokens, edges, count, shift)
         anchors, chain = self._likeliest(tokens, edges, count, shift, ahead, num)
         pair, place = chain.isfinite().nonzero(as_tuple=True)
         mask = torch.arange(size - 1).to(count) < count.unsqueeze(-1)

@@ -441,7 +441,7 @@ def test_a_tilted_chain_is_the_chain_times_its_shifts(six: Axis, k: int) -> None
     edges = six.edges.expand(2, -1)
     anchors, mask = table(k)
     shift = torch.randn(2, 6, generator=seeded(2))
-    ahead = pointer.tilt(tokens, edges, torch.tensor([k, k]), shift)
+    ahead = pointer.look_ahead(tokens, edges, torch.tensor([k, k]), shift)
     tilt = Tilt(torch.tensor([[0] * 4, [1] * 4]), shift, ahead)
     there = (anchors.unsqueeze(-1) == torch.arange(6)) & mask.unsqueeze(-1)
     for b in range(2):
