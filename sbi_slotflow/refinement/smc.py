@@ -169,7 +169,8 @@ class _Forgetting:
 
     A start of N' effective particles errs by 1 / sqrt(N'), and sweeps that keep a share
     m of what it was leave m of that: no more than the noise of N particles if
-    m <= sqrt(N' / N). The better the start, the fewer sweeps there are at least.
+    m <= sqrt(N' / N). What a proposal misses no weight tells: some sweeps there are
+    always.
     """
 
     def __init__(
@@ -177,7 +178,6 @@ class _Forgetting:
     ) -> None:
         self.layout, self.sweeps = layout, 0
         self.memory = max(_MEMORY, math.sqrt(share))
-        self.least = max(_SWEEPS, math.ceil((1 - share) * _LAST_SWEEPS))
         self.start = self._numbers(population)
 
     def __call__(self, population: Population) -> bool:
@@ -186,7 +186,9 @@ class _Forgetting:
         shared = (self.start * now).mean(-1).abs()
         # Of a cardinality that hardly varies nothing needs to be forgotten.
         spread = now.square().mean(-1).clamp(min=_LITTLE)
-        return self.sweeps >= self.least and bool((shared < self.memory * spread).all())
+        return self.sweeps >= _LAST_SWEEPS and bool(
+            (shared < self.memory * spread).all()
+        )
 
     def _numbers(self, population: Population) -> Tensor:
         """Cardinality and log density of the particles less their means, ``(2, N)``."""
