@@ -286,9 +286,8 @@ class JointHead(AnchoredHead):
             peaks = self.find_peaks(encoding.data, owner, *cells, remember=remember)
         gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)
         first = torch.arange(mask.shape[-1], device=mask.device) == 0
-        contexts = self._contexts(
-            tokens[owner.unsqueeze(-1), anchors], mask, gaps, peaks
-        )
+        here = tokens[owner.unsqueeze(-1), anchors]
+        contexts = self._contexts(here, mask, gaps, peaks)
         if peaks is not None:
             centre = peaks.centre
         else:

@@ -210,8 +210,10 @@ class WeighedAnchors:
         size = self.chain.max_cardinality + 1
         owner, count = keys // size, keys % size
         tokens, edges = self.tokens[owner], self.edges[owner]
+        row = torch.arange(len(keys), device=keys.device).unsqueeze(-1)
         ahead = self.chain.look_ahead(tokens, edges, count, shift)
-        anchors, chain = self._likeliest(tokens, edges, count, shift, ahead, num)
+        tilt = Tilt(row.expand(-1, size), shift, ahead)
+        anchors, chain = self._likeliest(tokens, edges, count, tilt, num)
         pair, place = chain.isfinite().nonzero(as_tuple=True)
         mask = torch.arange(size - 1).to(count) < count.unsqueeze(-1)
         found = self._fitted(owner[pair], anchors[pair, place], mask[pair])
@@ -277,13 +279,7 @@ class WeighedAnchors:
         return evidence, -self.data.shape[-1] * peaks.noise
 
     def _likeliest(
-        self,
-        tokens: Tensor,
-        edges: Tensor,
-        count: Tensor,
-        shift: Tensor,
-        ahead: Tensor,
-        num: int,
+        self, tokens: Tensor, edges: Tensor, count: Tensor, tilt: Tilt, num: int
     ) -> tuple[Tensor, Tensor]:
         """Look for the chain's likeliest sets of P pairs, by beam search.
 
@@ -292,8 +288,6 @@ class WeighedAnchors:
             probabilities, shape ``(P, S)``, float64, -inf where there is no set.
         """
         chain, pairs = self.chain, torch.arange(len(count), device=count.device)
-        row = pairs.unsqueeze(-1).expand(-1, chain.max_cardinality + 1)
-        tilt = Tilt(row, shift, ahead)
         anchors = count.new_zeros(len(count), num, chain.max_cardinality)
         total = edges.new_full((len(count), num), -torch.inf)
         total[:, 0] = 0.0

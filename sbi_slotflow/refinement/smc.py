@@ -169,7 +169,7 @@ class _Forgetting:
 
     A start of N' effective particles errs by 1 / sqrt(N'), and sweeps that keep a share
     m of what it was leave m of that: no more than the noise of N particles if
-    m <= sqrt(N' / N). What a proposal misses no weight tells: some sweeps there are
+    m <= sqrt(N' / N). Weights do not tell what a proposal misses: some sweeps there are
     always.
     """
 
