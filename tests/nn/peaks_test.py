@@ -33,7 +33,7 @@ def head() -> JointHead:
     return head
 
 
-def cells_of(head: JointHead, *anchors: int) -> tuple[Tensor, ...]:
+def cells_of(*anchors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors, starts, ends and mask of one set on even cells."""
     row = torch.zeros(1, SIZE).long()
     row[0, : len(anchors)] = torch.tensor(anchors)
@@ -43,7 +43,7 @@ def cells_of(head: JointHead, *anchors: int) -> tuple[Tensor, ...]:
 
 def found(head: JointHead, x: Tensor, anchor: int) -> Peaks:
     assert head.find_peaks is not None
-    return head.find_peaks(x, torch.zeros(1).long(), *cells_of(head, anchor))
+    return head.find_peaks(x, torch.zeros(1).long(), *cells_of(anchor))
 
 
 def best(head: JointHead, x: Tensor, anchor: int, peaks: Peaks) -> tuple[Tensor, float]:
@@ -94,7 +94,7 @@ def test_evidence_is_the_integral_over_the_cells(head: JointHead) -> None:
     # draws and 16 points: 10 % of the mass is about four standard errors.
     generator = torch.Generator().manual_seed(2)
     for anchors, offsets in (((7, 8), (0.35, 0.0)), ((7, 7), (-0.1, 0.1))):
-        cells = cells_of(head, *anchors)
+        cells = cells_of(*anchors)
         chart, width = head.local_chart, head.local_chart.num_features
         size = SIZE * width
         factor = torch.eye(size).double()
