@@ -169,15 +169,15 @@ class _Forgetting:
 
     A start of N' effective particles errs by 1 / sqrt(N'), and sweeps that keep a share
     m of what it was leave m of that: no more than the noise of N particles if
-    m <= sqrt(N' / N). Weights do not tell what a proposal misses: some sweeps there are
-    always.
+    m <= sqrt(N' / N).
     """
 
     def __init__(
         self, layout: ThetaLayout, population: Population, share: float
     ) -> None:
         self.layout, self.sweeps = layout, 0
-        self.memory = max(_MEMORY, math.sqrt(share))
+        # A cardinality that the proposal is wrong about shows in no weight.
+        self.memory = torch.tensor([_MEMORY, max(_MEMORY, math.sqrt(share))])
         self.start = self._numbers(population)
 
     def __call__(self, population: Population) -> bool:
