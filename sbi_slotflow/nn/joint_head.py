@@ -303,8 +303,8 @@ class JointHead(AnchoredHead):
         self, here: Tensor, mask: Tensor, gaps: Tensor, peaks: Peaks | None
     ) -> Tensor:
         """Contexts ``(S Kmax, C)`` of components at tokens ``(S, Kmax, C)``."""
-        if self.trunk is None:
-            return here.new_zeros(mask.numel(), 0)
+        if self.trunk is None:  # no layer of a flow looks at them
+            return here.flatten(0, 1)
         first = torch.arange(mask.shape[-1], device=mask.device) == 0
         sizes = functional.one_hot(mask.sum(-1), self.max_cardinality + 1).to(here)
         to_next = functional.pad(gaps[:, 1:], (0, 1))

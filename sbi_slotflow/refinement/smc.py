@@ -126,7 +126,8 @@ def temper(
         if beta == 1.0:
             # Errors of good weights are random, and small before anything is moved.
             share = _effective_share(log_weights) if pareto_k < _FINITE_VARIANCE else 0
-            settled = _Forgetting(prior.layout, population, share)
+            memory = max(_MEMORY, math.sqrt(share))
+            settled = _Forgetting(prior.layout, population, memory)
         for _ in range(_MOST_SWEEPS):
             sweeps += 1
             for move in moves:
@@ -173,11 +174,9 @@ class _Forgetting:
     """
 
     def __init__(
-        self, layout: ThetaLayout, population: Population, share: float
+        self, layout: ThetaLayout, population: Population, memory: float
     ) -> None:
-        self.layout, self.sweeps = layout, 0
-        # A cardinality that the proposal is wrong about shows in no weight.
-        self.memory = torch.tensor([_MEMORY, max(_MEMORY, math.sqrt(share))])
+        self.layout, self.memory, self.sweeps = layout, memory, 0
         self.start = self._numbers(population)
 
     def __call__(self, population: Population) -> bool:
