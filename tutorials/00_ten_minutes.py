@@ -108,8 +108,8 @@ catalogue.to_dataframe()[columns].round(4)
 
 # %% [markdown]
 # Intervals hold 90 %. The true frequencies of the three certain sources (2.6882,
-# 2.7534, 2.8847) lie inside, and so does that of source 5 (2.7976), which may not be
-# there at all as far as the posterior knows. Sources 1 and 4 have intervals that span
+# 2.7534, 2.8847) lie inside, and so does that of source 4 (2.7976), which may not be
+# there at all as far as the posterior knows. Sources 1 and 5 have intervals that span
 # a good part of the band: faint components that may be anywhere, of which the one that
 # was missed could be one.
 #
