@@ -104,7 +104,7 @@ for name, one in {"uniform": trained, "half as probable each": sparing}.items():
 
 # %% [markdown]
 # The three certain sources do not care about the prior. The doubtful ones near 2.80 and
-# 2.99 Hz lose a sixth and a third of their probability. (The other rows are faint
+# 2.99 Hz lose a fifth and two fifths of their probability. (The other rows are faint
 # components that may be anywhere in the band.)
 #
 # ## Data from elsewhere
