@@ -63,17 +63,19 @@ plots.plot_slot_stability(shares)
 #
 # ## What a slot knows
 #
-# Before it draws, a slot has a context: a vector made of its token, its neighbours, the
-# whole signal and K. Two dimensions of it (t-SNE), coloured by the true parameters:
+# Before it draws, a slot has a context. Here it is the token of its cell, which has
+# seen the whole signal; where a flow learns what the fits leave, the neighbours' tokens,
+# K and the fit come with it. Two dimensions of it (t-SNE), coloured by the true
+# parameters:
 
 # %%
 plots.plot_slot_contexts(matches)
 
 # %% [markdown]
-# The lowest slot and the highest are clusters of their own, at either end of the band;
-# those in between share one. Of amplitude and phase the eye finds no order in these two
-# dimensions, which does not mean that the context has none: t-SNE shows what varies
-# most.
+# Faint components gather in one half and strong ones along the edge. Of phase and
+# frequency the eye finds no order: a token need not say where it is, as its cell does
+# that. And t-SNE shows what varies most; a context may know more than two dimensions
+# tell.
 #
 # ## What earns its keep: a small ablation
 #
