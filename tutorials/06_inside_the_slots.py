@@ -64,8 +64,8 @@ plots.plot_slot_stability(shares)
 # ## What a slot knows
 #
 # Before it draws, a slot has a context. Here it is the token of its cell, which has
-# seen the whole signal; where a flow learns what the fits leave, the neighbours' tokens,
-# K and the fit come with it. Two dimensions of it (t-SNE), coloured by the true
+# seen the whole signal; where a flow learns what the fits leave, the neighbours'
+# tokens, K and the fit come with it. Two dimensions of it (t-SNE), coloured by the true
 # parameters:
 
 # %%
