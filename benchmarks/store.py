@@ -33,6 +33,7 @@ __all__ = [
     "decoded",
     "encoded",
     "machine",
+    "plain",
     "versions",
     "write_json",
 ]
@@ -94,7 +95,7 @@ class Cache:
         """
         path = self.path("budget", ".txt")
         if path is not None:
-            text = json.dumps(_plain(means))
+            text = json.dumps(plain(means))
             if path.exists() and path.read_text() != text:
                 self.clear()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ class Result:
         if not self.path.exists():
             return False
         facts = self.facts()
-        means = _plain(self.experiment.budget(self.budget))
+        means = plain(self.experiment.budget(self.budget))
         same = facts["seed"] == seed and facts["budget means"] == means
         return same and self.is_of_shipped_weights()
 
@@ -184,7 +185,7 @@ class Result:
         with forked_rng(generator_for(facts["seed"])):
             claims = [c.to_json() for c in self.experiment.claims(decoded(dataset))]
         kept = {k: v for k, v in facts.items() if k != "dataset"}
-        write_json(_plain({**kept, "claims": claims}) | {"dataset": dataset}, self.path)
+        write_json(plain({**kept, "claims": claims}) | {"dataset": dataset}, self.path)
 
 
 def machine() -> dict[str, Any]:
@@ -294,12 +295,12 @@ def _text(value: Any, margin: str = "") -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON without NaN, numpy scalars or needless digits."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):

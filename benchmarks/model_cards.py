@@ -1,13 +1,9 @@
-"""How good the shipped weights are: ``python -m benchmarks.anchored_slots``.
+"""The model cards of the shipped weights: ``python -m benchmarks.model_cards``.
 
 Parts, each a function: ``cardinality`` (accuracy, scores and calibration of p(K | x)),
-``widths`` (posterior deviations over exact ones, ``paper``), ``amortized``
-(the same of slots without Gauss-Newton), ``coverage`` and ``coverage_crowded`` (of
-credible intervals; resumable), ``paper`` and ``crowded`` (against the collapsed
-sampler, amortized and refined), ``close`` (correlations of close components), ``smc``
-(refinement by SMC).
-``cards`` writes the model cards from the numbers that were kept with
-``--out benchmarks/results``.
+``widths`` (posterior deviations over exact ones, ``paper``), ``paper`` and ``crowded``
+(against the collapsed sampler, amortized and refined). ``cards`` writes the cards from
+what was kept with ``--keep``.
 """
 
 import hashlib
@@ -22,32 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
-from sbi_slotflow.circular import circular_mean
-from sbi_slotflow.layout import ThetaLayout
-from sbi_slotflow.nn.estimator import SlotDensityEstimator
-from sbi_slotflow.pretraining import RECIPES, StageBuilder
-from sbi_slotflow.problems import Sinusoids
+from sbi_slotflow import SlotPosterior, metrics, rjmcmc
+from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 
-from .calibration_rows import cardinality_rows, coverage_rows
-from .common import (
-    PERIODS,
-    TEST,
-    Numbers,
-    one,
-    progress,
-    ready,
-    run_parts,
-    simulate,
-    spread,
-)
+from .common import PERIODS, TEST, Numbers, one, progress, ready, run_parts, simulate
+from .intervals import share_interval, spread
+from .store import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
-_CHECKPOINTS = Path("checkpoints")
 # Share of draws with one more component, where the posterior is refined.
 _DEFENSIVE = {"importance": 0.0, "smc": 0.1}
-_AMORTIZED_SIMULATIONS = 192_000
 WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
 
 
@@ -59,37 +40,47 @@ def cardinality(num_signals: int, seed: int) -> Numbers:
     }
 
 
+def cardinality_rows(
+    problem: Problem, posterior: SlotPosterior, num_signals: int, seed: int
+) -> Numbers:
+    """Accuracy, score and calibration of p(K | x) on fresh signals of the prior."""
+    theta, x = simulate(problem, num_signals, TEST + seed)
+    probs = torch.cat([posterior.cardinality(part).probs for part in x.split(200)])
+    k = problem.layout.cardinality(theta)
+    right = (probs.argmax(-1) == k).double()
+    from_itself = torch.multinomial(probs, 1, generator=generator_for(seed))
+    score = -probs.gather(-1, k.unsqueeze(-1)).squeeze(-1).double().log()
+    return {
+        "accuracy": float(right.mean()),
+        "95 % interval": list(share_interval(int(right.sum()), num_signals)),
+        "mean negative log score of the true K": spread(score.tolist()),
+        "expected calibration error": _calibration_error(probs, k),
+        "the same of draws from p(K | x) itself": _calibration_error(
+            probs, from_itself.squeeze(-1)
+        ),
+        "n": num_signals,
+    }
+
+
+def _calibration_error(probs: Tensor, k: Tensor, num_bins: int = 15) -> float:
+    """Mean gap between p(K | x) and frequency, over 15 bins of all its entries."""
+    hits = torch.nn.functional.one_hot(k, probs.shape[-1]).double().flatten()
+    stated = probs.double().flatten()
+    bins = (stated * num_bins).long().clamp(max=num_bins - 1)
+    gap = torch.zeros(num_bins, dtype=torch.float64)
+    gap.index_add_(0, bins, stated - hits)
+    return float(gap.abs().sum() / len(k))
+
+
 def widths(num_signals: int, seed: int) -> Numbers:
     """Posterior deviations given the true K over exact ones, ``paper``."""
-    return _widths(*ready("paper"), num_signals, seed)
+    return widths_rows(*ready("paper"), num_signals, seed)
 
 
-def amortized(num_signals: int, seed: int) -> Numbers:
-    """As ``widths``, of slots without Gauss-Newton (trained here, resumable).
-
-    Everything is trained, from the shipped encoder, cardinality and anchors.
-    """
-    problem, shipped = ready("paper")
-    weights = shipped.posterior_estimator.state_dict()
-    start = StageBuilder(slot_nn(problem), weights, part="local")
-
-    def build(theta: Tensor, x: Tensor) -> SlotDensityEstimator:
-        return start(theta, x).requires_grad_()
-
-    trainer = SlotNPE(problem.prior, build)
-    trainer.train_online(
-        problem.simulator,
-        num_simulations=_AMORTIZED_SIMULATIONS,
-        learning_rate=1e-3,
-        seed=2,
-        checkpoint=_CHECKPOINTS / "sinusoids-paper-amortized.safetensors",
-    )
-    return _widths(problem, trainer.build_posterior(), num_signals, seed)
-
-
-def _widths(
+def widths_rows(
     problem: Sinusoids, posterior: SlotPosterior, num_signals: int, seed: int
 ) -> Numbers:
+    """Posterior deviations given the true K over exact ones."""
     theta, x = simulate(problem, num_signals, TEST + seed)
     ratios: dict[str, list[float]] = {}
     for i in range(num_signals):
@@ -111,23 +102,6 @@ def _widths(
     return {f"deviation over exact, {n}": _quantiles(r) for n, r in ratios.items()}
 
 
-def coverage(num_signals: int, seed: int) -> Numbers:
-    """Coverage of credible intervals given the true K, ``paper``."""
-    return _coverage("paper", 5 * num_signals, seed)
-
-
-def coverage_crowded(num_signals: int, seed: int) -> Numbers:
-    """Coverage of credible intervals given the true K, ``crowded``."""
-    # Anchors of weak components are many, each of which is fitted.
-    return _coverage("crowded", 2 * num_signals, seed)
-
-
-def _coverage(preset: str, num_components: int, seed: int) -> Numbers:
-    problem, posterior = ready(preset)
-    folder = _CHECKPOINTS / f"coverage-{preset}"
-    return {preset: coverage_rows(problem, posterior, num_components, seed, folder)}
-
-
 def paper(num_signals: int, seed: int) -> Numbers:
     """The weights against the collapsed sampler, ``paper``."""
     return _against_exact("paper", "importance", num_signals, seed)
@@ -136,86 +110,6 @@ def paper(num_signals: int, seed: int) -> Numbers:
 def crowded(num_signals: int, seed: int) -> Numbers:
     """The weights against the collapsed sampler, ``crowded``."""
     return _against_exact("crowded", "smc", num_signals, seed)
-
-
-def close(num_signals: int, seed: int) -> Numbers:
-    """Correlations of two components closer than a resolution element, ``crowded``."""
-    problem, posterior = ready("crowded")
-    layout = problem.layout
-    generator = generator_for(TEST, seed, 2)
-    shape = (num_signals, 2)
-    components = torch.zeros(num_signals, layout.max_cardinality, 3)
-    components[:, :2, 0] = 0.5 + torch.rand(shape, generator=generator)
-    components[:, :2, 1] = math.tau * torch.rand(shape, generator=generator)
-    gap = 0.3 + 0.7 * torch.rand(num_signals, generator=generator)
-    low, high = problem.prior.component_marginals[2].bounds
-    first = low + (high - low - 1 / 300) * torch.rand(num_signals, generator=generator)
-    components[:, :2, 2] = torch.stack([first, first + gap / 300], -1)
-    k = torch.full((num_signals,), 2)
-    theta = layout.pack(k, components, torch.full((num_signals, 1), 0.5))
-    x = problem.simulator(theta, generator)
-    kept: dict[str, list[float]] = {}
-    for i in range(num_signals):
-        runs = [
-            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80)
-            for run in range(2)
-        ]
-        if float(runs[0].cardinality().probs[2]) < 0.3:
-            progress(f"signal {i + 1}: two components are not told apart, left out")
-            continue
-        draws = posterior.sample((10_000,), x[i], k=2, generator=generator_for(seed, i))
-        found = metrics.compare(
-            draws, *runs, layout=layout, k=2, periods=PERIODS, seed=seed
-        )
-        assert found.floor is not None
-        for name, result in (("amortized", found), ("floor", found.floor)):
-            assert result.correlation_error is not None
-            kept.setdefault(name, []).append(result.correlation_error)
-        exact, again = (run.rows[layout.cardinality(run.rows) == 2] for run in runs)
-        for name, rows in (("amortized", draws), ("floor", again)):
-            # Of ranks: a few draws in a wrong cell do not decide them.
-            pair = _ranks(layout, rows, exact), _ranks(layout, exact, exact)
-            error = metrics.correlation_error(*pair)
-            kept.setdefault(f"{name}, of ranks", []).append(error)
-        progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
-    return {name: spread(values) for name, values in kept.items()}
-
-
-def _ranks(layout: ThetaLayout, rows: Tensor, reference: Tensor) -> Tensor:
-    """Ranks of both components' parameters ``(S, 2, 3)``, phases about the exact."""
-    values, others = (
-        layout.unpack(part).components[:, :2].double() for part in (rows, reference)
-    )
-    middle = circular_mean(others[..., 1], [math.tau, math.tau])
-    phase = torch.remainder(values[..., 1] - middle + math.pi, math.tau)
-    values = torch.stack([values[..., 0], phase, values[..., 2]], -1)
-    return values.argsort(0).argsort(0).double()
-
-
-def smc(num_signals: int, seed: int) -> Numbers:
-    """Refinement by sequential Monte Carlo, ``crowded``."""
-    problem, posterior = ready("crowded")
-    _, x = simulate(problem, num_signals, TEST + seed)
-    kept: dict[str, list[float]] = {}
-    for i in range(num_signals):
-        exact = rjmcmc.collapsed(problem, x[i], seed=i, num_draws=5_000, thin=80)
-        started = time.perf_counter()
-        refined = one(
-            posterior.refine(
-                problem.log_likelihood,
-                x[i],
-                10_000,
-                method="smc",
-                generator=generator_for(seed, i),
-            )
-        )
-        kept.setdefault("seconds", []).append(time.perf_counter() - started)
-        distance = metrics.total_variation(
-            refined.cardinality().probs, exact.cardinality().probs
-        )
-        kept.setdefault("TV", []).append(distance.item())
-        progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
-    return {name: spread(values) for name, values in kept.items()}
 
 
 def _against_exact(
@@ -348,8 +242,8 @@ def _quantiles(values: list[float]) -> Numbers:
 def cards(num_signals: int, seed: int) -> Numbers:
     """Write the model cards from the results that were kept."""
     kept = {
-        path.stem.removeprefix("anchored_"): json.loads(path.read_text())
-        for path in RESULTS.glob("anchored_*.json")
+        path.stem: json.loads(path.read_text())
+        for path in (RESULTS / "model_cards").glob("*.json")
     }
     for name, recipe in RECIPES.items():
         weights = WEIGHTS / f"{name}.safetensors"
@@ -364,7 +258,7 @@ def cards(num_signals: int, seed: int) -> Numbers:
             "megabytes": round(weights.stat().st_size / 1e6, 2),
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
             "measured": {
-                "command": "python -m benchmarks.anchored_slots",
+                "command": "python -m benchmarks.model_cards",
                 "K accuracy": kept["cardinality"][recipe.preset],
             },
         }
@@ -381,15 +275,10 @@ def cards(num_signals: int, seed: int) -> Numbers:
 PARTS = {
     "cardinality": (cardinality, 10_000),
     "widths": (widths, 200),
-    "amortized": (amortized, 200),
-    "coverage": (coverage, 1_000),
-    "coverage_crowded": (coverage_crowded, 1_000),
     "paper": (paper, 50),
     "crowded": (crowded, 50),
-    "close": (close, 20),
-    "smc": (smc, 5),
     "cards": (cards, 1),
 }
 
 if __name__ == "__main__":
-    run_parts(PARTS, "anchored", __doc__)
+    run_parts(PARTS, __doc__)

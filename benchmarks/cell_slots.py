@@ -1,111 +1,126 @@
-"""What the shipped weights cost: ``python -m benchmarks.anchored_cost``.
+"""Slots in cells of the location axis: ``python -m benchmarks.cell_slots``.
 
-Parts, each a function: ``speed`` and ``memory`` (against the paper's network, in one
-process), ``scaling`` (a sample's cost as K grows to 100) and ``eryn`` (Eryn with slots
-as proposals against plain Eryn).
+Parts, each a function: ``without_fits`` (posterior deviations over exact ones of slots
+without Gauss-Newton steps), ``close`` (correlations of close components), ``scaling``
+(a sample's cost as K grows to 100) and ``eryn`` (Eryn with slots as proposals against
+plain Eryn).
 """
 
 import math
-import resource
 import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from arviz_stats.base.array import array_stats
 from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import Uniform
 
 from sbi_slotflow import (
     AdditiveSimulator,
-    SlotPosterior,
+    SlotNPE,
     VariableKPrior,
     WhiteNoise,
     metrics,
     rjmcmc,
     slot_nn,
 )
+from sbi_slotflow.circular import circular_mean
+from sbi_slotflow.layout import ThetaLayout
+from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.pointer import AnchorChain
-from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.pretraining import RECIPES, StageBuilder
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.problems.sine_grid import Grid, SineSignal
+from sbi_slotflow.seeding import generator_for
 
-from .common import (
-    TEST,
-    Numbers,
-    ensemble_size,
-    given_k,
-    progress,
-    ready,
-    run_parts,
-    simulate,
-    spread,
-)
+from .common import PERIODS, TEST, Numbers, progress, ready, run_parts, simulate
+from .intervals import spread
+from .model_cards import widths_rows
 
-# Evaluations of p(K | x) of each signal by each network.
-_TURNS = 10
+_CHECKPOINTS = Path("checkpoints")
+_SIMULATIONS = 192_000
 
 
-def speed(num_signals: int, seed: int) -> Numbers:
-    """Cost of an analysis against the paper's network, one thread.
+def without_fits(num_signals: int, seed: int) -> Numbers:
+    """Posterior deviations over exact ones of slots without Gauss-Newton, ``paper``.
 
-    Seconds are the thread's own: waiting for other programs does not count. The
-    networks take turns, and a ratio is one of neighbours.
+    Everything is trained, from the shipped encoder, cardinality and cells; the training
+    may be stopped and taken up again.
     """
-    problem, posterior = ready("paper")
-    theta, x = simulate(given_k(problem, 10), max(2, num_signals), TEST + seed)
-    rival = SlotPosterior(slot_nn.paper(problem)(theta, x), problem.prior)
-    times: dict[str, list[float]] = {}
+    problem, shipped = ready("paper")
+    weights = shipped.posterior_estimator.state_dict()
+    start = StageBuilder(slot_nn(problem, refine_slots=0), weights, part="local")
 
-    def clock(name: str, work: Callable[[], object]) -> None:
-        started = time.thread_time()
-        work()
-        times.setdefault(name, []).append(time.thread_time() - started)
+    def build(theta: Tensor, x: Tensor) -> SlotDensityEstimator:
+        return start(theta, x).requires_grad_()
 
-    for one_of in (posterior, rival):  # what only a first call does
-        one_of.cardinality(x[0])
+    trainer = SlotNPE(problem.prior, build)
+    trainer.train_online(
+        problem.simulator,
+        num_simulations=_SIMULATIONS,
+        learning_rate=1e-3,
+        seed=2,
+        checkpoint=_CHECKPOINTS / "sinusoids-paper-amortized.safetensors",
+    )
+    return widths_rows(problem, trainer.build_posterior(), num_signals, seed)
+
+
+def close(num_signals: int, seed: int) -> Numbers:
+    """Correlations of two components closer than a resolution element, ``crowded``."""
+    problem, posterior = ready("crowded")
+    layout = problem.layout
+    generator = generator_for(TEST, seed, 2)
+    shape = (num_signals, 2)
+    components = torch.zeros(num_signals, layout.max_cardinality, 3)
+    components[:, :2, 0] = 0.5 + torch.rand(shape, generator=generator)
+    components[:, :2, 1] = math.tau * torch.rand(shape, generator=generator)
+    gap = 0.3 + 0.7 * torch.rand(num_signals, generator=generator)
+    low, high = problem.prior.component_marginals[2].bounds
+    first = low + (high - low - 1 / 300) * torch.rand(num_signals, generator=generator)
+    components[:, :2, 2] = torch.stack([first, first + gap / 300], -1)
+    k = torch.full((num_signals,), 2)
+    theta = layout.pack(k, components, torch.full((num_signals, 1), 0.5))
+    x = problem.simulator(theta, generator)
+    kept: dict[str, list[float]] = {}
     for i in range(num_signals):
-        for _ in range(_TURNS):
-            clock("weights: p(K | x)", lambda i=i: posterior.cardinality(x[i]))
-            clock("paper: p(K | x)", lambda i=i: rival.cardinality(x[i]))
-        clock(
-            "weights: 10,000 samples",
-            lambda i=i: posterior.sample((10_000,), x[i], k=10),
+        runs = [
+            rjmcmc.collapsed(problem, x[i], seed=2 * i + run, num_draws=5_000, thin=80)
+            for run in range(2)
+        ]
+        if float(runs[0].cardinality().probs[2]) < 0.3:
+            progress(f"signal {i + 1}: two components are not told apart, left out")
+            continue
+        draws = posterior.sample((10_000,), x[i], k=2, generator=generator_for(seed, i))
+        found = metrics.compare(
+            draws, *runs, layout=layout, k=2, periods=PERIODS, seed=seed
         )
-        # A tenth of the draws of the paper's network: its cost is their number's.
-        clock(
-            "paper: 1,000 samples",
-            lambda i=i: rival.posterior_estimator.sample(
-                (1_000,), x[i : i + 1], torch.tensor(10)
-            ),
-        )
-        progress(f"{ {name: round(t[-1], 4) for name, t in times.items()} }")
-
-    def ratios(ours: str, theirs: str, share: float = 1.0) -> Numbers:
-        pairs = zip(times[ours], times[theirs], strict=True)
-        return spread([share * a / b for a, b in pairs])
-
-    return {
-        "p(K | x) over the paper's": ratios("weights: p(K | x)", "paper: p(K | x)"),
-        "10,000 samples at K = 10 over the paper's": ratios(
-            "weights: 10,000 samples", "paper: 1,000 samples", 0.1
-        ),
-        "seconds": {name: spread(t) for name, t in times.items()},
-    }
+        assert found.floor is not None
+        for name, result in (("amortized", found), ("floor", found.floor)):
+            assert result.correlation_error is not None
+            kept.setdefault(name, []).append(result.correlation_error)
+        exact, again = (run.rows[layout.cardinality(run.rows) == 2] for run in runs)
+        for name, rows in (("amortized", draws), ("floor", again)):
+            # Of ranks: a few draws in a wrong cell do not decide them.
+            pair = _ranks(layout, rows, exact), _ranks(layout, exact, exact)
+            error = metrics.correlation_error(*pair)
+            kept.setdefault(f"{name}, of ranks", []).append(error)
+        progress(f"signal {i + 1}: { {n: round(v[-1], 3) for n, v in kept.items()} }")
+    return {name: spread(values) for name, values in kept.items()}
 
 
-def memory(num_signals: int, seed: int) -> Numbers:
-    """Peak memory of 10,000 samples at K = 10."""
-    problem, posterior = ready("paper")
-    _, x = simulate(given_k(problem, 10), 1, TEST + seed)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    posterior.sample((10_000,), x[0], k=10)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "megabytes of the process before": before / 1024,
-        "megabytes that sampling adds": (after - before) / 1024,
-    }
+def _ranks(layout: ThetaLayout, rows: Tensor, reference: Tensor) -> Tensor:
+    """Ranks of both components' parameters ``(S, 2, 3)``, phases about the exact."""
+    values, others = (
+        layout.unpack(part).components[:, :2].double() for part in (rows, reference)
+    )
+    middle = circular_mean(others[..., 1], [math.tau, math.tau])
+    phase = torch.remainder(values[..., 1] - middle + math.pi, math.tau)
+    values = torch.stack([values[..., 0], phase, values[..., 2]], -1)
+    return values.argsort(0).argsort(0).double()
 
 
 def eryn(num_signals: int, seed: int) -> Numbers:
@@ -146,6 +161,13 @@ def eryn(num_signals: int, seed: int) -> Numbers:
         ),
         **{name: spread(values) for name, values in seconds.items()},
     }
+
+
+def ensemble_size(values: np.ndarray) -> float:
+    """Effective size of (walkers, draws): variance over that of the grand mean."""
+    mean = values.mean(0)
+    size: Any = array_stats.ess(mean[None])
+    return float(size) * float(values.var() / max(mean.var(), 1e-300))
 
 
 def scaling(num_signals: int, seed: int) -> Numbers:
@@ -236,11 +258,11 @@ def wide_problem(k: int) -> Sinusoids:
 
 
 PARTS = {
-    "speed": (speed, 5),
-    "memory": (memory, 1),
+    "without_fits": (without_fits, 200),
+    "close": (close, 20),
     "scaling": (scaling, 3),
     "eryn": (eryn, 3),
 }
 
 if __name__ == "__main__":
-    run_parts(PARTS, "anchored", __doc__)
+    run_parts(PARTS, __doc__)
