@@ -11,8 +11,10 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import main
+from benchmarks.common import run_parts
 from benchmarks.experiment import BUDGET_NAMES, Claim, discover, load
 from benchmarks.experiments.dataset import Size
+from benchmarks.intervals import spread
 from benchmarks.report import write_report
 from benchmarks.store import Cache, Result, decoded, encoded, write_json
 
@@ -147,6 +149,29 @@ def test_a_stopped_run_keeps_its_parts(tmp_path, monkeypatch):
     Cache("some", "smoke", 0).get("a", part)
     Cache("some", "smoke", 0).get("a", part)
     assert len(computed) == 6
+
+
+def test_what_a_script_keeps_is_in_the_report(tmp_path, monkeypatch, capsys):
+    for module in ("common", "store", "report"):
+        monkeypatch.setattr(f"benchmarks.{module}.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.report._PLACE", tmp_path / "REPORT.md")
+    monkeypatch.setattr("benchmarks.report.discover", list)
+
+    def part(num: int, seed: int) -> dict[str, object]:
+        """Seven and its errors."""
+        return {"seven": spread([6.0, 7.0, 8.0]), "missing": np.nan, "num": num}
+
+    monkeypatch.setattr("sys.argv", ["benchmarks/pulses.py", "part", "--signals", "3"])
+    run_parts({"part": (part, 100), "other": (part, 100)}, None)
+    assert not list(tmp_path.iterdir()), "kept though nobody asked"
+    monkeypatch.setattr("sys.argv", ["benchmarks/pulses.py", "part", "--keep"])
+    run_parts({"part": (part, 100), "other": (part, 100)}, None)
+    text = write_report().read_text()
+    assert "python -m benchmarks.pulses part<" in text
+    assert "| seven | 7 ± 0.5774 (median 7, n = 3) |" in text
+    assert "| missing | - |" in text
+    assert "| num | 100 |" in text
+    assert "pulses other" not in text
 
 
 def test_a_dataset_survives_json(tmp_path):
