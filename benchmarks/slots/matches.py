@@ -6,8 +6,8 @@ circle where a parameter is circular, is least. That says which true component e
 drew: over many signals, whether slots specialise (the paper's figure 4), over many
 draws of one signal, whether they are stable (figure 15).
 
-Anchored slots that are joint stand in the order of their location, so that there slot k
-is the k-th component by construction.
+Slots in cells of the location axis, drawn one after the other, stand in the order of
+their location: there slot k is the k-th component by construction.
 """
 
 import math
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import ThetaLayout, ThetaParts
-from .metrics.labels import near
-from .nn.component_head import ComponentHead
-from .nn.encoders import Encoding
-from .nn.estimator import SlotDensityEstimator
-from .nn.factorised_head import FactorisedHead
-from .nn.joint_head import JointHead
-from .nn.matching import hungarian
-from .posterior import SlotPosterior
+from sbi_slotflow.layout import ThetaLayout, ThetaParts
+from sbi_slotflow.metrics.labels import near
+from sbi_slotflow.nn.component_head import ComponentHead
+from sbi_slotflow.nn.encoders import Encoding
+from sbi_slotflow.nn.estimator import SlotDensityEstimator
+from sbi_slotflow.nn.factorised_head import FactorisedHead
+from sbi_slotflow.nn.joint_head import JointHead
+from sbi_slotflow.nn.matching import hungarian
+from sbi_slotflow.posterior import SlotPosterior
 
 __all__ = ["SlotMatches", "match_slots", "slot_contexts", "slot_stability"]
 
@@ -131,7 +131,7 @@ def slot_stability(
 def slot_contexts(posterior: SlotPosterior, theta: Tensor, x: Tensor) -> Tensor:
     """Return the contexts of the slots of signals with K components.
 
-    Those of anchored slots belong to the true components, in canonical order.
+    Those of slots in cells belong to the true components, in canonical order.
 
     Args:
         posterior: The posterior.
@@ -186,7 +186,7 @@ def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
 def _contexts(
     head: torch.nn.Module, parts: ThetaParts, encoding: Encoding, owner: Tensor
 ) -> Tensor:
-    """Contexts ``(B, Kmax, C)`` of slots, or of components where slots are anchored."""
+    """Contexts ``(B, Kmax, C)`` of slots, or of components where slots have cells."""
     row, slot = parts.mask.nonzero(as_tuple=True)
     if isinstance(head, ComponentHead):
         found = head.slots(encoding, owner[row], parts.cardinality[row], slot)

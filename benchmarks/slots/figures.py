@@ -1,17 +1,28 @@
-"""What slots look for: specialisation, stability, and the space of their contexts."""
+"""Figures of what slots look for: specialisation, stability, their contexts' space."""
 
 import math
 from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from torch import Tensor
 
-from ..figure import Figure
-from ..slot_analysis import SlotMatches
-from .style import FONT, POSTERIOR, SHADES, SMALL, dress
+from sbi_slotflow.figure import Figure
+from sbi_slotflow.plots.style import FONT, POSTERIOR, SHADES, SMALL, dress
 
-__all__ = ["plot_slot_contexts", "plot_slot_specialisation", "plot_slot_stability"]
+from .matches import SlotMatches
+
+__all__ = [
+    "draw_contexts",
+    "draw_specialisation",
+    "draw_stability",
+    "embedded",
+    "plot_slot_contexts",
+    "plot_slot_specialisation",
+    "plot_slot_stability",
+]
 
 _MOST_POINTS = 3_000
 
@@ -25,7 +36,7 @@ def plot_slot_specialisation(
     numbered as the network has them and stand in ascending order of their mean.
 
     Args:
-        matches: What :func:`~sbi_slotflow.slot_analysis.match_slots` returns.
+        matches: What :func:`~.matches.match_slots` returns.
         parameter: Name of a component parameter; the ``order_by`` one if None.
         unit: Its unit, for the label.
 
@@ -47,17 +58,7 @@ def plot_slot_specialisation(
     num = values.shape[1]
     figure = Figure(figsize=(max(4.0, 1.5 + 0.6 * num), 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.boxplot(
-        list(values.T),
-        whis=(5, 95),
-        widths=0.6,
-        patch_artist=True,
-        boxprops={"facecolor": SHADES[0.9], "edgecolor": POSTERIOR},
-        medianprops={"color": POSTERIOR, "linewidth": 1.8},
-        whiskerprops={"color": POSTERIOR},
-        capprops={"color": POSTERIOR},
-        flierprops={"marker": ".", "ms": 2.5, "mec": "none", "mfc": POSTERIOR},
-    )
+    draw_specialisation(axes, values)
     axes.set_xticks(np.arange(1, num + 1), [str(int(slot) + 1) for slot in order])
     label = f"{name} ({unit})" if unit else name
     title = f"{len(values):,} signals with K = {num}"
@@ -69,8 +70,8 @@ def plot_slot_stability(shares: Tensor) -> Figure:
     """Plot how often each slot draws each component (the paper's figure 15).
 
     Args:
-        shares: What :func:`~sbi_slotflow.slot_analysis.slot_stability` returns, shape
-            ``(K, K)`` (slot, component).
+        shares: What :func:`~.matches.slot_stability` returns, shape ``(K, K)``
+            (slot, component).
 
     Returns:
         A figure with one axes and a colour bar. Its title tells the consistency, the
@@ -91,16 +92,7 @@ def plot_slot_stability(shares: Tensor) -> Figure:
     consistency = float(values.square().sum(-1).mean())
     figure = Figure(figsize=(1.9 + 0.42 * num, 1.5 + 0.42 * num), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.argwhere(matrix >= 0.005):
-        colour = "white" if matrix[i, j] > 0.6 else "black"
-        text = f"{matrix[i, j]:.2f}".removeprefix("0") if matrix[i, j] < 0.995 else "1"
-        axes.text(
-            j, i, text, ha="center", va="center", fontsize=SMALL - 1, color=colour
-        )
-    ticks = np.arange(num)
-    axes.set_xticks(ticks, [str(i + 1) for i in ticks])
-    axes.set_yticks(ticks, [str(i + 1) for i in ticks])
+    image = draw_stability(axes, matrix)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("share of draws", fontsize=FONT)
     bar.ax.tick_params(labelsize=SMALL)
@@ -122,7 +114,7 @@ def plot_slot_contexts(
     colour map.
 
     Args:
-        matches: What :func:`~sbi_slotflow.slot_analysis.match_slots` returns.
+        matches: What :func:`~.matches.match_slots` returns.
         method: ``"tsne"`` or ``"isomap"``.
         slot: Slot to show, from 1; all if None.
         seed: Seed of t-SNE.
@@ -149,7 +141,7 @@ def plot_slot_contexts(
     vectors, values = vectors[::step], values[::step]
     if len(vectors) < 20:
         raise ValueError(f"matches must hold 20 contexts or more, got {len(vectors)}.")
-    points = _embedded(vectors, method, seed)
+    points = embedded(vectors, method, seed)
     layout = matches.layout
     num = len(layout.component_names)
     figure = Figure(figsize=(1.0 + 2.9 * num, 3.2), layout="constrained")
@@ -157,19 +149,7 @@ def plot_slot_contexts(
     for axes, name, colours in zip(
         panels, layout.component_names, values.T, strict=True
     ):
-        circular = name in layout.periods
-        shown = axes.scatter(
-            *points.T,
-            c=colours,
-            s=5,
-            linewidths=0,
-            cmap="twilight" if circular else "viridis",
-            rasterized=True,
-        )
-        bar = figure.colorbar(shown, ax=axes, shrink=0.85, pad=0.02)
-        bar.ax.tick_params(labelsize=SMALL)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        draw_contexts(axes, points, colours, circular=name in layout.periods)
         dress(axes, "", "", name)
     what = "all slots" if slot is None else f"slot {slot}"
     title = {"tsne": "t-SNE", "isomap": "Isomap"}[method]
@@ -177,7 +157,56 @@ def plot_slot_contexts(
     return figure
 
 
-def _embedded(vectors: np.ndarray, method: str, seed: int) -> np.ndarray:
+def draw_specialisation(axes: Axes, values: np.ndarray) -> None:
+    """Boxes of values ``(signals, slots)``."""
+    axes.boxplot(
+        list(values.T),
+        whis=(5, 95),
+        widths=0.6,
+        patch_artist=True,
+        boxprops={"facecolor": SHADES[0.9], "edgecolor": POSTERIOR},
+        medianprops={"color": POSTERIOR, "linewidth": 1.8},
+        whiskerprops={"color": POSTERIOR},
+        capprops={"color": POSTERIOR},
+        flierprops={"marker": ".", "ms": 2.5, "mec": "none", "mfc": POSTERIOR},
+    )
+
+
+def draw_stability(axes: Axes, shares: np.ndarray) -> AxesImage:
+    """Shares (slot, component) as numbers on colours."""
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.argwhere(shares >= 0.005):
+        colour = "white" if shares[i, j] > 0.6 else "black"
+        text = f"{shares[i, j]:.2f}".removeprefix("0") if shares[i, j] < 0.995 else "1"
+        axes.text(
+            j, i, text, ha="center", va="center", fontsize=SMALL - 1, color=colour
+        )
+    ticks = np.arange(len(shares))
+    axes.set_xticks(ticks, [str(i + 1) for i in ticks])
+    axes.set_yticks(ticks, [str(i + 1) for i in ticks])
+    return image
+
+
+def draw_contexts(
+    axes: Axes, points: np.ndarray, colours: np.ndarray, *, circular: bool = False
+) -> None:
+    """Points ``(N, 2)`` coloured by a parameter, with its colour bar."""
+    shown = axes.scatter(
+        *points.T,
+        c=colours,
+        s=5,
+        linewidths=0,
+        cmap="twilight" if circular else "viridis",
+        rasterized=True,
+    )
+    bar = axes.figure.colorbar(shown, ax=axes, shrink=0.85, pad=0.02)
+    bar.ax.tick_params(labelsize=SMALL)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def embedded(vectors: np.ndarray, method: str, seed: int) -> np.ndarray:
+    """Vectors ``(N, C)`` in two dimensions, by t-SNE or Isomap."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE, Isomap
 

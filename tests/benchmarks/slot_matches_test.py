@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.slots import match_slots, slot_contexts, slot_stability
 from sbi_slotflow import SlotPosterior, load_pretrained, problems, slot_nn
 from sbi_slotflow.seeding import generator_for
-from sbi_slotflow.slot_analysis import match_slots, slot_contexts, slot_stability
 
 TINY = problems.sinusoids("tiny")
 KINDS = {
@@ -74,7 +74,7 @@ def test_a_posterior_without_training_does_not():
 
 
 def test_phases_are_matched_on_the_circle():
-    from sbi_slotflow.slot_analysis import _matched
+    from benchmarks.slots.matches import _matched
 
     posterior = load_pretrained("sinusoids-tiny")
     truth = torch.tensor([[[1.0, 0.05, 1.0], [1.0, math.pi, 1.0]]])
