@@ -173,7 +173,7 @@ def ensemble_size(values: np.ndarray) -> float:
 def scaling(num_signals: int, seed: int) -> Numbers:
     """Seconds a sample as K grows to 100 in a band that widens with it.
 
-    The network is untrained but for its anchors, which are told where the components
+    The network is untrained but for its cells, which are told where the components
     are: a trained one knows as much. What remains is what a sample costs.
     """
     numbers: Numbers = {}
@@ -208,7 +208,7 @@ def scaling(num_signals: int, seed: int) -> Numbers:
 
 
 class _Told(AnchorChain):
-    """A chain of anchors that knows where the components are."""
+    """A chain of cells that knows where the components are."""
 
     cells: Tensor
 

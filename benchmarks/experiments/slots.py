@@ -5,7 +5,7 @@ Paper: fig. 4, fig. 15, fig. 16, fig. 17, app. B.1, app. B.2.
 Question: Do slots specialise, does a slot keep its component, and which parameter
 organises the space of their contexts?
 
-Protocol: (1) The shipped `paper` weights, anchored slots, K = 10: there slot k is the
+Protocol: (1) The shipped `paper` weights, slots in cells, K = 10: there slot k is the
 k-th component by construction, so this shows what that means, not what was learnt.
 (2) The paper's kind, global slots under Hungarian matching, trained here on `tiny` at
 K = 3. One draw of each signal is matched with the truth (`slots.match_slots`).
@@ -42,7 +42,7 @@ from ..slots.matches import match_slots, slot_stability
 from ..store import Cache
 from ..training import PARAMETERS, train
 
-KINDS = ("anchored, paper", "global, tiny")
+KINDS = ("cells, paper", "global, tiny")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("slots", budget, seed)
     shipped, small = KINDS
     parts = {
-        shipped: cache.get("anchored", lambda: _shipped(size, seed)),
+        shipped: cache.get("cells", lambda: _shipped(size, seed)),
         small: cache.get("global", lambda: _small(size, seed, cache)),
     }
     return xr.merge(
@@ -187,15 +187,15 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
     found = []
     for kind in KINDS:
         score = consistency(dataset, kind)
-        anchored = kind.startswith("anchored")
-        note = "By construction: anchored slots stand in order." if anchored else ""
+        cells = kind.startswith("cells")
+        note = "By construction: slots in cells stand in order." if cells else ""
         found.append(
             Claim(
                 f"{kind}: consistency of slots over draws, mean over signals",
                 float(score.mean()),
                 paper=1.0,
                 source="fig. 15",
-                target=">= 0.99" if anchored else None,
+                target=">= 0.99" if cells else None,
                 note=note,
             )
         )
