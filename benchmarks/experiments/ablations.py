@@ -13,10 +13,10 @@ with K up to 5: this ranks parts by how soon they learn. The base is the paper's
 architecture in small (global slots, FFT of the long record, time domain of the short
 one, Hungarian matching, 4 couplings) with a true chart and K in the slots' context.
 
-Losses: Joint coupling costs training at first: the chain of cells sees the earlier cells,
-and learns later than independent slots do; what it is for, components closer than a
-resolution element, `tiny` does not have. The permanent and K in the context make no
-difference that three seeds could show.
+Losses: Joint coupling costs training at first: the chain of cells sees the earlier
+cells, and learns later than independent slots do; what it is for, components closer
+than a resolution element, `tiny` does not have. The permanent and K in the context make
+no difference that three seeds could show.
 """
 
 from dataclasses import dataclass

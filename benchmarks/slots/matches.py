@@ -26,7 +26,7 @@ from sbi_slotflow.nn.joint_head import JointHead
 from sbi_slotflow.nn.matching import hungarian
 from sbi_slotflow.posterior import SlotPosterior
 
-__all__ = ["SlotMatches", "match_slots", "slot_contexts", "slot_stability"]
+__all__ = ["SlotMatches", "match_slots", "slot_stability"]
 
 
 @dataclass(frozen=True)
@@ -125,29 +125,6 @@ def slot_stability(
     truth = parts.components[:, :k].expand_as(drawn)
     matched = _matched(posterior, drawn, truth)
     return torch.nn.functional.one_hot(matched, k).double().mean(0)
-
-
-@torch.no_grad()
-def slot_contexts(posterior: SlotPosterior, theta: Tensor, x: Tensor) -> Tensor:
-    """Return the contexts of the slots of signals with K components.
-
-    Those of slots in cells belong to the true components, in canonical order.
-
-    Args:
-        posterior: The posterior.
-        theta: True rows, all with the same K >= 1, shape ``(B, E)``.
-        x: Their data, shape ``(B, T)``.
-
-    Returns:
-        Contexts, shape ``(B, K, C)``.
-
-    Raises:
-        TypeError, ValueError: See :func:`match_slots`.
-    """
-    estimator, parts, encoding = _encoded(posterior, theta, x)
-    owner = torch.arange(len(theta), device=theta.device)
-    contexts = _contexts(estimator.component_head, parts, encoding, owner)
-    return contexts[:, : int(parts.cardinality[0])]
 
 
 def _encoded(
