@@ -51,8 +51,18 @@ def test_a_good_posterior_draws_the_same_components_from_the_same_slots():
     shares = slot_stability(load_pretrained("sinusoids-tiny"), theta, x, 50)
     torch.testing.assert_close(shares.sum(-1), torch.ones(3).double())
     torch.testing.assert_close(shares.sum(0), torch.ones(3).double())
-    # Joint anchored slots stand in the order of frequency.
+    # Joint slots in cells stand in the order of frequency.
     assert (shares.diagonal() > 0.9).all()
+
+
+def test_a_slot_is_matched_with_the_component_that_it_drew():
+    theta, x = signals(3, 20)
+    posterior = load_pretrained("sinusoids-tiny")
+    matches = match_slots(posterior, theta, x, generator_for(3))
+    # Joint slots in cells draw upwards: slot k has the k-th smallest frequency.
+    rising = (matches.components[..., 2].diff(dim=1) > 0).all(-1)
+    assert rising.double().mean() > 0.9
+    assert matches.order.tolist() == [0, 1, 2]
 
 
 def test_a_posterior_without_training_does_not():
