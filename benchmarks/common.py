@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import SlotPosterior, load_pretrained
-from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.posterior.refine import RefinedPosterior
+from sbi_slotflow.pretrained.recipes import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
-from sbi_slotflow.refinement import RefinedPosterior
 from sbi_slotflow.seeding import generator_for
 
 from .store import RESULTS, plain, write_json

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from sbi_slotflow import VariableKPrior, metrics, problems, rjmcmc
+from sbi_slotflow.posterior import refine
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.refinement import refine
 from sbi_slotflow.seeding import generator_for
 
 from .common import PERIODS, Numbers, one, progress, run_parts, simulate

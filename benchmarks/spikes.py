@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sbi_slotflow import SlotPosterior
-from sbi_slotflow.pretraining import Stage, train_stages
 from sbi_slotflow.problems import Problem, spikes
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.training.stages import Stage, train_stages
 
 from .common import TEST, Numbers, given_k, progress, run_parts, simulate
 from .model_cards import cardinality_rows

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbi_slotflow.layout import ThetaLayout, ThetaParts
 from sbi_slotflow.metrics.labels import near
+from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.component_head import ComponentHead
 from sbi_slotflow.nn.encoders import Encoding
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
-from sbi_slotflow.nn.factorised_head import FactorisedHead
-from sbi_slotflow.nn.joint_head import JointHead
+from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.nn.matching import hungarian
-from sbi_slotflow.posterior import SlotPosterior
+from sbi_slotflow.posterior.network import SlotPosterior
+from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
 
 __all__ = ["SlotMatches", "match_slots", "slot_stability"]
 
@@ -80,7 +80,9 @@ def match_slots(
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
     contexts = _contexts(head, parts, encoding, owner)[:, :k]
-    if isinstance(head, JointHead | FactorisedHead):  # contexts of true components
+    if isinstance(
+        head, AutoregressiveHead | IndependentHead
+    ):  # contexts of true components
         index = matched.unsqueeze(-1).expand_as(contexts)
         contexts = contexts.gather(1, index)
     return SlotMatches(posterior.prior.layout, components, contexts)
@@ -168,14 +170,14 @@ def _contexts(
     if isinstance(head, ComponentHead):
         found = head.slots(encoding, owner[row], parts.cardinality[row], slot)
         values = found.values[found.which]
-    elif isinstance(head, JointHead | FactorisedHead):
+    elif isinstance(head, AutoregressiveHead | IndependentHead):
         point = head.chart.some_point(parts.components)
         active = parts.mask.unsqueeze(-1)
         components = torch.where(active, parts.components, point)
         position = head.local_chart.coordinates(components)[0][..., 0]
         anchors = head.axis.anchors(position, head.edges(encoding)[owner])
         anchors = torch.where(parts.mask, anchors, 0)
-        if isinstance(head, JointHead):
+        if isinstance(head, AutoregressiveHead):
             sets = head.sets(encoding, owner, anchors, parts.mask)
             each = sets.contexts.unflatten(0, sets.anchors.shape)[sets.which]
             values = each[row, slot]
