@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import sbi_slotflow
 from sbi_slotflow import (
     SlotNPE,
     SlotPosterior,
@@ -39,7 +40,9 @@ from sbi_slotflow import (
 
 Values = dict[str, Tensor]
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+PACKAGE = Path(sbi_slotflow.__file__).resolve().parent
 TENSORS, DESCRIPTION = FOLDER / "reference.safetensors", FOLDER / "reference.json"
 
 # Components of the signals of each preset.
@@ -277,7 +280,7 @@ def paper_preset() -> Values:
     parameters = [p.detach().double() for p in estimator.parameters()]
     return {
         "cardinality": posterior.cardinality(x).probs,
-        "samples": posterior.sample((20,), x[0], generator=seeded(3)),
+        "samples": posterior.sample((5,), x[0], k=2, generator=seeded(3)),
         "num_parameters": torch.tensor(sum(p.numel() for p in parameters)),
         "squared_weights": torch.stack([p.square().sum() for p in parameters]).sum(),
     }
@@ -332,16 +335,22 @@ def load() -> Values:
 
 
 def write() -> None:
-    """Compute everything and write the reference."""
+    """Compute everything and write the reference.
+
+    Raises:
+        RuntimeError: If the package is not the one beside this file, or was changed
+            since its last commit: the reference would name a commit that it is not of.
+    """
+    if PACKAGE.parent != ROOT:
+        raise RuntimeError(f"sbi_slotflow must be imported from {ROOT}, got {PACKAGE}.")
+    if changed := _git("status", "--porcelain", "--", "sbi_slotflow"):
+        raise RuntimeError(f"sbi_slotflow must have no changes, got\n{changed}")
+    commit = _git("log", "-1", "--format=%H", "--", "sbi_slotflow")
     values: Values = {}
     for group in GROUPS:
         found = compute(group, values)
         values |= {f"{group}.{n}": v.detach().contiguous() for n, v in found.items()}
         print(f"{group}: {len(found)} quantities")
-    commit = subprocess.run(
-        ["git", "log", "-1", "--format=%H", "--", "sbi_slotflow"],
-        capture_output=True, text=True, check=True, cwd=FOLDER.parents[1],
-    ).stdout.strip()  # fmt: skip
     packages = ("torch", "numpy", "scipy", "sbi", "nflows", "safetensors")
     description = {
         "commit": commit,
@@ -355,6 +364,7 @@ def write() -> None:
 
 def check() -> int:
     """Print which quantities are the same bit for bit; return how many are not."""
+    print(f"package: {PACKAGE}")
     reference, different = load(), 0
     for group in GROUPS:
         expected, found = part(reference, group), compute(group, reference)
@@ -364,6 +374,13 @@ def check() -> int:
             print(f"{verdict:<28} {group}.{name}")
     print(f"{different} quantities differ")
     return different
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout.strip()
 
 
 def _verdict(expected: Tensor | None, found: Tensor | None) -> str:
