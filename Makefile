@@ -64,7 +64,7 @@ tutorials: dev ## Run the tutorials in full and save their outputs; NAME=03 for 
 	$(BIN)/python tutorials/build.py $(NAME)
 
 pretrained: venv ## Train a set of shipped weights anew; NAME=sinusoids-tiny, say
-	$(BIN)/python -m sbi_slotflow.pretraining $(NAME) --out sbi_slotflow/weights
+	$(BIN)/python -m sbi_slotflow.pretrained $(NAME) --out sbi_slotflow/weights
 
 package: dev ## Build wheel and source distribution into dist/
 	rm -rf dist

@@ -25,11 +25,11 @@ from sbi_slotflow import (
     rjmcmc,
     slot_nn,
 )
-from sbi_slotflow.nn.joint_head import JointHead
-from sbi_slotflow.nn.pointer import AnchorChain
-from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.cell_chain import CellChain
+from sbi_slotflow.pretrained.recipes import RECIPES
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.problems.sine_grid import Grid, SineSignal
+from sbi_slotflow.problems.sinusoids.grid import Grid, SineSignal
 
 from .common import (
     TEST,
@@ -162,7 +162,7 @@ def scaling(num_signals: int, seed: int) -> Numbers:
             theta, x = simulate(problem, 2, seed)
             estimator = slot_nn(problem, refine_slots=steps)(theta, x).eval()
             head = estimator.component_head
-            assert isinstance(head, JointHead)
+            assert isinstance(head, AutoregressiveHead)
             position = head.local_chart.coordinates(
                 problem.layout.unpack(theta).components
             )[0][..., 0]
@@ -185,13 +185,13 @@ def scaling(num_signals: int, seed: int) -> Numbers:
     return numbers
 
 
-class _Told(AnchorChain):
+class _Told(CellChain):
     """A chain of anchors that knows where the components are."""
 
     cells: Tensor
 
     @classmethod
-    def instead_of(cls, chain: AnchorChain, cells: Tensor) -> "_Told":
+    def instead_of(cls, chain: CellChain, cells: Tensor) -> "_Told":
         told = cls(chain.axis, chain.keys.in_features, chain.max_cardinality)
         told.load_state_dict(chain.state_dict())
         told.cells = cells

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import SlotNPE, SlotPosterior, metrics, rjmcmc, slot_nn
-from sbi_slotflow.circular import circular_mean
-from sbi_slotflow.layout import ThetaLayout
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
-from sbi_slotflow.pretraining import RECIPES, StageBuilder
+from sbi_slotflow.pretrained.recipes import RECIPES
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.circular import circular_mean
+from sbi_slotflow.sets.layout import ThetaLayout
+from sbi_slotflow.training.stages import StageBuilder
 
 from .calibration_rows import cardinality_rows, coverage_rows
 from .common import (

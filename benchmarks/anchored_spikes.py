@@ -9,8 +9,8 @@ may be stopped and taken up again.
 from pathlib import Path
 
 from sbi_slotflow import SlotPosterior
-from sbi_slotflow.pretraining import Stage, train_stages
 from sbi_slotflow.problems import spikes
+from sbi_slotflow.training.stages import Stage, train_stages
 
 from .calibration_rows import cardinality_rows, coverage_rows
 from .common import Numbers, run_parts

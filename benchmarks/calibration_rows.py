@@ -93,7 +93,7 @@ def _ranks(
     problem: Problem, posterior: SlotPosterior, k: int, seed: int, part: int
 ) -> Tensor:
     """Ranks ``(signals, k, D)`` in [0, 1] of the truth among draws given the true K."""
-    layout, periods = problem.layout, problem.periods
+    layout, periods = problem.layout, problem.layout.periods
     weights = torch.zeros(layout.max_cardinality + 1)
     weights[k] = 1.0
     of_k = replace(problem, prior=problem.prior.with_cardinality(weights))

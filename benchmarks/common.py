@@ -15,9 +15,9 @@ from arviz_stats.base.array import array_stats
 from torch import Tensor
 
 from sbi_slotflow import SlotPosterior, load_pretrained
-from sbi_slotflow.pretraining import RECIPES
+from sbi_slotflow.posterior.refine import RefinedPosterior
+from sbi_slotflow.pretrained.recipes import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
-from sbi_slotflow.refinement import RefinedPosterior
 from sbi_slotflow.seeding import generator_for
 
 Numbers = dict[str, Any]

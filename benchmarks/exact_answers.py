@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import PosteriorDraws, VariableKPrior, metrics, problems, rjmcmc
-from sbi_slotflow.component_proposals import PriorComponents
+from sbi_slotflow.posterior import refine
+from sbi_slotflow.posterior.component_proposals import PriorComponents
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.refinement import refine
 from sbi_slotflow.seeding import generator_for
 
 from .common import (

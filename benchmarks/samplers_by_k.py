@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import rjmcmc
-from sbi_slotflow.prior import VariableKPrior
+from sbi_slotflow.posterior import refine
+from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.refinement import RefinedPosterior, refine
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.prior import VariableKPrior
 
 from .common import given_k, one
 

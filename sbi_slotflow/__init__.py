@@ -12,24 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import calibration, metrics, plots, problems, rjmcmc
     from .catalogue import build_catalogue
-    from .datatree import to_datatree
-    from .draws import PosteriorDraws
-    from .layout import ThetaLayout
-    from .model_cards import model_card
-    from .nn import (
-        CircleChart,
-        PolarChart,
-        SlotDensityEstimator,
-        WhiteningChart,
-        slot_nn,
-    )
-    from .noise import WhiteNoise
-    from .posterior import SlotPosterior
-    from .pretrained import load_pretrained
-    from .prior import VariableKPrior
+    from .nn import SlotDensityEstimator, WhiteningChart, slot_nn
+    from .nn.paper import CircleChart
+    from .posterior import refine
+    from .posterior.datatree import to_datatree
+    from .posterior.draws import PosteriorDraws
+    from .posterior.network import SlotPosterior
+    from .posterior.refined import RefinedPosterior
+    from .pretrained.cards import model_card
+    from .pretrained.load import load_pretrained
     from .problems import Problem
-    from .refinement import RefinedPosterior, refine
-    from .simulator import AdditiveSimulator
+    from .problems.noise import WhiteNoise
+    from .problems.simulator import AdditiveSimulator
+    from .problems.sinusoids.polar import PolarChart
+    from .sets.layout import ThetaLayout
+    from .sets.prior import VariableKPrior
     from .training import SlotNPE
 
 __version__ = "0.1.0"
@@ -63,30 +60,30 @@ __all__ = [
 
 # Where each name is defined; "" for modules of that name.
 _HOMES = {
-    "AdditiveSimulator": "simulator",
-    "CircleChart": "nn",
-    "PolarChart": "nn",
-    "PosteriorDraws": "draws",
+    "AdditiveSimulator": "problems.simulator",
+    "CircleChart": "nn.paper",
+    "PolarChart": "problems.sinusoids",
+    "PosteriorDraws": "posterior.draws",
     "Problem": "problems",
-    "RefinedPosterior": "refinement",
+    "RefinedPosterior": "posterior",
     "SlotDensityEstimator": "nn",
     "SlotNPE": "training",
     "SlotPosterior": "posterior",
-    "ThetaLayout": "layout",
-    "VariableKPrior": "prior",
-    "WhiteNoise": "noise",
+    "ThetaLayout": "sets.layout",
+    "VariableKPrior": "sets.prior",
+    "WhiteNoise": "problems.noise",
     "WhiteningChart": "nn",
     "build_catalogue": "catalogue",
     "calibration": "",
     "load_pretrained": "pretrained",
     "metrics": "",
-    "model_card": "model_cards",
+    "model_card": "pretrained",
     "plots": "",
     "problems": "",
-    "refine": "refinement",
+    "refine": "posterior",
     "rjmcmc": "",
     "slot_nn": "nn",
-    "to_datatree": "datatree",
+    "to_datatree": "posterior.datatree",
 }
 
 

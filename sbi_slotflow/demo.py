@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .demo_report import (
+from .cli.report import (
     PERIODS,
     UNITS,
     print_accuracy,
@@ -31,13 +31,13 @@ from .demo_report import (
     print_table,
     warn_if_foreign,
 )
+from .cli.signal_files import SignalFileError, open_signals
 from .nn.builder import slot_nn
 from .plots import plot_corner, plot_reconstruction, plot_spectrum
-from .posterior import SlotPosterior
-from .pretrained import load_pretrained
+from .posterior.network import SlotPosterior
+from .pretrained.load import load_pretrained
 from .problems import Sinusoids, sinusoids
 from .seeding import generator_for
-from .signal_files import SignalFileError, open_signals
 from .training.checkpoint import load_state
 from .training.online import OnlineSettings
 from .training.trainer import SlotNPE

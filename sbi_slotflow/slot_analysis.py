@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import ThetaLayout, ThetaParts
 from .metrics.labels import near
+from .nn.autoregressive_head import AutoregressiveHead
 from .nn.component_head import ComponentHead
 from .nn.encoders import Encoding
 from .nn.estimator import SlotDensityEstimator
-from .nn.factorised_head import FactorisedHead
-from .nn.joint_head import JointHead
+from .nn.independent_head import IndependentHead
 from .nn.matching import hungarian
-from .posterior import SlotPosterior
+from .posterior.network import SlotPosterior
+from .sets.layout import ThetaLayout, ThetaParts
 
 __all__ = ["SlotMatches", "match_slots", "slot_contexts", "slot_stability"]
 
@@ -80,7 +80,9 @@ def match_slots(
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
     contexts = _contexts(head, parts, encoding, owner)[:, :k]
-    if isinstance(head, JointHead | FactorisedHead):  # contexts of true components
+    if isinstance(
+        head, AutoregressiveHead | IndependentHead
+    ):  # contexts of true components
         index = matched.unsqueeze(-1).expand_as(contexts)
         contexts = contexts.gather(1, index)
     return SlotMatches(posterior.prior.layout, components, contexts)
@@ -191,14 +193,14 @@ def _contexts(
     if isinstance(head, ComponentHead):
         found = head.slots(encoding, owner[row], parts.cardinality[row], slot)
         values = found.values[found.which]
-    elif isinstance(head, JointHead | FactorisedHead):
+    elif isinstance(head, AutoregressiveHead | IndependentHead):
         point = head.chart.some_point(parts.components)
         active = parts.mask.unsqueeze(-1)
         components = torch.where(active, parts.components, point)
         position = head.local_chart.coordinates(components)[0][..., 0]
         anchors = head.axis.anchors(position, head.edges(encoding)[owner])
         anchors = torch.where(parts.mask, anchors, 0)
-        if isinstance(head, JointHead):
+        if isinstance(head, AutoregressiveHead):
             sets = head.sets(encoding, owner, anchors, parts.mask)
             each = sets.contexts.unflatten(0, sets.anchors.shape)[sets.which]
             values = each[row, slot]

@@ -5,8 +5,8 @@ import torch
 
 from sbi_slotflow import SlotPosterior, refine, slot_nn
 from sbi_slotflow.calibration import TrainingReference, UnlikeTrainingWarning
+from sbi_slotflow.posterior.refine import UnreliableWeights
 from sbi_slotflow.problems import sinusoids
-from sbi_slotflow.refinement import UnreliableWeights
 
 TINY = sinusoids("tiny")
 

@@ -15,7 +15,7 @@ import xarray as xr
 from matplotlib.image import imread
 
 from sbi_slotflow import demo
-from sbi_slotflow.demo_report import warn_if_foreign
+from sbi_slotflow.cli.report import warn_if_foreign
 from sbi_slotflow.problems import sinusoids
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.training.online import OnlineTraining

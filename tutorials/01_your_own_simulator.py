@@ -37,8 +37,8 @@ from sbi_slotflow import (
     plots,
     slot_nn,
 )
+from sbi_slotflow.posterior.refine import UnreliableWeights
 from sbi_slotflow.problems import Trace
-from sbi_slotflow.refinement import UnreliableWeights
 from sbi_slotflow.seeding import generator_for
 
 FAST = "SLOTFLOW_TUTORIALS_FAST" in os.environ  # set by our tests, never by you

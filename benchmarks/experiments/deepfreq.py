@@ -31,12 +31,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
-from sbi_slotflow.marginals import clamp_to_support
 from sbi_slotflow.plots.style import dress
-from sbi_slotflow.pretraining import Part, StageBuilder
 from sbi_slotflow.problems import LineSpectrum
-from sbi_slotflow.problems.line_spectrum import clustered
+from sbi_slotflow.problems.sinusoids.line_spectrum import clustered
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.marginals import clamp_to_support
+from sbi_slotflow.training.stages import Part, StageBuilder
 
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval

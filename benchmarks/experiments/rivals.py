@@ -35,10 +35,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sbi_slotflow import metrics, problems, rjmcmc
-from sbi_slotflow.circular import circular_mean
-from sbi_slotflow.layout import ThetaLayout
 from sbi_slotflow.plots.style import dress
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.circular import circular_mean
+from sbi_slotflow.sets.layout import ThetaLayout
 
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, median_interval

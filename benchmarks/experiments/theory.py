@@ -27,11 +27,11 @@ from sbi.utils import BoxUniform
 from tqdm.auto import tqdm
 
 from sbi_slotflow import VariableKPrior, problems, slot_nn
-from sbi_slotflow.layout import ThetaParts
 from sbi_slotflow.nn.spec import Matching
 from sbi_slotflow.plots.style import DATA, FONT, POSTERIOR, SMALL, dress
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.layout import ThetaParts
 
 from ..common import TEST, given_k, simulate
 from ..experiment import Budget, Claim
@@ -171,7 +171,7 @@ def _at_noise(sigma: float) -> Sinusoids:
         order_by=2,
         component_names=old.layout.component_names,
         shared_names=old.layout.shared_names,
-        periods=problem.periods,
+        periods=problem.layout.periods,
     )
     return replace(problem, prior=prior)
 

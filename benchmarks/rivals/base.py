@@ -9,10 +9,10 @@ from sbi.inference import NPE
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from torch import Tensor, nn
 
-from sbi_slotflow.layout import ThetaLayout
 from sbi_slotflow.nn.encoders import encode
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import forked_rng, generator_for
+from sbi_slotflow.sets.layout import ThetaLayout
 
 __all__ = ["Answer", "Embedding", "Rival", "Training", "counted", "train"]
 

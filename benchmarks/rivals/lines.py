@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import SlotPosterior
-from sbi_slotflow.nn.gauss_newton import fit_peak
+from sbi_slotflow.nn.gauss_newton import fit_mode
 from sbi_slotflow.problems import LineSpectrum
-from sbi_slotflow.problems.sine_pursuit import SinePursuit
+from sbi_slotflow.problems.sinusoids.pursuit import SinePursuit
 from sbi_slotflow.seeding import generator_for
 
 from .subspace import Subspace
@@ -65,7 +65,7 @@ def slots(
     mask = problem.layout.mask(k)
     # Steps of several amplitudes, turns and a few cells are free.
     scale = torch.tensor([5.0, 5.0, 0.05]).double()
-    peak = fit_peak(
+    peak = fit_mode(
         problem.build_fit(),
         lambda w, index: components[index] + scale * w,
         x,

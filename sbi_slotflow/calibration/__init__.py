@@ -40,11 +40,7 @@ from .coverage import Coverage, CoverageCurve, coverage
 from .draws import BatchedPosterior, CalibrationDraws, draw
 from .local_c2st import LocalC2ST, local_c2st
 from .matched import MatchedComponents
-from .misspecification import (
-    Misspecification,
-    TrainingReference,
-    UnlikeTrainingWarning,
-)
+from .misspecification import Misspecification, TrainingReference, UnlikeTrainingWarning
 from .reductions import (
     CountInBand,
     JitteredCardinality,

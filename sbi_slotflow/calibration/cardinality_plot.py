@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..figure import Figure
+from ..plots.figure import Figure
 from ..plots.style import DATA, POSTERIOR, SMALL, dress
 
 if TYPE_CHECKING:

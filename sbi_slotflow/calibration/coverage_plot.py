@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..figure import Figure
+from ..plots.figure import Figure
 from ..plots.style import SMALL, dress
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..layout import ThetaLayout
 from ..problems.base import Problem
 from ..seeding import generator_for
+from ..sets.layout import ThetaLayout
 
 __all__ = [
     "BatchedPosterior",
@@ -175,7 +175,7 @@ def join(
     prior = problem.prior.cardinality_probs.double().cpu()
     return CalibrationDraws(
         layout=problem.layout,
-        periods=problem.periods,
+        periods=dict(problem.layout.periods),
         cardinality_prior=prior,
         theta=theta,
         x=x,

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from ..figure import Figure
+from ..plots.figure import Figure
 from ..plots.style import POSTERIOR, SHADES, TRUTH, dress
 from .uniformity import Array, ecdf_band
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..layout import ThetaLayout
-from ..marginals import clamp_to_support
 from ..metrics.labels import near
-from ..prior import VariableKPrior
+from ..sets.layout import ThetaLayout
+from ..sets.marginals import clamp_to_support
+from ..sets.prior import VariableKPrior
 from .draws import BatchedPosterior
 from .matched import circular_mean, periods_of
 

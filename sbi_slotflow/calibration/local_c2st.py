@@ -35,7 +35,7 @@ from .sbc import set_numbers
 from .uniformity import Array, pit
 
 if TYPE_CHECKING:
-    from ..figure import Figure
+    from ..plots.figure import Figure
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
@@ -74,7 +74,7 @@ class LocalC2ST(Check):
         """Plot the statistic in the histogram of its null distribution."""
         from matplotlib.patches import Patch
 
-        from ..figure import Figure
+        from ..plots.figure import Figure
         from ..plots.style import DATA, TRUTH, dress, legend_above
 
         figure = Figure(figsize=(5.0, 3.0))

@@ -7,7 +7,7 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..figure import Figure
+from ..plots.figure import Figure
 from ..plots.style import DATA, POSTERIOR, TRUTH, dress, legend_above
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ dimension can be ranked together::
 import torch
 from torch import Tensor
 
-from ..layout import ThetaLayout
 from ..seeding import generator_for
+from ..sets.layout import ThetaLayout
 
 __all__ = [
     "CountInBand",

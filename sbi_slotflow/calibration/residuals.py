@@ -116,8 +116,7 @@ def residuals(
         x: Observations, shape ``(n, T)``.
         problem: Problem whose simulator has ``signal`` and ``noise``.
         num_noise: Simulations of the noise for each observation.
-        streams: Lengths of the streams of x; those of ``problem.grids``, where it has
-            such, if None, or a single stream.
+        streams: Lengths of the streams of x; those of ``problem.streams`` if None.
         seed: Seed of the noise.
         false_alarm_rate: Of the check.
 
@@ -165,8 +164,7 @@ def residuals(
 
 def _lengths(problem: Problem, total: int, streams: Sequence[int] | None) -> list[int]:
     if streams is None:
-        grids = getattr(problem, "grids", None)
-        streams = [grid.num_samples for grid in grids] if grids else [total]
+        streams = [stream.num_samples for stream in problem.streams]
     if sum(streams) != total or min(streams) < 4:
         raise ValueError(
             f"streams must be lengths of at least 4 that add up to {total}, got "

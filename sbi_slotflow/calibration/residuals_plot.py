@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..figure import Figure
+from ..plots.figure import Figure
 from ..plots.style import POSTERIOR, SHADES, dress
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import ThetaLayout, ThetaParts
-from ..separation import smallest_gap
+from ..sets.layout import ThetaLayout, ThetaParts
+from ..sets.separation import smallest_gap
 from .check import Check
 from .draws import CalibrationDraws
 from .matched import MatchedComponents

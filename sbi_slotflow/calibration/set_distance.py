@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..layout import ThetaLayout
 from ..seeding import generator_for
+from ..sets.layout import ThetaLayout
 
 __all__ = ["SetDistance", "set_distance"]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..prior import VariableKPrior
+from ..sets.prior import VariableKPrior
 from .check import Check
 from .draws import CalibrationDraws
 from .set_distance import SetDistance, set_distance

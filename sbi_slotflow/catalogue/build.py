@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..circular import unwrap
-from ..layout import ThetaLayout
+from ..sets.circular import unwrap
+from ..sets.layout import ThetaLayout
 from .fit import checked_weights, fit_sources
 from .sources import Sources
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..circular import circular_mean
-from ..layout import ThetaLayout
 from ..metrics.labels import near
+from ..sets.circular import circular_mean
+from ..sets.layout import ThetaLayout
 from .sources import TAIL, Sources
 
 __all__ = ["checked_weights", "fit_sources"]

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..layout import ThetaLayout
+from ..sets.layout import ThetaLayout
 from .assignment import best_matching
 
 __all__ = ["TAIL", "Sources"]

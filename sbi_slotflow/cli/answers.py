@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..calibration.misspecification import TrainingReference
-from ..refinement import UnreliableWeights, refine
+from ..posterior import refine
+from ..posterior.refined import UnreliableWeights
 from ..seeding import generator_for
 from .errors import InputError
 from .models import Model

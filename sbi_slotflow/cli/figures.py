@@ -1,18 +1,12 @@
 """Figures of one signal's posterior."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..demo_report import UNITS
-from ..plots import (
-    plot_cardinality,
-    plot_corner,
-    plot_reconstruction,
-    plot_spectrum,
-)
-from ..problems import Sinusoids
+from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
 from .answers import Answers
 from .models import Model
 from .results_file import aside
@@ -33,15 +27,15 @@ def write_figures(model: Model, x: Tensor, answers: Answers, out: Path) -> list[
         Their paths.
     """
     layout, rows = model.posterior.prior.layout, answers.draws[0]
-    sines = isinstance(model.problem, Sinusoids)
     figures: dict[str, Figure] = {"cardinality": plot_cardinality(answers.probs[0])}
     if model.problem is not None:
         figures["reconstruction"] = plot_reconstruction(model.problem, rows, x)
-        if sines:
+        with suppress(ValueError):  # not every x has a spectrum
             figures["spectrum"] = plot_spectrum(model.problem, rows, x)
+    units = None if model.problem is None else model.problem.units
     k = int(layout.cardinality(rows).mode().values)
     if k or layout.num_shared:
-        figures["corner"] = plot_corner(rows, layout, k, units=UNITS if sines else None)
+        figures["corner"] = plot_corner(rows, layout, k, units=units)
     paths = []
     for name, figure in figures.items():
         path = out.with_suffix(f".{name}.png")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..demo_report import print_cardinality
-from ..layout import ThetaLayout
-from ..signal_files import SignalFile, SignalFileError, open_signals
+from ..sets.layout import ThetaLayout
 from .answers import Settings, answer, check_refinable
 from .errors import InputError
 from .models import Model, load_model
+from .report import print_cardinality
 from .results_file import aside, check_out, write_tree
+from .signal_files import SignalFile, SignalFileError, open_signals
 from .stream import infer_many, read_checked
 from .trees import signal_tree
 

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from ..model_cards import available_weights, model_card
+from ..pretrained.cards import available_weights, model_card
 from .errors import InputError
 
 __all__ = ["info"]

@@ -7,13 +7,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from ..model_cards import available_weights
 from ..nn.estimator import SlotDensityEstimator
-from ..posterior import SlotPosterior
-from ..pretrained import load_pretrained
-from ..pretraining import RECIPES
-from ..prior import VariableKPrior
+from ..posterior.network import SlotPosterior
+from ..pretrained.cards import available_weights
+from ..pretrained.load import load_pretrained
+from ..pretrained.recipes import RECIPES
 from ..problems import Problem
+from ..sets.prior import VariableKPrior
 from .errors import InputError
 
 __all__ = ["Model", "load_model"]

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..signal_files import SignalFile
 from ..storage import write_atomically
 from .answers import Settings, answer
 from .errors import InputError
 from .models import Model
 from .results_file import join_csv, join_parts, read_part, write_tree
+from .signal_files import SignalFile
 from .trees import batch_tree
 
 __all__ = ["BATCH", "Summary", "infer_many", "read_checked"]

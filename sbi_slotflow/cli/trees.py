@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datatree import to_datatree
+from ..posterior.datatree import to_datatree
 from ..seeding import generator_for
 from .answers import Answers, Settings
 from .models import Model

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..layout import ThetaLayout
 from ..seeding import generator_for
+from ..sets.layout import ThetaLayout
 from .cardinality import jensen_shannon, total_variation
 from .distances import (
     FEWEST_DRAWS,
@@ -28,7 +28,7 @@ class Samples(Protocol):
     """A posterior of one observation that can be sampled given K.
 
     Such are a :class:`~sbi_slotflow.SlotPosterior` with a default x and
-    :class:`~sbi_slotflow.draws.PosteriorDraws`.
+    :class:`~sbi_slotflow.posterior.draws.PosteriorDraws`.
     """
 
     def sample(

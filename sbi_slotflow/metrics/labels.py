@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..circular import unwrap
 from ..nn.matching import hungarian
+from ..sets.circular import unwrap
 
 __all__ = ["ReferencePoints", "centres", "near"]
 

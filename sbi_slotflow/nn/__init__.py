@@ -1,9 +1,9 @@
 """The network: encoder, heads, slots, chart, flow, matching, and their builder."""
 
 from .builder import slot_nn
-from .charts import Chart, CircleChart, PolarChart, WhiteningChart
+from .charts import Chart, WhiteningChart
 from .component_head import ComponentHead
-from .encoders import DualStreamEncoder, Encoding, MLPEncoder
+from .encoders import Encoding, MLPEncoder
 from .estimator import SlotDensityEstimator
 from .flows import ConditionalFlow, RowContext
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
@@ -15,15 +15,12 @@ __all__ = [
     "AttentionSlots",
     "CardinalityHead",
     "Chart",
-    "CircleChart",
     "ComponentHead",
     "ConditionalFlow",
-    "DualStreamEncoder",
     "Encoding",
     "EstimatorSpec",
     "GlobalSlots",
     "MLPEncoder",
-    "PolarChart",
     "PriorSharedHead",
     "RowContext",
     "SharedHead",

@@ -8,15 +8,14 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..noise import WhiteNoise
-from ..prior import VariableKPrior
-from .anchor_axis import AnchorAxis
-from .charts import Chart, CircleChart, WhiteningChart
-from .encoder_specs import encoder_spec
+from ..sets.prior import VariableKPrior
+from .cells import CellAxis
+from .charts import Chart, WhiteningChart
 from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
-from .head_specs import fit_spec
+from .paper.circle import CircleChart
+from .registry import describe
 from .spec import EstimatorSpec, Matching
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]
@@ -45,12 +44,17 @@ class ProblemLike(Protocol):
         """Return the true chart of a component."""
         ...
 
-    def location_axis(self) -> AnchorAxis | None:
+    def location_axis(self) -> CellAxis | None:
         """Return the location axis; None if components have no location."""
         ...
 
     def build_fit(self) -> SignalFit | None:
         """Return the signal for Gauss-Newton fits; None if there is none."""
+        ...
+
+    @property
+    def noise_level(self) -> int | None:
+        """Index of the shared parameter that is white noise's sigma, if one is."""
         ...
 
 
@@ -80,7 +84,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         phase_weight: Weight w_phi of the paper's chart; needs ``chart="circle"``.
         frequency_weight: Weight w_f of the paper's chart; needs ``chart="circle"``.
         slots: ``"anchored"`` (each slot is anchored at a token of the problem's
-            location axis, see :mod:`.anchored_head`), ``"attention"`` (each slot looks
+            location axis, see :mod:`.cell_head`), ``"attention"`` (each slot looks
             for its component among the encoder's tokens) or ``"global"`` (the paper:
             all slots read one pooled vector). ``"default"`` is anchored where the
             problem declares a location and nothing is asked of encoder or chart; else
@@ -301,7 +305,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                     "do nothing beside an encoder of your own."
                 )
             # A copy: two estimators from one builder share no weights.
-            return deepcopy(self.encoder), encoder_spec(self.encoder)
+            return deepcopy(self.encoder), describe("encoder", self.encoder)
         if isinstance(self.problem, VariableKPrior):
             encoder: nn.Module = MLPEncoder(
                 num_data, hidden_features=self.hidden_features, **options
@@ -316,10 +320,10 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             encoder = built or self.problem.build_encoder(
                 hidden_features=self.hidden_features, **options
             )
-        return encoder, encoder_spec(encoder)
+        return encoder, describe("encoder", encoder)
 
     @property
-    def _axis(self) -> AnchorAxis | None:
+    def _axis(self) -> CellAxis | None:
         if self.problem is None or isinstance(self.problem, VariableKPrior):
             return None
         return self.problem.location_axis()
@@ -335,14 +339,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         """Whether sigma of white noise is all that components share."""
         if not self.refine_slots or not isinstance(self.problem, ProblemLike):
             return False
-        noise = getattr(getattr(self.problem, "simulator", None), "noise", None)
         marginals = self._prior.shared_marginals
-        return (
-            isinstance(noise, WhiteNoise)
-            and noise.sigma is None
-            and len(marginals) == 1
-            and marginals[0].bounds[0] >= 0
-        )
+        alone = self.problem.noise_level == 0 and len(marginals) == 1
+        return alone and marginals[0].bounds[0] >= 0
 
     @property
     def _anchored(self) -> bool:
@@ -372,7 +371,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 "fit": None,
             }
             if self.refine_slots:
-                options["fit"] = fit_spec(self._fit)
+                options["fit"] = describe("fit", self._fit)
                 options["weighed_sets"] = self.weighed_sets
             return options
         if self.refine_slots:

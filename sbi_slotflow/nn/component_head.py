@@ -10,7 +10,7 @@ Slot i's context c_i conditions the flow in the chart's coordinates u.
 import torch
 from torch import Tensor, nn
 
-from ..layout import ThetaParts
+from ..sets.layout import ThetaParts
 from .charts import Chart
 from .encoders import Encoding
 from .flows import ConditionalFlow, RowContext

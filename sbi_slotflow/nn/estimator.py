@@ -16,16 +16,16 @@ import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
-from ..prior import cardinality_weights
 from ..seeding import forked_rng, generator_for
+from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
+from .autoregressive_head import AutoregressiveHead
 from .charts import Chart, chart_from_spec
-from .encoder_specs import encoder_from_spec
 from .encoders import Encoding, encode
 from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
 from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedHead
-from .joint_head import JointHead
+from .registry import build
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]
@@ -66,7 +66,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                     "encoder must be given: this estimator was built with a module of "
                     "the user's own, which a file cannot describe."
                 )
-            encoder = encoder_from_spec(spec.encoder)
+            encoder = cast(nn.Module, build("encoder", spec.encoder))
         layout = spec.layout
         super().__init__(
             encoder, torch.Size((layout.size,)), torch.Size((spec.num_data,))
@@ -150,7 +150,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         owner = torch.arange(len(input), device=input.device)
         shared = log_k.new_zeros(len(input))
         if self.anchors_only:
-            assert isinstance(self.component_head, JointHead)
+            assert isinstance(self.component_head, AutoregressiveHead)
             flow = -self.component_head.anchor_log_prob(parts, encoding, owner)
         else:
             log_prob, noise = self.component_head.matched_log_prob(

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["FittedPeak", "NormalEquations", "SignalFit", "fit_peak"]
+__all__ = ["FittedMode", "NormalEquations", "SignalFit", "fit_mode"]
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-4, 1e8
 # Nats that another step promises where a fit counts as converged, and how often those
@@ -57,7 +57,7 @@ class SignalFit(Protocol):
         ...
 
 
-class FittedPeak(NamedTuple):
+class FittedMode(NamedTuple):
     """A Gaussian approximation of the posterior of N sets.
 
     Attributes:
@@ -91,7 +91,7 @@ class _State(NamedTuple):
 
 
 @torch.no_grad()
-def fit_peak(
+def fit_mode(
     fit: SignalFit,
     to_components: Callable[[Tensor, Tensor], Tensor],
     data: Tensor,
@@ -100,7 +100,7 @@ def fit_peak(
     mask: Tensor,
     num_steps: int,
     bounds: tuple[Tensor, Tensor],
-) -> FittedPeak:
+) -> FittedMode:
     """Take Gauss-Newton steps from a start.
 
     Sets that have not converged after ``num_steps`` get up to four times as many.
@@ -184,7 +184,7 @@ def fit_peak(
         for part, moved in zip(state, some, strict=True):
             part[left] = moved
         decrement[left] = promise(some, left)
-    return FittedPeak(state.w, state.pull, state.precision, state.variance, decrement)
+    return FittedMode(state.w, state.pull, state.precision, state.variance, decrement)
 
 
 def _with_jacobian(

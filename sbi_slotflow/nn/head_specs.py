@@ -2,24 +2,25 @@
 
 from typing import Any
 
-from .anchor_axis import AnchorAxis
-from .anchored_head import AnchoredHead
+from .autoregressive_head import AutoregressiveHead
+from .cell_head import CellHead
+from .cells import CellAxis
 from .charts import chart_from_spec
 from .component_head import ComponentHead
 from .encoders import Encoding
-from .factorised_head import FactorisedHead
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
-from .joint_head import JointHead
+from .independent_head import IndependentHead
+from .registry import build
 from .slots import slots_from_spec
 from .spec import EstimatorSpec
 
-__all__ = ["component_head_from_spec", "fit_from_spec", "fit_spec"]
+__all__ = ["component_head_from_spec"]
 
 
 def component_head_from_spec(
     spec: EstimatorSpec, probe: Encoding, fit: SignalFit | None = None
-) -> ComponentHead | AnchoredHead:
+) -> ComponentHead | CellHead:
     """Build the head that ``spec.slots`` describes.
 
     Args:
@@ -37,10 +38,10 @@ def component_head_from_spec(
         flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
         return ComponentHead(chart, slots, flow)
     del options["kind"]
-    axis = AnchorAxis(**options.pop("axis"))
+    axis = CellAxis(**options.pop("axis"))
     described = options.pop("fit")
     if fit is None and described is not None:
-        fit = fit_from_spec(described)
+        fit = build("fit", described)
     if probe.tokens is None or probe.tokens.shape[-2] != axis.num_anchors:
         raise ValueError(
             f"slots='anchored' need an encoder that keeps {axis.num_anchors} tokens, "
@@ -55,7 +56,7 @@ def component_head_from_spec(
     sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
     coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
     if coupling == "joint":
-        return JointHead(
+        return AutoregressiveHead(
             chart,
             axis,
             *sizes,
@@ -68,25 +69,4 @@ def component_head_from_spec(
         raise ValueError(
             "refine_slots fits all components together; it needs coupling='joint'."
         )
-    return FactorisedHead(chart, axis, *sizes, flow=spec.flow, **options)
-
-
-def fit_spec(fit: SignalFit | None) -> dict[str, Any] | None:
-    """Describe a fit of this package; None for the user's own."""
-    return getattr(fit, "spec", None)
-
-
-def fit_from_spec(spec: dict[str, Any]) -> SignalFit:
-    """Rebuild a fit from its ``spec``.
-
-    Raises:
-        ValueError: If the kind is unknown.
-    """
-    from ..problems.sine_fit import SineFit
-    from ..problems.spikes import SpikeFit
-
-    known = {fit.kind: fit for fit in (SineFit, SpikeFit)}
-    kind = spec.get("kind")
-    if kind not in known:
-        raise ValueError(f"fit kind must be one of {sorted(known)}, got {kind!r}.")
-    return known[kind].from_spec(spec)
+    return IndependentHead(chart, axis, *sizes, flow=spec.flow, **options)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..marginals import clamp_to_support
+from ..sets.marginals import clamp_to_support
 from .charts import Chart
 from .flows import ConditionalFlow, RowContext
 from .local_density import LocalDensity

@@ -1,6 +1,6 @@
 r"""Density of one component in its anchor's cell.
 
-A Gaussian of the local coordinates w (:mod:`.local_chart`) is given from outside,
+A Gaussian of the local coordinates w (:mod:`.local_transform`) is given from outside,
 :math:`w = m + C z` with C lower triangular. Its tails are made heavy by a function g
 that is the identity up to 2.5 deviations and logarithmic beyond, and each coordinate,
 given those before, is cut off at its ends,

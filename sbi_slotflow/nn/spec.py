@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ..layout import ThetaLayout
+from ..sets.layout import ThetaLayout
 
 __all__ = ["EstimatorSpec", "Matching"]
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..figure import Figure
+from .figure import Figure
 from .style import DATA, POSTERIOR, SMALL, TRUTH, dress, legend_above
 
 __all__ = ["plot_cardinality"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from ..layout import ThetaLayout
+from ..sets.layout import ThetaLayout
 
 
 def checked_samples(

@@ -9,12 +9,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..circular import circular_mean
-from ..figure import Figure
-from ..layout import ThetaLayout
 from ..metrics.labels import ReferencePoints, near
+from ..sets.circular import circular_mean
+from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
+from .figure import Figure
 from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH
 
 __all__ = ["plot_corner"]
@@ -60,7 +60,7 @@ def plot_corner(
         units: Units of parameters by name, for the labels.
         periods: Periods of circular parameters by name; the layout's if None. These
             are plotted around their circular mean, see
-            :func:`~sbi_slotflow.circular.unwrap`, so that a peak at the seam stays
+            :func:`~sbi_slotflow.sets.circular.unwrap`, so that a peak at the seam stays
             whole.
         labels: What to call the samples and the reference in the legend.
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..circular import circular_mean
-from ..figure import Figure
 from ..metrics.labels import near
-from ..posterior import SlotPosterior
+from ..posterior.network import SlotPosterior
+from ..sets.circular import circular_mean
+from .figure import Figure
 from .style import DATA, POSTERIOR, SMALL, dress
 
 __all__ = ["plot_width_scaling", "posterior_widths"]

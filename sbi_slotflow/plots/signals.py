@@ -1,38 +1,18 @@
 """Data and posterior in the time and frequency domains."""
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..catalogue import fit_sources
-from ..figure import Figure
-from ..layout import ThetaLayout
 from ..problems import Problem
 from .checks import checked_data, checked_row, checked_samples, thinned
-from .style import (
-    CYCLE,
-    DATA,
-    POSTERIOR,
-    SHADES,
-    SMALL,
-    TRUTH,
-    dress,
-    legend_above,
-    padded,
-)
+from .figure import Figure
+from .style import DATA, POSTERIOR, SHADES, TRUTH, dress, legend_above, padded
 
 _MOST_DRAWS = 1_000
-_ZERO_PADDING = 8
-_NUM_BANDS = 300
-# Existence above which there is nothing to say.
-_SURE = 0.995
 
 
 def plot_reconstruction(
@@ -49,8 +29,7 @@ def plot_reconstruction(
     together; the line is their median. At most 1,000 draws are used, evenly spaced.
 
     Args:
-        problem: A problem. Its attribute ``grids``, if there is one, splits x into
-            streams and gives their times in seconds; else x is one stream of samples.
+        problem: A problem; its ``streams`` split x and give times.
         samples: Theta rows, shape ``(S, E)``.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
@@ -75,11 +54,13 @@ def plot_reconstruction(
         row = checked_row(true_theta, problem.layout)
         truth = problem.simulator.signal(row).cpu().numpy()
 
-    streams = _streams(problem, len(data))
+    streams = problem.streams
     figure = Figure(figsize=(8.0, 0.6 + 2.4 * len(streams)), layout="constrained")
     rows = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
+    start = 0
     for axes, stream in zip(rows, streams, strict=True):
-        part = slice(stream.start, stream.start + min(stream.num_samples, max_points))
+        part = slice(start, start + min(stream.num_samples, max_points))
+        start += stream.num_samples
         times = stream.times[: part.stop - part.start]
         axes.plot(times, data[part], ".", color=DATA, markersize=4)
         axes.fill_between(times, low[part], high[part], color=SHADES[0.9], linewidth=0)
@@ -107,201 +88,21 @@ def plot_spectrum(
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,
-    *,
-    frequency: str = "frequency",
-    amplitude: str = "amplitude",
-) -> Figure:
-    r"""Plot the first stream's spectrum with the posterior of frequency and amplitude.
-
-    The lower panel holds the amplitude spectrum
-
-    .. math::
-        \hat{A}(f) = \tfrac{2}{N} \left| \sum_n x_n e^{-2\pi i f t_n} \right|
-
-    in which a sinusoid peaks near its amplitude, and the draws' (frequency, amplitude)
-    pairs, each source of :func:`~sbi_slotflow.catalogue.fit_sources` in a colour of its
-    own and with a cross for its 90 % intervals. Where a source's existence is less
-    certain than 99.5 %, its probability stands above. Draws that belong to no source,
-    or to one that spreads over a tenth of the band, are grey. Of the pairs those of at
-    most 1,000 draws are shown, evenly spaced.
-
-    The upper panel holds the expected number of components per Hz, which needs no
-    labels and integrates to E[K | x]. All cardinalities are taken together.
+) -> MatplotlibFigure:
+    """Plot the spectrum of x with the posterior of frequency and amplitude.
 
     Args:
-        problem: A problem with time ``grids`` and a component parameter in Hz.
+        problem: A problem whose x has a spectrum, ``problems.sinusoids(...)`` for one.
         samples: Theta rows, shape ``(S, E)``.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
-        frequency: Name of the component parameter that is a frequency in Hz.
-        amplitude: Name of the component parameter that is an amplitude.
 
     Returns:
         A figure with two axes.
 
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
-        ValueError: If the problem has no time grids or no such parameter, a shape does
-            not fit, or samples are empty or malformed.
+        ValueError: If x has no spectrum, a shape does not fit, or samples are empty or
+            malformed.
     """
-    layout = problem.layout
-    samples = checked_samples(samples, layout)
-    data = checked_data(x)
-    if getattr(problem, "grids", None) is None:
-        raise ValueError(
-            "plot_spectrum needs a problem with time grids (attribute grids), got "
-            f"{problem.name!r}."
-        )
-    index = _component_index(layout, frequency), _component_index(layout, amplitude)
-    stream = _streams(problem, len(data))[0]
-    grid, spectrum = _amplitude_spectrum(data[: stream.num_samples], stream.rate)
-    band = _band(problem, index[0], grid[-1])
-    drawn = _active(layout, samples)[:, index].numpy()
-    shown = (grid >= band[0]) & (grid <= band[1])
-
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    upper, lower = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 2]}
-    )
-    edges = np.linspace(*band, _NUM_BANDS + 1)
-    per_hertz = 1 / (len(samples) * (edges[1] - edges[0]))
-    counts = np.histogram(drawn[:, 0], edges)[0] * per_hertz
-    upper.stairs(counts, edges, fill=True, color=POSTERIOR)
-    upper.set_ylim(0, 1.08 * counts.max() if len(drawn) else 1.0)
-    lower.set_xlim(*band)
-    lower.plot(grid[shown], spectrum[shown], color=DATA, linewidth=1.1)
-    handles: list[Artist] = [Line2D([], [], color=DATA, label="spectrum of the data")]
-    if len(drawn):
-        _draw_sources(lower, layout, samples, index)
-        handles.append(
-            Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
-        )
-    if true_theta is not None:
-        true = _active(layout, checked_row(true_theta, layout)[None])[:, index].numpy()
-        for axes in (upper, lower):
-            for value in true[:, 0]:
-                axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)
-        if len(true):
-            style = {"marker": "+", "ms": 11, "mew": 1.8, "ls": "", "color": TRUTH}
-            lower.plot(*true.T, **style)
-            handles.append(Line2D([], [], label="truth", **style))
-    lower.set_ylim(0, 1.2 * lower.get_ylim()[1])
-    dress(upper, "", "components per Hz")
-    dress(lower, "frequency (Hz)", "amplitude", f"Spectrum of {stream.title}")
-    legend_above(figure, handles)
-    return figure
-
-
-def _draw_sources(
-    axes: Axes, layout: ThetaLayout, samples: Tensor, index: tuple[int, int]
-) -> None:
-    """Draw the components of at most 1,000 draws, coloured by source."""
-    # Whole rows are left out: every n-th point may belong to the same component.
-    rows = layout.canonical(thinned(samples, _MOST_DRAWS))
-    sources = fit_sources(samples, layout)
-    owner = sources.assign(rows)
-    parts = layout.unpack(rows)
-    free = parts.mask.clone()
-    style: dict[str, Any] = {"marker": ".", "ls": "", "ms": 3, "alpha": 0.25, "mew": 0}
-    placed: list[float] = []
-    width = float(np.diff(axes.get_xlim())[0])
-    for i in range(len(sources)):
-        there = (owner[:, i] >= 0).nonzero().flatten()
-        points = parts.components[there, owner[there, i]][:, index].numpy()
-        if not len(points):
-            continue
-        low, middle, high = np.quantile(points, [0.05, 0.5, 0.95], axis=0)
-        if high[0] - low[0] > 0.1 * width:
-            continue
-        free[there, owner[there, i]] = False
-        colour = CYCLE[i % len(CYCLE)]
-        axes.plot(*points.T, color=colour, **style)
-        reach = np.stack([middle - low, high - middle]).T
-        x, y = middle
-        axes.errorbar(x, y, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2)
-        probability = float(sources.existence[i])
-        if probability < _SURE:
-            _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
-    if placed:
-        where: dict[str, Any] = {"xycoords": "axes fraction"}
-        where |= {"textcoords": "offset points", "fontsize": SMALL}
-        axes.annotate("probability:", (0, 1), xytext=(4, -9), **where)
-    loose = parts.components[free][:, index].numpy()
-    if len(loose):
-        axes.plot(*loose.T, color=DATA, zorder=1, **style)
-
-
-def _write_above(axes: Axes, place: float, value: float, placed: list[float]) -> None:
-    """Write a probability above a place, lower where it would hide another."""
-    low, high = axes.get_xlim()
-    level = sum(abs(place - other) < 0.05 * (high - low) for other in placed)
-    axes.annotate(
-        f"{value:.2f}",
-        (place, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, -9 - 10 * (level % 4)),
-        textcoords="offset points",
-        ha="center",
-        fontsize=SMALL,
-    )
-    placed.append(place)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """A contiguous part of x with its times."""
-
-    start: int
-    times: np.ndarray
-    rate: float
-    title: str
-    axis_label: str
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.times)
-
-
-def _streams(problem: Problem, num_data: int) -> list[_Stream]:
-    grids = getattr(problem, "grids", None)
-    if grids is None:
-        return [_Stream(0, np.arange(num_data), 1.0, "", "sample")]
-    total = sum(grid.num_samples for grid in grids)
-    if total != num_data:
-        raise ValueError(f"x must have {total} entries, got {num_data}.")
-    streams, start = [], 0
-    for number, grid in enumerate(grids, 1):
-        title = f"stream {number} ({grid.duration:g} s at {grid.rate:g} Hz)"
-        streams.append(_Stream(start, grid.times.numpy(), grid.rate, title, "time (s)"))
-        start += grid.num_samples
-    return streams
-
-
-def _amplitude_spectrum(data: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    length = _ZERO_PADDING * len(data)
-    spectrum = np.abs(np.fft.rfft(data, length)) * 2 / len(data)
-    return np.fft.rfftfreq(length, 1 / rate), spectrum
-
-
-def _band(problem: Problem, index: int, nyquist: float) -> tuple[float, float]:
-    """The prior's range of the frequency and a margin, within 0..Nyquist."""
-    low, high = problem.prior.component_marginals[index].bounds
-    if not math.isfinite(high - low):
-        return 0.0, nyquist
-    low, high = padded(low, high, 0.1)
-    return max(0.0, low), min(nyquist, high)
-
-
-def _active(layout: ThetaLayout, samples: Tensor) -> Tensor:
-    """All components of all rows, shape ``(n, D)``."""
-    parts = layout.unpack(samples)
-    return parts.components[parts.mask]
-
-
-def _component_index(layout: ThetaLayout, name: str) -> int:
-    if name not in layout.component_names:
-        raise ValueError(
-            f"no component parameter {name!r}; there are "
-            f"{list(layout.component_names)}."
-        )
-    return layout.component_names.index(name)
+    return problem.plot_spectrum(samples, x, true_theta)

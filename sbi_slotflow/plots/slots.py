@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..figure import Figure
 from ..slot_analysis import SlotMatches
+from .figure import Figure
 from .style import FONT, POSTERIOR, SHADES, SMALL, dress
 
 __all__ = ["plot_slot_contexts", "plot_slot_specialisation", "plot_slot_stability"]

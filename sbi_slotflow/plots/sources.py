@@ -9,11 +9,11 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..catalogue import fit_sources
-from ..circular import unwrap
-from ..figure import Figure
-from ..layout import ThetaLayout
+from ..sets.circular import unwrap
+from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
+from .figure import Figure
 from .style import FONT, SHADES, SMALL, TRUTH
 
 __all__ = ["plot_source_corners"]

@@ -1,11 +1,11 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
-from .additive_fit import AdditiveFit
 from .base import Problem
-from .line_spectrum import LineSpectrum, line_spectrum
+from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
-from .sine_grid import Grid
-from .sinusoids import Sinusoids, sinusoids
+from .sinusoids.grid import Grid
+from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
+from .sinusoids.problem import Sinusoids, sinusoids
 from .spikes import Spikes, spikes
 from .trace import Trace
 

@@ -1,21 +1,48 @@
 """A problem: prior, simulator and likelihood that belong together."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..layout import ThetaLayout
-from ..nn.anchor_axis import AnchorAxis
-from ..nn.charts import Chart, PolarChart, WhiteningChart
+from ..nn.cells import CellAxis
+from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
-from ..prior import VariableKPrior
-from ..simulator import AdditiveSimulator
+from ..sets.layout import ThetaLayout
+from ..sets.prior import VariableKPrior
+from .noise import WhiteNoise
+from .simulator import AdditiveSimulator
 
-__all__ = ["Problem"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..posterior.chains import CollapsedDraws
+
+__all__ = ["Problem", "Stream"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A contiguous part of x.
+
+    Attributes:
+        times: Times of its samples, shape ``(T,)``.
+        title: What it is.
+        axis_label: Label of the time axis.
+    """
+
+    times: NDArray[np.float64]
+    title: str = ""
+    axis_label: str = "sample"
+
+    @property
+    def num_samples(self) -> int:
+        """Number T of samples."""
+        return len(self.times)
 
 
 @dataclass(frozen=True)
@@ -51,12 +78,22 @@ class Problem:
         return self.layout.shared_names
 
     @property
-    def periods(self) -> dict[str, float]:
-        """Periods of the component parameters that are angles, by name."""
-        chart = self.build_chart()
-        if not isinstance(chart, PolarChart):
-            return {}
-        return {self.component_names[chart.phase]: 2 * math.pi}
+    def units(self) -> dict[str, str]:
+        """Units of parameters by name, for tables and figures."""
+        return {}
+
+    @property
+    def noise_level(self) -> int | None:
+        """Index of the shared parameter that is white noise's sigma, if one is."""
+        noise = getattr(self.simulator, "noise", None)
+        if isinstance(noise, WhiteNoise) and noise.sigma is None:
+            return noise.shared_index
+        return None
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The records that x concatenates; a single one of samples by default."""
+        return (Stream(np.arange(self.num_data, dtype=np.float64)),)
 
     @property
     def num_data(self) -> int:
@@ -83,7 +120,7 @@ class Problem:
         """
         return None
 
-    def location_axis(self) -> AnchorAxis | None:
+    def location_axis(self) -> CellAxis | None:
         """Return the axis on which components have a place; None if they have none."""
         return None
 
@@ -94,3 +131,33 @@ class Problem:
     def build_chart(self) -> Chart:
         """Return the true chart of a component."""
         return WhiteningChart(self.prior.component_marginals)
+
+    def collapsed(self, x: Tensor, **options: Any) -> "CollapsedDraws":
+        """Draw from the exact posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
+
+        Raises:
+            TypeError: If this problem has no sampler of its own.
+        """
+        raise TypeError(f"problem {self.name!r} has no collapsed sampler.")
+
+    def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
+        """Approximate the posterior without a network.
+
+        See :func:`sbi_slotflow.rjmcmc.laplace_proposal`.
+
+        Raises:
+            TypeError: If this problem has none.
+        """
+        raise TypeError(f"problem {self.name!r} has no Laplace proposal.")
+
+    def plot_spectrum(
+        self, samples: Tensor, x: Tensor, true_theta: Tensor | None = None
+    ) -> "Figure":
+        """Plot spectrum and posterior; see :func:`sbi_slotflow.plots.plot_spectrum`.
+
+        Raises:
+            ValueError: If x has no spectrum.
+        """
+        raise ValueError(
+            f"plot_spectrum needs a problem with time grids, got {self.name!r}."
+        )

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 
-from ..noise import WhiteNoise
-from ..prior import VariableKPrior
 from ..seeding import forked_rng
-from ..simulator import AdditiveSimulator
+from ..sets.prior import VariableKPrior
 from .base import Problem
+from .noise import WhiteNoise
+from .simulator import AdditiveSimulator
 
 __all__ = ["ExactLinearGaussianPosterior", "LinearGaussian", "linear_gaussian"]
 

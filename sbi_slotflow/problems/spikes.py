@@ -22,11 +22,12 @@ from torch.distributions import (
     Uniform,
 )
 
-from ..marginals import Marginal
-from ..noise import WhiteNoise
-from ..prior import VariableKPrior
-from ..simulator import AdditiveSimulator
-from .additive_fit import AdditiveFit
+from ..nn.registry import register
+from ..sets.marginals import Marginal
+from ..sets.prior import VariableKPrior
+from .least_squares import AdditiveFit
+from .noise import WhiteNoise
+from .simulator import AdditiveSimulator
 from .trace import Trace
 
 __all__ = ["SpikeFit", "SpikeSignal", "Spikes", "spikes"]
@@ -59,6 +60,7 @@ class SpikeSignal:
         return amplitude * torch.exp(-0.5 * deviation.square())
 
 
+@register("fit")
 @dataclass(frozen=True)
 class SpikeFit(AdditiveFit):
     """Least squares of a :class:`SpikeSignal`, which a file can describe."""

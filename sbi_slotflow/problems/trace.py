@@ -7,10 +7,10 @@ that its slots can be anchored there.
 from dataclasses import dataclass
 from typing import Any
 
-from ..nn.anchor_axis import AnchorAxis
+from ..nn.cells import CellAxis
 from ..nn.token_encoder import TokenEncoder, TraceTokens
-from .additive_fit import AdditiveFit
 from .base import Problem
+from .least_squares import AdditiveFit
 
 __all__ = ["Trace"]
 
@@ -59,12 +59,12 @@ class Trace(Problem):
         """
         return TokenEncoder(TraceTokens(self.num_data, self.cells), **options)
 
-    def location_axis(self) -> AnchorAxis:
+    def location_axis(self) -> CellAxis:
         """The place, in cells that hold the same number of samples."""
         order_by = self.layout.order_by
         low, high = self.prior.component_marginals[order_by].bounds
         separation = self.prior.min_separation or 0.0
-        return AnchorAxis(order_by, self.cells, separation * self.cells / (high - low))
+        return CellAxis(order_by, self.cells, separation * self.cells / (high - low))
 
     def build_fit(self) -> AdditiveFit:
         """Return the least squares of the component signal, for ``refine_slots``.

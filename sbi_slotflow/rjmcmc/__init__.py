@@ -5,10 +5,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .collapsed import CollapsedDraws, collapsed
+from ..posterior.chains import CollapsedDraws
 from .eryn_bridge import ErynSampler, eryn_sampler
+from .exact import collapsed, laplace_proposal
 from .fixed_k import fixed_k
-from .laplace import LaplaceProposal, laplace_proposal
 
 if TYPE_CHECKING:
     from .eryn_moves import SlotFlowMove
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CollapsedDraws",
     "ErynSampler",
-    "LaplaceProposal",
     "SlotFlowMove",
     "collapsed",
     "eryn_sampler",

@@ -25,6 +25,7 @@ What to know of Eryn 1.2.6:
 - All of it runs on the CPU in one thread.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,10 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..component_proposals import PriorComponents
-from ..draws import PosteriorDraws
-from ..marginals import clamp_to_support
+from ..posterior.component_proposals import PriorComponents
+from ..posterior.draws import PosteriorDraws
 from ..problems.base import Problem
+from ..sets.marginals import clamp_to_support
 from .eryn_start import Samples, start_rows
 from .eryn_target import COMPONENTS, JointPrior, Leaves, joint_log_likelihood
 
@@ -225,8 +226,10 @@ def eryn_sampler(
     jumps = [pair for pair in pairs if isinstance(pair[0], ReversibleJumpMove)]
     others = [pair for pair in pairs if not isinstance(pair[0], ReversibleJumpMove)]
     births = SlotFlowMove(PriorComponents(prior.component), low, high, update_share=0)
+    named = zip(layout.component_names, layout.component_periods, strict=True)
+    circular = {name: period for name, period in named if math.isfinite(period)}
     periodic = PeriodicContainer(
-        {name: {} for name in branches} | {COMPONENTS: problem.periods},
+        {name: {} for name in branches} | {COMPONENTS: circular},
         key_order={name: list(parameters) for name, parameters in branches.items()},
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)

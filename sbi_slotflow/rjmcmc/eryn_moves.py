@@ -25,13 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..component_proposals import ComponentProposal, PooledComponents
-from ..posterior import SlotPosterior
-from ..prior import VariableKPrior
-from ..problems.sine_statistics import Floats
+from ..posterior.component_proposals import ComponentProposal, PooledComponents
+from ..posterior.network import SlotPosterior
 from ..seeding import generator_for
+from ..sets.prior import VariableKPrior
 from .eryn_import import require_eryn
-from .eryn_target import COMPONENTS, SHARED, Arrays
+from .eryn_target import COMPONENTS, SHARED, Arrays, Floats
 
 require_eryn()
 

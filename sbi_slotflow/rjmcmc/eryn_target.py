@@ -23,18 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..layout import ThetaLayout
-from ..noise import WhiteNoise
-from ..prior import VariableKPrior
 from ..problems.base import Problem
-from ..problems.sine_statistics import Floats, SineStatistics
-from ..problems.sinusoids import Sinusoids
+from ..sets.layout import ThetaLayout
+from ..sets.prior import VariableKPrior
 
 __all__ = ["COMPONENTS", "SHARED", "JointPrior", "Leaves", "joint_log_likelihood"]
 
 COMPONENTS = "components"
 SHARED = "shared"
 
+Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 LogLikelihood = Callable[[Any, Any], Floats]
 Evaluate = Callable[[Floats, NDArray[Any], Floats], Floats]
@@ -113,10 +111,6 @@ class JointPrior:
 def joint_log_likelihood(problem: Problem, x: Tensor) -> LogLikelihood:
     """Make the vectorised likelihood of an observation.
 
-    Sinusoids in white noise are evaluated from sufficient statistics, in a time that
-    does not depend on the length of the records; other problems by their own
-    ``log_likelihood``.
-
     Args:
         problem: The problem.
         x: One observation, shape ``(T,)``.
@@ -126,12 +120,7 @@ def joint_log_likelihood(problem: Problem, x: Tensor) -> LogLikelihood:
         walker to which each belongs, ``(n,)``; lists of these where there are shared
         parameters. It returns one number for each walker.
     """
-    noise = problem.simulator.noise
-    own = type(problem).log_likelihood is not Problem.log_likelihood
-    if isinstance(problem, Sinusoids) and isinstance(noise, WhiteNoise) and not own:
-        evaluate = _by_statistics(problem, noise, x)
-    else:
-        evaluate = _by_simulator(problem, x)
+    evaluate = _by_problem(problem, x)
     size, dim = problem.layout.max_cardinality, problem.layout.num_component_params
 
     def log_likelihood(params: Any, groups: Any) -> Floats:
@@ -149,27 +138,10 @@ def joint_log_likelihood(problem: Problem, x: Tensor) -> LogLikelihood:
     return log_likelihood
 
 
-def _by_simulator(problem: Problem, x: Tensor) -> Evaluate:
+def _by_problem(problem: Problem, x: Tensor) -> Evaluate:
     def evaluate(components: Floats, counts: NDArray[Any], shared: Floats) -> Floats:
         parts = [torch.from_numpy(array) for array in (counts, components, shared)]
         theta = problem.layout.pack(*parts)
         return problem.log_likelihood(theta, x.double()).double().numpy()
-
-    return evaluate
-
-
-def _by_statistics(problem: Sinusoids, noise: WhiteNoise, x: Tensor) -> Evaluate:
-    band = problem.prior.component_marginals[2].bounds
-    statistics = SineStatistics.of(x.double().numpy(), problem.grids, band)
-
-    def evaluate(components: Floats, counts: NDArray[Any], shared: Floats) -> Floats:
-        components = components[:, : max(1, counts.max(initial=0))]
-        unused = np.arange(components.shape[1]) >= counts[:, None]
-        components[unused] = (0.0, 0.0, band[0])
-        sigma = noise.scale(torch.from_numpy(shared)).numpy()
-        positive = sigma > 0
-        value = statistics.log_likelihood(components, np.where(positive, sigma, 1.0))
-        # Eryn's own stand-in for -inf, which would spoil its arithmetic
-        return np.where(positive, value, -1e300)
 
     return evaluate

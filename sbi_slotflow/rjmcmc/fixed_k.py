@@ -1,4 +1,4 @@
-r"""Exact posterior and evidence of sinusoids for one given K, by importance sampling.
+r"""Exact posterior and evidence for one given K, by importance sampling.
 
 The draws of :func:`laplace_proposal` at that K are weighted by
 
@@ -15,15 +15,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..problems import Sinusoids
-from ..refinement import RefinedPosterior, refine
-from .laplace import laplace_proposal
+from ..posterior import refine
+from ..posterior.refined import RefinedPosterior
+from ..problems import Problem
 
 __all__ = ["fixed_k"]
 
 
 def fixed_k(
-    problem: Sinusoids,
+    problem: Problem,
     x: Tensor,
     k: int,
     *,
@@ -33,7 +33,7 @@ def fixed_k(
     """Draw from p(Theta, sigma | x, K).
 
     Args:
-        problem: A sinusoid problem with white noise.
+        problem: A problem with a Laplace proposal.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         k: The cardinality.
         num_samples: Number of weighted draws.
@@ -54,7 +54,7 @@ def fixed_k(
         raise ValueError(f"k must be a cardinality that the prior allows, got {k!r}.")
     weights[k] = 1.0
     given_k = replace(problem, prior=problem.prior.with_cardinality(weights))
-    proposal = laplace_proposal(given_k, x, seed=seed)
+    proposal = given_k.laplace_proposal(x, seed=seed)
     result = refine(
         proposal,
         proposal.log_likelihood,

@@ -1,5 +1,6 @@
 """Training of slot density estimators."""
 
+from .stages import Stage, train_stages
 from .trainer import SlotNPE
 
-__all__ = ["SlotNPE"]
+__all__ = ["SlotNPE", "Stage", "train_stages"]

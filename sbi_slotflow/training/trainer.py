@@ -17,8 +17,8 @@ from torch.distributions import Distribution
 
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
-from ..posterior import SlotPosterior
-from ..prior import VariableKPrior
+from ..posterior.network import SlotPosterior
+from ..sets.prior import VariableKPrior
 from .online import OnlineSettings, OnlineTraining
 from .recipes import RecipeName
 

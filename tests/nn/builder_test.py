@@ -16,19 +16,18 @@ from torch import Tensor, nn
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn import (
     AttentionSlots,
-    CircleChart,
     ComponentHead,
-    DualStreamEncoder,
     EstimatorSpec,
     GlobalSlots,
     MLPEncoder,
-    PolarChart,
     SlotDensityEstimator,
     WhiteningChart,
     slot_nn,
 )
-from sbi_slotflow.nn.joint_head import JointHead
+from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.paper import CircleChart, DualStreamEncoder
 from sbi_slotflow.nn.token_encoder import TokenEncoder
+from sbi_slotflow.problems.sinusoids.polar import PolarChart
 
 SMALL: dict[str, Any] = {
     "hidden_features": 16,
@@ -185,7 +184,7 @@ def test_default_asks_the_problem_for_chart_and_encoder(
     estimator = build(tiny, slot_nn(tiny))
     assert isinstance(estimator.chart, PolarChart)
     assert isinstance(estimator.net, TokenEncoder)
-    assert isinstance(estimator.component_head, JointHead)
+    assert isinstance(estimator.component_head, AutoregressiveHead)
     estimator = build(tiny, slot_nn(tiny, domains=("frequency", "time")))
     assert isinstance(estimator.net, DualStreamEncoder)
     assert isinstance(head(estimator).slots, AttentionSlots)

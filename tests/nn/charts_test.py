@@ -21,14 +21,10 @@ from torch.distributions import (
 )
 
 from sbi_slotflow import problems
-from sbi_slotflow.marginals import Marginal, marginals_of
-from sbi_slotflow.nn.charts import (
-    Chart,
-    CircleChart,
-    PolarChart,
-    WhiteningChart,
-    chart_from_spec,
-)
+from sbi_slotflow.nn.charts import Chart, WhiteningChart, chart_from_spec
+from sbi_slotflow.nn.paper.circle import CircleChart
+from sbi_slotflow.problems.sinusoids.polar import PolarChart
+from sbi_slotflow.sets.marginals import Marginal, marginals_of
 
 TWO_PI = 2 * math.pi
 PRESETS = ("tiny", "paper", "crowded")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sbi_slotflow import problems
-from sbi_slotflow.nn.domains import make_front_end
-from sbi_slotflow.nn.encoder_specs import encoder_from_spec
-from sbi_slotflow.nn.encoders import DualStreamEncoder, Encoding, MLPEncoder, encode
+from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, encode
+from sbi_slotflow.nn.paper.domains import make_front_end
+from sbi_slotflow.nn.paper.dual_stream import DualStreamEncoder
+from sbi_slotflow.nn.registry import build
 
 DOMAINS = ("time", "frequency", "time-frequency")
 LENGTHS = (90, 64)
@@ -92,7 +93,7 @@ def test_every_parameter_receives_a_gradient(encoder: nn.Module) -> None:
 
 def test_spec_survives_json_and_rebuilds_the_architecture(encoder: nn.Module) -> None:
     spec = json.loads(json.dumps(encoder.spec))
-    rebuilt = encoder_from_spec(spec)
+    rebuilt = build("encoder", spec)
     assert rebuilt.spec == encoder.spec
     rebuilt.load_state_dict(encoder.state_dict())
     pairs = zip(
@@ -288,4 +289,4 @@ def test_each_stream_needs_its_own_options(name: str, value: Any) -> None:
 
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder kind must be one of"):
-        encoder_from_spec({"kind": "transformer"})
+        build("encoder", {"kind": "transformer"})

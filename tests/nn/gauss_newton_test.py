@@ -1,4 +1,4 @@
-"""Peaks of the posterior above anchors: least squares of sinusoids, and their use."""
+"""Modes of the posterior above anchors: least squares of sinusoids, and their use."""
 
 import math
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.gauss_newton import (
-    FittedPeak,
+    FittedMode,
     NormalEquations,
     SignalFit,
-    fit_peak,
+    fit_mode,
 )
-from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
-from sbi_slotflow.nn.local_chart import LocalChart
 from sbi_slotflow.nn.local_density import solve_lower
-from sbi_slotflow.nn.peaks import PeakFinder, Peaks
-from sbi_slotflow.problems.sine_fit import SineFit
+from sbi_slotflow.nn.local_transform import LocalTransform
+from sbi_slotflow.nn.modes import ModeFinder, Modes
+from sbi_slotflow.nn.registry import build, describe
+from sbi_slotflow.problems.sinusoids.fit import SineFit
 
 tiny, paper = problems.sinusoids("tiny"), problems.sinusoids("paper")
 
@@ -131,8 +131,8 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
     start = torch.zeros(3, 2, 2, dtype=torch.float64)
     owner, high = torch.arange(3), torch.full((2,), 10.0, dtype=torch.float64)
 
-    def fitted(high: Tensor) -> FittedPeak:
-        return fit_peak(
+    def fitted(high: Tensor) -> FittedMode:
+        return fit_mode(
             fit, lambda w, _: 0.5 * w, data, owner, start, mask, 10, (-high, high)
         )
 
@@ -190,7 +190,7 @@ def test_fits_that_have_not_converged_get_more_steps() -> None:
         return w * 1.0
 
     start = Hard().start(data, torch.arange(2), data, data, data)
-    found = fit_peak(
+    found = fit_mode(
         Hard(),
         to_components,
         data,
@@ -216,14 +216,14 @@ def test_truths_are_standard_normal_about_the_peaks() -> None:
     data = tiny.simulator(theta, seeded(2))
     parts = tiny.layout.unpack(theta)
     chart, axis = tiny.build_chart(), tiny.location_axis()
-    local = LocalChart(chart, axis)
+    local = LocalTransform(chart, axis)
     inside = torch.where(
         parts.mask.unsqueeze(-1), parts.components, chart.some_point(parts.components)
     )
     coordinates, _ = local.coordinates(inside)
     anchors = torch.where(parts.mask, coordinates[..., 0].floor().long(), 0)
     starts = anchors.double()
-    finder = PeakFinder(chart, local, tiny.build_fit(), num_steps=8)
+    finder = ModeFinder(chart, local, tiny.build_fit(), num_steps=8)
     cells = anchors, starts, starts + 1, parts.mask
     peaks = finder(data, torch.arange(num), *cells)
     assert peaks.features.shape == (num, 3, finder.num_features)
@@ -245,9 +245,9 @@ def test_truths_are_standard_normal_about_the_peaks() -> None:
     torch.testing.assert_close(second @ second.mT, first[:, 3:6, 3:6])
 
 
-def tiny_finder() -> PeakFinder:
+def tiny_finder() -> ModeFinder:
     chart, axis = tiny.build_chart(), tiny.location_axis()
-    return PeakFinder(chart, LocalChart(chart, axis), tiny.build_fit(), num_steps=2)
+    return ModeFinder(chart, LocalTransform(chart, axis), tiny.build_fit(), num_steps=2)
 
 
 Cells = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -302,13 +302,13 @@ def test_sets_of_one_batch_are_fitted_once() -> None:
     finder.fit = fit
     data, cells = random_sets(300)
 
-    def ask(data: Tensor, some: slice, fitted: int) -> Peaks:
+    def ask(data: Tensor, some: slice, fitted: int) -> Modes:
         before = fit.count
         found = finder(data, *_part(cells, some), remember=True)
         assert fit.count - before == fitted
         return found
 
-    def assert_same(found: Peaks, expected: Peaks) -> None:
+    def assert_same(found: Modes, expected: Modes) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     first = ask(data, slice(0, 100), 100)
@@ -335,7 +335,7 @@ def test_sets_of_one_batch_are_fitted_once() -> None:
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     data, cells = random_sets(300)
     finder, each = tiny_finder(), 9 * 9 * 8
-    monkeypatch.setattr("sbi_slotflow.nn.peaks._MEMO_BYTES", 150 * each)
+    monkeypatch.setattr("sbi_slotflow.nn.modes._MEMO_BYTES", 150 * each)
     for some in (slice(0, 100), slice(80, 180), slice(0, 300), slice(0, 100)):
         here = _part(cells, some)
         found = finder(data, *here, remember=True)
@@ -347,7 +347,7 @@ def _part(cells: Cells, some: slice) -> Cells:
     return owner[some], anchors[some], starts[some], ends[some], mask[some]
 
 
-def assert_close_but_for_ties(found: Peaks, data: Tensor, cells: Cells) -> None:
+def assert_close_but_for_ties(found: Modes, data: Tensor, cells: Cells) -> None:
     """As a fresh fit finds them, but for sets where rounding decides a tie."""
     expected = tiny_finder()(data, *cells)
     for part, wanted in zip(found, expected, strict=True):
@@ -361,9 +361,9 @@ def assert_close_but_for_ties(found: Peaks, data: Tensor, cells: Cells) -> None:
 def test_fits_are_rebuilt_from_their_specs() -> None:
     fit = tiny.build_fit()
     assert isinstance(fit, SignalFit)
-    described = fit_spec(fit)
+    described = describe("fit", fit)
     assert described is not None
-    assert fit_from_spec(described) == fit
-    assert fit_spec(Lines()) is None
+    assert build("fit", described) == fit
+    assert describe("fit", Lines()) is None
     with pytest.raises(ValueError, match=r"fit kind must be .*, got 'other'"):
-        fit_from_spec({"kind": "other"})
+        build("fit", {"kind": "other"})

@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sbi_slotflow.marginals import Marginal
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.heads import NoiseHead
+from sbi_slotflow.sets.marginals import Marginal
 
 NUM_DATA, LARGEST = 200, 3
 EMBEDDING = torch.linspace(-1.0, 1.0, 12).reshape(2, 6)

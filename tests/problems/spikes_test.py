@@ -12,15 +12,16 @@ from scipy import stats
 from torch import Tensor
 
 from sbi_slotflow import SlotDensityEstimator, slot_nn
-from sbi_slotflow.marginals import Marginal
-from sbi_slotflow.nn.anchor_axis import AnchorAxis
+from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
-from sbi_slotflow.nn.head_specs import fit_from_spec, fit_spec
-from sbi_slotflow.nn.local_chart import LocalChart
 from sbi_slotflow.nn.local_density import solve_lower
-from sbi_slotflow.nn.peaks import PeakFinder
-from sbi_slotflow.problems import AdditiveFit, Spikes, additive_fit, sinusoids, spikes
+from sbi_slotflow.nn.local_transform import LocalTransform
+from sbi_slotflow.nn.modes import ModeFinder
+from sbi_slotflow.nn.registry import build, describe
+from sbi_slotflow.problems import AdditiveFit, Spikes, sinusoids, spikes
+from sbi_slotflow.problems import least_squares as additive_fit
+from sbi_slotflow.sets.marginals import Marginal
 
 RANGES: dict[str, Any] = {
     "time": stats.uniform(0.0, 1.0),
@@ -55,9 +56,11 @@ def far_apart(problem: Spikes, num: int) -> tuple[Tensor, Tensor]:
     return theta, problem.simulator(theta)
 
 
-def peak_finder(problem: Spikes, fit: SignalFit, num_steps: int) -> PeakFinder:
+def peak_finder(problem: Spikes, fit: SignalFit, num_steps: int) -> ModeFinder:
     chart = problem.build_chart()
-    return PeakFinder(chart, LocalChart(chart, problem.location_axis()), fit, num_steps)
+    return ModeFinder(
+        chart, LocalTransform(chart, problem.location_axis()), fit, num_steps
+    )
 
 
 # prior and likelihood
@@ -255,7 +258,7 @@ def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
     truth = torch.tensor([[0.45, 3.6]], dtype=torch.float64)  # 3.2 deviations up
     generator = torch.Generator().manual_seed(0)
     x = bumps(truth) + 0.01 * torch.randn(1, 64, generator=generator).double()
-    finder = PeakFinder(chart, LocalChart(chart, AnchorAxis(0, 8)), fit, 6)
+    finder = ModeFinder(chart, LocalTransform(chart, CellAxis(0, 8)), fit, 6)
     zero = torch.zeros(1, dtype=torch.int64)
     start = torch.tensor([[3.0]], dtype=torch.float64)
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -271,14 +274,16 @@ def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
 
 def test_the_fit_survives_json(problem: Spikes) -> None:
     fit = problem.build_fit()
-    assert fit_from_spec(json.loads(json.dumps(fit.spec))) == fit
+    assert build("fit", json.loads(json.dumps(fit.spec))) == fit
     with pytest.raises(ValueError, match=r"one of \['sinusoids', 'spikes'\], got 'x'"):
-        fit_from_spec({"kind": "x"})
+        build("fit", {"kind": "x"})
 
 
 def test_a_signal_of_the_users_own_has_no_spec(problem: Spikes) -> None:
     signal = problem.simulator.component_signal
-    assert fit_spec(AdditiveFit(signal, problem.prior.component_marginals)) is None
+    assert (
+        describe("fit", AdditiveFit(signal, problem.prior.component_marginals)) is None
+    )
 
 
 # networks

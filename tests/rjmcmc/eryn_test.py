@@ -18,10 +18,10 @@ from torch.distributions import Independent, Normal
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
-from sbi_slotflow.component_proposals import PriorComponents
-from sbi_slotflow.nn.charts import PolarChart
+from sbi_slotflow.posterior.component_proposals import PriorComponents
 from sbi_slotflow.problems.base import Problem
 from sbi_slotflow.problems.linear_gaussian import LinearGaussian
+from sbi_slotflow.problems.sinusoids.polar import PolarChart
 from sbi_slotflow.rjmcmc.eryn_bridge import eryn_sampler
 from sbi_slotflow.rjmcmc.eryn_import import require_eryn
 from sbi_slotflow.seeding import generator_for

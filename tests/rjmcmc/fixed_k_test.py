@@ -13,14 +13,14 @@ from sine_evidence import (
 )
 from torch import Tensor
 
+from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.refinement import RefinedPosterior
 from sbi_slotflow.rjmcmc import fixed_k
 
 tiny, paper = sinusoids("tiny"), sinusoids("paper")
 
 pytestmark = pytest.mark.filterwarnings(
-    "error::sbi_slotflow.refinement.refine.UnreliableWeights"
+    "error::sbi_slotflow.posterior.refine.UnreliableWeights"
 )
 
 

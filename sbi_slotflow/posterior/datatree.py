@@ -1,0 +1,304 @@
+r"""Draws as an ArviZ ``DataTree``.
+
+==================== ===========================================================
+group                what it holds
+==================== ===========================================================
+posterior            K, the shared parameters, and the components' parameters,
+                     (chain, draw, component), NaN where a draw has no such one
+posterior_given_k    the draws of the most probable K alone, without NaN
+sample_stats         ``active``, True where the posterior's entries are no
+                     padding; ``lp``; ``weight``; ``ess`` and other diagnostics
+observed_data        x
+posterior_predictive ``signal``, noise-free; ``x``, with new noise
+pit                  PIT of each entry of x under the posterior predictive
+prior                draws of the prior, as in the posterior
+constant_data        the true theta, where it is known
+==================== ===========================================================
+
+``posterior_given_k`` is there because many of ArviZ's functions stop at a NaN:
+``plot_forest(tree, group="posterior_given_k")``. Its draws have equal weight, and its
+circular parameters are shifted by whole periods to near their circular mean. Of
+``posterior``, ``summary(tree, skipna=True)`` speaks of those draws that have the
+component.
+
+ArviZ 1.x needs Python 3.12; its parts ``arviz-base``, ``arviz-stats`` and
+``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts,
+here and in :mod:`sbi_slotflow.posterior.psis`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..seeding import draw_seed, generator_for
+from ..sets.circular import unwrap
+from ..sets.layout import ThetaLayout
+from .resampling import systematic
+
+if TYPE_CHECKING:
+    from xarray import Dataset, DataTree
+
+__all__ = ["to_datatree"]
+
+_PACKAGES = ("sbi-slotflow", "sbi", "torch", "arviz-base")
+
+
+class _SignalModel(Protocol):
+    def signal(self, theta: Tensor) -> Tensor: ...
+
+
+def to_datatree(
+    samples: Tensor,
+    layout: ThetaLayout,
+    *,
+    x: Tensor | None = None,
+    true_theta: Tensor | None = None,
+    weights: Tensor | None = None,
+    log_prob: Tensor | None = None,
+    statistics: Mapping[str, float] | None = None,
+    simulator: _SignalModel | None = None,
+    num_predictive: int = 100,
+    prior_samples: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    model_card: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> "DataTree":
+    """Turn theta rows into an ArviZ ``DataTree``; see the module.
+
+    ``to_netcdf(path, engine="h5netcdf")`` and, with zarr installed, ``to_zarr(path)``
+    write the tree, ``xarray.open_datatree`` reads it.
+
+    Args:
+        samples: Theta rows, shape ``(draws, E)`` or ``(chains, draws, E)``.
+        layout: Layout of theta.
+        x: The observation, shape ``(T,)``.
+        true_theta: A true theta row, if known.
+        weights: Importance weights, shape ``(chains, draws)``.
+        log_prob: Log densities of the rows as sets, shape ``(chains, draws)``.
+        statistics: Numbers for ``sample_stats``, such as the effective sample size.
+        simulator: Simulator of x. With a method ``signal`` it gives the noise-free
+            signals of the draws; if it can be called as ``simulator(theta, generator)``
+            it gives replicates of x too.
+        num_predictive: Draws in ``posterior_predictive``, resampled if there are
+            weights, else evenly spaced; 0 for none.
+        prior_samples: Rows of the prior, shape ``(draws, E)``.
+        generator: Source of randomness of what is resampled and simulated; torch's
+            global generator if None.
+        model_card: How the network was trained, kept as JSON in the attributes.
+        attrs: Further attributes of the tree. Those that are always there are the
+            versions of the packages and the names of the parameters.
+
+    Returns:
+        The tree.
+
+    Raises:
+        TypeError: If the rows are not floating-point.
+        ValueError: If rows do not fit the layout, a shape is wrong, or
+            ``num_predictive`` is negative.
+    """
+    samples = _chains(samples, layout)
+    _check_shape(weights, samples, "weights")
+    _check_shape(log_prob, samples, "log_prob")
+    if num_predictive < 0:
+        raise ValueError(f"num_predictive must not be negative, got {num_predictive}.")
+    generator = generator or generator_for(draw_seed(None))
+    groups = {
+        "posterior": _dataset(samples, layout),
+        "posterior_given_k": _given_k(samples, layout, weights, generator),
+        "sample_stats": _statistics(samples, layout, weights, log_prob, statistics),
+    }
+    if x is not None:
+        groups["observed_data"] = _streams({"x": x.detach().cpu().reshape(-1).numpy()})
+    if simulator is not None and num_predictive:
+        rows = _resampled(samples, weights, num_predictive, generator)
+        predictive = _predictive(rows, simulator, generator)
+        chains = {name: values[None] for name, values in predictive.items()}
+        groups["posterior_predictive"] = _streams(chains, ("chain", "draw"))
+        if x is not None and "x" in predictive:
+            groups["pit"] = _pit(predictive["x"], x, generator)
+    if prior_samples is not None:
+        prior_rows = _chains(prior_samples, layout, "prior_samples")
+        groups["prior"] = _dataset(prior_rows, layout)
+    if true_theta is not None:
+        layout.validate(true_theta, "true_theta")
+        if true_theta.numel() != layout.size:
+            raise ValueError(
+                f"true_theta must be one row, got {tuple(true_theta.shape)}."
+            )
+        row = true_theta.reshape(1, 1, -1)
+        dataset = _dataset(row, layout).isel(chain=0, draw=0, drop=True)
+        names = {name: f"true_{name}" for name in map(str, dataset.data_vars)}
+        groups["constant_data"] = dataset.rename(names)
+    from xarray import DataTree
+
+    tree = DataTree.from_dict(groups)
+    tree.attrs = _attributes(layout, model_card) | dict(attrs or {})
+    return tree
+
+
+def _dataset(samples: Tensor, layout: ThetaLayout) -> "Dataset":
+    """K, shared parameters and components of rows ``(chains, draws, E)``."""
+    import arviz_base
+
+    parts = layout.unpack(samples)
+    active = parts.mask.unsqueeze(-1)
+    components = torch.where(active, parts.components, torch.nan).numpy()
+    shared = parts.shared.numpy()
+    variables = {"K": parts.cardinality.numpy()}
+    variables |= {name: shared[..., i] for i, name in enumerate(layout.shared_names)}
+    variables |= {
+        name: components[..., i] for i, name in enumerate(layout.component_names)
+    }
+    return arviz_base.dict_to_dataset(
+        variables,
+        dims={name: ["component"] for name in layout.component_names},
+        coords={"component": np.arange(1, layout.max_cardinality + 1)},
+    )
+
+
+def _given_k(
+    samples: Tensor,
+    layout: ThetaLayout,
+    weights: Tensor | None,
+    generator: torch.Generator,
+) -> "Dataset":
+    """Draws of the most probable K, with equal weight and without NaN."""
+    cardinality = layout.cardinality(samples)
+    counted = torch.ones(cardinality.shape) if weights is None else weights
+    probs = torch.zeros(layout.max_cardinality + 1, dtype=torch.float64)
+    probs.index_add_(0, cardinality.flatten(), counted.flatten().double())
+    k = int(probs.argmax())
+    chosen = cardinality == k
+    num = chosen.sum(-1)
+    if weights is not None:
+        rows = samples[chosen]
+        picked = systematic(weights[chosen], len(rows), generator)
+        given = rows[picked].unsqueeze(0)
+    elif num.min() * 2 >= num.max():
+        # Chains of one length keep ArviZ's diagnostics of convergence.
+        short = int(num.min())
+        pairs = zip(samples, chosen, strict=True)
+        given = torch.stack([chain[which][:short] for chain, which in pairs])
+    else:
+        given = samples[chosen].unsqueeze(0)
+    dataset = _dataset(given, layout).isel(component=slice(0, k)).drop_vars("K")
+    if k == 0:
+        dataset = dataset.drop_vars(layout.component_names)
+    for name in set(layout.periods) & set(map(str, dataset.data_vars)):
+        values = torch.from_numpy(dataset[name].values)
+        columns = values.reshape(*given.shape[:2], -1).unbind(-1)
+        near = [unwrap(column, layout.periods[name]) for column in columns]
+        near = torch.stack(near, dim=-1).reshape(values.shape)
+        dataset[name] = (dataset[name].dims, near.numpy())
+    dataset.attrs["k"] = k
+    return dataset
+
+
+def _statistics(
+    samples: Tensor,
+    layout: ThetaLayout,
+    weights: Tensor | None,
+    log_prob: Tensor | None,
+    statistics: Mapping[str, float] | None,
+) -> "Dataset":
+    import arviz_base
+
+    variables = {"active": layout.unpack(samples).mask.numpy()}
+    for name, values in (("lp", log_prob), ("weight", weights)):
+        if values is not None:
+            kept = values.detach().cpu().reshape(samples.shape[:-1])
+            variables[name] = kept.numpy()
+    dataset = arviz_base.dict_to_dataset(
+        variables,
+        dims={"active": ["component"]},
+        coords={"component": np.arange(1, layout.max_cardinality + 1)},
+    )
+    return dataset.assign({n: float(v) for n, v in (statistics or {}).items()})
+
+
+def _predictive(
+    rows: Tensor, simulator: _SignalModel, generator: torch.Generator
+) -> dict[str, np.ndarray]:
+    """Signals and replicates of x, each ``(draws, T)``."""
+    rows = rows.float()
+    found = {"signal": simulator.signal(rows).cpu().numpy()}
+    if callable(simulator):
+        found["x"] = simulator(rows, generator).cpu().numpy()
+    return found
+
+
+def _streams(
+    values: Mapping[str, np.ndarray], sample_dims: Sequence[str] = ()
+) -> "Dataset":
+    """Arrays whose last axis is that of x."""
+    import arviz_base
+
+    return arviz_base.dict_to_dataset(
+        dict(values),
+        dims={name: ["sample_index"] for name in values},
+        sample_dims=list(sample_dims),
+    )
+
+
+def _pit(replicates: np.ndarray, x: Tensor, generator: torch.Generator) -> "Dataset":
+    r"""Ranks of x among its S replicates, :math:`(r + u) / (S + 1)`, u uniform."""
+    data = x.detach().cpu().reshape(-1)
+    ranks = torch.from_numpy(replicates < data.numpy()).sum(0)
+    jitter = torch.rand(len(data), generator=generator)
+    values = (ranks + jitter) / (len(replicates) + 1)
+    return _streams({"x": values.numpy()})
+
+
+def _attributes(
+    layout: ThetaLayout, model_card: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "component_parameters": ", ".join(layout.component_names),
+        "shared_parameters": ", ".join(layout.shared_names),
+        "order_by": layout.component_names[layout.order_by],
+        "periods": json.dumps(dict(layout.periods)),
+    }
+    for package in _PACKAGES:
+        try:
+            attributes[f"{package.replace('-', '_')}_version"] = version(package)
+        except PackageNotFoundError:
+            continue
+    if model_card is not None:
+        attributes["model_card"] = json.dumps(dict(model_card))
+    return attributes
+
+
+def _chains(samples: Tensor, layout: ThetaLayout, name: str = "samples") -> Tensor:
+    """Rows as ``(chains, draws, E)`` on the CPU."""
+    layout.validate(samples, name)
+    if samples.ndim not in (2, 3) or not samples.numel():
+        raise ValueError(
+            f"{name} must have shape (draws, E) or (chains, draws, E) with at least "
+            f"one draw, got {tuple(samples.shape)}."
+        )
+    samples = samples.detach().cpu()
+    return samples.unsqueeze(0) if samples.ndim == 2 else samples
+
+
+def _check_shape(values: Tensor | None, samples: Tensor, name: str) -> None:
+    if values is not None and values.shape != samples.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(samples.shape[:-1])}, got "
+            f"{tuple(values.shape)}."
+        )
+
+
+def _resampled(
+    samples: Tensor, weights: Tensor | None, num: int, generator: torch.Generator
+) -> Tensor:
+    """About ``num`` rows of equal weight, shape ``(draws, E)``."""
+    rows = samples.flatten(0, 1)
+    num = min(num, len(rows))
+    if weights is None:
+        return rows[torch.linspace(0, len(rows) - 1, num).round().long()]
+    return rows[systematic(weights.flatten(), num, generator)]

@@ -1,0 +1,158 @@
+r"""Exact posteriors from approximate ones, given a likelihood.
+
+Draws of an approximate posterior q are weighted by
+
+.. math::
+    w = \frac{p(\theta)\, p(x | \theta)}{q'(\theta | x)}
+
+where all three are densities of the set. The weighted draws follow the exact posterior,
+their mean weight is the evidence p(x), and the tail of the weights, k-hat, tells
+whether to believe either. Where it does not, ``method="smc"`` moves the draws.
+"""
+
+import math
+import warnings
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..callers import caller_stacklevel
+from .importance import Proposal, WithExtraComponent
+from .psis import pareto_smoothed
+from .refined import (
+    FEWEST_EFFECTIVE,
+    LARGEST_K_HAT,
+    LogLikelihood,
+    RefinedPosterior,
+    UnreliableWeights,
+    checked_log_likelihood,
+)
+from .smc import temper
+
+__all__ = ["refine"]
+
+Method = Literal["importance", "smc"]
+
+
+def refine(
+    posterior: Proposal,
+    log_likelihood: LogLikelihood,
+    x: Tensor,
+    num_samples: int = 10_000,
+    *,
+    method: Method = "importance",
+    defensive: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> RefinedPosterior | list[RefinedPosterior]:
+    """Turn an approximate posterior into the exact one.
+
+    Args:
+        posterior: The approximate posterior, with its prior.
+        log_likelihood: Maps rows ``(..., E)`` and observations ``(..., T)`` that
+            broadcast to log p(x | theta) ``(...)``; a problem's own, for one.
+        x: One observation ``(T,)`` or ``(1, T)``, or a batch ``(B, T)``.
+        num_samples: Draws for each observation.
+        method: ``"importance"`` weights draws of the posterior; ``"smc"`` moves them
+            through tempered targets, for posteriors that miss something.
+        defensive: Share of draws that look beyond the posterior, with one more
+            component from the prior. A missing component shows in the weights if one of
+            them comes near it: more samples see narrower ones.
+        generator: Source of randomness; torch's global generator if None.
+
+    Returns:
+        The refined posterior, or a list of B of them for a batch.
+
+    Raises:
+        ValueError: If an argument is out of range, the likelihood returns NaN or the
+            wrong shape, or no draw has a positive weight.
+
+    Warns:
+        UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are effective.
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"method must be one of {list(get_args(Method))}, got {method!r}."
+        )
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    if not 0 <= defensive < 1:
+        raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
+    x = torch.as_tensor(x)
+    if x.ndim not in (1, 2):
+        raise ValueError(f"x must have shape (T,) or (B, T), got {tuple(x.shape)}.")
+    batch = torch.atleast_2d(x)
+    if not len(batch):
+        raise ValueError(f"x must hold at least one observation, got {tuple(x.shape)}.")
+    if not torch.isfinite(batch).all():
+        raise ValueError("x must be finite, got NaN or Inf.")
+    if method == "importance":
+        results = _weigh(
+            posterior, log_likelihood, batch, num_samples, defensive, generator
+        )
+    else:
+        results = [
+            temper(posterior, log_likelihood, one, num_samples, defensive, generator)
+            for one in batch
+        ]
+    for result in results:
+        if not result.is_reliable:
+            warnings.warn(
+                _complaint(result, method),
+                UnreliableWeights,
+                stacklevel=caller_stacklevel(),
+            )
+    return results[0] if len(batch) == 1 else results
+
+
+def _weigh(
+    posterior: Proposal,
+    log_likelihood: LogLikelihood,
+    x: Tensor,
+    num_samples: int,
+    defensive: float,
+    generator: torch.Generator | None,
+) -> list[RefinedPosterior]:
+    prior = posterior.prior
+
+    def log_target(theta: Tensor, x: Tensor) -> Tensor:
+        log_p = prior.log_prob(theta).double()
+        return log_p + checked_log_likelihood(log_likelihood, theta, x)
+
+    proposal = WithExtraComponent(posterior, defensive, log_target)
+    theta, counted = proposal.sample(num_samples, x, generator)
+    log_q, log_p = proposal.log_prob(theta, x), log_target(theta, x)
+    # A draw of density zero under q was put out of its support by rounding.
+    possible = counted & torch.isfinite(log_p) & torch.isfinite(log_q)
+    log_weights = torch.where(possible, log_p - log_q, -torch.inf)
+    results = []
+    for b in range(len(x)):
+        smoothed, pareto_k = pareto_smoothed(log_weights[:, b])
+        raw = log_weights[:, b]
+        mean = raw.logsumexp(0) - math.log(num_samples)
+        relative = (raw - mean).exp().std() / math.sqrt(num_samples)
+        results.append(
+            RefinedPosterior(
+                prior.layout,
+                theta[:, b].unsqueeze(0),
+                x[b],
+                smoothed.unsqueeze(0),
+                log_evidence=float(mean),
+                log_evidence_error=float(relative),
+                pareto_k=pareto_k,
+            )
+        )
+    return results
+
+
+def _complaint(result: RefinedPosterior, method: Method) -> str:
+    advice = (
+        'Try method="smc", more samples, or a posterior that fits better.'
+        if method == "importance"
+        else "Try more samples, or a posterior that fits better."
+    )
+    return (
+        f"the weights cannot be relied on: k-hat = {result.pareto_k:.2f} (should be "
+        f"below {LARGEST_K_HAT}), {result.ess:.0f} of {len(result.rows)} draws are "
+        f"effective (should be above {FEWEST_EFFECTIVE}). {advice}"
+    )

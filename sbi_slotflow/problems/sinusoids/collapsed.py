@@ -1,0 +1,282 @@
+r"""Exact trans-dimensional posterior of sinusoids, by collapsed reversible-jump MCMC.
+
+Given frequencies and sigma the model is linear and Gaussian in (A cos phi, A sin phi).
+So moves propose frequencies only: random walks on scales from a thousandth to thrice
+the resolution, of one frequency or of two neighbours, independent redraws, births,
+deaths, splits and merges. All amplitudes are then drawn from their exact conditional
+under a working prior, and the move is accepted with the marginal likelihood times the
+amplitudes' true prior over the working one. sigma has a Gibbs step. No network and no
+sampling package is involved: this is what others are judged by.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...posterior.chains import CollapsedDraws
+from ...sets.prior import VariableKPrior
+from ...sets.separation import log_separation_constant
+from .. import Sinusoids
+from .frequencies import SpectralDensity
+from .laplace import sinusoid_statistics
+from .seeds import SinusoidFit, matching_pursuit
+from .statistics import Floats, SineStatistics
+
+__all__ = ["CollapsedSampler", "collapsed"]
+
+# Probabilities of the moves, in the kernel's order.
+_MOVES: dict[str, float] = {
+    "walk": 0.36,
+    "pair": 0.1,
+    "redraw": 0.08,
+    "birth": 0.12,
+    "death": 0.12,
+    "split": 0.06,
+    "merge": 0.06,
+    "refresh": 0.1,
+}
+_UNIFORM_SHARE = 0.3
+# Twice the log likelihood by which a chain's start may fall short of the best fit.
+_WORST_START = 60.0
+
+
+def collapsed(
+    problem: Sinusoids,
+    x: Tensor,
+    *,
+    seed: int = 0,
+    num_chains: int = 4,
+    num_draws: int = 5_000,
+    thin: int = 20,
+    burn_in: int = 40_000,
+) -> CollapsedDraws:
+    """Draw from the exact posterior p(K, Theta, sigma | x).
+
+    Args:
+        problem: A sinusoid problem with white noise.
+        x: The observation, shape ``(T,)`` or ``(1, T)``.
+        seed: Seed; chains have streams of their own.
+        num_chains: Number of chains. They start from pursuits of different size.
+        num_draws: Draws kept from each chain.
+        thin: Moves between two draws.
+        burn_in: Moves at the start that are thrown away.
+
+    Returns:
+        Float64 draws, shape ``(num_chains, num_draws, E)``.
+
+    Raises:
+        ImportError: If numba is missing (``pip install sbi-slotflow[rjmcmc]``).
+        TypeError: If the problem is no sinusoid problem with white noise.
+        ValueError: If x is malformed or a number is not positive.
+    """
+    for name, number, least in (
+        ("num_chains", num_chains, 1),
+        ("num_draws", num_draws, 1),
+        ("thin", thin, 1),
+        ("burn_in", burn_in, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    sampler = CollapsedSampler(problem, x)
+    skipped = math.ceil(burn_in / thin)
+    chains, counts = [], []
+    for chain in range(num_chains):
+        # 0, -1, +1, 0, -1, ... components more than the best fit
+        start = sampler.start(sampler.best_size + (0, -1, 1)[chain % 3])
+        rng = np.random.default_rng([seed, chain])
+        rows, tried = sampler.run(start, skipped + num_draws, thin, rng)
+        chains.append(rows[skipped:])
+        counts.append(tried)
+    tried, accepted = np.sum(counts, axis=0).T
+    shares = accepted / np.maximum(tried, 1)
+    return CollapsedDraws(
+        problem.prior.layout,
+        torch.stack(chains),
+        x.reshape(-1),
+        acceptance=dict(zip(_MOVES, shares.tolist(), strict=True)),
+    )
+
+
+class CollapsedSampler:
+    """The sampler of one observation; :func:`collapsed` runs it.
+
+    Args:
+        problem: A sinusoid problem with white noise.
+        x: The observation.
+
+    Attributes:
+        best_size: Number of components that the Bayesian information criterion prefers.
+
+    Raises:
+        ImportError, TypeError, ValueError: See :func:`collapsed`.
+    """
+
+    def __init__(self, problem: Sinusoids, x: Tensor) -> None:
+        try:
+            from . import collapsed_kernel as _kernel
+        except ImportError as error:
+            raise ImportError(
+                "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
+            ) from error
+        self._kernel = _kernel
+        self.statistics = statistics = sinusoid_statistics(problem, x)
+        self.prior = problem.prior
+        _check_families(self.prior)
+        band = self.prior.component_marginals[2].bounds
+        self.fits = matching_pursuit(
+            x.reshape(-1).double().numpy(),
+            statistics,
+            band,
+            self.prior.max_cardinality,
+            self.prior.min_separation or 0.0,
+        )
+        self._criterion = _criterion(self.fits, statistics)
+        self.best_size = int(self._criterion.argmin())
+        self._births = _kernel.Births(
+            *_birth_density(self.fits[: self.best_size + 2], statistics, band)
+        )
+        self._data = _kernel.Data(
+            statistics.energy,
+            float(statistics.num_data),
+            statistics.starts,
+            statistics.steps,
+            statistics.offsets,
+            statistics.lengths.astype(float),
+            statistics.intervals,
+            statistics.values,
+            statistics.slopes,
+        )
+        low, high = band
+        amplitude = self.prior.component_marginals[0]
+        self._target = _kernel.Target(
+            log_prior=_log_prior(self.prior, high - low),
+            band=band,
+            separation=float(self.prior.min_separation or 0.0),
+            amplitude=amplitude.bounds,
+            log_amplitude=amplitude.family == "log_uniform",
+            sigma=self.prior.shared_marginals[0].bounds,
+            working_variance=0.25 * amplitude.bounds[1] ** 2,
+            resolution=1 / statistics.grids[0].duration,
+            edges=np.cumsum(list(_MOVES.values())),
+        )
+
+    def start(self, size: int) -> Tensor:
+        """A theta row near the fit of ``size`` components, inside the prior's bounds.
+
+        If that fit is ruled out, or the prior or the pursuit has no such size, the
+        nearest size will do. Ruled out are fits with an amplitude that the prior
+        excludes, and those with a criterion far worse than the best of the rest. From
+        there a chain may find no way: amplitudes must lie within the prior's bounds at
+        every step, whatever components too many or too few do to the others.
+        """
+        possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
+        nearest = [int(k) for k in possible[(possible - size).abs().argsort()]]
+        allowed = [k for k in nearest if self._is_allowed(self.fits[k])]
+        best = min((self._criterion[k] for k in allowed), default=math.inf)
+        likely = [k for k in allowed if self._criterion[k] <= best + _WORST_START]
+        fit = self.fits[(likely or nearest)[0]]
+        components = self.statistics.components(fit.amplitudes, fit.frequency)
+        low, high = self.prior.component_marginals[0].bounds
+        margin = 1e-6 * (high - low)
+        components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
+        low, high = self.prior.shared_marginals[0].bounds
+        sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
+        margin = 1e-3 * (high - low)
+        sigma = min(max(sigma, low + margin), high - margin)
+        layout = self.prior.layout
+        padded = torch.zeros(layout.max_cardinality, 3, dtype=torch.float64)
+        padded[: len(components)] = torch.from_numpy(components)
+        number = torch.tensor(len(components))
+        return layout.pack(number, padded, padded.new_tensor([sigma]))
+
+    def _is_allowed(self, fit: SinusoidFit) -> bool:
+        """Whether a fit's amplitudes lie within the prior's bounds, or nearly."""
+        low, high = self.prior.component_marginals[0].bounds
+        num = self.statistics.num_data
+        slack = 4 * math.sqrt(2 * max(fit.energy, 0.0)) / num
+        radius = np.hypot(fit.amplitudes[:, 0], fit.amplitudes[:, 1])
+        return bool(((radius > low - slack) & (radius < high + slack)).all())
+
+    def run(
+        self, start: Tensor, num_draws: int, thin: int, rng: np.random.Generator
+    ) -> tuple[Tensor, np.ndarray]:
+        """Run one chain.
+
+        Args:
+            start: Theta row ``(E,)`` of positive prior density.
+            num_draws: Number of draws.
+            thin: Moves before each.
+            rng: Source of randomness.
+
+        Returns:
+            Theta rows ``(num_draws, E)``, and for each move how often it was tried and
+            accepted, ``(moves, 2)``.
+        """
+        layout, statistics = self.prior.layout, self.statistics
+        parts = layout.unpack(start.double())
+        components = parts.components[parts.mask].numpy()
+        k, frequency, amplitudes, sigma, counts = self._kernel.run_chain(
+            rng,
+            self._data,
+            self._target,
+            self._births,
+            components[:, 2].copy(),
+            statistics.linear_amplitudes(components).ravel(),
+            float(parts.shared[0]),
+            num_draws,
+            thin,
+        )
+        amplitudes = amplitudes.reshape(*frequency.shape, 2)
+        rows = layout.pack(
+            torch.from_numpy(k),
+            torch.from_numpy(statistics.components(amplitudes, frequency)),
+            torch.from_numpy(sigma[:, None]),
+        )
+        return layout.canonical(rows), counts
+
+
+def _check_families(prior: VariableKPrior) -> None:
+    amplitude, phase, frequency = prior.component_marginals
+    sigma = prior.shared_marginals[0]
+    families = [m.family for m in (amplitude, phase, frequency, sigma)]
+    fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
+    exact = all(m.exact for m in (amplitude, phase, frequency, sigma))
+    if not (fits and exact):
+        raise ValueError(
+            "the prior must have a uniform or log-uniform amplitude and a uniform "
+            f"phase, frequency and sigma, got {families}."
+        )
+
+
+def _log_prior(prior: VariableKPrior, width: float) -> Floats:
+    """Log p(K) plus the log density of K sorted frequencies, for each K."""
+    k = torch.arange(prior.max_cardinality + 1)
+    values = prior.log_cardinality_probs.double() + torch.lgamma(k + 1.0).double()
+    values = values - k * math.log(width)
+    if prior.min_separation is not None:
+        values = values - log_separation_constant(k, prior.min_separation, width)
+    return values.numpy()
+
+
+def _criterion(fits: list[SinusoidFit], statistics: SineStatistics) -> Floats:
+    """The Bayesian information criterion of each fit."""
+    num = statistics.num_data
+    energy = np.array([max(fit.energy, 1e-300) for fit in fits])
+    size = np.arange(len(fits), dtype=np.float64)
+    return np.asarray(num * np.log(energy) + 3 * size * math.log(num), dtype=np.float64)
+
+
+def _birth_density(
+    fits: list[SinusoidFit], statistics: SineStatistics, band: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """Where new components are tried: at peaks of the residuals of all fits."""
+    variance = max(fits[-1].energy, 1e-300) / statistics.num_data
+    densities = [
+        SpectralDensity(fit, statistics, band, variance, 0.5, _UNIFORM_SHARE)
+        for fit in fits
+    ]
+    cumulative = np.mean([d.cumulative for d in densities], axis=0)
+    density = np.mean([np.exp(d.log_density) for d in densities], axis=0)
+    return cumulative, np.log(density)

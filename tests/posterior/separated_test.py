@@ -1,0 +1,102 @@
+"""Slots truncated to separated sets, against brute force on an untrained network."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare, ks_2samp
+
+from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow.posterior.separated import SeparatedSlots
+from sbi_slotflow.seeding import generator_for
+
+TINY = problems.sinusoids("tiny")
+
+
+@pytest.fixture(scope="module", name="posterior")
+def _posterior():
+    torch.manual_seed(1)
+    theta = TINY.prior.sample((64,))
+    estimator = slot_nn(TINY, slots="attention")(theta, TINY.simulator(theta))
+    return SlotPosterior(estimator, TINY.prior)
+
+
+@pytest.fixture(scope="module", name="signals")
+def _signals():
+    generator = generator_for(3)
+    return TINY.simulator(TINY.prior.sample((2,), generator), generator)
+
+
+@pytest.fixture(scope="module", name="slots")
+def _slots(posterior):
+    return SeparatedSlots(posterior.posterior_estimator, TINY.prior, 5_000)
+
+
+def free_draws(slots, encoding, k: int, num: int) -> torch.Tensor:
+    """Rows ``(num, B, E)`` of the slots alone."""
+    batch = len(encoding.context)
+    owner = torch.arange(batch).repeat(num)
+    counts = torch.full_like(owner, k)
+    rows = slots.estimator.draw(encoding, owner, counts, generator_for(21, k))
+    return rows.reshape(num, batch, -1)
+
+
+def gaps(rows: torch.Tensor, k: int) -> torch.Tensor:
+    """Smallest gap between frequencies, by brute force."""
+    frequency = TINY.layout.unpack(rows).components[..., :k, 2]
+    return frequency.sort(-1).values.diff(dim=-1).min(-1).values
+
+
+@torch.no_grad()
+def test_the_acceptance_is_the_share_of_separated_draws(posterior, slots, signals):
+    encoding = posterior.posterior_estimator.encode(signals)
+    found = slots.log_acceptance(encoding, num_draws=20_000)
+    assert (found[:, :2] == 0).all()
+    for k in (2, 3):
+        kept = gaps(free_draws(slots, encoding, k, 20_000), k) >= 0.1
+        share = kept.double().mean(0)
+        error = (2 * share * (1 - share) / 20_000).sqrt()
+        # 5 sigma of 4: false alarms below 3e-6
+        assert ((found[:, k].exp() - share).abs() <= 5 * error + 1e-4).all()
+        assert ((share > 0.01) & (share < 0.999)).all()
+
+
+@torch.no_grad()
+def test_the_acceptance_repeats_and_takes_some_cardinalities(slots, posterior, signals):
+    encoding = posterior.posterior_estimator.encode(signals)
+    every = slots.log_acceptance(encoding, num_draws=1_000)
+    torch.testing.assert_close(slots.log_acceptance(encoding, num_draws=1_000), every)
+    some = slots.log_acceptance(encoding, [3], num_draws=1_000)
+    torch.testing.assert_close(some[:, 3], every[:, 3])
+    assert (some[:, :3] == 0).all()
+    assert math.isfinite(float(some.min()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [2, 3])
+def test_redrawn_rows_follow_plain_rejection(posterior, slots, signals, k):
+    # The first separated candidate counts, whatever the number drawn at once.
+    encoding = posterior.posterior_estimator.encode(signals[:1])
+    rows = slots.draw(10_000, encoding, k, generator_for(5))[:, 0]
+    free = free_draws(slots, encoding, k, 40_000)[:, 0]
+    wanted = free[gaps(free, k) >= 0.1]
+    assert (gaps(rows, k) >= 0.1 - 1e-6).all()
+    assert len(wanted) > 2_000
+    for column in [1, *range(2, 2 + 3 * k)]:
+        result: Any = ks_2samp(rows[:, column], wanted[:, column])
+        assert result.pvalue > 1e-6  # 10 columns: false alarms below 1e-5
+    result = ks_2samp(gaps(rows, k), gaps(wanted, k))
+    assert result.pvalue > 1e-6
+
+
+@torch.no_grad()
+def test_redrawing_keeps_each_observation_and_cardinality(posterior, slots, signals):
+    encoding = posterior.posterior_estimator.encode(signals)
+    rows = slots.draw(5_000, encoding, None, generator_for(6))
+    assert TINY.prior.support.check(rows).all()
+    for b, probs in enumerate(posterior.cardinality(signals).probs):
+        counts = torch.bincount(rows[:, b, 0].long(), minlength=4)
+        probs = probs.double() / probs.double().sum()
+        result: Any = chisquare(counts, probs * 5_000)
+        assert result.pvalue > 1e-5  # the false-alarm rate, twice
