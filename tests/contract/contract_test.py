@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-import freeze
 import pytest
 import torch
+from contract import freeze
 from torch import Tensor
 
 
