@@ -249,9 +249,9 @@ def test_estimators_with_the_users_encoder_share_no_weights(
     tiny: problems.Sinusoids,
 ) -> None:
     # Else training one trains the other, and the same seed twice gives two results.
-    builder = slot_nn(
-        tiny, **SMALL | {"hidden_features": None}, encoder=nn.Linear(300, 8)
-    )
+    options: dict[str, Any] = SMALL | {"encoder": nn.Linear(300, 8)}
+    del options["hidden_features"]
+    builder = slot_nn(tiny, **options)
     assert not shared_weights(build(tiny, builder), build(tiny, builder))
 
 
@@ -440,9 +440,8 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @functools.cache
 def usual_answers(network: str) -> list[Tensor]:
-    return answers(
-        slot_nn(**{"problem": problems.sinusoids("tiny")} | NETWORKS[network])
-    )
+    options: dict[str, Any] = {"problem": problems.sinusoids("tiny")}
+    return answers(slot_nn(**(options | NETWORKS[network])))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
