@@ -4,14 +4,12 @@ Slots draw inside the prior's support by construction. Only a least separation i
 built in, see :mod:`sbi_slotflow.posterior.separated`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from sbi.inference.posteriors import DirectPosterior
-from sbi.utils.sbiutils import within_support
 from torch import Tensor
 from torch.distributions import Categorical
 
@@ -19,7 +17,7 @@ from ..nn.charts import Chart
 from ..nn.estimator import SlotDensityEstimator
 from ..seeding import draw_seed, generator_for
 from ..sets.prior import VariableKPrior
-from .separated import LEAST_ACCEPTANCE, SeparatedSlots
+from .separated import SeparatedSets
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -100,11 +98,6 @@ class SlotPosterior(DirectPosterior):
         self.simulator = simulator
         self.training_reference: ObservationWarning | None = None
         self.model_card: Mapping[str, Any] | None = None
-        self._acceptance: tuple[Tensor | None, set[int], Tensor] = (
-            None,
-            set(),
-            torch.zeros(()),
-        )
         self._purpose = "It draws sets of components of unknown size."
 
     def cardinality(self, x: Tensor | None = None) -> Categorical:
@@ -168,6 +161,14 @@ class SlotPosterior(DirectPosterior):
         self.training_reference = reference
         return self
 
+    def given(self, x: Tensor) -> SeparatedSets:
+        """Return the distribution over sets given observations ``(B, T)``."""
+        return SeparatedSets(
+            self.posterior_estimator.eval().given(self._batch(x)),
+            self.prior,
+            self.max_sampling_batch_size,
+        )
+
     def sample(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         sample_shape: Sequence[int] = torch.Size(),
@@ -224,15 +225,7 @@ class SlotPosterior(DirectPosterior):
         """
         batch = self._batch(x)
         self._check_k(k)
-        shape = torch.Size(sample_shape)
-        num = shape.numel()
-        step = max(1, self.max_sampling_batch_size // len(batch))
-        encoding = self.posterior_estimator.eval().encode(batch)
-        rows = batch.new_empty(num, len(batch), self.prior.layout.size)
-        for start in range(0, num, step):
-            size = min(step, num - start)
-            rows[start : start + size] = self._slots.draw(size, encoding, k, generator)
-        return rows.reshape(*shape, len(batch), self.prior.layout.size)
+        return self.given(batch).sample(sample_shape, k, generator)
 
     def log_prob(
         self,
@@ -278,21 +271,8 @@ class SlotPosterior(DirectPosterior):
         if theta.ndim == 2:
             theta = theta.unsqueeze(0)
         self.prior.layout.validate(theta)
-        self.posterior_estimator.eval()
         with torch.set_grad_enabled(track_gradients):
-            values = self.posterior_estimator.log_prob(theta, batch)
-            if norm_posterior and self._slots.may_collide:
-                k = self.prior.layout.cardinality(theta)
-                accepted = self._cached_log_acceptance(batch, k.unique().tolist())
-                accepted = accepted.expand(*k.shape, -1)
-                accepted = accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
-                values = values - accepted
-                replaced = accepted < math.log(LEAST_ACCEPTANCE)
-                if replaced.any():
-                    stand_in = self._stand_in_log_prob(theta, k, batch)
-                    values = torch.where(replaced, stand_in, values)
-            inside = within_support(self.prior, theta)
-            return torch.where(inside, values, values.new_full((), -torch.inf))
+            return self.given(batch).log_prob(theta, norm_posterior)
 
     @torch.no_grad()
     def log_acceptance(
@@ -314,8 +294,7 @@ class SlotPosterior(DirectPosterior):
             no separation is asked for.
         """
         batch = self._batch(x)
-        encoding = self.posterior_estimator.eval().encode(batch)
-        return self._slots.log_acceptance(encoding, cardinalities, num_draws)
+        return self.given(batch).log_acceptance(cardinalities, num_draws)
 
     @torch.no_grad()
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -500,31 +479,6 @@ class SlotPosterior(DirectPosterior):
     def chart(self) -> Chart:
         """The components' chart."""
         return self.posterior_estimator.chart
-
-    @property
-    def _slots(self) -> SeparatedSlots:
-        return SeparatedSlots(
-            self.posterior_estimator, self.prior, self.max_sampling_batch_size
-        )
-
-    def _stand_in_log_prob(self, theta: Tensor, k: Tensor, x: Tensor) -> Tensor:
-        """Log of q(K | x) p(Theta, s | K), the density where slots keep colliding."""
-        log_k = self.posterior_estimator.log_prob_cardinality(x)
-        log_k = log_k.expand(*k.shape, -1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
-        log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
-        return log_k + self.prior.log_prob(theta) - log_prior_k
-
-    def _cached_log_acceptance(self, x: Tensor, cardinalities: list[int]) -> Tensor:
-        """As :meth:`log_acceptance`, remembering the last observations."""
-        old_x, done, columns = self._acceptance
-        same_device = old_x is not None and old_x.device == x.device
-        if old_x is None or not same_device or not torch.equal(old_x, x):
-            done, columns = set(), torch.zeros(())
-        missing = sorted(set(cardinalities) - done)
-        if missing:
-            columns = columns + self.log_acceptance(x, missing)
-            self._acceptance = (x.clone(), done | set(missing), columns)
-        return columns
 
     def _batch(self, x: Tensor | None) -> Tensor:
         """Return observations as a checked batch ``(B, T)`` on the device."""
