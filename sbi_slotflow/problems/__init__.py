@@ -6,7 +6,7 @@ from .linear_gaussian import LinearGaussian, linear_gaussian
 from .sinusoids.grid import Grid
 from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
 from .sinusoids.problem import Sinusoids, sinusoids
-from .spikes import Spikes, spikes
+from .spikes import spikes
 from .trace import Trace
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "LinearGaussian",
     "Problem",
     "Sinusoids",
-    "Spikes",
     "Trace",
     "line_spectrum",
     "linear_gaussian",

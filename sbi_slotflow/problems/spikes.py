@@ -9,7 +9,7 @@ The trace covers a unit of time, [0, 1) without its end. theta is
 one another, and the weakest drown in the noise, so that K is truly uncertain.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,14 +23,12 @@ from torch.distributions import (
 )
 
 from ..nn.registry import register
-from ..sets.marginals import Marginal
 from ..sets.prior import VariableKPrior
-from .least_squares import AdditiveFit
 from .noise import WhiteNoise
 from .simulator import AdditiveSimulator
 from .trace import Trace
 
-__all__ = ["SpikeFit", "SpikeSignal", "Spikes", "spikes"]
+__all__ = ["SpikeSignal", "spikes"]
 
 _CELLS = 64
 _WIDTH = (0.006, 0.03)
@@ -38,6 +36,7 @@ _AMPLITUDE = (0.5, 2.0)
 _SIGMA = (0.1, 0.5)
 
 
+@register("signal")
 @dataclass(frozen=True)
 class SpikeSignal:
     """Gaussian pulses of components (time, width, amplitude).
@@ -47,6 +46,13 @@ class SpikeSignal:
     """
 
     num_samples: int
+
+    kind: ClassVar[str] = "pulses"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Description from which a file rebuilds the signal."""
+        return {"kind": self.kind, "num_samples": self.num_samples}
 
     @property
     def times(self) -> Tensor:
@@ -60,40 +66,7 @@ class SpikeSignal:
         return amplitude * torch.exp(-0.5 * deviation.square())
 
 
-@register("fit")
-@dataclass(frozen=True)
-class SpikeFit(AdditiveFit):
-    """Least squares of a :class:`SpikeSignal`, which a file can describe."""
-
-    kind: ClassVar[str] = "spikes"
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Description from which :meth:`from_spec` rebuilds the fit."""
-        assert isinstance(self.component_signal, SpikeSignal)
-        return {
-            "kind": self.kind,
-            "num_samples": self.component_signal.num_samples,
-            "marginals": [asdict(marginal) for marginal in self.marginals],
-        }
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> "SpikeFit":
-        """Rebuild a fit from :attr:`spec`."""
-        marginals = tuple(Marginal(**marginal) for marginal in spec["marginals"])
-        return cls(SpikeSignal(spec["num_samples"]), marginals)
-
-
-@dataclass(frozen=True)
-class Spikes(Trace):
-    """The spike problem."""
-
-    def build_fit(self) -> SpikeFit:
-        """Return the least squares of pulses."""
-        return SpikeFit(SpikeSignal(self.num_data), self.prior.component_marginals)
-
-
-def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
+def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
     """Make the spike problem.
 
     ==========  ====================  ===============
@@ -136,7 +109,7 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
         shared_names=("sigma",),
     )
     simulator = AdditiveSimulator(SpikeSignal(num_samples), WhiteNoise(), prior.layout)
-    return Spikes("spikes", prior, simulator, _CELLS)
+    return Trace("spikes", prior, simulator, _CELLS)
 
 
 def _column(bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:

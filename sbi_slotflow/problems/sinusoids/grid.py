@@ -43,6 +43,11 @@ class Grid:
         """Sample times in seconds, float64, shape ``(num_samples,)``."""
         return torch.arange(self.num_samples, dtype=torch.float64) / self.rate
 
+    @property
+    def middle(self) -> float:
+        """Middle of the first and the last sample time in seconds."""
+        return 0.5 * (self.num_samples - 1) / self.rate
+
 
 @dataclass(frozen=True)
 class SineSignal:
