@@ -1,13 +1,12 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
-from .base import Problem
+from .base import Problem, Trace
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .sinusoids.grid import Grid
 from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
 from .sinusoids.problem import Sinusoids, sinusoids
 from .spikes import spikes
-from .trace import Trace
 
 __all__ = [
     "AdditiveFit",

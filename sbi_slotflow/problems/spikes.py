@@ -13,27 +13,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sbi.utils import BoxUniform, MultipleIndependent
+from sbi.utils import MultipleIndependent
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    ExpTransform,
-    TransformedDistribution,
-    Uniform,
-)
+from torch.distributions import Independent
 
 from ..nn.registry import register
 from ..sets.prior import VariableKPrior
+from .base import Trace, log_uniform, uniform
 from .noise import WhiteNoise
 from .simulator import AdditiveSimulator
-from .trace import Trace
 
 __all__ = ["SpikeSignal", "spikes"]
 
 _CELLS = 64
-_WIDTH = (0.006, 0.03)
-_AMPLITUDE = (0.5, 2.0)
-_SIGMA = (0.1, 0.5)
 
 
 @register("signal")
@@ -82,11 +74,10 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
 
     Args:
         num_samples: Samples T of the trace, a multiple of 64.
-        max_cardinality: Largest cardinality Kmax.
+        max_cardinality: Largest cardinality Kmax, at least one.
 
     Raises:
-        ValueError: If ``num_samples`` is no multiple of 64 or ``max_cardinality`` is
-            less than one.
+        ValueError: If an argument is out of range.
     """
     if num_samples < 1 or num_samples % _CELLS:
         raise ValueError(
@@ -94,23 +85,14 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
         )
     if max_cardinality < 1:
         raise ValueError(f"max_cardinality must be at least 1, got {max_cardinality}.")
-    low, high = _column(_WIDTH)
-    parts: list[Distribution] = [
-        Uniform(torch.zeros(1), torch.ones(1)),
-        TransformedDistribution(Uniform(low.log(), high.log()), [ExpTransform()]),
-        Uniform(*_column(_AMPLITUDE)),
-    ]
+    parts = [uniform(0.0, 1.0), log_uniform(0.006, 0.03), uniform(0.5, 2.0)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),
         [1.0] * (max_cardinality + 1),
-        shared=BoxUniform(*_column(_SIGMA)),
+        shared=Independent(uniform(0.1, 0.5), 1),
         order_by=0,
         component_names=("time", "width", "amplitude"),
         shared_names=("sigma",),
     )
     simulator = AdditiveSimulator(SpikeSignal(num_samples), WhiteNoise(), prior.layout)
     return Trace("spikes", prior, simulator, _CELLS)
-
-
-def _column(bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([bounds[0]]), torch.tensor([bounds[1]])
