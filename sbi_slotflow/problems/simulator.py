@@ -132,13 +132,7 @@ class AdditiveSimulator:
             ValueError: If theta is malformed or x has NaN, Inf or the wrong length.
         """
         self.layout.validate(theta)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, got {kind}.")
-        if x.ndim < 1:
-            raise ValueError("x must have at least one axis, got a scalar.")
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        self.check_data(x)
         batch = np.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
         rows = theta.double().expand(*batch, -1).reshape(-1, self.layout.size)
         data = x.double().expand(*batch, -1)
@@ -159,6 +153,16 @@ class AdditiveSimulator:
         if not values:
             return rows.new_zeros(batch)
         return torch.cat(values).reshape(batch)
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x is finite and of floats."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor, got {kind}.")
+        if x.ndim < 1:
+            raise ValueError("x must have at least one axis, got a scalar.")
+        if not torch.isfinite(x).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
 
     def noise_log_prob(
         self, residual: Tensor, signal: Tensor, shared: Tensor
