@@ -4,7 +4,6 @@ They are copied to ``docs/tutorials/`` and ``docs/report/``, which are made anew
 every build, so that the site builds with as many of them as there are.
 """
 
-import re
 import shutil
 from pathlib import Path
 
@@ -60,10 +59,4 @@ def _report(source: Path, target: Path) -> None:
     if not report.is_file():
         (target / "index.md").write_text(_REPORT)
         return
-    text = report.read_text()
-    for link in set(re.findall(r"\]\(([^)#:]+)\)", text)):
-        file = source / link
-        if file.is_file():
-            (target / link).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target / link)
-    (target / "index.md").write_text(text)
+    shutil.copy(report, target / "index.md")
