@@ -25,7 +25,7 @@ from .trees import batch_tree
 __all__ = ["BATCH", "Summary", "infer_many", "read_checked"]
 
 BATCH = 16
-"""Signals in a batch. Draws depend on it: each batch has a random stream."""
+"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
 
 
 @dataclass(frozen=True)
