@@ -55,6 +55,7 @@ bench: venv ## Time the networks and the simulator against the paper's
 
 experiments: $(VENV)/.installed-dev ## Run the paper's experiments at the budget quick and write benchmarks/REPORT.md
 	$(BIN)/python -m benchmarks run --budget quick
+	$(BIN)/python -m benchmarks figures
 	$(BIN)/python -m benchmarks report
 
 demo: venv ## Run the demo into demo/; X=FILE gives it an observation
@@ -71,5 +72,5 @@ package: dev ## Build wheel and source distribution into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove caches, builds and the demo's output; .venv stays
-	rm -rf build dist demo docs/_build docs/report docs/tutorials .benchmarks benchmarks/smoke .pytest_cache .ruff_cache
+	rm -rf build dist demo docs/_build docs/report docs/tutorials .benchmarks benchmarks/figures benchmarks/smoke .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -7,7 +7,6 @@ builds with what there is.
 """
 
 import ast
-import re
 import shutil
 from pathlib import Path
 
@@ -64,13 +63,7 @@ def _report(source: Path, target: Path) -> None:
     if not report.is_file():
         (target / "index.md").write_text(_REPORT)
         return
-    text = report.read_text()
-    for link in set(re.findall(r"\]\(([^)#:]+)\)", text)):
-        file = source / link
-        if file.is_file():
-            (target / link).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target / link)
-    (target / "index.md").write_text(text)
+    shutil.copy(report, target / "index.md")
 
 
 def _reference(package: Path, target: Path) -> None:

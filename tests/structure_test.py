@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "sbi_slotflow"
 NAME = PACKAGE.name
 
 # May stand beside the folders, at the top of the package.
-LOOSE = {"callers", "demo", "seeding", "slot_analysis", "storage"}
+LOOSE = {"callers", "demo", "seeding", "storage"}
 
 # What knows a sinusoid, and the network of the paper, with those who may import them:
 # the list of ready problems, the builder, the default encoder of sinusoids, and the
@@ -41,7 +41,7 @@ DEBTS = {
 # Aim: 19,000 lines, 110 modules, 10 floors.
 MOST_LINES = 26_000
 MOST_MODULES = 165
-MOST_FLOORS = 13
+MOST_FLOORS = 12
 
 Arrows = Mapping[str, Set[str]]
 

@@ -306,7 +306,7 @@ def test_a_problem_of_another_kind_is_rejected() -> None:
     resampled = sinusoids("tiny", noise="resampled")
     bad: Any = problems.linear_gaussian()
     for problem in (resampled, bad):
-        with pytest.raises(TypeError, match="with white|no Laplace proposal"):
+        with pytest.raises(TypeError, match=r"with white|no Laplace proposal"):
             laplace_proposal(problem, torch.zeros(300))
 
 
