@@ -158,7 +158,7 @@ class OnlineTraining:
 
     @property
     def averaged(self) -> SlotDensityEstimator:
-        """The estimator with averaged weights: what validation judges."""
+        """The estimator with averaged weights, which validation judges."""
         if self._average is None or self._step == 0:
             return self.estimator
         return self._average.module  # pyright: ignore[reportReturnType]
