@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fit import SineFit
+from .fit import SineFit, SineLeastSquares
 
 __all__ = ["Pursued", "SinePursuit"]
 
@@ -104,8 +104,9 @@ class SinePursuit:
                 torch.cat([a, b], -1) for a, b in zip(old, (peak, place), strict=True)
             ]
             noise = energy[left] / num_data
+            given = self.fit.given(data[left])
             for _ in range(self.num_steps):
-                new = self._step(data[left], *new, noise)
+                new = self._step(given, *new, noise)
             rest = x[left] - self._total(*new).to(x)
             smaller = rest.double().square().sum(-1).clamp(min=1e-30)
             earned = 0.5 * num_data * (energy[left] / smaller).log()
@@ -127,15 +128,15 @@ class SinePursuit:
         return phasor, self.grid.to(residual.device)[best]
 
     def _step(
-        self, data: Tensor, phasor: Tensor, frequency: Tensor, noise: Tensor
+        self, given: SineLeastSquares, phasor: Tensor, frequency: Tensor, noise: Tensor
     ) -> list[Tensor]:
         """Solve for amplitudes and a change of frequencies, linearised."""
         one = torch.ones_like(phasor)
         alpha = torch.stack([one, 1j * one, 0 * one], -1)
         beta = torch.stack([0 * one, 0 * one, _TWO_PI * 1j * phasor], -1)
-        owner = torch.arange(len(data), device=data.device)
-        gram = self.fit.gram(alpha, beta, frequency)
-        inner = self.fit.inner(data, owner, alpha, beta, frequency).flatten(-2)
+        owner = torch.arange(len(phasor), device=phasor.device)
+        gram = self.fit.gram(frequency, alpha, beta)
+        inner = given.inner(owner, frequency, alpha, beta).flatten(-2)
         # Amplitudes about one and steps of part of an element, before the data.
         spread = torch.tensor([1.0, 1.0, _FARTHEST * self.width]).to(frequency)
         penalty = (noise.unsqueeze(-1) / spread.square()).repeat(1, phasor.shape[-1])
