@@ -181,9 +181,13 @@ class AdditiveLeastSquares:
     def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Candidates ``(N, K, D)`` that explain data ``(N, T)`` best together."""
         signals = data.new_zeros(*candidates.shape[:-1], data.shape[-1])
+        # Squares of small numbers vanish in float32: in units near the data's scale.
+        exponent = -torch.frexp(data.abs().amax()).exponent
+        data = torch.ldexp(data, exponent)
         if mask.any():
             # A start need not be exact: the data's own precision will do.
-            signals[mask] = self.fit.component_signal(candidates[mask].to(data))
+            found = self.fit.component_signal(candidates[mask].to(data))
+            signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)
         chosen = torch.zeros_like(mask, dtype=torch.int64)
