@@ -11,7 +11,7 @@ cost of T K D numbers a set. A signal whose inner products have closed forms can
 less (:mod:`.fit`). The equations are in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ class AdditiveFit:
     """
 
     component_signal: Callable[[Tensor], Tensor]
-    marginals: tuple[Marginal, ...]
+    marginals: Sequence[Marginal]
     location: int = 0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ The trace covers a unit of time, [0, 1) without its end. theta is
 one another, and the weakest drown in the noise, so that K is truly uncertain.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from torch.distributions import (
 )
 
 from ..nn.registry import register
-from ..sets.marginals import Marginal
+from ..sets.marginals import Marginals
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
 from .noise import WhiteNoise
@@ -71,17 +71,17 @@ class SpikeFit(AdditiveFit):
     def spec(self) -> dict[str, Any]:
         """Description from which :meth:`from_spec` rebuilds the fit."""
         assert isinstance(self.component_signal, SpikeSignal)
+        assert isinstance(self.marginals, Marginals)
         return {
             "kind": self.kind,
             "num_samples": self.component_signal.num_samples,
-            "marginals": [asdict(marginal) for marginal in self.marginals],
+            **self.marginals.spec,
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "SpikeFit":
         """Rebuild a fit from :attr:`spec`."""
-        marginals = tuple(Marginal(**marginal) for marginal in spec["marginals"])
-        return cls(SpikeSignal(spec["num_samples"]), marginals)
+        return cls(SpikeSignal(spec["num_samples"]), Marginals.from_spec(spec))
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,12 @@ class Trace(Problem):
                 f"{self.cells}."
             )
         order_by = self.layout.order_by
-        family = self.prior.component_marginals[order_by].family
-        if family != "uniform":
+        place = self.prior.component_marginals[order_by]
+        if not place.is_uniform:
             raise ValueError(
                 "prior must be uniform in its order_by parameter "
                 f"{self.component_names[order_by]!r}, which is the place in the trace, "
-                f"got {family}."
+                f"got {place.family}."
             )
 
     def build_token_encoder(self, **options: Any) -> TokenEncoder:
