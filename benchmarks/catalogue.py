@@ -1,4 +1,4 @@
-"""Are catalogues right? ``python -m benchmarks.catalogue --out benchmarks/results``.
+"""Are catalogues right? ``python -m benchmarks.catalogue --keep``.
 
 Every source of every catalogue says how probable it is to be there. Over many signals
 the mean of these numbers must equal the share of sources that are there, at every
@@ -17,7 +17,8 @@ import numpy as np
 from sbi_slotflow import build_catalogue, load_pretrained, problems, rjmcmc
 from sbi_slotflow.seeding import generator_for
 
-from .common import Numbers, progress, run_parts, simulate, spread
+from .common import Numbers, progress, run_parts, simulate
+from .intervals import spread
 
 NUM_DRAWS = 1_000
 CI_PROB = 0.9
@@ -106,4 +107,4 @@ def collapsed(num: int, seed: int) -> Numbers:
 
 if __name__ == "__main__":
     parts = {"paper": (paper, 200), "crowded": (crowded, 100)}
-    run_parts(parts | {"collapsed": (collapsed, 30)}, "catalogue", __doc__)
+    run_parts(parts | {"collapsed": (collapsed, 30)}, __doc__)

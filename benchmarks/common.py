@@ -3,15 +3,14 @@
 import argparse
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from arviz_stats.base.array import array_stats
 from torch import Tensor
 
 from sbi_slotflow import SlotPosterior, load_pretrained
@@ -20,7 +19,10 @@ from sbi_slotflow.pretrained.recipes import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 
+from .store import RESULTS, plain, write_json
+
 Numbers = dict[str, Any]
+_Problem = TypeVar("_Problem", bound=Problem)
 PERIODS = {"phase": 2 * math.pi}
 # Stream of the seed for signals that no training has seen.
 TEST = 1_000_003
@@ -38,7 +40,7 @@ def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:
     return theta, problem.simulator(theta, generator_for(seed, 1))
 
 
-def given_k(problem: Sinusoids, k: int) -> Sinusoids:
+def given_k(problem: _Problem, k: int) -> _Problem:
     """The problem with all its prior at one cardinality."""
     weights = torch.zeros(problem.prior.max_cardinality + 1)
     weights[k] = 1.0
@@ -51,32 +53,6 @@ def one(result: RefinedPosterior | list[RefinedPosterior]) -> RefinedPosterior:
     return result
 
 
-def spread(values: list[float]) -> Numbers:
-    """Mean with its standard error, median and extremes."""
-    array = np.array(values)
-    several = len(array) > 1
-    return {
-        "mean": float(array.mean()),
-        "error": array.std(ddof=1) / math.sqrt(len(array)) if several else None,
-        "median": float(np.median(array)),
-        "min": float(array.min()),
-        "max": float(array.max()),
-        "n": len(array),
-    }
-
-
-def chains_size(values: np.ndarray) -> float:
-    """Effective size of (chains, draws)."""
-    size: Any = array_stats.ess(values)
-    return float(size)
-
-
-def ensemble_size(values: np.ndarray) -> float:
-    """Effective size of (walkers, draws): variance over that of the grand mean."""
-    mean = values.mean(0)
-    return chains_size(mean[None]) * float(values.var() / max(mean.var(), 1e-300))
-
-
 def progress(text: str) -> None:
     """Print at once."""
     print(text, flush=True)
@@ -84,21 +60,19 @@ def progress(text: str) -> None:
 
 def run_parts(
     parts: Mapping[str, tuple[Callable[[int, int], Numbers], int]],
-    prefix: str,
     description: str | None,
 ) -> None:
     """Run the parts that the command line asks for.
 
     Args:
         parts: Functions of (number of signals, seed), with the usual number.
-        prefix: Start of the names of their JSON files.
         description: What ``--help`` says.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("parts", nargs="*", choices=[[], *parts], default=[])
     parser.add_argument("--signals", type=int, help="signals a part")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for JSON files")
+    parser.add_argument("--keep", action="store_true", help="in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("default")
@@ -109,7 +83,6 @@ def run_parts(
         if not numbers:
             continue
         progress(json.dumps(numbers, indent=2))
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            path = args.out / f"{prefix}_{name}.json"
-            path.write_text(json.dumps(numbers, indent=2) + "\n")
+        if args.keep:
+            script = Path(sys.argv[0]).stem
+            write_json(plain(numbers), RESULTS / script / f"{name}.json")

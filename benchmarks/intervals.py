@@ -1,12 +1,29 @@
-"""95 % intervals of shares, means and medians, by scipy."""
+"""Means with their errors; 95 % intervals of shares, means and medians, by scipy."""
+
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-__all__ = ["mean_interval", "median_interval", "share_interval"]
+__all__ = ["mean_interval", "median_interval", "share_interval", "spread"]
 
 Interval = tuple[float, float]
+
+
+def spread(values: ArrayLike) -> dict[str, Any]:
+    """Mean with its standard error, median and extremes."""
+    array = np.asarray(values, dtype=float)
+    several = len(array) > 1
+    return {
+        "mean": float(array.mean()),
+        "error": array.std(ddof=1) / math.sqrt(len(array)) if several else None,
+        "median": float(np.median(array)),
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "n": len(array),
+    }
 
 
 def share_interval(hits: int, num: int) -> Interval:

@@ -1,6 +1,7 @@
 """Functions in a process of their own, so that its peak memory is theirs."""
 
 import resource
+import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -15,7 +16,8 @@ _Result = TypeVar("_Result")
 
 def peak_memory() -> float:
     """Peak resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def isolated(function: Callable[..., _Result], *args: Any) -> tuple[_Result, float]:

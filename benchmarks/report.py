@@ -1,7 +1,6 @@
 """``benchmarks/REPORT.md``: a table for each question, with the figure and command."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ Written by `python -m benchmarks report`; edit the experiments, not this file. E
 section answers one question, with the command that made its numbers. *Paper* is the
 number that Houba, Giarda and Speri (2025) print, at the figure or table named; brackets
 hold 95 % intervals; *target* is what this package wants to reach. A dash means that
-there is no such number. Losses are listed first.
+there is no such number. Losses are listed first. `python -m benchmarks figures NAME`
+draws a section's figure into `benchmarks/figures/` from the numbers that are kept.
 """
 
 
 def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
     """Write the report of what was run at a budget.
 
-    Claims and figures are made anew from the datasets that are kept, so that they
-    follow the code as it is.
+    Claims are made anew from the datasets that are kept, so that they follow the code
+    as it is.
 
     Args:
         budget: Which results.
@@ -41,15 +41,15 @@ def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
     missing: list[str] = []
     for name in discover():
         result = Result(load(name), budget, folder)
-        if not result.facts.exists():
+        if not result.path.exists():
             missing.append(name)
             continue
-        result.redraw()
+        result.conclude()
         claims = result.experiment.claims(result.read())
         if lost := _losses(claims):
             why = result.experiment.about("Losses")
             losses += [f"**[{name}](#{name})**: {why}", "", *lost, ""]
-        sections.append(_section(result, claims, place.parent))
+        sections.append(_section(result, claims))
     parts = [_HEAD]
     parts.append(
         "## Where we lose or miss a target\n\n"
@@ -65,8 +65,8 @@ def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
     return place
 
 
-def _section(result: Result, claims: list[Claim], base: Path) -> str:
-    experiment, facts = result.experiment, result.read_facts()
+def _section(result: Result, claims: list[Claim]) -> str:
+    experiment, facts = result.experiment, result.facts()
     rivals = list(dict.fromkeys(name for claim in claims for name in claim.rivals))
     heads = ["quantity", "paper", *rivals, "ours", "target", "met"]
     lines = [
@@ -100,11 +100,8 @@ def _section(result: Result, claims: list[Claim], base: Path) -> str:
     if not result.is_of_shipped_weights():
         lines += ["Measured with earlier weights than those that are shipped now.", ""]
     lines += [f"({i}) {note}  " for i, note in enumerate(notes, 1)]
-    path = Path(os.path.relpath(result.figure, base)).as_posix()
     machine = facts["machine"]
     lines += [
-        "",
-        f"![{experiment.title}]({path})",
         "",
         f"`{facts['command']}` ({_budget(facts['budget means'])}; "
         f"{machine['processor']}, {machine['threads used by torch']} thread)",
@@ -115,12 +112,6 @@ def _section(result: Result, claims: list[Claim], base: Path) -> str:
 
 # What stands among the rivals of a claim and is none.
 _OURS = ("ours, shipped", "refined", "second run of the reference")
-_SCRIPTS = {
-    "spikes": "anchored_spikes",
-    "anchored": "anchored_slots",
-    "exact": "exact_answers",
-}
-_COSTS = ("speed", "memory", "scaling", "eryn")
 
 
 def _scripts() -> str:
@@ -131,16 +122,11 @@ def _scripts() -> str:
         "What was measured outside the suite: means with their standard errors.",
         "",
     ]
-    for path in sorted(RESULTS.glob("*.json")):
-        kind, _, part = path.stem.partition("_")
-        if "." in path.stem or not part:
-            continue
-        script = _SCRIPTS.get(kind, kind)
-        if kind == "anchored" and part in _COSTS:
-            script = "anchored_cost"
+    for path in sorted(RESULTS.glob("*/*.json")):
         rows = list(_flat("", json.loads(path.read_text())))
+        command = f"python -m benchmarks.{path.parent.name} {path.stem}"
         lines += [
-            f"<details><summary>python -m benchmarks.{script} {part}</summary>",
+            f"<details><summary>{command}</summary>",
             "",
             _row(["quantity", "value"]),
             _row(["---", "---"]),

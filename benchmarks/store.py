@@ -1,8 +1,9 @@
-"""Where results are kept: NetCDF, PNG and JSON of each run, and parts of long ones.
+"""Where results are kept: one JSON file a run, and parts of long ones.
 
-``Cache`` lets a long experiment be stopped: each part (a signal, a training) is a
-NetCDF file of its own, keyed by experiment, budget, seed and part, in a folder that git
-ignores.
+The file holds the dataset, rounded, the claims that follow from it, and how it was
+made. Figures are drawn from it when wanted. ``Cache`` lets a long experiment be
+stopped: each part (a signal, a training) is a JSON file of its own, with all digits,
+keyed by experiment, budget, seed and part, in a folder that git ignores.
 """
 
 import json
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 
@@ -23,12 +25,26 @@ from sbi_slotflow.seeding import forked_rng, generator_for
 
 from .experiment import Budget, Experiment
 
-__all__ = ["RESULTS", "Cache", "Result", "concatenated", "machine", "versions"]
+__all__ = [
+    "RESULTS",
+    "Cache",
+    "Result",
+    "concatenated",
+    "decoded",
+    "encoded",
+    "machine",
+    "plain",
+    "versions",
+    "write_json",
+]
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
 SMOKE = _HERE / "smoke"
+FIGURES = _HERE / "figures"
 _PARTS = _HERE / ".cache"
+# Significant digits of what is kept, by its type.
+_DIGITS = {"float32": 6, "float64": 9}
 _PACKAGES = ("torch", "sbi", "numpy", "scipy", "xarray", "eryn", "dynesty")
 
 
@@ -52,12 +68,12 @@ class Cache:
             part: Name of the part, fit for a file.
             compute: Computes it.
         """
-        path = self._folder / f"{part}.nc"
+        path = self._folder / f"{part}.json"
         if self._keep and path.exists():
-            return _read(path)
+            return decoded(json.loads(path.read_text()))
         dataset = compute()
         if self._keep:
-            _write(dataset, path)
+            write_json(encoded(dataset), path)
         return dataset
 
     def path(self, part: str, suffix: str) -> Path | None:
@@ -77,9 +93,9 @@ class Cache:
         Args:
             means: What the budget means.
         """
-        path = self.path("budget", ".json")
+        path = self.path("budget", ".txt")
         if path is not None:
-            text = json.dumps(_plain(means))
+            text = json.dumps(plain(means))
             if path.exists() and path.read_text() != text:
                 self.clear()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,13 +103,13 @@ class Cache:
 
 
 class Result:
-    """The files of one experiment at one budget.
+    """The file of one experiment at one budget, and its figure.
 
     Args:
         experiment: The experiment.
         budget: Its budget.
-        folder: Folder of the files; the committed one if None, of ``"smoke"`` one
-            that git ignores.
+        folder: Folder of both; if None the committed one of results and an ignored one
+            of figures, of ``"smoke"`` an ignored one of both.
     """
 
     def __init__(
@@ -101,32 +117,32 @@ class Result:
     ) -> None:
         self.experiment = experiment
         self.budget: Budget = budget
-        folder = folder or (SMOKE if budget == "smoke" else RESULTS)
-        stem = folder / f"{experiment.name}.{budget}"
-        self.data, self.figure, self.facts = (
-            stem.parent / f"{stem.name}{suffix}" for suffix in (".nc", ".png", ".json")
-        )
+        if budget == "smoke":
+            folder = folder or SMOKE
+        stem = f"{experiment.name}.{budget}"
+        self.path = (folder or RESULTS) / f"{stem}.json"
+        self.figure = (folder or FIGURES) / f"{stem}.png"
 
     def done(self, seed: int) -> bool:
         """Whether it is there, with that seed, budget and weights as they are now."""
-        if not all(f.exists() for f in (self.data, self.figure, self.facts)):
+        if not self.path.exists():
             return False
-        facts = self.read_facts()
-        means = _plain(self.experiment.budget(self.budget))
+        facts = self.facts()
+        means = plain(self.experiment.budget(self.budget))
         same = facts["seed"] == seed and facts["budget means"] == means
         return same and self.is_of_shipped_weights()
 
     def is_of_shipped_weights(self) -> bool:
         """Whether the weights that were used, if any, are those shipped now."""
-        return self.read_facts().get("weights", {}) == self.experiment.weights
+        return self.facts().get("weights", {}) == self.experiment.weights
 
-    def read_facts(self) -> dict[str, Any]:
-        """The JSON file."""
-        return json.loads(self.facts.read_text())
+    def facts(self) -> dict[str, Any]:
+        """The file's content."""
+        return json.loads(self.path.read_text())
 
     def read(self) -> xr.Dataset:
         """The dataset."""
-        return _read(self.data)
+        return decoded(self.facts()["dataset"])
 
     def measure(self, seed: int) -> None:
         """Run the experiment and keep what it found.
@@ -134,12 +150,11 @@ class Result:
         Args:
             seed: Seed of all that is random.
         """
-        self.facts.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         started = time.perf_counter()
         with forked_rng(generator_for(seed)):
             dataset = self.experiment.run(self.budget, seed)
         seconds = time.perf_counter() - started
-        _write(dataset, self.data)
         facts = {
             "experiment": self.experiment.name,
             "command": f"python -m benchmarks run {self.experiment.name} "
@@ -152,20 +167,25 @@ class Result:
             "machine": machine(),
             "versions": versions(),
         }
-        self._conclude(facts)
+        self._conclude(facts, encoded(dataset, rounded=True))
 
-    def redraw(self) -> None:
-        """Draw the figure and make the claims anew from the dataset that is kept."""
-        self._conclude(self.read_facts())
+    def conclude(self) -> None:
+        """Make the claims anew from the dataset that is kept."""
+        facts = self.facts()
+        self._conclude(facts, facts["dataset"])
 
-    def _conclude(self, facts: dict[str, Any]) -> None:
-        dataset = self.read()
-        with forked_rng(generator_for(facts["seed"])):
-            claims = [claim.to_json() for claim in self.experiment.claims(dataset)]
-            figure = self.experiment.plot(dataset)
+    def draw(self) -> None:
+        """Draw the figure from the dataset that is kept."""
+        with forked_rng(generator_for(self.facts()["seed"])):
+            figure = self.experiment.plot(self.read())
+        self.figure.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.figure, dpi="figure", metadata={"Software": None})
-        text = json.dumps(_plain({**facts, "claims": claims}), indent=2)
-        self.facts.write_text(text + "\n")
+
+    def _conclude(self, facts: dict[str, Any], dataset: dict[str, Any]) -> None:
+        with forked_rng(generator_for(facts["seed"])):
+            claims = [c.to_json() for c in self.experiment.claims(decoded(dataset))]
+        kept = {k: v for k, v in facts.items() if k != "dataset"}
+        write_json(plain({**kept, "claims": claims}) | {"dataset": dataset}, self.path)
 
 
 def machine() -> dict[str, Any]:
@@ -211,29 +231,76 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _read(path: Path) -> xr.Dataset:
-    with xr.open_dataset(path, engine="h5netcdf") as dataset:
-        return dataset.load()
+def encoded(dataset: xr.Dataset, *, rounded: bool = False) -> dict[str, Any]:
+    """A dataset as JSON values: dimensions, type, shape and flat values of each array.
 
+    Args:
+        dataset: The dataset.
+        rounded: Keep six digits of single and nine of double precision, not all.
+    """
 
-def _write(dataset: xr.Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packed = {
-        name: {"zlib": True, "complevel": 9}
-        for name, values in dataset.data_vars.items()
-        if values.dtype.kind in "fiub" and values.ndim
+    def value(number: Any, digits: int | None) -> Any:
+        if not isinstance(number, float):
+            return number
+        if not math.isfinite(number):
+            return None if math.isnan(number) else str(number)
+        return number if digits is None else float(f"{number:.{digits}g}")
+
+    def array(variable: xr.DataArray) -> dict[str, Any]:
+        kind = variable.dtype
+        digits = _DIGITS.get(kind.name) if rounded else None
+        return {
+            "dims": list(variable.dims),
+            "dtype": "str" if kind.kind == "U" else kind.name,
+            "shape": list(variable.shape),
+            "values": [value(n, digits) for n in variable.values.ravel().tolist()],
+        }
+
+    return {
+        "coords": {str(n): array(v) for n, v in dataset.coords.items()},
+        "data": {str(n): array(v) for n, v in dataset.data_vars.items()},
     }
+
+
+def decoded(kept: dict[str, Any]) -> xr.Dataset:
+    """The dataset of what :func:`encoded` gave."""
+
+    def array(part: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+        values = np.array(part["values"], dtype=part["dtype"])
+        return part["dims"], values.reshape(part["shape"])
+
+    data, coords = (
+        {name: array(part) for name, part in kept[kind].items()}
+        for kind in ("data", "coords")
+    )
+    return xr.Dataset(data, coords)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON, lists of numbers in one line; what was there stays until the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
-    dataset.to_netcdf(scratch, engine="h5netcdf", encoding=packed)
+    scratch.write_text(_text(value) + "\n")
     scratch.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def _text(value: Any, margin: str = "") -> str:
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(k)}: {_text(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        lines = [inner + _text(v, inner) for v in value]
+        return "[\n" + ",\n".join(lines) + f"\n{margin}]"
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def plain(value: Any) -> Any:
     """JSON without NaN, numpy scalars or needless digits."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):

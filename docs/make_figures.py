@@ -23,7 +23,6 @@ from sbi_slotflow import (
     slot_nn,
 )
 from sbi_slotflow.seeding import generator_for
-from sbi_slotflow.slot_analysis import match_slots, slot_stability
 
 UNITS = {"frequency": "Hz", "phase": "rad"}
 README = Path(__file__).parent / "figures"
@@ -71,24 +70,6 @@ def readme_figures() -> Iterator[tuple[str, Figure]]:
         ),
     )
     yield "reconstruction", plots.plot_reconstruction(problem, samples, x, theta)
-    theta = given_k(problem, 10).sample((300,), generator_for(10))
-    x = problem.simulator(theta, generator_for(11))
-    matches = match_slots(posterior, theta, x, generator_for(12))
-    yield "specialisation", plots.plot_slot_specialisation(matches, unit="Hz")
-
-
-def other_figures() -> Iterator[tuple[str, Figure]]:
-    """Figures of slots, of widths and of a training."""
-    problem = problems.sinusoids("paper")
-    posterior = load_pretrained("sinusoids-paper")
-    prior = given_k(problem, 10)
-    theta = prior.sample((300,), generator_for(10))
-    x = problem.simulator(theta, generator_for(11))
-    matches = match_slots(posterior, theta, x, generator_for(12))
-    shares = slot_stability(posterior, theta[0], x[0], generator=generator_for(13))
-    yield "stability", plots.plot_slot_stability(shares)
-    yield "tsne", plots.plot_slot_contexts(matches)
-    yield "isomap", plots.plot_slot_contexts(matches, "isomap", slot=1)
     ks = torch.tensor([1, 2, 4, 6, 8, 10]).repeat_interleave(15)
     theta = torch.cat(
         [given_k(problem, int(k)).sample((1,), generator_for(6, i))
@@ -102,6 +83,10 @@ def other_figures() -> Iterator[tuple[str, Figure]]:
     labels = {"amplitude": "amplitude (relative)", "phase": "phase (rad)"}
     labels["frequency"] = "frequency (mHz)"
     yield "scaling", plots.plot_width_scaling(ks, widths, labels)
+
+
+def other_figures() -> Iterator[tuple[str, Figure]]:
+    """The figure of a training."""
     small = problems.linear_gaussian()
     trainer = SlotNPE(small.prior, slot_nn(small), show_progress_bars=False)
     trainer.train_online(

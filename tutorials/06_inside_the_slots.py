@@ -24,9 +24,9 @@
 # %%
 import os
 
-from sbi_slotflow import SlotNPE, load_pretrained, plots, problems, slot_nn
+from benchmarks import slots  # in the repository: run from its root
+from sbi_slotflow import SlotNPE, load_pretrained, problems, slot_nn
 from sbi_slotflow.seeding import generator_for
-from sbi_slotflow.slot_analysis import match_slots, slot_stability
 
 FAST = "SLOTFLOW_TUTORIALS_FAST" in os.environ  # set by our tests, never by you
 NUM_SIGNALS, NUM_SIMULATIONS = (20, 128) if FAST else (150, 3_840)
@@ -43,8 +43,8 @@ posterior = load_pretrained("sinusoids-paper")
 five = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
 theta = problem.prior.with_cardinality(five).sample((NUM_SIGNALS,), generator_for(0))
 x = problem.simulator(theta, generator_for(1))
-matches = match_slots(posterior, theta, x, generator_for(2))
-plots.plot_slot_specialisation(matches, unit="Hz")
+matches = slots.match_slots(posterior, theta, x, generator_for(2))
+slots.plot_slot_specialisation(matches, unit="Hz")
 
 # %% [markdown]
 # The slots stand in ascending order of frequency, and their ranges overlap, as the
@@ -53,8 +53,8 @@ plots.plot_slot_specialisation(matches, unit="Hz")
 # upwards. The slots of the paper had to find such a division of labour themselves.
 
 # %%
-shares = slot_stability(posterior, theta[0], x[0], generator=generator_for(3))
-plots.plot_slot_stability(shares)
+shares = slots.slot_stability(posterior, theta[0], x[0], generator=generator_for(3))
+slots.plot_slot_stability(shares)
 
 # %% [markdown]
 # One hundred draws for the first of these signals. Slot k always draws the k-th
@@ -69,7 +69,7 @@ plots.plot_slot_stability(shares)
 # parameters:
 
 # %%
-plots.plot_slot_contexts(matches)
+slots.plot_slot_contexts(matches)
 
 # %% [markdown]
 # Faint components gather in one half and strong ones along the edge. Of phase and

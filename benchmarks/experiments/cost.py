@@ -17,14 +17,9 @@ Losses: The encoder and p(K | x) cost the same at every K; milliseconds differ b
 else the machine does. Samplers hold one point at a time, and need less memory.
 """
 
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +30,9 @@ from tqdm.auto import tqdm
 
 from sbi_slotflow.plots.style import CYCLE, FONT, dress
 
+from ..common import TEST, given_k, ready, simulate
 from ..experiment import Budget, Claim
+from ..isolated import isolated, peak_memory
 from ..store import Cache
 
 NUM_DRAWS = 10_000
@@ -77,7 +74,12 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("cost", budget, seed)
     cells = [(name, k) for name in LABELS for k in getattr(size, name)]
     parts = [
-        cache.get(f"{name}-{k}", lambda n=name, k=k: _apart(n, size.preset, k, seed))
+        cache.get(
+            f"{name}-{k}",
+            lambda n=name, k=k: xr.Dataset(
+                isolated(_timed, n, size.preset, k, seed)[0]
+            ),
+        )
         for name, k in tqdm(cells, desc="methods", leave=False)
     ]
     dataset = xr.concat(parts, "cell")
@@ -86,45 +88,14 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     )
 
 
-def _apart(name: str, preset: str, k: int, seed: int) -> xr.Dataset:
-    """Run one method in a process of its own."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            __name__,
-            name,
-            preset,
-            str(k),
-            str(seed),
-        ],
-        cwd=Path(__file__).parents[2],
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE,
-    )
-    return xr.Dataset(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _peak() -> float:
-    """Peak resident memory of this process, MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def main(name: str, preset: str, k: int, seed: int) -> dict[str, float]:
-    """Time one method; what is printed is read by the parent."""
-    from ..common import TEST, given_k, ready, simulate
-
-    torch.set_num_threads(1)
+def _timed(name: str, preset: str, k: int, seed: int) -> dict[str, float]:
+    """Time one method, in a process of its own."""
     problem, posterior = ready(preset)
     theta, x = simulate(given_k(problem, k), 2, TEST + 10 * seed + k)
     if name == "ours":
@@ -144,7 +115,7 @@ def main(name: str, preset: str, k: int, seed: int) -> dict[str, float]:
 
 
 def _amortized(posterior, draw, x, k, num) -> dict[str, float]:
-    before = _peak()
+    before = peak_memory()
     posterior.cardinality(x[0])
     first = [_seconds(lambda: posterior.cardinality(x[0])) for _ in range(11)]
     draw((min(num, 1_000),), x[0], k=k)
@@ -152,7 +123,7 @@ def _amortized(posterior, draw, x, k, num) -> dict[str, float]:
     return {
         "cardinality_seconds": float(np.median(first)),
         "seconds": float(np.median(first)) + seconds * NUM_DRAWS / num,
-        "megabytes": _peak() - before,
+        "megabytes": peak_memory() - before,
         "scaled": NUM_DRAWS / num,
     }
 
@@ -161,7 +132,7 @@ def _collapsed(problem, theta, x, k, seed) -> dict[str, float]:
     from sbi_slotflow import rjmcmc
 
     rjmcmc.collapsed(problem, x, num_chains=1, num_draws=1, burn_in=1)  # compiles
-    before = _peak()
+    before = peak_memory()
     seconds = _seconds(
         lambda: rjmcmc.collapsed(problem, x, seed=seed, num_draws=NUM_DRAWS // 4)
     )
@@ -171,7 +142,7 @@ def _collapsed(problem, theta, x, k, seed) -> dict[str, float]:
 def _eryn(problem, theta, x, k, seed) -> dict[str, float]:
     from sbi_slotflow import rjmcmc
 
-    before, steps = _peak(), 100
+    before, steps = peak_memory(), 100
     sampler = rjmcmc.eryn_sampler(problem, x, start="prior", seed=seed)
     seconds = _seconds(lambda: sampler.run(steps))
     # The paper's protocol: 10,000 steps after 10,000 of burn-in.
@@ -181,7 +152,7 @@ def _eryn(problem, theta, x, k, seed) -> dict[str, float]:
 def _smc(problem, theta, x, k, seed) -> dict[str, float]:
     from ..samplers_by_k import tempered
 
-    before = _peak()
+    before = peak_memory()
     seconds = _seconds(lambda: tempered(problem, x, k, 1_000, seed))
     return _sampler(seconds, before)
 
@@ -189,7 +160,7 @@ def _smc(problem, theta, x, k, seed) -> dict[str, float]:
 def _nested(problem, theta, x, k, seed) -> dict[str, float]:
     from ..samplers_by_k import nested
 
-    before = _peak()
+    before = peak_memory()
     seconds = _seconds(lambda: nested(problem, x, k, 250, seed, maxcall=150_000))
     return _sampler(seconds, before)
 
@@ -198,7 +169,7 @@ def _sampler(seconds: float, before: float, scaled: float = 1.0) -> dict[str, fl
     return {
         "cardinality_seconds": np.nan,
         "seconds": seconds,
-        "megabytes": _peak() - before,
+        "megabytes": peak_memory() - before,
         "scaled": scaled,
     }
 
@@ -298,8 +269,3 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
 def _nearest(mine: dict[int, xr.Dataset], k: int) -> float:
     """Our seconds at the nearest K that was timed."""
     return float(mine[min(mine, key=lambda other: abs(other - k))].seconds)
-
-
-if __name__ == "__main__":
-    name, preset, k, seed = sys.argv[1:]
-    print(json.dumps(main(name, preset, int(k), int(seed))))

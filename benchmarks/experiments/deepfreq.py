@@ -8,8 +8,8 @@ lines better known than by the classical methods?
 
 Protocol: `problems.line_spectrum`: 50 complex samples, 1 to 10 lines, 1/50 apart around
 the circle, amplitudes 0.1 + |N(0, 1)|, trained at 0 to 50 dB and tested at fixed ones.
-The network is anchored, with matching pursuit before its encoder, and is trained by the
-run itself: first what finds the lines, then the densities about them.
+The network has slots in cells and matching pursuit before its encoder. The run trains
+it: first what finds the lines, then the densities about them.
 Lines are uniform given their separation (as trained), or neighbours of one another (as
 in the published test, and not as trained). Errors of the count; false negatives with
 the count given, as published; Chamfer distance with the count estimated. Ours: the most
@@ -66,7 +66,7 @@ class Size:
     """Signals at each signal-to-noise ratio, and for each stage of the training."""
 
     num_signals: int
-    num_anchors: int
+    num_cells: int
     num_local: int
     snrs: tuple[int, ...] = SNRS
 
@@ -118,7 +118,7 @@ def _train(size: Size, cache: Cache, seed: int) -> SlotPosterior:
     problem = problems.line_spectrum()
     weights: dict[str, Tensor] | None = None
     stages: tuple[tuple[Part, int], ...] = (
-        ("anchors", size.num_anchors),
+        ("anchors", size.num_cells),
         ("local", size.num_local),
     )
     inference = None

@@ -19,7 +19,7 @@ parameters. Methods that need no training, and the shipped weights, also meet si
 Losses: Where there is a likelihood and the components are far apart, classical answers
 are right, and samplers exact: what a network adds is speed over many observations, and
 doubt where there should be some. Training costs more than of others with as many
-passes, as anchored slots fit every peak. A few draws in a wrong cell decide the sliced
+passes, as slots in cells fit every mode. A few draws in a wrong cell decide the sliced
 W2 of a network with this little training; the shipped weights do not have them.
 """
 

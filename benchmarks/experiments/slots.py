@@ -5,10 +5,10 @@ Paper: fig. 4, fig. 15, fig. 16, fig. 17, app. B.1, app. B.2.
 Question: Do slots specialise, does a slot keep its component, and which parameter
 organises the space of their contexts?
 
-Protocol: (1) The shipped `paper` weights, anchored slots, K = 10: there slot k is the
+Protocol: (1) The shipped `paper` weights, slots in cells, K = 10: there slot k is the
 k-th component by construction, so this shows what that means, not what was learnt.
 (2) The paper's kind, global slots under Hungarian matching, trained here on `tiny` at
-K = 3. One draw of each signal is matched with the truth (`slot_analysis.match_slots`).
+K = 3. One draw of each signal is matched with the truth (`slots.match_slots`).
 Stability: the share of draws of one signal in which a slot draws the same component.
 Contexts: t-SNE (a picture), and the cross-validated R^2 of nearest neighbours that
 predict each parameter from the context (a number), phases by their cosine and sine.
@@ -21,24 +21,28 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
-from sbi_slotflow.plots.style import POSTERIOR, SHADES, SMALL, dress
+from sbi_slotflow.plots.style import SMALL, dress
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
-from sbi_slotflow.slot_analysis import match_slots, slot_stability
 
 from ..common import TEST, given_k, ready, simulate
 from ..experiment import Budget, Claim
+from ..slots.figures import (
+    draw_contexts,
+    draw_specialisation,
+    draw_stability,
+    embedded,
+)
+from ..slots.matches import match_slots, slot_stability
 from ..store import Cache
 from ..training import PARAMETERS, train
 
-KINDS = ("anchored, paper", "global, tiny")
+KINDS = ("cells, paper", "global, tiny")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("slots", budget, seed)
     shipped, small = KINDS
     parts = {
-        shipped: cache.get("anchored", lambda: _shipped(size, seed)),
+        shipped: cache.get("cells", lambda: _shipped(size, seed)),
         small: cache.get("global", lambda: _small(size, seed, cache)),
     }
     return xr.merge(
@@ -115,7 +119,7 @@ def _look(
     components = found.components.flatten(0, 1).double().numpy()
     contexts = found.contexts.flatten(0, 1).double().numpy()
     step = max(1, len(contexts) // 900)
-    points = _embedded(contexts[::step], seed)
+    points = embedded(contexts[::step], "tsne", seed)
     return xr.Dataset(
         {
             "frequency": (
@@ -132,16 +136,6 @@ def _look(
             "slot_of_point": ("point", slots.ravel()[::step].astype("u1")),
         },
         {"parameter": list(PARAMETERS)},
-    )
-
-
-def _embedded(contexts: np.ndarray, seed: int) -> np.ndarray:
-    vectors = StandardScaler().fit_transform(contexts)
-    num = min(20, *vectors.shape)
-    vectors = PCA(num, random_state=seed).fit_transform(vectors)
-    perplexity = min(30.0, (len(vectors) - 1) / 4)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
-        vectors
     )
 
 
@@ -167,31 +161,18 @@ def plot(dataset: xr.Dataset) -> Figure:
     figure = Figure(figsize=(11.0, 6.6), layout="constrained")
     for row, kind in zip(figure.subplots(2, 4), KINDS, strict=True):
         values = dataset[f"{kind}: frequency"].values
-        row[0].boxplot(
-            list(values.T), whis=(5, 95), widths=0.6, patch_artist=True, sym="",
-            boxprops={"facecolor": SHADES[0.9], "edgecolor": POSTERIOR},
-            medianprops={"color": POSTERIOR},
-        )  # fmt: skip
+        draw_specialisation(row[0], values)
         row[0].tick_params(labelsize=SMALL)
         dress(row[0], "slot, by mean frequency", "matched frequency (Hz)", kind)
         shares = dataset[f"{kind}: stability"].values[0]
-        row[1].imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        ticks = np.arange(len(shares))
-        row[1].set_xticks(ticks, [str(t + 1) for t in ticks])
-        row[1].set_yticks(ticks, [str(t + 1) for t in ticks])
+        draw_stability(row[1], shares)
         score = consistency(dataset, kind)
         title = f"one signal; consistency {np.mean(score):.2f}"
         dress(row[1], "component", "slot", title)
         points = dataset[f"{kind}: embedding"].values
         truth = dataset[f"{kind}: truth"].values
-        for axes, index, name, colours in (
-            (row[2], 2, "frequency", "viridis"),
-            (row[3], 0, "amplitude", "viridis"),
-        ):
-            shown = axes.scatter(*points.T, c=truth[:, index], s=5, cmap=colours)
-            figure.colorbar(shown, ax=axes, shrink=0.7)
-            axes.set_xticks([])
-            axes.set_yticks([])
+        for axes, index, name in ((row[2], 2, "frequency"), (row[3], 0, "amplitude")):
+            draw_contexts(axes, points, truth[:, index])
             dress(axes, "", "", f"t-SNE of contexts: {name}")
     return figure
 
@@ -206,15 +187,15 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
     found = []
     for kind in KINDS:
         score = consistency(dataset, kind)
-        anchored = kind.startswith("anchored")
-        note = "By construction: anchored slots stand in order." if anchored else ""
+        cells = kind.startswith("cells")
+        note = "By construction: slots in cells stand in order." if cells else ""
         found.append(
             Claim(
                 f"{kind}: consistency of slots over draws, mean over signals",
                 float(score.mean()),
                 paper=1.0,
                 source="fig. 15",
-                target=">= 0.99" if anchored else None,
+                target=">= 0.99" if cells else None,
                 note=note,
             )
         )

@@ -47,7 +47,7 @@ class _Slots(Rival):
 
 
 class Default(_Slots):
-    """Anchored slots with three Gauss-Newton steps, on the rivals' budget."""
+    """Slots in cells with three Gauss-Newton steps, on the rivals' budget."""
 
     trains: ClassVar[bool] = True
 

@@ -50,8 +50,7 @@ class Chart(ABC):
     reference_time: float = 0.0
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        known = isinstance(marginals, Marginals)
-        self.marginals = marginals if known else Marginals(marginals)
+        self.marginals = Marginals(marginals)
 
     @property
     def num_features(self) -> int:
@@ -130,9 +129,7 @@ class WhiteningChart(StepChart):
     kind = "whitening"
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        known = isinstance(marginals, Marginals)
-        steps = marginals if known else Marginals(marginals)
-        super().__init__(steps, steps)
+        super().__init__(marginals, Marginals(marginals))
 
 
 def chart_from_spec(spec: Mapping[str, Any]) -> Chart:

@@ -8,7 +8,6 @@ from .cardinality import plot_cardinality
 from .corner import plot_corner
 from .scaling import plot_width_scaling, posterior_widths
 from .signals import plot_reconstruction, plot_spectrum
-from .slots import plot_slot_contexts, plot_slot_specialisation, plot_slot_stability
 from .sources import plot_source_corners
 from .training import plot_training
 
@@ -16,9 +15,6 @@ __all__ = [
     "plot_cardinality",
     "plot_corner",
     "plot_reconstruction",
-    "plot_slot_contexts",
-    "plot_slot_specialisation",
-    "plot_slot_stability",
     "plot_source_corners",
     "plot_spectrum",
     "plot_training",

@@ -1,7 +1,7 @@
 """Cards of the weights that come with the package.
 
 A card says how a set of weights was trained and what was measured of it. It is written
-by ``python -m benchmarks.anchored_slots``.
+by ``python -m benchmarks.model_cards cards``.
 """
 
 import json

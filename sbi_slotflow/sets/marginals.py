@@ -9,7 +9,7 @@ with F the distribution function of the parameter. Whatever u is, theta lies ins
 prior's support. A prior gives each of its parameters a :class:`Marginal`:
 
 - uniform, log-uniform, normal and half-normal ones in closed form;
-- :class:`ScoredMarginal` where torch has ``cdf`` and ``icdf``;
+- :class:`ScoredMarginal` of those of torch that have ``cdf`` and ``icdf``;
 - :class:`FittedMarginal` elsewhere: a logarithm or a logit takes the support to the
   real line, and a shift and a scale, from 10,000 draws of a fixed seed, make it about
   standard. Its F is the law of which that makes a normal variable.
@@ -404,11 +404,7 @@ class ScoredMarginal(Marginal):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Description from which :func:`marginal_from_spec` rebuilds the marginal.
-
-        Raises:
-            ValueError: If the distribution is of a user's own class.
-        """
+        """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
         described = describe_distribution(self.distribution)
         spec = {"index": self.index, "ends": list(self.ends)}
         return {"family": "scored", "distribution": described, **spec}
@@ -535,6 +531,8 @@ class Marginals(Sequence[Marginal], Transform):
         whitening: LowerTriangular | None = None,
     ) -> None:
         self._marginals = tuple(marginals)
+        if isinstance(marginals, Marginals):
+            periods, whitening = marginals.periods, marginals.whitening
         whole = periods or len(self._marginals) * [math.inf]
         pairs = zip(self._marginals, whole, strict=True)
         self.periods = tuple(p if _covers(m, p) else math.inf for m, p in pairs)
@@ -638,8 +636,8 @@ def marginals_of(
     """Build the map of a distribution's parameters.
 
     Args:
-        distribution: Distribution over D parameters, of torch or sbi or with their
-            interface: a ``support`` and, for an exact map, ``cdf`` and ``icdf``.
+        distribution: Distribution over D parameters: of torch, of sbi, or a class of
+            the user's own with a ``support``.
         periods: D periods, infinite where a parameter is not circular.
 
     Returns:
@@ -706,7 +704,8 @@ def _part(
         if closed is not None:
             return closed, None
         double = in_double(batch)
-        if _has_scores(double, len(low)):
+        # A file must be able to describe the map, which a user's own class it cannot.
+        if double is not batch and _has_scores(double, len(low)):
             columns = zip(
                 low.tolist(), high.tolist(), _ends_of(batch, low, high), strict=True
             )

@@ -71,7 +71,9 @@ NUMBERS: dict[str, tuple[Transform, Tensor]] = {
 VECTORS: dict[str, Transform] = {
     "columns": Columns([Affine(0.0, 2.0), Bend(1.0), Identity()]),
     "lower triangular": LowerTriangular(LOCATION, FACTOR),
-    "a factor each": LowerTriangular(LOCATION.expand(200, -1), FACTOR.repeat(200, 1, 1)),
+    "a factor each": LowerTriangular(
+        LOCATION.expand(200, -1), FACTOR.repeat(200, 1, 1)
+    ),
     "permutation": Permutation([2, 0, 1]),
     "shear": Shear(0, 2, 1.7),
     "turning shear": Shear(1, 2, 17.0, 2 * math.pi),
