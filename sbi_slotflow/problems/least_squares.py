@@ -8,7 +8,7 @@ r"""Least squares of any differentiable signal that is a sum of components.
 
 J is built explicitly, one forward-mode derivative for each of the D parameters, at a
 cost of T K D numbers a set. A signal whose inner products have closed forms can do with
-less (:mod:`.fit`). The equations are in float64.
+less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
 from collections.abc import Callable

@@ -298,7 +298,8 @@ def test_a_network_of_spikes_learns_draws_and_is_saved(
 ) -> None:
     theta = problem.prior.sample((64,))
     x = problem.simulator(theta)
-    build = slot_nn(problem, refine_slots=refine_slots, weighed_sets=4, **SMALL)
+    sets = {"weighed_sets": 4} if refine_slots else {}
+    build = slot_nn(problem, refine_slots=refine_slots, **sets, **SMALL)
     estimator = build(theta, x)
     assert estimator.spec.slots["kind"] == "anchored"
     loss = estimator.loss(theta, x)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...posterior.chains import CollapsedDraws
+from ...sets.checks import as_floats
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
 from .. import Sinusoids
@@ -79,6 +80,7 @@ def collapsed(
     ):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}.")
+    x = as_floats(x, "x")
     sampler = CollapsedSampler(problem, x)
     skipped = math.ceil(burn_in / thin)
     chains, counts = [], []

@@ -233,7 +233,8 @@ def test_a_network_of_lines_learns_draws_and_is_saved(
 ) -> None:
     theta = problem.prior.sample((32,), generator_for(10))
     x = problem.simulator(theta, generator_for(11))
-    build = slot_nn(problem, refine_slots=refine_slots, weighed_sets=4, **SMALL)
+    sets = {"weighed_sets": 4} if refine_slots else {}
+    build = slot_nn(problem, refine_slots=refine_slots, **sets, **SMALL)
     estimator = build(theta, x)
     assert estimator.spec.slots["kind"] == "anchored"
     loss = estimator.loss(theta, x)
