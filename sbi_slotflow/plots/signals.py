@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..problems import Problem
 from .checks import checked_data, checked_row, checked_samples, thinned
-from .figure import Figure
-from .style import DATA, POSTERIOR, SHADES, TRUTH, dress, legend_above, padded
+from .style import DATA, POSTERIOR, SHADES, TRUTH, Figure, dress, legend_above, padded
 
 _MOST_DRAWS = 1_000
 
