@@ -37,6 +37,21 @@ DEBTS = {
     ("posterior.network", "posterior"),
 }
 
+# Tests that are of no one module: of the repository, of sbi's tools, of the frozen
+# quantities, of several modules together. The benchmarks have a folder of tests too.
+TESTS_OF_NO_MODULE = {
+    "calibration.checks",
+    "contract.contract",
+    "docs",
+    "import",
+    "posterior.closed_form",
+    "readme",
+    "rjmcmc.eryn",
+    "sbi_conformity",
+    "structure",
+    "tutorials",
+}
+
 # The most that the package may have, measured when the folders were made, rounded up.
 # Aim: 19,000 lines, 110 modules, 10 floors.
 MOST_LINES = 26_000
@@ -207,6 +222,18 @@ def test_a_wing_is_entered_by_its_doors_only(graph: Arrows, wing: str) -> None:
 def test_few_modules_stand_outside_the_folders() -> None:
     found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert found <= LOOSE
+
+
+def test_the_test_tree_mirrors_the_package() -> None:
+    tests = Path(__file__).parent
+    found = {
+        ".".join(path.relative_to(tests).with_suffix("").parts).removesuffix("_test")
+        for path in tests.rglob("*_test.py")
+        if "benchmarks" not in path.relative_to(tests).parts
+    }
+    known = set(modules(PACKAGE))
+    packages = {f"{folder}.{folder.split('.')[-1]}" for folder in known}
+    assert found - known - packages <= TESTS_OF_NO_MODULE
 
 
 def test_the_package_does_not_grow_beyond_its_limits(graph: Arrows) -> None:
