@@ -76,6 +76,8 @@ package: dev ## Build wheel and source distribution into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-clean: ## Remove caches, builds and the demo's output; .venv stays
-	rm -rf build dist demo docs/_build docs/report docs/tutorials .benchmarks benchmarks/figures benchmarks/smoke .pytest_cache .ruff_cache
+clean: ## Remove caches, builds and what the demo wrote; .venv and files of yours stay
+	rm -rf build dist docs/_build docs/report docs/tutorials .benchmarks benchmarks/figures benchmarks/smoke .pytest_cache .ruff_cache
+	rm -f demo/training.safetensors $(foreach f,posterior.nc corner.png reconstruction.png spectrum.png,demo/$(f) demo/paper/$(f))
+	-rmdir demo/paper demo 2>/dev/null
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -71,12 +71,12 @@ def _reference(package: Path, target: Path) -> None:
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         module = [part for part in parts if part != "__init__"]
-        if not module or path.stem == "__main__" or not _docstring(path):
+        if not module or module[-1] == "__main__" or not _docstring(path):
             continue
         page = module[0] if len(parts) > 1 else "loose modules"
         name = ".".join(module)
         # What a folder exports is described where it is defined.
-        options = "   :no-members:\n" if path.stem == "__init__" else ""
+        options = "   :no-members:\n" if path.name == "__init__.py" else ""
         pages.setdefault(page, [f"# {page}\n"]).append(
             f"## {name}\n\n```{{eval-rst}}\n"
             f".. automodule:: {package.name}.{name}\n{options}```\n"

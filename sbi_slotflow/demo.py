@@ -205,7 +205,7 @@ def analyse(
 ) -> None:
     """Print what the posterior says of the signal and write draws and figures."""
     x, seed = observation.x, SEEDS[problem.name]
-    probs = posterior.cardinality(x).probs
+    probs = posterior.cardinality(x[0]).probs
     k = int(probs.argmax())
     draws = posterior.sample((NUM_DRAWS,), x, generator=generator_for(seed, _DRAWS))
     given_k = posterior.sample(

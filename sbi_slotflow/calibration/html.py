@@ -49,6 +49,7 @@ def page(report: "Report") -> str:
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="generator" content="sbi_slotflow.CalibrationReport">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>Calibration of {escape(settings['posterior'])}</title>"
         f"<style>{_STYLE}</style></head><body>"

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .tarp import tarp
 
 __all__ = ["Report", "report"]
 
+_FORMAT = "sbi_slotflow.CalibrationReport"  # the mark of a report's files
 _NUM_GUIDES = 64
 _FEWEST_NULL = 99
 _NUM_REFERENCE = 2_000
@@ -77,14 +79,15 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write verdicts and numbers to a file, the same for the same seed."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=True) + "\n"
-        write_atomically(path, text.encode())
+        content = {"format": _FORMAT, **self.to_dict()}
+        text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+        write_atomically(path, text.encode(), _FORMAT, _is_report)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with all figures."""
         from .html import page
 
-        write_atomically(path, page(self).encode())
+        write_atomically(path, page(self).encode(), _FORMAT, _is_report)
 
     def __str__(self) -> str:
         lines = [f"{name}: {check.verdict}" for name, check in self.checks.items()]
@@ -224,6 +227,10 @@ def _jobs(
             _misspecification, reference, problem, draws, x
         )
     return jobs, skipped
+
+
+def _is_report(path: Path) -> bool:
+    return path.is_file() and _FORMAT.encode() in path.open("rb").read(1_000)
 
 
 def _run(job: Job, rate: float) -> Check:

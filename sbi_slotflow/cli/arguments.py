@@ -19,8 +19,8 @@ SIGNALS is one array of floating-point numbers. An array (T,) is one signal, and
 result is an ArviZ tree: draws, predictive draws, p(K | x) and a catalogue of sources.
 An array (N, T) is N signals, read a few at a time; the result has the same groups with
 a leading dimension `observation`. Until it is whole, its parts lie in OUT.parts: the
-same command takes an interrupted run up again. OUT itself appears in one piece, and
-replaces a file of that name.
+same command takes an interrupted run up again. OUT itself appears in one piece. It
+replaces an earlier result of this program, and nothing else.
 """
 
 _INFER_EXAMPLES = """\

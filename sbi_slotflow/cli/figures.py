@@ -9,9 +9,16 @@ from torch import Tensor
 from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
 from .answers import Answers
 from .models import Model
-from .results_file import aside
+from .results_file import write_figure
 
-__all__ = ["write_figures"]
+__all__ = ["figure_paths", "write_figures"]
+
+_NAMES = ("cardinality", "reconstruction", "spectrum", "corner")
+
+
+def figure_paths(out: Path) -> dict[str, Path]:
+    """Where the figures of a result lie, by name."""
+    return {name: out.with_suffix(f".{name}.png") for name in _NAMES}
 
 
 def write_figures(model: Model, x: Tensor, answers: Answers, out: Path) -> list[Path]:
@@ -38,8 +45,7 @@ def write_figures(model: Model, x: Tensor, answers: Answers, out: Path) -> list[
         figures["corner"] = plot_corner(rows, layout, k, units=units)
     paths = []
     for name, figure in figures.items():
-        path = out.with_suffix(f".{name}.png")
-        with aside(path) as new:
-            figure.savefig(new, dpi=150)
+        path = figure_paths(out)[name]
+        write_figure(figure, path)
         paths.append(path)
     return paths

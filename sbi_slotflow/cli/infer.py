@@ -11,11 +11,12 @@ import torch
 from ..sets.layout import ThetaLayout
 from .answers import Settings, answer, check_refinable
 from .errors import InputError
+from .figures import figure_paths, write_figures
 from .models import Model, load_model
 from .report import print_cardinality
-from .results_file import aside, check_out, write_tree
-from .signal_files import SignalFile, SignalFileError, open_signals
-from .stream import infer_many, read_checked
+from .results_file import MARK, aside, check_apart, check_out, write_tree
+from .signal_files import SignalFile, SignalFileError, open_signals, split_name
+from .stream import infer_many, parts_folder, read_checked
 from .trees import signal_tree
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def infer(args: argparse.Namespace) -> None:
     Raises:
         InputError: If the usage or the input is at fault.
     """
-    check_out(args.out, "--out")
-    if args.catalogue is not None:
-        check_out(args.catalogue, "--catalogue", (".csv",))
+    _check_outputs(args)
     signals = _open(args.signals, args.row)
     many = len(signals.shape) == 2 and args.row is None
     if many and args.plot:
@@ -53,7 +52,7 @@ def infer(args: argparse.Namespace) -> None:
         )
     if args.refine:
         check_refinable(model)
-    attrs = {"model": model.name, "model_sha256": model.sha256}
+    attrs: dict[str, Any] = {**MARK, "model": model.name, "model_sha256": model.sha256}
     if args.row is not None:
         attrs["row"] = args.row
         row = signals.read(args.row, args.row + 1)[0]
@@ -66,6 +65,21 @@ def infer(args: argparse.Namespace) -> None:
     else:
         attrs |= {"seed": str(args.seed), "refined": int(args.refine)}
         _one(model, signals, settings, attrs, args)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError if anything would be overwritten that is not ours."""
+    figures = list(figure_paths(args.out).values()) if args.plot else []
+    tables = [] if args.catalogue is None else [args.catalogue]
+    inputs = [args.model, (args.problem or "").rpartition(":")[0]]
+    read = [split_name(args.signals)[0], *(Path(name) for name in inputs if name)]
+    read = [path for path in read if path.exists()]
+    check_apart([args.out, parts_folder(args.out), *tables, *figures], read)
+    check_out(args.out, "--out")
+    for path in tables:
+        check_out(path, "--catalogue", (".csv",))
+    for path in figures:
+        check_out(path, "--plot", (".png",))
 
 
 def _open(path: str, row: int | None) -> SignalFile:
@@ -113,8 +127,6 @@ def _one(
     tree = signal_tree(model, x, answers, settings, attrs)
     written = []
     if args.plot:
-        from .figures import write_figures
-
         written += write_figures(model, x, answers, args.out)
     if args.catalogue is not None:
         with aside(args.catalogue) as new:

@@ -24,6 +24,7 @@ from ..nn.matching import NonFiniteDensityError
 from ..seeding import forked_rng, generator_for
 from .checkpoint import (
     TrainingState,
+    check_state_replaceable,
     load_state,
     optimizer_tensors,
     restore_optimizer,
@@ -111,6 +112,7 @@ class OnlineTraining:
 
     Raises:
         ValueError: If the checkpoint is corrupt or was written with other settings.
+        FileExistsError: If it is not to be read, and the file is no checkpoint.
     """
 
     def __init__(
@@ -150,6 +152,8 @@ class OnlineTraining:
             )
         if resume and self._checkpoint is not None and self._checkpoint.exists():
             self._restore(load_state(self._checkpoint))
+        elif self._checkpoint is not None:
+            check_state_replaceable(self._checkpoint)
         self.resumed_from = self._step
 
     @property

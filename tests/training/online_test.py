@@ -445,12 +445,21 @@ def test_a_foreign_checkpoint_is_refused(short_run: Path, tmp_path: Path) -> Non
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="was not written by sbi_slotflow"):
         training(path, num_simulations=2 * 16)
+    path.unlink()
     run(training(num_simulations=2 * 16)).save(path)
     with pytest.raises(ValueError, match=r"holds .*SlotDensityEstimator, expected"):
         training(path, num_simulations=2 * 16)
     torch.save({}, path)
     with pytest.raises(ValueError, match="is corrupt or no safetensors file"):
         training(path, num_simulations=2 * 16)
+
+
+def test_a_file_that_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt exists and is no"):
+        training(path, resume=False, num_simulations=2 * 16)
+    assert path.read_text() == "mine"
 
 
 def test_a_checkpoint_is_one_file(short_run: Path) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy.signal import zoom_fft
 
 from .grid import Grid
+from .sums import dirichlet, moments
 
 __all__ = ["Floats", "SineStatistics"]
 
@@ -117,7 +118,7 @@ class SineStatistics:
     @property
     def offsets(self) -> Floats:
         """Middle of each record less the reference time."""
-        return 0.5 * (self.lengths - 1) * self.intervals - self.reference_time
+        return np.array([grid.middle for grid in self.grids]) - self.reference_time
 
     def projections(self, frequency: Floats) -> Floats:
         """Inner products of the data with the cosine and the sine.
@@ -241,25 +242,18 @@ class SineStatistics:
 
     def _sum(self, frequency: Floats) -> Complexes:
         """The sums s(f)."""
-        total = np.zeros(np.shape(frequency), dtype=np.complex128)
-        records = zip(self.lengths, self.intervals, self.offsets, strict=True)
-        for length, interval, offset in records:
-            kernel = _kernel(frequency, length, interval)
-            total += kernel * np.exp(2j * math.pi * frequency * offset)
-        return total
+        found = moments(self.grids, self.reference_time, _tensor(frequency), 1)
+        return found[0].numpy()
 
 
 def _kernel(frequency: Floats, length: int, interval: float) -> Floats:
     """The sum s(f) of one record about its own middle, which is real."""
-    below = _sin(math.pi * interval * frequency)
-    level = np.abs(below) < 1e-13
-    kernel = _sin(math.pi * interval * length * frequency)
-    return np.where(level, length, kernel / np.where(level, 1.0, below))
+    return dirichlet(_tensor(math.pi * interval * frequency), length).numpy()
 
 
-def _sin(angle: Floats) -> Floats:
-    # torch's is several times faster than NumPy's
-    return torch.from_numpy(np.asarray(angle)).sin().numpy()
+def _tensor(values: Floats) -> torch.Tensor:
+    # torch's sines are several times faster than NumPy's
+    return torch.from_numpy(np.asarray(values))
 
 
 class _Table(NamedTuple):
@@ -275,8 +269,8 @@ def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
     step = grid.rate / (grid.num_samples * _OVERSAMPLING)
     first = max(0, math.floor(band[0] / step) - 1)
     last = math.ceil(band[1] / step) + 1
-    middle = 0.5 * (grid.num_samples - 1) / grid.rate
-    times = np.arange(grid.num_samples) / grid.rate - middle
+    middle = grid.middle
+    times = grid.times.numpy() - middle
     bins = np.arange(first, last + 1)
     turn = np.exp(2j * math.pi * bins * step * middle)
 

@@ -22,6 +22,8 @@ _POINTS, _FARTHEST = 10, 4
 
 
 _FOUND_CHANNELS = 5
+# Stands for no residual at all; x is standardised.
+_SILENCE = 1e-12
 
 
 @register("front end")
@@ -178,6 +180,7 @@ class BandTokens(nn.Module):
             spectrum = torch.fft.rfft(record * taper)
         power = torch.view_as_real(spectrum).flatten(-2).square()
         power = power @ self.get_buffer(f"outside_{i}")
+        # Less than a 10,000th of the data's scale, to which x is standardised, is none.
         return 0.5 * (power + 1e-8).log()
 
     def _in_units_of_noise(
@@ -193,7 +196,7 @@ class BandTokens(nn.Module):
         """Channels of what the pursuit found and left, and levels ``(B, P + 3)``."""
         assert self.pursue is not None
         pursued = self.pursue(x)
-        sigma = pursued.residual.square().mean(-1).sqrt().clamp(min=1e-12)
+        sigma = pursued.residual.square().mean(-1).sqrt().clamp(min=_SILENCE)
         left = self._in_units_of_noise(self._read(pursued.residual)[0], sigma)
         position = (pursued.frequency - self._low) / self._width
         cell = torch.searchsorted(edges, position.contiguous(), right=True) - 1
