@@ -1,13 +1,15 @@
-"""Files of tensors with a JSON description, written atomically and safe to read.
+"""Files that are written atomically and replace nothing that the package did not write.
 
-A file is one safetensors file; its header carries the description. Reading executes
-nothing and checks the format before anything is built from it.
+A file of tensors is one safetensors file; its header carries a JSON description.
+Reading executes nothing and checks the format before anything is built from it. The
+format is also the mark by which a file of ours is known: only such a file, or an empty
+one, is replaced.
 """
 
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_tensors", "write_atomically", "write_tensors"]
+__all__ = [
+    "check_replaceable",
+    "check_tensors_replaceable",
+    "read_tensors",
+    "write_atomically",
+    "write_tensors",
+]
 
 _KEY = "sbi_slotflow"
 
@@ -29,10 +37,29 @@ def write_tensors(
         path: Where to write; parent folders are made.
         tensors: Tensors by name.
         meta: JSON description with ``format`` and ``version``.
+
+    Raises:
+        FileExistsError: If there is a file that is not of this format.
     """
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     header = {_KEY: json.dumps(meta, sort_keys=True)}
-    write_atomically(path, save(plain, metadata=header))
+    format = meta["format"]
+    content = save(plain, metadata=header)
+    write_atomically(path, content, format, lambda file: _format(file) == format)
+
+
+def check_tensors_replaceable(path: str | os.PathLike[str], format: str) -> None:
+    """Raise FileExistsError unless :func:`write_tensors` may write to a path."""
+    check_replaceable(path, format, lambda file: _format(file) == format)
+
+
+def _format(path: Path) -> str | None:
+    """The format of a file of tensors; None if we did not write it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})[_KEY])["format"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def read_tensors(
@@ -80,9 +107,52 @@ def read_tensors(
     return tensors, meta
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def check_replaceable(
+    path: str | os.PathLike[str], kind: str, is_ours: Callable[[Path], bool]
+) -> None:
+    """Raise unless a path is free, or holds what the package itself wrote there.
+
+    An empty file may be replaced too: nothing is lost with it.
+
+    Args:
+        path: Where something is to be written.
+        kind: What is written there, for the message.
+        is_ours: Whether an existing file or folder is such a thing.
+
+    Raises:
+        FileExistsError: If there is something else.
+    """
     path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_file() and not path.stat().st_size:
+        return
+    if not path.exists() or not is_ours(path):
+        raise FileExistsError(
+            f"{path} exists and is no {kind} that sbi_slotflow wrote, so it is not "
+            "overwritten: move it away, or choose another path"
+        )
+
+
+def write_atomically(
+    path: str | os.PathLike[str],
+    content: bytes,
+    kind: str,
+    is_ours: Callable[[Path], bool],
+) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: Where to write; parent folders are made, a link is followed.
+        content: What to write.
+        kind: See :func:`check_replaceable`.
+        is_ours: See :func:`check_replaceable`.
+
+    Raises:
+        FileExistsError: If there is a file that the package did not write.
+    """
+    check_replaceable(path, kind, is_ours)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

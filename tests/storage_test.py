@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,64 @@ def test_a_description_that_is_no_json_leaves_the_old_file(path: Path) -> None:
 
 
 def test_bytes_are_written_as_they_are(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "log.txt", b"one\r\n\x00two")
-    assert (tmp_path / "log.txt").read_bytes() == b"one\r\n\x00two"
+    write_atomically(tmp_path / "a.txt", b"one\r\n\x00two", "text", lambda _: False)
+    assert (tmp_path / "a.txt").read_bytes() == b"one\r\n\x00two"
+
+
+def put_text(path: Path) -> None:
+    path.write_text("a user's notes")
+
+
+def put_weights(path: Path) -> None:
+    save_file({"weight": torch.ones(3)}, path)
+
+
+def put_another_format(path: Path) -> None:
+    write_tensors(path, TENSORS, {**META, "format": "another"})
+
+
+def put_cut_off(path: Path) -> None:
+    written(path).write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    "put", [put_text, put_weights, put_another_format, put_cut_off]
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_what_was_not_written_as_this_format_is_not_replaced(
+    put: Callable[[Path], None], link: bool, path: Path
+) -> None:
+    real = path.with_name("real") if link else path
+    put(real)
+    if link:
+        path.symlink_to(real)
+    before, names = real.read_bytes(), sorted(os.listdir(path.parent))
+    with pytest.raises(FileExistsError, match="no test that sbi_slotflow wrote"):
+        write_tensors(path, TENSORS, META)
+    assert real.read_bytes() == before
+    assert sorted(os.listdir(path.parent)) == names
+
+
+def test_a_folder_and_a_link_to_nothing_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("folder", "link"):
+        with pytest.raises(FileExistsError, match="not overwritten"):
+            write_tensors(tmp_path / name, TENSORS, META)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_to_a_file_of_ours_stays_a_link(path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(written(path))
+    write_tensors(link, {"other": torch.zeros(2)}, META)
+    assert link.is_symlink()
+    assert set(read_tensors(path, "test", 2)[0]) == {"other"}
+
+
+def test_an_empty_file_may_be_written_to(path: Path) -> None:
+    path.touch()
+    assert same(read_tensors(written(path), "test", 2)[0])
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

@@ -1,27 +1,53 @@
-"""Result files: written aside and moved into place, joined from parts."""
+"""Result files: written aside and moved into place, joined from parts.
 
+Every file carries a mark by which it is known again: an attribute of a tree, the
+metadata of a figure, the columns of a table. What has no mark is never replaced.
+"""
+
+import csv
+import itertools
 import os
 import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from ..storage import check_replaceable
+from .arguments import InputError
 from .trees import GROUPS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from xarray import Dataset, DataTree
 
-__all__ = ["aside", "check_out", "join_csv", "join_parts", "read_part", "write_tree"]
+__all__ = [
+    "ASIDE",
+    "MARK",
+    "aside",
+    "check_apart",
+    "check_out",
+    "join_csv",
+    "join_parts",
+    "read_part",
+    "write_figure",
+    "write_tree",
+]
 
 _SUFFIXES = (".nc", ".zarr")
+MARK = {"program": "sbi-slotflow"}
+"""Attribute of every tree that is written; figures have it as their software."""
+ASIDE = ".sbi-slotflow."
+"""Beginning of the names of files that are being written."""
 
 
 def check_out(path: Path, option: str, suffixes: Sequence[str] = _SUFFIXES) -> None:
-    """Raise InputError unless a file can be written there; makes its folder."""
+    """Raise InputError unless a file can be written there; makes its folder.
+
+    A file that is there already must be one of ours: nothing else is replaced.
+    """
     expected = " or ".join(suffixes)
     if path.suffix not in suffixes:
         raise InputError(f"expected {option} to end in {expected}; got {path}")
@@ -32,29 +58,90 @@ def check_out(path: Path, option: str, suffixes: Sequence[str] = _SUFFIXES) -> N
             raise InputError(
                 f"{path} needs `pip install sbi-slotflow[zarr]`"
             ) from error
-    elif path.is_dir():
-        raise InputError(f"expected {option} to be a file; {path} is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {path.parent}: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write to the folder {path.parent}")
+    _check_ours(path)
+
+
+def check_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise InputError if a file to write is, holds or lies in a file to read.
+
+    Files to write must lie apart from each other, too. Links are followed.
+    """
+    pairs = [*itertools.product(outputs, inputs), *itertools.combinations(outputs, 2)]
+    for first, second in pairs:
+        a, b = first.resolve(), second.resolve()
+        same = a.exists() and b.exists() and a.samefile(b)
+        if same or a == b or a in b.parents or b in a.parents:
+            raise InputError(
+                f"writing {first} would change {second}: expected another path, got "
+                f"{first}"
+            )
+
+
+def _check_ours(path: Path) -> None:
+    try:
+        check_replaceable(path, "result", _is_ours)
+    except FileExistsError as error:
+        raise InputError(str(error)) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or Zarr store carries our mark."""
+    if path.is_dir() != (path.suffix == ".zarr"):
+        return False
+    # What cannot be read as its suffix says is not ours, whatever the reader's reason.
+    with suppress(Exception):
+        if path.suffix == ".zarr":
+            import zarr
+
+            return MARK.items() <= dict(zarr.open_group(path, mode="r").attrs).items()
+        if path.suffix == ".nc":
+            import h5py
+
+            with h5py.File(path) as file:
+                return all(file.attrs.get(k) == v for k, v in MARK.items())
+        if path.suffix == ".png":
+            from PIL import Image
+
+            with Image.open(path) as image:
+                return image.info.get("Software") == MARK["program"]
+        with path.open(newline="") as file:
+            names = set(next(csv.reader(file))) - {"observation"}
+            found = {n.removesuffix("_low") for n in names if n.endswith("_low")}
+            endings = ("", "_mean", "_std", "_low", "_high")
+            columns = {name + ending for name in found for ending in endings}
+            return bool(found) and names == columns | {"existence", "existence_error"}
+    return False
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it replaces ``path`` if all goes well, else goes."""
-    new = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    """Yield a path to write to; it replaces ``path`` if all goes well, else goes.
+
+    Raises:
+        InputError: If something that is not ours lies at ``path`` by then.
+    """
+    path = path.resolve()
+    new = path.with_name(f"{ASIDE}{uuid.uuid4().hex}{path.suffix}")
     try:
         with warnings.catch_warnings():
             # Zarr 3 warns of what helps xarray to open a store fast.
             warnings.filterwarnings("ignore", "Consolidated metadata")
             yield new
+        _check_ours(path)
         if path.is_dir():  # a Zarr store is a folder, which nothing replaces at once
-            old = path.with_name(f".{uuid.uuid4().hex}.old")
+            old = path.with_name(f"{ASIDE}{uuid.uuid4().hex}.old")
             os.replace(path, old)
-            os.replace(new, path)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(new, path)
@@ -64,8 +151,15 @@ def aside(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG."""
+    with aside(path) as new:
+        figure.savefig(new, dpi=150, metadata={"Software": MARK["program"]})
+
+
 def write_tree(tree: "DataTree", path: Path) -> None:
-    """Write a tree as NetCDF or Zarr, by the path's ending."""
+    """Write a tree with our mark as NetCDF or Zarr, by the path's ending."""
+    tree.attrs |= MARK
     with aside(path) as new:
         if path.suffix == ".zarr":
             tree.to_zarr(new)

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-__all__ = ["SignalFile", "SignalFileError", "open_signals"]
+__all__ = ["SignalFile", "SignalFileError", "open_signals", "split_name"]
 
 _HDF5 = (".h5", ".hdf5", ".hdf", ".nc")
 _ZARR = ".zarr"
@@ -53,7 +53,7 @@ def open_signals(path: str | Path) -> SignalFile:
         SignalFileError: If there is no such file, or what it holds is not an array of
             floating-point numbers.
     """
-    file, inner = _split(str(path))
+    file, inner = split_name(str(path))
     if not file.exists():
         raise SignalFileError(f"there is no file {path}")
     try:
@@ -74,8 +74,8 @@ def open_signals(path: str | Path) -> SignalFile:
     return SignalFile(str(path), tuple(array.shape), array)
 
 
-def _split(path: str) -> tuple[Path, str | None]:
-    """Separate the file from the name of an array in it."""
+def split_name(path: str) -> tuple[Path, str | None]:
+    """Separate the file from the name of an array in it, if there is one."""
     for suffix in (*_HDF5, _ZARR):
         file, colon, inner = path.rpartition(f"{suffix}:")
         if colon:

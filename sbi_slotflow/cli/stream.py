@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-import shutil
+import os
 import sys
+import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +16,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..storage import write_atomically
 from .answers import Settings, answer
-from .errors import InputError
+from .arguments import InputError
 from .models import Model
-from .results_file import join_csv, join_parts, read_part, write_tree
+from .results_file import ASIDE, join_csv, join_parts, read_part, write_tree
 from .signal_files import SignalFile
 from .trees import batch_tree
 
-__all__ = ["BATCH", "Summary", "infer_many", "read_checked"]
+__all__ = ["BATCH", "Summary", "infer_many", "parts_folder", "read_checked"]
 
 BATCH = 16
-"""Signals in a batch. Draws depend on it: each batch has a random stream."""
+"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
+
+# The file that marks a folder as a run's, and its format.
+_RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def infer_many(
         InputError: If the parts are those of another run.
     """
     num = signals.shape[0]
-    folder = out.with_name(f"{out.name}.parts")
+    folder = parts_folder(out)
     _open_run(folder, {**attrs, **asdict(settings), "num": num, "batch": BATCH})
     starts = range(0, num, BATCH)
     parts = [folder / f"{start:09}.nc" for start in starts]
@@ -118,29 +122,56 @@ def infer_many(
     join_parts(parts, out)
     if catalogue is not None:
         join_csv(parts, catalogue)
-    shutil.rmtree(folder)
+    _close_run(folder, parts)
     return summary
 
 
+def parts_folder(out: Path) -> Path:
+    """Folder of the parts of an unfinished result."""
+    return out.with_name(f"{out.name}.parts")
+
+
 def _open_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of a run's parts, or check that it is this run's."""
-    settings = {**settings, "version": version("sbi-slotflow")}
-    path = folder / "run.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        differ = [
-            f"{key} was {_short(old.get(key))}, now {_short(value)}"
-            for key, value in settings.items()
-            if old.get(key) != value
-        ]
-        if differ:
-            raise InputError(
-                f"{folder} holds an unfinished run of other settings "
-                f"({'; '.join(differ)}): repeat them, delete it, or give another --out"
-            )
+    """Make the folder of a run's parts, or check that it is this run's.
+
+    Raises:
+        InputError: If it belongs to another run, or to none: such a folder is left
+            alone.
+    """
+    settings = {"format": _FORMAT, "version": version("sbi-slotflow"), **settings}
+    if not os.path.lexists(folder):
+        # The folder appears with its mark inside: one without is none of ours.
+        new = folder.with_name(f"{ASIDE}{uuid.uuid4().hex}")
+        new.mkdir()
+        (new / _RUN).write_text(json.dumps(settings, indent=1))
+        new.rename(folder)
         return
-    folder.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=1).encode())
+    old: Any = None
+    with suppress(OSError, ValueError):
+        old = json.loads((folder / _RUN).read_text())
+    if not isinstance(old, dict) or old.get("format") != _FORMAT:
+        raise InputError(
+            f"{folder} is no folder of an unfinished run, so it is left alone: move it "
+            "away, or give another --out"
+        )
+    differ = [
+        f"{key} was {_short(old.get(key))}, now {_short(value)}"
+        for key, value in settings.items()
+        if old.get(key) != value
+    ]
+    if differ:
+        raise InputError(
+            f"{folder} holds an unfinished run of other settings "
+            f"({'; '.join(differ)}): repeat them, delete it, or give another --out"
+        )
+
+
+def _close_run(folder: Path, parts: list[Path]) -> None:
+    """Remove what the run put into its folder, and the folder if that was all."""
+    for path in [*parts, *folder.glob(f"{ASIDE}*"), folder / _RUN]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # files of somebody else lie in it
+        folder.rmdir()
 
 
 def _short(value: Any) -> str:

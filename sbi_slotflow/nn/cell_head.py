@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
-from ..sets.marginals import clamp_to_support
 from .cells import CellAxis
 from .charts import Chart
 from .encoders import Encoding
@@ -116,7 +115,7 @@ class CellHead(nn.Module, ABC):
     def components(self, coordinates: Tensor, mask: Tensor) -> Tensor:
         """Float32 components of coordinates with positions, zero where inactive."""
         components = self.local_chart.components(coordinates).float()
-        components = clamp_to_support(components, self.chart.marginals)
+        components = self.chart.marginals.clamp(components)
         return torch.where(mask.unsqueeze(-1), components, 0.0)
 
     def limits(

@@ -198,13 +198,6 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 ``slot_nn.paper()``: its likelihood is no density of theta.
             TypeError, ValueError: If theta or x is malformed.
         """
-        if not self.chart.is_density:
-            raise NotImplementedError(
-                f"log_prob does not exist in the {self.chart.kind!r} chart: it puts "
-                f"{self.layout.num_component_params} parameters on a surface in "
-                f"{self.chart.num_features} dimensions, where the flow's likelihood is "
-                "no density of theta. Use the default slot_nn() for densities."
-            )
         self.layout.validate(input, "input")
         if isinstance(condition, Tensor) and condition.ndim > 2:
             input, condition, _ = self._broadcast_and_align(input, condition)

@@ -21,10 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sets.marginals import clamp_to_support
 from .cells import OccupiedCells
 from .charts import Chart
-from .gauss_newton import SignalFit, fit_mode
+from .gauss_newton import LeastSquares, SignalFit, fit_mode
 from .local_density import solve_lower
 from .local_transform import LocalTransform, wrapped
 
@@ -151,7 +150,7 @@ class ModeFinder:
     @torch.no_grad()
     def __call__(self, data: Tensor, sets: OccupiedCells) -> Modes:
         """Find the modes above S sets of cells, given data ``(B, T)``."""
-        num, size = sets.cells.shape
+        fit, (num, size) = self.fit.given(data), sets.cells.shape
         width = self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
@@ -162,7 +161,7 @@ class ModeFinder:
             here = slice(start, start + _MAX_SETS)
             # Only as many components as the largest of these sets has.
             most = max(1, int(sets.mask[here].sum(-1).max()))
-            found = self._fit(data, sets.part(here, most))
+            found = self._fit(fit, sets.part(here, most))
             modes.mode[here, :most] = found.mode
             modes.centre[here, :most] = found.centre
             modes.factor[here, : most * width, : most * width] = found.factor
@@ -171,9 +170,9 @@ class ModeFinder:
             modes.height[here] = found.height
         return modes
 
-    def _fit(self, data: Tensor, sets: OccupiedCells) -> Modes:
+    def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
         chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
-        start = self._start(data, sets)
+        start = self._start(fit, sets)
         # Phases are counted from those of the start.
         centre = torch.zeros_like(start[..., 0])
         high = chart.farthest().to(start).expand_as(start).clone()
@@ -184,11 +183,10 @@ class ModeFinder:
             centre = start[..., 1].clone()
             start[..., 1] = 0.0
         found = fit_mode(
-            self.fit,
+            fit,
             lambda w, index: chart.components(
                 chart.absolute(w, cells[index], centre[index])
             ),
-            data,
             owner,
             start,
             mask,
@@ -208,7 +206,7 @@ class ModeFinder:
             -1
         )
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - found.decrement
-        height = height - 0.5 * data.shape[-1] * found.variance.log()
+        height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
         if chart.has_phase:
             centre = wrapped(centre + mode[..., 1])
             mode[..., 1] = 0.0
@@ -226,7 +224,7 @@ class ModeFinder:
         ]
         return Modes(mode, centre, factor, torch.cat(features, -1), level, height)
 
-    def _start(self, data: Tensor, sets: OccupiedCells) -> Tensor:
+    def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
         """Local coordinates to start from, phases absolute."""
         owner, cells, starts, ends, mask = sets
         same = cells.unsqueeze(-1) == cells.unsqueeze(-2)
@@ -239,11 +237,11 @@ class ModeFinder:
             self.chart.marginals[axis.parameter].quantile(end / axis.num_anchors)
             for end in (first, first + width)
         )
-        components = self.fit.start(data, owner, low, high, mask)
+        components = fit.start(owner, low, high, mask)
         components = torch.where(
             mask.unsqueeze(-1), components, self.chart.some_point(components)
         )
-        components = clamp_to_support(components, self.chart.marginals)
+        components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
         start[..., 0] = start[..., 0] - cells - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)

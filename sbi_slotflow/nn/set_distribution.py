@@ -76,7 +76,7 @@ class NetworkSets(SetDistribution):
     """
 
     def __init__(self, estimator: "SlotDensityEstimator", x: Tensor) -> None:
-        encoding = estimator.encode(x)
+        encoding, self._chart = estimator.encode(x), estimator.chart
         self.layout, self.num_observations = estimator.layout, len(x)
         self.keeps_separation = estimator.keeps_separation
         self.log_cardinality = estimator.cardinality_head(encoding.cardinality)
@@ -108,7 +108,19 @@ class NetworkSets(SetDistribution):
         """Evaluate log densities; see :meth:`SetDistribution.log_prob`.
 
         A batch of one, of theta or of x, goes with any batch of the other.
+
+        Raises:
+            NotImplementedError: If the chart's image is a surface, as in
+                ``slot_nn.paper()``: its likelihood is no density of theta.
         """
+        chart = self._chart
+        if not chart.is_density:
+            raise NotImplementedError(
+                f"log_prob does not exist in the {chart.kind!r} chart: it puts "
+                f"{self.layout.num_component_params} parameters on a surface in "
+                f"{chart.num_features} dimensions, where the flow's likelihood is "
+                "no density of theta. Use the default slot_nn() for densities."
+            )
         shape, observations = theta.shape[:-1], self.num_observations
         batch = max(shape[-1], observations)
         theta = theta.expand(-1, batch, -1)

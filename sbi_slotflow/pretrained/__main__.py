@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ..calibration import TrainingReference
+from ..nn.estimator import SlotDensityEstimator
+from ..storage import check_tensors_replaceable
 from .recipes import RECIPES, pretrain, training_reference
 
 
@@ -19,14 +22,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    estimator = pretrain(args.name, device=args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.safetensors"
-    estimator.save(path)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
-    path = args.out / f"{args.name}.reference.safetensors"
-    training_reference(args.name).save(path)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+    weights = args.out / f"{args.name}.safetensors"
+    reference = args.out / f"{args.name}.reference.safetensors"
+    # Before the training: it takes hours.
+    for path, made in ((weights, SlotDensityEstimator), (reference, TrainingReference)):
+        check_tensors_replaceable(path, f"sbi_slotflow.{made.__name__}")
+    pretrain(args.name, device=args.device).save(weights)
+    training_reference(args.name).save(reference)
+    for path in (weights, reference):
+        print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..storage import read_tensors, write_tensors
+from ..storage import check_tensors_replaceable, read_tensors, write_tensors
 
 __all__ = [
     "TrainingState",
+    "check_state_replaceable",
     "load_state",
     "optimizer_tensors",
     "restore_optimizer",
@@ -46,6 +47,11 @@ def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
         "settings": state.settings,
     }
     write_tensors(path, state.tensors, meta)
+
+
+def check_state_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if a file is there that is no state of a run."""
+    check_tensors_replaceable(path, _FORMAT)
 
 
 def load_state(path: str | os.PathLike[str]) -> TrainingState:

@@ -99,3 +99,15 @@ def test_malformed_arguments_are_refused():
         calibration.report(exact, problem, x=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="num_draws must be at least 20, got 1"):
         calibration.report(exact, problem, num_draws=1, show_progress=False)
+
+
+@pytest.mark.parametrize("write", ["to_json", "to_html"])
+def test_a_report_replaces_a_report_and_nothing_else(small, tmp_path, write):
+    mine, earlier = tmp_path / "mine", tmp_path / "earlier"
+    mine.write_text('{"passed": true}')
+    with pytest.raises(FileExistsError, match=r"mine exists and is no .*Report"):
+        getattr(small, write)(mine)
+    assert mine.read_text() == '{"passed": true}'
+    for _ in range(2):
+        getattr(small, write)(earlier)
+    assert earlier.stat().st_size > 1_000

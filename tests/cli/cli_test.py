@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from sbi_slotflow import load_pretrained, model_card, problems
 from sbi_slotflow.cli import main, stream
-from sbi_slotflow.pretrained.cards import available_weights
+from sbi_slotflow.pretrained.load import available_weights
 from sbi_slotflow.seeding import generator_for
 
 MODEL = "sinusoids-tiny"
@@ -319,6 +319,195 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
     assert infer(signals, tmp_path / "r.nc", "--quiet") == Run(0, "", "")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def kept(folder: Path, done: Run, message: str, before: dict[str, bytes]) -> None:
+    """The run was refused in one line, and left the folder as it was."""
+    refused(done, message)
+    assert contents(folder) == before
+
+
+def save_nc(path: Path, array: np.ndarray) -> str:
+    xr.Dataset({"flux": ("time", array)}).to_netcdf(path, engine="h5netcdf")
+    return str(path)
+
+
+@pytest.mark.parametrize("spelling", ["plain", "dots", "link", "folder link", "hard"])
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_a_result_never_replaces_its_signals(
+    suffix: str, spelling: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    source = data / f"x{suffix}"
+    if suffix == ".nc":
+        signals = save_nc(source, X[0])
+    else:
+        signals = save_zarr_group(source, X[0])
+    out = source
+    if spelling == "dots":
+        out = data / ".." / "data" / source.name
+    elif spelling == "link":
+        out = data / f"link{suffix}"
+        out.symlink_to(source)
+    elif spelling == "folder link":
+        (tmp_path / "other").symlink_to(data)
+        out = tmp_path / "other" / source.name
+    elif spelling == "hard":
+        if suffix == ".zarr":
+            pytest.skip("folders have no hard links")
+        out = data / "hard.nc"
+        out.hardlink_to(source)
+    before = contents(tmp_path)
+    kept(tmp_path, infer(signals, out), "would change", before)
+
+
+def test_a_result_that_is_read_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "r.nc"
+    assert infer(save_npy(tmp_path / "x.npy", X[0]), out).status == 0
+    before = contents(tmp_path)
+    done = infer(f"{out}:observed_data/x", out)
+    kept(tmp_path, done, "would change", before)
+    assert infer(f"{out}:observed_data/x", tmp_path / "again.nc").status == 0
+
+
+def test_nothing_is_written_into_a_store_that_is_read(tmp_path: Path) -> None:
+    signals = save_zarr_group(tmp_path / "x.zarr", X[0])
+    before = contents(tmp_path)
+    done = infer(signals, tmp_path / "x.zarr" / "flux.nc")
+    kept(tmp_path, done, "would change", before)
+
+
+def test_a_result_does_not_hold_its_table(tmp_path: Path) -> None:
+    signals, out = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.zarr"
+    before = contents(tmp_path)
+    for place in (out, tmp_path / "r.zarr.parts"):
+        done = infer(signals, out, "--catalogue", place / "t.csv")
+        kept(tmp_path, done, "would change", before)
+
+
+def put_dataset(path: Path) -> None:
+    save_nc(path, np.arange(5.0))
+
+
+def put_text(path: Path) -> None:
+    path.write_text("time,flux\n1,2\n")
+
+
+def put_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+def put_store(path: Path) -> None:
+    save_zarr_group(path, np.arange(5.0))
+
+
+def put_array(path: Path) -> None:
+    zarr.create_array(path, data=np.arange(5.0))
+
+
+def put_figure(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    Figure().savefig(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        ("r.nc", put_dataset),
+        ("r.nc", put_text),
+        ("r.nc", put_folder),
+        ("r.nc", put_store),
+        ("r.zarr", put_folder),
+        ("r.zarr", put_store),
+        ("r.zarr", put_array),
+        ("r.zarr", put_text),
+        ("t.csv", put_text),
+        ("t.csv", put_folder),
+        ("r.corner.png", put_figure),
+        ("r.cardinality.png", put_text),
+    ],
+)
+def test_only_what_the_program_wrote_is_replaced(
+    name: str, put: Any, tmp_path: Path
+) -> None:
+    signals = save_npy(tmp_path / "x.npy", X[0])
+    put(tmp_path / name)
+    before = contents(tmp_path)
+    out = tmp_path / (name if name.startswith("r.") and "png" not in name else "r.nc")
+    done = infer(signals, out, "--plot", "--catalogue", tmp_path / "t.csv")
+    kept(tmp_path, done, "no result that sbi_slotflow wrote.*move it away", before)
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_an_earlier_result_with_table_and_figures_is_replaced(
+    suffix: str, tmp_path: Path
+) -> None:
+    signals, out = save_npy(tmp_path / "x.npy", X[0]), tmp_path / f"r{suffix}"
+    options = ("--plot", "--catalogue", tmp_path / "t.csv")
+    for seed in (0, 1):
+        done = infer(signals, out, "--seed", seed, *options)
+        assert done.status == 0, done.err
+        assert read(out).attrs["seed"] == str(seed)
+    table = pd.read_csv(tmp_path / "t.csv").assign(mine=1)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    refused(infer(signals, out, *options), "t.csv exists and is no result")
+
+
+def test_what_appears_during_a_run_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, out = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.nc"
+    real = stream.answer
+
+    def meanwhile(*args: Any) -> Any:
+        out.write_text("mine")
+        return real(*args)
+
+    monkeypatch.setattr(stream, "answer", meanwhile)
+    refused(infer(signals, out, "--quiet"), "no result that sbi_slotflow wrote")
+    assert out.read_text() == "mine"
+    assert (tmp_path / "r.nc.parts").is_dir()  # nothing that was computed is lost
+
+
+@pytest.mark.parametrize("content", [{}, {"run.json": '{"seed": 3}'}, {"a.nc": "mine"}])
+def test_a_folder_of_parts_that_is_no_runs_is_left_alone(
+    content: dict[str, str], tmp_path: Path
+) -> None:
+    signals, parts = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.nc.parts"
+    parts.mkdir()
+    for name, text in content.items():
+        (parts / name).write_text(text)
+    before = contents(tmp_path)
+    done = infer(signals, tmp_path / "r.nc")
+    kept(tmp_path, done, "no folder of an unfinished run", before)
+    assert parts.is_dir()
+
+
+def test_files_of_others_among_the_parts_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, parts = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.nc.parts"
+    real = stream.answer
+
+    def meanwhile(*args: Any) -> Any:
+        (parts / "notes.txt").write_text("mine")
+        return real(*args)
+
+    monkeypatch.setattr(stream, "answer", meanwhile)
+    assert infer(signals, tmp_path / "r.nc").status == 0
+    assert contents(parts) == {"notes.txt": b"mine"}
+
+
 SCRIPT = """
 from sbi_slotflow import problems
 problem = problems.spikes(num_samples=64, max_cardinality=2)
@@ -419,7 +608,7 @@ def test_bad_signals_are_refused(
     [
         (["none.npy", "r.nc"], "there is no file none.npy; expected an array"),
         (["x.npy", "r.txt"], "expected --out to end in .nc or .zarr; got r.txt"),
-        (["x.npy", "x.npy/r.nc"], "cannot make x.npy"),
+        (["x.npy", "one.npy/r.nc"], "cannot make one.npy"),
         (["x.npy", "r.nc", "--catalogue", "r.txt"], "--catalogue to end in .csv"),
         (["x.npy", "r.nc", "--plot"], "--plot takes one signal; x.npy holds 2"),
         (["x.npy", "r.nc", "--row", 2], r"expected --row to be in 0..1 .* got 2"),

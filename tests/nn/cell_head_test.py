@@ -63,7 +63,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def builder(**options: Any) -> slot_nn:
-    return slot_nn(tiny, **{**SMALL, **options})
+    usual: dict[str, Any] = {"refine_slots": 0, **SMALL}
+    if "encoder" in options:
+        del usual["hidden_features"]
+    if options.get("flow_layers") == 0:
+        del usual["trunk_features"], usual["flow_hidden_features"]
+    return slot_nn(tiny, **{**usual, **options})
 
 
 @torch.no_grad()
@@ -120,7 +125,7 @@ class Sets:
         head = deepcopy(estimator.component_head)
         assert isinstance(head, CellHead)
         if seed is not None:
-            shake(head, 0.015, seed)
+            shake(head, 0.02, seed)
         return cls(head, estimator.encode(observation()), observation(), k)
 
     def mask(self, num: int) -> Tensor:
@@ -180,7 +185,7 @@ def test_mass_is_one_and_that_of_the_draws(name: str, k: int) -> None:
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "plain"])  # one density
 def test_draws_of_one_density_give_the_mass_of_another(name: str, k: int) -> None:
     first, second = Sets.of(name, k), Sets.of(name, k, seed=7)
-    rows = first.sample(6_000)
+    rows = first.sample(6_000, seed=1)
     log_ratio = second.log_prob(rows) - first.log_prob(rows)
     assert log_ratio.std() > 0.02
     assert_mean_is_one(log_ratio.exp(), 0.05)
@@ -457,8 +462,9 @@ def test_a_tilted_chain_is_the_chain_times_its_shifts(six: Axis, k: int) -> None
             # a cell's shift counts once, however many components it holds
             value = every.log_prob(rows + b, anchors, mask)
             value = value + (there.any(1) * shift[b]).sum(-1)
-            expected = value.log_softmax(-1).double()
-            torch.testing.assert_close(log_q, expected, rtol=0, atol=1e-4)
+            expected, kept = value.log_softmax(-1).double(), log_q.isfinite()
+            assert expected[~kept].exp().sum() < 1e-4  # pruned
+            torch.testing.assert_close(log_q[kept], expected[kept], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("separation", [0.0, 1.5])
@@ -705,9 +711,12 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refine_slots": 2, "coupling": "factorised"}, "needs coupling='joint'"),
-        ({"refine_slots": -1}, "refine_slots must not be negative, got -1"),
-        ({"weighed_sets": -1}, "weighed_sets must not be negative, got -1"),
+        (
+            {"refine_slots": 2, "coupling": "factorised"},
+            "needs slots='anchored', coupling='joint'",
+        ),
+        ({"refine_slots": -1}, "refine_slots must be at least 0, got -1"),
+        ({"weighed_sets": -1}, "weighed_sets must be at least 0, got -1"),
         ({"refine_slots": 2, "slots": "attention"}, "needs slots='anchored'"),
         ({"coupling": "both"}, "coupling must be one of"),
         ({"encoder": Tokens(29), "slots": "anchored"}, "keeps 30 tokens"),
@@ -843,7 +852,7 @@ def test_token_encoders_are_rebuilt_from_their_specs() -> None:
         assert first.context.shape == (3, 6)
         assert torch.equal(first.tokens, second.tokens)
         assert torch.equal(first.shared, second.shared)
-    with pytest.raises(ValueError, match="front end must be one of"):
+    with pytest.raises(ValueError, match="front end kind must be one of"):
         build("front end", {"kind": "other"})
 
 

@@ -88,7 +88,7 @@ def tiny(**options: Any) -> slot_nn:
 
 
 def tiny_with(encoder: nn.Module) -> slot_nn:
-    return tiny(encoder=encoder, encoder_options=None)
+    return tiny(encoder=encoder, encoder_options=None, hidden_features=None)
 
 
 def bare_prior() -> slot_nn:
@@ -947,10 +947,18 @@ def test_a_saved_estimator_loads_bit_for_bit(variant: Variant, tmp_path: Path) -
 
 def test_saving_replaces_an_older_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "e.safetensors"
-    path.write_bytes(b"old")
-    variant_named("tiny").estimator.save(path)
-    SlotDensityEstimator.load(path)
+    for _ in range(2):
+        variant_named("tiny").estimator.save(path)
+        SlotDensityEstimator.load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+
+def test_saving_does_not_replace_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt exists and is no"):
+        variant_named("tiny").estimator.save(path)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", USER_ENCODERS)
@@ -1048,9 +1056,11 @@ def test_a_pickle_is_refused_unread(saved: Path) -> None:
 
 def test_a_file_of_another_format_or_a_newer_version_is_refused(saved: Path) -> None:
     tensors, meta = read_tensors(saved, FORMAT, 1)
+    saved.unlink()
     write_tensors(saved, tensors, {**meta, "format": "sbi_slotflow.TrainingState"})
     with pytest.raises(ValueError, match=r"holds .*TrainingState, expected"):
         SlotDensityEstimator.load(saved)
+    saved.unlink()
     write_tensors(saved, tensors, {**meta, "version": 99})
     with pytest.raises(ValueError, match="version 99 of its format"):
         SlotDensityEstimator.load(saved)

@@ -445,12 +445,21 @@ def test_a_foreign_checkpoint_is_refused(short_run: Path, tmp_path: Path) -> Non
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="was not written by sbi_slotflow"):
         training(path, num_simulations=2 * 16)
+    path.unlink()
     run(training(num_simulations=2 * 16)).save(path)
     with pytest.raises(ValueError, match=r"holds .*SlotDensityEstimator, expected"):
         training(path, num_simulations=2 * 16)
     torch.save({}, path)
     with pytest.raises(ValueError, match="is corrupt or no safetensors file"):
         training(path, num_simulations=2 * 16)
+
+
+def test_a_file_that_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt exists and is no"):
+        training(path, resume=False, num_simulations=2 * 16)
+    assert path.read_text() == "mine"
 
 
 def test_a_checkpoint_is_one_file(short_run: Path) -> None:
@@ -509,6 +518,9 @@ def test_a_loss_that_explodes_is_reported_as_such(
         ("ema_decay", -0.1),
         ("learning_rate", -1e-3),
         ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("seed", -1),
+        ("clip_max_norm", math.nan),
         ("clip_max_norm", -1.0),
         ("recipe", "sgd"),
     ],
@@ -516,6 +528,20 @@ def test_a_loss_that_explodes_is_reported_as_such(
 def test_a_setting_out_of_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name.replace("_", "[_ ]")):
         training(**{"num_simulations": 16, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 1.5), ("seed", "0"), ("num_simulations", True)]
+)
+def test_a_setting_that_is_no_integer_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+        training(**{"num_simulations": 16, name: value})
+
+
+def test_checkpoints_every_zero_steps_are_refused() -> None:
+    # Zero was taken for "every validation".
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        training(num_simulations=16).run(checkpoint_every=0, show_progress_bar=False)
 
 
 # --- the trainer
