@@ -51,7 +51,7 @@ class ConditionedSets(NamedTuple):
         upper: Largest positions, shape ``(S, Kmax)``.
         contexts: Contexts of components, shape ``(S Kmax, C)``.
         near: Whether a component is near the one before, shape ``(S, Kmax)``.
-        centre: Phases about which components' are unwrapped, shape ``(S, Kmax)``.
+        centre: Angles about which components' are unwrapped, shape ``(S, Kmax, P)``.
         peaks: Modes found by Gauss-Newton; None without.
     """
 
@@ -135,7 +135,7 @@ class AutoregressiveHead(CellHead):
             self.trunk = trunk_network(seen, trunk_features)
         if not refine_steps:
             self.gaussian = LocalGaussian(
-                features, trunk_features, self.local_chart.has_phase
+                features, trunk_features, self.local_chart.num_circular
             )
         self.local = LocalDensity(
             features,
@@ -292,7 +292,7 @@ class AutoregressiveHead(CellHead):
             centre = peaks.centre
         else:
             assert self.gaussian is not None
-            centre = self.gaussian.centre(contexts).reshape(mask.shape)
+            centre = self.gaussian.centre(contexts).unflatten(0, mask.shape)
         near = (gaps < _REACH) & ~first
         upper = self.axis.upper(ends, mask)
         return ConditionedSets(

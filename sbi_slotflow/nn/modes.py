@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sets.transforms import solve_lower
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_density import solve_lower
 from .local_transform import LocalTransform, wrapped
 from .unique_rows import unique_rows
 
@@ -28,8 +28,8 @@ class Modes(NamedTuple):
     """Gaussian approximations of the posterior above S sets of anchors.
 
     Attributes:
-        mode: Local coordinates, shape ``(S, K, D)``, phases zero.
-        centre: Phases of the peaks, shape ``(S, K)``.
+        mode: Local coordinates, shape ``(S, K, D)``, angles zero.
+        centre: Angles of the P circular ones, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
         features: What a network is told of each peak, shape ``(S, K, 3 D + 2)``: mode,
@@ -188,7 +188,7 @@ class ModeFinder:
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         features = zeros.new_zeros(num, size, self.num_features)
-        centre = torch.zeros_like(zeros[..., 0])
+        centre = zeros.new_zeros(num, size, self.local_chart.num_circular)
         noise, height = zeros.new_zeros(2, num)
         peaks = Modes(zeros, centre, factor, features, noise, height)
         for start in range(0, num, _MAX_SETS):
@@ -216,15 +216,12 @@ class ModeFinder:
     ) -> Modes:
         chart = self.local_chart
         start = self._start(fit, owner, anchors, starts, ends, mask)
-        # Phases are counted from those of the start.
-        centre = torch.zeros_like(start[..., 0])
+        # Angles are counted from those of the start.
+        start, centre = chart.without_angles(start)
         high = chart.farthest().to(start).expand_as(start).clone()
         low = -high
         low[..., 0] = starts - anchors - 0.5 - _MARGIN
         high[..., 0] = ends - anchors - 0.5 + _MARGIN
-        if chart.has_phase:
-            centre = start[..., 1].clone()
-            start[..., 1] = 0.0
         peak = fit_mode(
             fit,
             lambda w, index: chart.components(
@@ -239,7 +236,7 @@ class ModeFinder:
         # Where a bound holds a coordinate, the parabola's peak lies beyond it.
         beyond = torch.linalg.solve(peak.precision, peak.pull)
         # The prior, near there, in place of the fit's penalty.
-        log_prior, slope = chart.log_prior(peak.mode)
+        log_prior, slope = chart.log_prior(peak.mode, centre)
         slope = (mask.unsqueeze(-1) * (slope + peak.mode)).flatten(1)
         shift = torch.linalg.solve(peak.precision, slope)
         mode = peak.mode + (beyond + shift).reshape(peak.mode.shape)
@@ -247,9 +244,8 @@ class ModeFinder:
         height = (0.5 * peak.pull * beyond + slope * (beyond + 0.5 * shift)).sum(-1)
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - peak.decrement
         height = height - 0.5 * fit.data.shape[-1] * peak.variance.log()
-        if chart.has_phase:
-            centre = wrapped(centre + mode[..., 1])
-            mode[..., 1] = 0.0
+        mode, moved = chart.without_angles(mode)
+        centre = wrapped(centre + moved)
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(peak.precision))
         factor = torch.linalg.cholesky(covariance)
         deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(mode.shape)
@@ -273,7 +269,7 @@ class ModeFinder:
         ends: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        """Local coordinates to start from, phases absolute."""
+        """Local coordinates to start from, angles absolute."""
         same = anchors.unsqueeze(-1) == anchors.unsqueeze(-2)
         same &= mask.unsqueeze(-1) & mask.unsqueeze(-2)
         # Components in one cell share it evenly.
