@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..metrics.labels import near
 from ..posterior.base import Posterior
+from ..sets.circular import circular_mean, near
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
-from .matched import circular_mean, periods_of
+from .matched import periods_of
 
 __all__ = [
     "FaultyPosterior",
