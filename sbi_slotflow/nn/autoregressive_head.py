@@ -61,7 +61,7 @@ class _Conditioned(NamedTuple):
         upper: Largest positions, shape ``(S, Kmax)``.
         contexts: Contexts of components, shape ``(S Kmax, C)``.
         near: Whether a component is near the one before, shape ``(S, Kmax)``.
-        centre: Phases about which components' are unwrapped, shape ``(S, Kmax)``.
+        centre: Angles about which components' are unwrapped, shape ``(S, Kmax, P)``.
         modes: Modes found by Gauss-Newton steps; None without.
     """
 
@@ -139,7 +139,7 @@ class AutoregressiveHead(CellHead):
             self.trunk = trunk_network(seen, trunk_features)
         if not refine_steps:
             self.gaussian = LocalGaussian(
-                features, trunk_features, self.local_chart.has_phase
+                features, trunk_features, self.local_chart.num_circular
             )
         self.local = LocalDensity(
             features,
@@ -303,7 +303,7 @@ class _JointSets(SetsGivenK):
             centre = modes.centre
         else:
             assert head.gaussian is not None
-            centre = head.gaussian.centre(contexts).reshape(mask.shape)
+            centre = head.gaussian.centre(contexts).unflatten(0, mask.shape)
         near = (gaps < _REACH) & ~_first(mask)
         upper = head.axis.upper(sets.ends, mask)
         return _Conditioned(which, sets, upper, contexts, near, centre, modes)

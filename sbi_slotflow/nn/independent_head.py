@@ -62,7 +62,7 @@ class IndependentHead(CellHead):
         self.pointer = CellMarginals(axis, token_features, max_cardinality)
         self.trunk = trunk_network(token_features + max_cardinality + 1, trunk_features)
         self.gaussian = LocalGaussian(
-            features, trunk_features, self.local_chart.has_phase
+            features, trunk_features, self.local_chart.num_circular
         )
         self.local = LocalDensity(
             features, trunk_features, 0, **{**(flow or {}), "location_scale": False}

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sets.transforms import solve_lower
 from .cells import OccupiedCells
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_density import solve_lower
 from .local_transform import LocalTransform, wrapped
 
 __all__ = ["ModeFinder", "Modes"]
@@ -42,8 +42,8 @@ class Modes(NamedTuple):
     """Gaussian approximations of the posterior above S sets of cells.
 
     Attributes:
-        mode: Local coordinates, shape ``(S, K, D)``, phases zero.
-        centre: Phases of the modes, shape ``(S, K)``.
+        mode: Local coordinates, shape ``(S, K, D)``, angles zero.
+        centre: Angles of the P circular ones, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
         features: What a network is told of each mode, shape ``(S, K, 3 D + 2)``: mode,
@@ -156,7 +156,8 @@ class ModeFinder:
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         features = zeros.new_zeros(num, size, self.num_features)
         level, height = zeros.new_zeros(2, num)
-        modes = Modes(zeros, zeros[..., 0].clone(), factor, features, level, height)
+        centre = zeros.new_zeros(num, size, self.local_chart.num_circular)
+        modes = Modes(zeros, centre, factor, features, level, height)
         for start in range(0, num, _MAX_SETS):
             here = slice(start, start + _MAX_SETS)
             # Only as many components as the largest of these sets has.
@@ -172,16 +173,12 @@ class ModeFinder:
 
     def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
         chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
-        start = self._start(fit, sets)
-        # Phases are counted from those of the start.
-        centre = torch.zeros_like(start[..., 0])
+        # Angles are counted from those of the start.
+        start, centre = chart.without_angles(self._start(fit, sets))
         high = chart.farthest().to(start).expand_as(start).clone()
         low = -high
         low[..., 0] = starts - cells - 0.5 - _MARGIN
         high[..., 0] = ends - cells - 0.5 + _MARGIN
-        if chart.has_phase:
-            centre = start[..., 1].clone()
-            start[..., 1] = 0.0
         found = fit_mode(
             fit,
             lambda w, index: chart.components(
@@ -196,7 +193,7 @@ class ModeFinder:
         # Where a bound holds a coordinate, the parabola's maximum lies beyond it.
         beyond = torch.linalg.solve(found.precision, found.gradient)
         # The prior's slope there takes the place of the penalty on w.
-        log_prior, slope = chart.log_prior(found.mode)
+        log_prior, slope = chart.log_prior(found.mode, centre)
         slope = (mask.unsqueeze(-1) * (slope + found.mode)).flatten(1)
         shift = torch.linalg.solve(found.precision, slope)
         mode = found.mode + (beyond + shift).reshape(found.mode.shape)
@@ -207,9 +204,8 @@ class ModeFinder:
         )
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - found.decrement
         height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
-        if chart.has_phase:
-            centre = wrapped(centre + mode[..., 1])
-            mode[..., 1] = 0.0
+        mode, moved = chart.without_angles(mode)
+        centre = wrapped(centre + moved)
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(found.precision))
         factor = torch.linalg.cholesky(covariance)
         deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(mode.shape)
@@ -225,7 +221,7 @@ class ModeFinder:
         return Modes(mode, centre, factor, torch.cat(features, -1), level, height)
 
     def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
-        """Local coordinates to start from, phases absolute."""
+        """Local coordinates to start from, angles absolute."""
         owner, cells, starts, ends, mask = sets
         same = cells.unsqueeze(-1) == cells.unsqueeze(-2)
         same &= mask.unsqueeze(-1) & mask.unsqueeze(-2)

@@ -106,7 +106,7 @@ def distribution_from(spec: Mapping[str, Any]) -> Distribution:
     if not (isinstance(kind, type) and issubclass(kind, Distribution)):
         raise ValueError(f"torch has no distribution {name!r}.")
     values = {key: _tensor(value) for key, value in options.items()}
-    return kind(**values, validate_args=False)  # pyright: ignore[reportCallIssue]
+    return kind(**values, validate_args=False)  # pyright: ignore
 
 
 def _independent(distribution: Independent) -> dict[str, Any]:

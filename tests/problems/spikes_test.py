@@ -15,13 +15,13 @@ from sbi_slotflow import SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
-from sbi_slotflow.nn.local_density import solve_lower
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.registry import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes
 from sbi_slotflow.problems import least_squares as additive_fit
 from sbi_slotflow.sets.marginals import NormalMarginal, UniformMarginal
+from sbi_slotflow.sets.transforms import solve_lower
 
 RANGES: dict[str, Any] = {
     "time": stats.uniform(0.0, 1.0),
