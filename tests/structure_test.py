@@ -34,7 +34,6 @@ DEBTS = {
     ("problems.sinusoids.laplace", "problems"),
     ("problems.sinusoids.collapsed", "problems"),
     ("calibration.coverage_plot", "calibration.coverage"),
-    ("posterior.network", "posterior"),
 }
 
 # The most that the package may have, measured when the folders were made, rounded up.

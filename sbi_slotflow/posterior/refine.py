@@ -12,7 +12,7 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 
 import math
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from .refined import (
 )
 from .smc import temper
 
-__all__ = ["refine"]
+__all__ = ["Refinable", "refine"]
 
 Method = Literal["importance", "smc"]
 
@@ -103,6 +103,31 @@ def refine(
                 stacklevel=caller_stacklevel(),
             )
     return results[0] if len(batch) == 1 else results
+
+
+class Refinable(Posterior):
+    """A posterior with a density, which can be refined."""
+
+    def refine(
+        self,
+        log_likelihood: LogLikelihood,
+        x: Numbers | None = None,
+        num_samples: int = 10_000,
+        **options: Any,
+    ) -> RefinedPosterior | list[RefinedPosterior]:
+        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`.
+
+        Args:
+            log_likelihood: Maps rows ``(..., E)`` and observations ``(..., *event)``
+                that broadcast to log p(x | theta).
+            x: One observation, or a batch; the default x if None.
+            num_samples: Draws for each observation.
+            options: ``method``, ``defensive``, ``generator``.
+
+        Returns:
+            The refined posterior, or a list of them for a batch of more than one.
+        """
+        return refine(self, log_likelihood, x, num_samples, **options)
 
 
 def _weigh(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
 from ..seeding import forked_rng, generator_for
+from .checks import warn_without_slots
 from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, clamp_to_support, marginals_of
 from .separation import log_separation_constant, sample_separated, smallest_gap
@@ -349,6 +350,7 @@ class _SetSupport(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return a boolean for every row, shape ``value.shape[:-1]``."""
+        warn_without_slots(value)
         prior = self.prior
         parts = prior.layout.unpack(value)
         k = parts.cardinality.clamp(0, prior.max_cardinality)
