@@ -76,7 +76,7 @@ def _reference(package: Path, target: Path) -> None:
         page = module[0] if len(parts) > 1 else "loose modules"
         name = ".".join(module)
         # What a folder exports is described where it is defined.
-        options = "   :no-members:\n" if parts[-1] == "__init__" else ""
+        options = "   :no-members:\n" if path.name == "__init__.py" else ""
         pages.setdefault(page, [f"# {page}\n"]).append(
             f"## {name}\n\n```{{eval-rst}}\n"
             f".. automodule:: {package.name}.{name}\n{options}```\n"

@@ -118,9 +118,7 @@ def test_a_foreign_prior_is_refused():
 
 
 def test_estimators_without_slots_are_refused_before_they_are_trained():
-    with pytest.raises(
-        TypeError, match="must build a SlotDensityEstimator.* got 'maf'"
-    ):
+    with pytest.raises(TypeError, match=r"must build a SlotDensity.* got 'maf'"):
         SlotNPE(linear.prior, "maf")  # type: ignore[arg-type]
     trainer = SlotNPE(
         linear.prior,

@@ -28,7 +28,7 @@ from torch.distributions import Categorical
 
 from ..nn.charts import Chart, WhiteningChart
 from ..seeding import draw_seed, generator_for
-from ..sets.checks import Numbers, Shape, as_cardinality, as_floats, as_shape
+from ..sets.checks import Numbers, Shape, as_cardinality, as_count, as_floats, as_shape
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
@@ -448,9 +448,8 @@ class Posterior(ABC):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Draws ``(chains, draws, E)`` and their weights ``(chains, draws)``."""
-        shape = as_shape(num_samples or _NUM_SAMPLES, "num_samples")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        num = _NUM_SAMPLES if num_samples is None else num_samples
+        shape = (as_count(num, "num_samples"),)
         draws = distribution.sample(shape, generator=generator)
         return draws[:, 0].unsqueeze(0), None
 

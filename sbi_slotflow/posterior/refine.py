@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..callers import caller_stacklevel
-from ..sets.checks import Numbers
+from ..sets.checks import Numbers, as_count
 from .base import Posterior
 from .importance import WithExtraComponent
 from .psis import pareto_smoothed
@@ -77,8 +77,7 @@ def refine(
         raise ValueError(
             f"method must be one of {list(get_args(Method))}, got {method!r}."
         )
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    num_samples = as_count(num_samples, "num_samples")
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
     if not posterior.has_density:

@@ -11,8 +11,8 @@ cost of T K D numbers a set. A signal whose inner products have closed forms can
 less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from torch.quasirandom import SobolEngine
 
 from ..nn.gauss_newton import NormalEquations
 from ..nn.registry import build, describe, register
-from ..sets.marginals import Marginal
+from ..sets.marginals import Marginal, Marginals
 
 __all__ = ["AdditiveFit", "AdditiveLeastSquares"]
 
@@ -52,7 +52,7 @@ class AdditiveFit:
     """
 
     component_signal: Callable[[Tensor], Tensor]
-    marginals: tuple[Marginal, ...]
+    marginals: Sequence[Marginal]
     location: int = 0
 
     kind: ClassVar[str] = "additive"
@@ -73,15 +73,15 @@ class AdditiveFit:
         return {
             "kind": self.kind,
             "signal": signal,
-            "marginals": [asdict(marginal) for marginal in self.marginals],
+            **Marginals(self.marginals).spec,
             "location": self.location,
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "AdditiveFit":
         """Rebuild a fit from :attr:`spec`."""
-        marginals = tuple(Marginal(**marginal) for marginal in spec["marginals"])
-        return cls(build("signal", spec["signal"]), marginals, spec["location"])
+        signal, marginals = build("signal", spec["signal"]), Marginals.from_spec(spec)
+        return cls(signal, marginals, spec["location"])
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
@@ -181,9 +181,13 @@ class AdditiveLeastSquares:
     def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Candidates ``(N, K, D)`` that explain data ``(N, T)`` best together."""
         signals = data.new_zeros(*candidates.shape[:-1], data.shape[-1])
+        # Squares of small numbers vanish in float32: in units near the data's scale.
+        exponent = -torch.frexp(data.abs().amax()).exponent
+        data = torch.ldexp(data, exponent)
         if mask.any():
             # A start need not be exact: the data's own precision will do.
-            signals[mask] = self.fit.component_signal(candidates[mask].to(data))
+            found = self.fit.component_signal(candidates[mask].to(data))
+            signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)
         chosen = torch.zeros_like(mask, dtype=torch.int64)

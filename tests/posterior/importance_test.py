@@ -304,18 +304,20 @@ class Tabulated:
         return lambda theta: LINEAR.log_likelihood(theta, x)
 
 
+@pytest.mark.filterwarnings("ignore::sbi_slotflow.posterior.refine.UnreliableWeights")
 @pytest.mark.parametrize(
     ("method", "sizes", "shapes"),
-    [("importance", [3], [(3, 6)]), ("smc", [1, 1, 1], [(6,)] * 3)],
+    [("importance", [2], [(2, 6)]), ("smc", [1, 1], [(6,), (6,)])],
 )
 def test_one_distribution_and_one_likelihood_serve_all_steps(
     method, sizes, shapes, observation
 ):
     posterior, likelihood = Counted(), Tabulated()
+    x = observation[:2]
     results = refine(
         posterior,
         likelihood,
-        observation,
+        x,
         500,
         method=method,
         generator=generator_for(0),
@@ -325,7 +327,7 @@ def test_one_distribution_and_one_likelihood_serve_all_steps(
     plain = refine(
         Transformed(),
         LINEAR.log_likelihood,
-        observation,
+        x,
         500,
         method=method,
         generator=generator_for(0),

@@ -282,7 +282,8 @@ def _peak(grid: Tensor, power: Tensor) -> Tensor:
     """Where the power ``(N, K, G)`` is largest, between grid points by a parabola."""
     best = power.argmax(-1, keepdim=True).clamp(1, power.shape[-1] - 2)
     left, middle, right = (power.gather(-1, best + i).squeeze(-1) for i in (-1, 0, 1))
-    bend = 2 * middle - left - right
-    shift = torch.where(bend > 0, 0.5 * (right - left) / bend, 0.0).clamp(-1.0, 1.0)
+    rise, bend = 0.5 * (right - left), 2 * middle - left - right
+    # As far as the next point, where the parabola's own is farther or none.
+    shift = torch.where(bend > rise.abs(), rise / bend, rise.sign())
     step = grid[..., 1] - grid[..., 0]
     return grid.gather(-1, best).squeeze(-1) + shift * step

@@ -31,12 +31,14 @@ from ...sets.prior import VariableKPrior
 from .. import Sinusoids
 from ..noise import WhiteNoise
 from .frequencies import FrequencyProposal
-from .seeds import SinusoidFit, matching_pursuit
+from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
 __all__ = ["LaplaceProposal", "laplace_proposal", "sinusoid_statistics"]
 
 _PILOT_DRAWS = 1_000
+# Noise level that counts as none, relative to the prior's largest.
+_LEAST = 1e-12
 
 
 def laplace_proposal(
@@ -281,12 +283,13 @@ class _Mode:
         statistics = owner.statistics
         low, high = owner.sigma_bounds
         sigma = math.sqrt(max(fits[0].energy, 0.0) / statistics.num_data)
+        self._least_energy = (_LEAST * high) ** 2 * statistics.num_data
         self.frequencies = FrequencyProposal(
             fits,
             statistics,
             self.band,
             owner.prior.min_separation or 0.0,
-            min(max(sigma, low, 1e-12), high),
+            min(max(sigma, low, _LEAST * high), high),
             seed,
         )
 
@@ -342,7 +345,7 @@ class _Mode:
         half = torch.linalg.solve_triangular(root, torch.from_numpy(right), upper=False)
         mean = torch.linalg.solve_triangular(root.mT, half, upper=True).squeeze(-1)
         energy = statistics.energy - half.square().sum((-2, -1)).numpy()
-        return mean.numpy(), root.numpy(), np.maximum(energy, 1e-300)
+        return mean.numpy(), root.numpy(), np.maximum(energy, self._least_energy)
 
     def _precision(self, energy: Floats) -> tuple[Any, Floats, Floats]:
         """1 / sigma^2 given f, a gamma variable, and its range in probability."""
@@ -358,10 +361,10 @@ class _Mode:
         low, high = self.owner.sigma_bounds
         uniform = rng.random(len(energy))
         precision = variable.ppf(least + uniform * (most - least))
-        sigma = 1 / np.sqrt(np.maximum(precision, 1e-300))
+        sigma = 1 / np.sqrt(np.maximum(precision, 1 / high**2))
         beyond = most - least < 1e-9
         sigma = np.where(beyond, low + uniform * (high - low), sigma)
-        return np.clip(sigma, max(low, 1e-12), high)
+        return np.clip(sigma, max(low, _LEAST * high), high)
 
     def _log_prob_sigma(self, sigma: Floats, energy: Floats) -> Floats:
         variable, least, most = self._precision(energy)
