@@ -40,6 +40,7 @@ TESTS_OF_NO_MODULE = {
     "docs",
     "import",
     "posterior.closed_form",
+    "posterior.contract",
     "problems.own_problem",
     "problems.sinusoids.seeds",
     "problems.units",

@@ -41,7 +41,6 @@ __all__ = [
     "Problem",
     "Stream",
     "Trace",
-    "likelihood_given",
     "log_uniform",
     "uniform",
 ]
@@ -94,14 +93,6 @@ class Likelihood:
             A function of rows ``(..., E)`` that broadcast with x.
         """
         return lambda theta: self(theta, x)
-
-
-def likelihood_given(
-    log_likelihood: Callable[[Tensor, Tensor], Tensor], x: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Bind a function of (theta, x) to x, by its method ``given`` if it has one."""
-    given = getattr(log_likelihood, "given", None)
-    return (lambda theta: log_likelihood(theta, x)) if given is None else given(x)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ...posterior.base import PosteriorOfOne
+from ...posterior.refine import Refinable
 from ...seeding import draw_seed
 from ...sets.checks import Numbers, as_floats
 from ...sets.distribution import SetDistribution
@@ -107,7 +108,7 @@ def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
     )
 
 
-class LaplaceProposal(PosteriorOfOne):
+class LaplaceProposal(Refinable, PosteriorOfOne):
     """Laplace approximation for each K; make it with :func:`laplace_proposal`.
 
     Rows are float64: at low noise a frequency is known better than float32 resolves.
