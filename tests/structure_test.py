@@ -31,8 +31,6 @@ BASE = {"base", "simulator", "noise", "least_squares"}
 
 # Imports that are yet to go, each part of a circle. Only ever shorter.
 DEBTS = {
-    ("problems.sinusoids.laplace", "problems"),
-    ("problems.sinusoids.collapsed", "problems"),
     ("calibration.coverage_plot", "calibration.coverage"),
     ("posterior.network", "posterior"),
 }

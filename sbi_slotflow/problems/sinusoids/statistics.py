@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.signal import zoom_fft
+from torch import Tensor
 
+from ...sets.layout import ThetaLayout
+from ..noise import WhiteNoise
 from .grid import Grid
 from .sums import dirichlet, moments
 
@@ -198,6 +201,18 @@ class SineStatistics:
         norm = self.num_data * (np.log(sigma) + 0.5 * math.log(2 * math.pi))
         return -norm - 0.5 * residual / sigma**2
 
+    def log_likelihood_of(
+        self, theta: Tensor, layout: ThetaLayout, noise: WhiteNoise
+    ) -> Tensor:
+        """Evaluate log p(x | theta) of rows ``(..., E)``; -inf where sigma is zero."""
+        parts = layout.unpack(theta.double().cpu())
+        most = int(parts.mask.sum(-1).max()) if parts.mask.numel() else 0
+        components = torch.where(parts.mask.unsqueeze(-1), parts.components, 0.0)
+        sigma = noise.scale(parts.shared)
+        found = self.log_likelihood(components[..., :most, :].numpy(), sigma.numpy())
+        values = torch.where(sigma > 0, torch.from_numpy(np.asarray(found)), -math.inf)
+        return values.to(theta.device)
+
     def linear_amplitudes(self, components: Floats) -> Floats:
         """Map (A, phi, f) ``(..., 3)`` to the amplitudes (a, b) ``(..., 2)``."""
         amplitude, phase, frequency = np.moveaxis(components, -1, 0)
@@ -245,7 +260,7 @@ def _kernel(frequency: Floats, length: int, interval: float) -> Floats:
     return dirichlet(_tensor(math.pi * interval * frequency), length).numpy()
 
 
-def _tensor(values: Floats) -> torch.Tensor:
+def _tensor(values: Floats) -> Tensor:
     # torch's sines are several times faster than NumPy's
     return torch.from_numpy(np.asarray(values))
 

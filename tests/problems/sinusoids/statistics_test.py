@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 
 from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.problems.sinusoids.laplace import sinusoid_statistics
 from sbi_slotflow.problems.sinusoids.statistics import Floats, SineStatistics
 
 
@@ -22,7 +21,7 @@ class Case:
         prior = self.problem.prior
         theta = prior.sample((1,), generator)
         self.x = self.problem.simulator(theta, generator)[0]
-        self.statistics = sinusoid_statistics(self.problem, self.x)
+        self.statistics = self.problem.statistics(self.x)
         grids = self.problem.grids
         self.times = torch.cat([grid.times for grid in grids]).numpy()
         self.centred = self.times - 0.5 * grids[0].duration
