@@ -27,6 +27,7 @@ from ...seeding import draw_seed
 from ...sets.checks import Numbers, as_floats
 from ...sets.distribution import SetDistribution
 from ...sets.prior import VariableKPrior
+from ..noise import WhiteNoise
 from .frequencies import FrequencyProposal
 from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
@@ -124,8 +125,7 @@ class LaplaceProposal(PosteriorOfOne):
         """
         if x is not None:
             self._check(x)
-        prior, noise = self.prior, self.problem.simulator.noise
-        return self.statistics.log_likelihood_of(theta, prior.layout, noise)
+        return self.statistics.log_likelihood_of(theta, self.prior.layout, WhiteNoise())
 
     @property
     def _log_q_k(self) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...catalogue import fit_sources
 from ...plots.checks import checked_data, checked_row, checked_samples, thinned
-from ...plots.figure import Figure
 from ...plots.style import (
     CYCLE,
     DATA,
     POSTERIOR,
     SMALL,
     TRUTH,
+    Figure,
     dress,
     legend_above,
     padded,

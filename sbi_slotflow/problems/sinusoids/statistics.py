@@ -28,7 +28,7 @@ from ..noise import WhiteNoise
 from .grid import Grid
 from .sums import dirichlet, moments
 
-__all__ = ["Floats", "SineStatistics"]
+__all__ = ["Complexes", "Floats", "SineStatistics"]
 
 Floats = NDArray[np.float64]
 Complexes = NDArray[np.complex128]
