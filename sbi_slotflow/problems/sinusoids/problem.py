@@ -371,6 +371,8 @@ def sinusoids(
     }
     if noise not in models:
         raise ValueError(f"noise must be one of {sorted(models)}, got {noise!r}.")
+    if known and noise == "resampled":
+        raise ValueError(f"sigma must be a range if noise is {noise!r}, got {sigma}.")
     simulator = AdditiveSimulator(SineSignal(setup.grids), models[noise], prior.layout)
     own = bool(changes) or cardinality is not None
     name = "sinusoids" if own else f"sinusoids-{preset}"
@@ -426,10 +428,10 @@ def _interval(name: str, value: Any) -> tuple[float, float] | None:
     try:
         low, high = (float(end) for end in value)
     except (TypeError, ValueError):
-        kinds = (
-            "a number or (least, largest)" if name == "sigma" else "(least, largest)"
-        )
-        raise TypeError(f"{name} must be {kinds}, got {value!r}.") from None
+        kinds = "a number or " if name == "sigma" else ""
+        raise TypeError(
+            f"{name} must be {kinds}(least, largest), got {value!r}."
+        ) from None
     return low, high
 
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from ...sets.layout import ThetaLayout
 from ..noise import WhiteNoise
-from .grid import Grid
-from .sums import dirichlet, moments
+from .grid import Grid, dirichlet, moments
 
 __all__ = ["Complexes", "Floats", "SineStatistics"]
 
