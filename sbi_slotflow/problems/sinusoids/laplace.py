@@ -298,7 +298,7 @@ class _Mode:
     def _conditional(self, frequency: Floats) -> tuple[Floats, Floats, Floats]:
         """Best amplitudes, root of the Gram matrix and residual energy."""
         statistics = self.owner.statistics
-        gram = statistics.gram(frequency)
+        gram = statistics.gram(frequency, frequency)
         size = gram.shape[-1]
         ridge = 1e-9 * statistics.num_data * np.eye(size)
         root = torch.linalg.cholesky(torch.from_numpy(gram + ridge))

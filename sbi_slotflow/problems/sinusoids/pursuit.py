@@ -251,7 +251,7 @@ def residual_power(
     Returns:
         Shape ``(J,)``.
     """
-    cross = statistics.cross_gram(frequency, fit.frequency)
+    cross = statistics.gram(frequency, fit.frequency)
     left = statistics.projections(frequency).ravel() - cross @ fit.amplitudes.ravel()
     return 2 * np.square(left.reshape(-1, 2)).sum(-1) / statistics.num_data
 

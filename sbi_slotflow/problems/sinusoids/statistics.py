@@ -159,19 +159,16 @@ class SineStatistics:
             first += turn * (offset * share + slope * (0.5j / (math.pi * step)))
         return zeroth, first
 
-    def gram(self, frequency: Floats) -> Floats:
-        """Inner products of the cosines and sines of K frequencies with each other.
+    def gram(self, rows: Floats, columns: Floats) -> Floats:
+        """Inner products of the cosines and sines of J and K frequencies.
 
         Args:
-            frequency: Shape ``(..., K)``.
+            rows: Shape ``(..., J)``.
+            columns: Shape ``(..., K)``.
 
         Returns:
-            Shape ``(..., 2K, 2K)``, in the order cos 1, sin 1, cos 2, ...
+            Shape ``(..., 2J, 2K)``, in the order cos 1, sin 1, cos 2, ...
         """
-        return self.cross_gram(frequency, frequency)
-
-    def cross_gram(self, rows: Floats, columns: Floats) -> Floats:
-        """As :meth:`gram`, between J and K frequencies: ``(..., 2J, 2K)``."""
         first, second = rows[..., :, None], columns[..., None, :]
         below, above = self._sum(first - second), self._sum(first + second)
         blocks = np.empty((*below.shape, 2, 2))
