@@ -25,6 +25,7 @@ from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
 from ..nn.token_encoder import TokenEncoder, TraceTokens
+from ..sets.checks import Numbers
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
@@ -80,11 +81,11 @@ class Likelihood:
 
     simulator: AdditiveSimulator
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
         return self.simulator.log_likelihood(theta, x)
 
-    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
         """Log p(x | theta) as a function of theta alone.
 
         Args:

@@ -184,8 +184,9 @@ def line_spectrum(*, num_samples: int = 50, max_cardinality: int = 10) -> LineSp
             f"max_cardinality must lie in 1..{num_samples - 1}, where lines fit their "
             f"separation, got {max_cardinality}."
         )
-    shifted = [AffineTransform(_FLOOR, 1.0)]
-    amplitude = TransformedDistribution(HalfNormal(torch.ones(1)), shifted)
+    amplitude = TransformedDistribution(
+        HalfNormal(torch.ones(1)), [AffineTransform(_FLOOR, 1.0)]
+    )
     parts = [amplitude, uniform(0.0, 2 * math.pi), uniform(-0.5, 0.5)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),

@@ -23,6 +23,7 @@ from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.paper.dual_stream import DualStreamEncoder
 from ...nn.token_encoder import TokenEncoder
+from ...sets.checks import Numbers
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform
 from ..noise import NoiseModel, WhiteNoise
@@ -101,14 +102,14 @@ class Sinusoids(Problem):
             return SineLikelihood(self.simulator, self)
         return Likelihood(self.simulator)
 
-    def statistics(self, x: Tensor) -> SineStatistics:
+    def statistics(self, x: Numbers) -> SineStatistics:
         """Tabulate the statistics of one observation, ``(T,)`` or ``(1, T)``.
 
         Raises:
-            TypeError: If x is no floating-point tensor.
+            TypeError: If x holds no real numbers.
             ValueError: If x is malformed or the frequencies have no bounds.
         """
-        self.simulator.check_data(x)
+        x = self.simulator.checked_data(x)
         if x.numel() != self.num_data or x.ndim > 2:
             raise ValueError(
                 f"x must have shape ({self.num_data},) or (1, {self.num_data}), got "
@@ -251,16 +252,17 @@ class SineLikelihood(Likelihood):
 
     problem: Sinusoids
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
-        self.simulator.check_data(x)
+        x = self.simulator.checked_data(x)
         num = theta.shape[:-1].numel() // max(1, x.shape[:-1].numel())
         if num < _MANY_ROWS or not _match(theta, x):
             return self.simulator.log_likelihood(theta, x)
         return self.given(x)(theta)
 
-    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
         """Log p(x | theta) as a function of theta alone; see :class:`Likelihood`."""
+        x = self.simulator.checked_data(x)
         layout, noise = self.problem.layout, self.simulator.noise
         tables = [self.problem.statistics(one) for one in torch.atleast_2d(x)]
         assert isinstance(noise, WhiteNoise)
