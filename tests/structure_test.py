@@ -42,7 +42,6 @@ TESTS_OF_NO_MODULE = {
     "posterior.closed_form",
     "posterior.contract",
     "problems.own_problem",
-    "problems.sinusoids.seeds",
     "problems.units",
     "readme",
     "rjmcmc.eryn",
