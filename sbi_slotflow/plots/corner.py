@@ -1,14 +1,16 @@
 """Marginals of the parameters, jointly given one cardinality or for each source."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from matplotlib.artist import Artist
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..catalogue import fit_sources
 from ..metrics.labels import ReferencePoints
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
@@ -16,11 +18,14 @@ from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
 from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH, Figure
 
-__all__ = ["plot_corner"]
+__all__ = ["plot_corner", "plot_source_corners"]
 
 _MOST_DRAWS = 10_000
 # Fewer draws are left in canonical order.
 _FEWEST_TO_MATCH = 50
+# Of a source: fewest draws to show, and inches.
+_FEWEST_DRAWS = 20
+_PANEL, _LEFT, _BOTTOM, _TOP = 0.85, 1.05, 0.85, 0.35
 
 
 def plot_corner(
@@ -73,11 +78,8 @@ def plot_corner(
             reference) has cardinality k, or there is nothing to plot (K = 0 without
             shared parameters).
     """
-    known = (*layout.component_names, *layout.shared_names)
     periods = layout.periods if periods is None else periods
-    unknown = sorted({*(names or ()), *(units or ()), *periods} - set(known))
-    if unknown:
-        raise ValueError(f"unknown parameter(s) {unknown}; there are {list(known)}.")
+    _check_names(layout, names or (), units or (), periods)
     samples = checked_samples(samples, layout)
     cardinality = layout.cardinality(samples)
     k = int(cardinality.mode().values) if k is None else k
@@ -93,6 +95,86 @@ def plot_corner(
     shown = None if other is None else labels
     title = f"Posterior given K = {k} ({len(frame.rows):,} draws)"
     return _corner(columns, title, shown)
+
+
+def plot_source_corners(
+    samples: Tensor,
+    layout: ThetaLayout,
+    true_theta: Tensor | None = None,
+    *,
+    min_probability: float = 0.1,
+    columns: int = 2,
+    units: Mapping[str, str] | None = None,
+) -> Figure:
+    """Plot the parameters of each source, given that it is there.
+
+    Sources are those of :func:`~sbi_slotflow.catalogue.fit_sources`, found in draws of
+    all cardinalities; their titles tell their existence probabilities. At most 10,000
+    draws are used, evenly spaced.
+
+    Args:
+        samples: Theta rows, shape ``(S, E)``.
+        layout: Layout of theta.
+        true_theta: The true row if known. Its components are marked in the sources that
+            they belong to.
+        min_probability: Sources that are less probable are left out.
+        columns: Sources in a row.
+        units: Units of parameters by name, for the labels.
+
+    Returns:
+        A figure with D (D + 1) / 2 axes for each source of at least 20 draws.
+
+    Raises:
+        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
+        ValueError: If a shape does not fit, a number is out of range, or there is no
+            source.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    _check_names(layout, units or {})
+    samples = thinned(checked_samples(samples, layout), _MOST_DRAWS)
+    sources = fit_sources(samples, layout, min_probability=min_probability)
+    owner = sources.assign(samples)
+    shown = ((owner >= 0).sum(0) >= _FEWEST_DRAWS).nonzero().flatten().tolist()
+    if not shown:
+        raise ValueError("nothing to plot: the samples have no source.")
+    components = layout.unpack(layout.canonical(samples)).components
+    truth = None
+    if true_theta is not None:
+        row = checked_row(true_theta, layout).unsqueeze(0)
+        true_owner = sources.assign(row)[0]
+        true_components = layout.unpack(layout.canonical(row)).components[0]
+        truth = [true_components[j] if j >= 0 else None for j in true_owner.tolist()]
+    size = layout.num_component_params
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    width = columns * (_LEFT + size * _PANEL) + 0.25
+    height = rows * (_BOTTOM + size * _PANEL + _TOP) + 0.35
+    figure = Figure(figsize=(width, height))
+    for number, i in enumerate(shown):
+        there = owner[:, i] >= 0
+        values = components[there, owner[there, i]]
+        true = None if truth is None else truth[i]
+        parameters = _source_columns(values, true, layout, units or {})
+        left = (number % columns) * (_LEFT + size * _PANEL) + _LEFT
+        top = height - 0.35 - (number // columns) * (_BOTTOM + size * _PANEL + _TOP)
+        top -= _TOP
+        place = (left, top - size * _PANEL, left + size * _PANEL, top)
+        draw_corner(figure, _grid(figure, size, place), parameters, small=False)
+        title = f"Source {i + 1}: there with probability {there.double().mean():.2f}"
+        figure.text(
+            left / width, (top + 0.08) / height, title, fontsize=FONT, va="bottom"
+        )
+    handles = _shades() + ([] if truth is None else [_truth_line()])
+    figure.legend(
+        handles=handles,
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=SMALL,
+        borderpad=0.2,
+    )
+    return figure
 
 
 class _Frame:
@@ -136,7 +218,7 @@ class _Frame:
         for index, (name, number) in enumerate(self._entries()):
             if names is not None and name not in names:
                 continue
-            unit = f"\n({units[name]})" if name in units else ""
+            unit = _unit(name, units)
             against = None if other is None else other[:, index].numpy()
             values = own[:, index].numpy()
             columns.append(
@@ -164,17 +246,13 @@ class _Frame:
     def _truth(self, truth: Tensor, own: Tensor) -> list[float | None]:
         row = self.layout.canonical(truth).unsqueeze(0)
         same = int(self.layout.cardinality(row)) == self.k
-        values: list[float | None] = [*self._vectors(row)[0].tolist()]
+        # On the turn of the circle on which the draws are.
+        turns = self._periods * self.k + self._shared_periods
+        row = near(self._vectors(row)[0], own.median(0).values, turns)
+        values: list[float | None] = [*row.tolist()]
         num = self.k * len(self.layout.component_names)
         if not same:
             values[:num] = [None] * num
-        # On the turn of the circle on which the draws are.
-        turns = self._periods * self.k + self._shared_periods
-        middle = own.median(0).values.tolist()
-        for i, period in enumerate(turns):
-            value = values[i]
-            if value is not None and math.isfinite(period):
-                values[i] = value + period * round((middle[i] - value) / period)
         return values
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,30 +277,20 @@ def _corner(
     width, height = left + num * size + 0.35, bottom + num * size + top
     width = max(width, 3.9)
     figure = Figure(figsize=(width, height))
-    grid = figure.add_gridspec(
-        num,
-        num,
-        left=left / width,
-        right=(left + num * size) / width,
-        bottom=bottom / height,
-        top=1 - top / height,
-        wspace=0.08,
-        hspace=0.08,
-    )
-    draw_corner(figure, grid, columns, small)
+    place = (left, bottom, left + num * size, bottom + num * size)
+    draw_corner(figure, _grid(figure, num, place), columns, small)
     edge = left / width
     figure.text(edge, 1 - 0.12 / height, title, fontsize=FONT + 1, va="top")
     handles: list[Artist] = []
     if num > 1:
-        of = "" if labels is None else f"{labels[0]}, "
-        handles = [
-            Patch(color=shade, label=of + f"{share:.0%}".replace("%", " %"))
-            for share, shade in reversed(SHADES.items())
-        ]
+        handles = _shades()
+        for handle in handles:
+            of = "" if labels is None else f"{labels[0]}, "
+            handle.set_label(f"{of}{handle.get_label()}")
     if labels is not None:
         handles.append(Line2D([], [], color=REFERENCE, label=labels[1]))
     if any(column.truth is not None for column in columns):
-        handles.append(Line2D([], [], color=TRUTH, linestyle="--", label="truth"))
+        handles.append(_truth_line())
     if handles:
         figure.legend(
             handles=handles,
@@ -235,3 +303,62 @@ def _corner(
             borderaxespad=0,
         )
     return figure
+
+
+def _source_columns(
+    values: Tensor,
+    truth: Tensor | None,
+    layout: ThetaLayout,
+    units: Mapping[str, str],
+) -> list[Column]:
+    periods = layout.component_periods
+    values = values.double()
+    values = near(values, circular_mean(values, periods), periods)
+    true: list[float | None] = [None] * len(periods)
+    if truth is not None:
+        true = [*near(truth.double(), values.median(0).values, periods).tolist()]
+    columns = zip(layout.component_names, values.unbind(-1), true, strict=True)
+    return [
+        Column(name + _unit(name, units), draws.numpy(), value)
+        for name, draws, value in columns
+    ]
+
+
+def _check_names(layout: ThetaLayout, *named: Iterable[str]) -> None:
+    known = (*layout.component_names, *layout.shared_names)
+    if unknown := sorted(set().union(*named) - set(known)):
+        raise ValueError(f"unknown parameter(s) {unknown}; there are {list(known)}.")
+
+
+def _unit(name: str, units: Mapping[str, str]) -> str:
+    return f"\n({units[name]})" if name in units else ""
+
+
+def _grid(
+    figure: Figure, num: int, place: tuple[float, float, float, float]
+) -> GridSpec:
+    """A square grid of panels at (left, bottom, right, top) in inches."""
+    width, height = figure.get_size_inches()
+    left, bottom, right, top = place
+    return figure.add_gridspec(
+        num,
+        num,
+        left=left / width,
+        right=right / width,
+        bottom=bottom / height,
+        top=top / height,
+        wspace=0.08,
+        hspace=0.08,
+    )
+
+
+def _shades() -> list[Artist]:
+    """Legend of the contours."""
+    return [
+        Patch(color=shade, label=f"{share:.0%}".replace("%", " %"))
+        for share, shade in reversed(SHADES.items())
+    ]
+
+
+def _truth_line() -> Line2D:
+    return Line2D([], [], color=TRUTH, linestyle="--", label="truth")

@@ -5,6 +5,7 @@ are exact, so the false-alarm rate of a test is the rate that it passes to the c
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -96,6 +97,35 @@ def test_exact_posterior_passes(name):
     assert check.passed
     assert check.failures == ()
     assert 0 < check.p_value <= 1
+
+
+# A power of two, so that rounding is the same in either unit.
+UNIT = 2.0**-80  # 1e-24
+
+
+@pytest.mark.parametrize("name", ["components", "coverage", "sets"])
+@pytest.mark.parametrize("fault", ["exact", "shifted"])
+def test_checks_do_not_depend_on_the_unit(fault, name):
+    def in_unit(rows):
+        return torch.cat([rows[..., :1], UNIT * rows[..., 1:]], dim=-1)
+
+    check = {**CHECKS, "sets": lambda d, r: calibration.sbc(d, false_alarm_rate=r)}[
+        name
+    ]
+    draws = drawn(fault)
+    parts = {n: in_unit(getattr(draws, n)) for n in ("theta", "draws", "given_k")}
+    small = replace(draws, x=UNIT * draws.x, guides=in_unit(draws.guides), **parts)
+    assert check(small, RATE).p_values == check(draws, RATE).p_values
+
+
+def test_distances_do_not_depend_on_the_unit():
+    rows = drawn("exact").theta
+    scaled = torch.cat([rows[:, :1], UNIT * rows[:, 1:]], dim=-1)
+    found = []
+    for theta in (rows, scaled):
+        distance = calibration.set_distance(problem.layout, theta)
+        found.append(distance(theta[:-1], theta[1:]))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(("fault", "name"), CAUGHT)

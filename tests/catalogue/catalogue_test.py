@@ -66,6 +66,27 @@ def test_matchings_are_the_best_partial_ones(sources):
         assert total == pytest.approx(brute(matrix))
 
 
+@pytest.mark.parametrize("unit", [2.0**-110, 2.0**70])  # 1e-33, 1e+21
+def test_sources_do_not_depend_on_the_unit(unit):
+    rows, _ = made(1_000)
+    parts = LAYOUT.unpack(rows)
+    factor = torch.tensor([unit, 1.0, 1.0])
+    scaled = LAYOUT.pack(parts.cardinality, factor * parts.components, parts.shared)
+    found, expected = fit_sources(scaled, LAYOUT), fit_sources(rows, LAYOUT)
+    torch.testing.assert_close(found.existence, expected.existence)
+    torch.testing.assert_close(found.centre / factor.double(), expected.centre)
+
+
+def test_one_value_has_a_source_in_any_unit():
+    for value in (0.0, 1e-33, 1e21):
+        components = torch.full((100, 4, 3), value)
+        rows = LAYOUT.pack(torch.ones(100), components, torch.ones(100, 1))
+        sources = fit_sources(rows, LAYOUT)
+        assert len(sources) == 1
+        assert float(sources.existence) > 0.99
+        assert float(sources.centre[0, 0]) == pytest.approx(value, rel=1e-6)
+
+
 def test_sources_are_found_with_their_probabilities():
     rows, there = made(6_000)
     table = build_catalogue(rows, LAYOUT)
