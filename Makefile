@@ -5,6 +5,11 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
+# One thread for each of the processes: the matrices are small. Worksteal gives each a
+# contiguous share of the tests, so that few fixtures are made twice.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help venv dev test test-all lint types format docs doctest bench experiments demo tutorials pretrained package clean
 
@@ -27,11 +32,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-test: venv ## Run the tests, except slow ones and those that need a GPU
-	$(BIN)/python -m pytest
+test: venv ## Run the tests in WORKERS=2 processes, except slow ones and those for a GPU
+	$(PYTEST)
 
 test-all: venv ## Run the slow tests too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: dev ## Check style and formatting
 	$(BIN)/python -m ruff check

@@ -1,17 +1,21 @@
 """Samplers that start from the prior given K: tempering, and nested sampling."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from sbi_slotflow import rjmcmc
 from sbi_slotflow.posterior import refine
+from sbi_slotflow.posterior.base import Posterior
 from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.sets.distribution import SetDistribution
 from sbi_slotflow.sets.prior import VariableKPrior
 
 from .common import given_k, one
@@ -39,7 +43,7 @@ def tempered(
     """Temper the prior given K into the posterior of x ``(T,)``."""
     return one(
         refine(
-            _Prior(given_k(problem, k).prior),
+            _Prior(given_k(problem, k).prior, x),
             rjmcmc.laplace_proposal(problem, x).log_likelihood,
             x,
             num_particles,
@@ -110,16 +114,37 @@ def nested(
     return NestedDraws(float(found.logz[-1]), layout.canonical(rows), weights)
 
 
-class _Prior:
-    """The prior as a proposal."""
+class _Prior(Posterior):
+    """The prior as a proposal, whatever x is."""
 
-    def __init__(self, prior: VariableKPrior) -> None:
-        self.prior = prior
+    def __init__(self, prior: VariableKPrior, x: Tensor) -> None:
+        self.prior, self._event_shape = prior, x.shape
 
-    def sample_batched(
-        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
+    @property
+    def event_shape(self) -> torch.Size:
+        return self._event_shape
+
+    def given(self, x: Tensor) -> SetDistribution:
+        return _PriorSets(self.prior, len(x))
+
+
+class _PriorSets(SetDistribution):
+    def __init__(self, prior: VariableKPrior, num_observations: int) -> None:
+        self.prior, self.layout = prior, prior.layout
+        self.num_observations = num_observations
+
+    def cardinality(self) -> Categorical:
+        logits = self.prior.log_cardinality_probs
+        return Categorical(logits=logits.expand(self.num_observations, -1))
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        return self.prior.sample((*sample_shape, len(x)), generator)
+        assert k is None
+        return self.prior.sample((*sample_shape, self.num_observations), generator)
 
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, theta: Tensor) -> Tensor:
         return self.prior.log_prob(theta)

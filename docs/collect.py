@@ -1,9 +1,12 @@
-"""Pages of the documentation that are kept elsewhere: tutorials and benchmark report.
+"""Pages of the documentation that are kept elsewhere: tutorials, report and reference.
 
-They are copied to ``docs/tutorials/`` and ``docs/report/``, which are made anew at
-every build, so that the site builds with as many of them as there are.
+Tutorials and benchmark report are copied to ``docs/tutorials/`` and ``docs/report/``,
+and the reference gets a page for each folder of the package, in
+``docs/reference/modules/``. All three are made anew at every build, so that the site
+builds with what there is.
 """
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -28,7 +31,7 @@ What was measured of the shipped weights is in the README, and printed by
 
 
 def collect(repository: Path, docs: Path) -> None:
-    """Copy tutorials and report.
+    """Copy tutorials and report, and list the modules of the package.
 
     Args:
         repository: Root of the repository.
@@ -36,11 +39,12 @@ def collect(repository: Path, docs: Path) -> None:
     """
     _tutorials(repository / "tutorials", _empty(docs / "tutorials"))
     _report(repository / "benchmarks", _empty(docs / "report"))
+    _reference(repository / "sbi_slotflow", _empty(docs / "reference" / "modules"))
 
 
 def _empty(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -60,3 +64,26 @@ def _report(source: Path, target: Path) -> None:
         (target / "index.md").write_text(_REPORT)
         return
     shutil.copy(report, target / "index.md")
+
+
+def _reference(package: Path, target: Path) -> None:
+    pages: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        module = [part for part in parts if part != "__init__"]
+        if not module or module[-1] == "__main__" or not _docstring(path):
+            continue
+        page = module[0] if len(parts) > 1 else "loose modules"
+        name = ".".join(module)
+        # What a folder exports is described where it is defined.
+        options = "   :no-members:\n" if path.name == "__init__.py" else ""
+        pages.setdefault(page, [f"# {page}\n"]).append(
+            f"## {name}\n\n```{{eval-rst}}\n"
+            f".. automodule:: {package.name}.{name}\n{options}```\n"
+        )
+    for page, sections in pages.items():
+        (target / f"{page.replace(' ', '_')}.md").write_text("\n".join(sections))
+
+
+def _docstring(path: Path) -> str | None:
+    return ast.get_docstring(ast.parse(path.read_text()))

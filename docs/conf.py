@@ -34,7 +34,11 @@ myst_heading_anchors = 3
 # Notebooks carry the outputs of a full run.
 nb_execution_mode = "off"
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "set",  # matplotlib writes a Figure.set for every subclass
+}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say the types and shapes that matter
 napoleon_use_ivar = True

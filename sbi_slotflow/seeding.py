@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 
 __all__ = ["draw_seed", "forked_rng", "generator_for"]
 
 _SEED_RANGE = 2**63 - 1
+# The global generator is one for all threads.
+_LOCK = RLock()
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
@@ -22,14 +25,15 @@ def draw_seed(generator: torch.Generator | None) -> int:
 def forked_rng(generator: torch.Generator | None) -> Iterator[None]:
     """Let code that draws from torch's global generator draw from ``generator``.
 
-    The global state is put back afterwards. With ``None`` nothing changes: the code
-    draws from the global generator, as torch's distributions do.
+    The global state is put back afterwards. Other threads that want the same wait. With
+    ``None`` nothing changes: the code draws from the global generator, as torch's
+    distributions do.
     """
     if generator is None:
         yield
         return
     seed = draw_seed(generator)
-    with torch.random.fork_rng():
+    with _LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 

@@ -1,5 +1,6 @@
 """The documentation takes tutorials and report as they are, few or all."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -12,7 +13,7 @@ collect = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "collect.py"))
 
 @pytest.fixture(name="folders")
 def _folders(tmp_path: Path) -> tuple[Path, Path]:
-    for name in ("docs", "tutorials", "benchmarks"):
+    for name in ("docs", "tutorials", "benchmarks", "sbi_slotflow/sets"):
         (tmp_path / name).mkdir(parents=True)
     return tmp_path, tmp_path / "docs"
 
@@ -46,3 +47,18 @@ def test_the_report_is_copied(folders: tuple[Path, Path]) -> None:
     (repository / "benchmarks/REPORT.md").write_text(text)
     collect(*folders)
     assert (docs / "report/index.md").read_text() == text
+
+
+def test_the_reference_has_every_module_that_says_what_it_is(
+    folders: tuple[Path, Path],
+) -> None:
+    repository, docs = folders
+    for name in ("__init__", "storage", "sets/__init__", "sets/layout", "sets/prior"):
+        (repository / f"sbi_slotflow/{name}.py").write_text('"""What it is."""\n')
+    (repository / "sbi_slotflow/sets/silent.py").write_text("")
+    collect(*folders)
+    pages = {path.stem: path.read_text() for path in (docs / "reference").rglob("*.md")}
+    assert set(pages) == {"loose_modules", "sets"}
+    assert "automodule:: sbi_slotflow.storage" in pages["loose_modules"]
+    found = re.findall(r"automodule:: (\S+)", pages["sets"])
+    assert found == [f"sbi_slotflow.sets{end}" for end in ("", ".layout", ".prior")]

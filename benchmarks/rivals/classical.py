@@ -9,7 +9,7 @@ from torch import Tensor
 from sbi_slotflow import rjmcmc
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.problems.sinusoids.laplace import sinusoid_statistics
-from sbi_slotflow.problems.sinusoids.seeds import matching_pursuit
+from sbi_slotflow.problems.sinusoids.pursuit import matching_pursuit
 from sbi_slotflow.seeding import generator_for
 
 from .base import Answer, Rival

@@ -66,9 +66,8 @@ def slots(
     # Steps of several amplitudes, turns and a few cells are free.
     scale = torch.tensor([5.0, 5.0, 0.05]).double()
     peak = fit_mode(
-        problem.build_fit(),
+        problem.build_fit().given(x),
         lambda w, index: components[index] + scale * w,
-        x,
         torch.arange(len(x)),
         torch.zeros_like(components),
         mask,

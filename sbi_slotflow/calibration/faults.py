@@ -1,7 +1,7 @@
 r"""Posteriors that are wrong in a known way, to see that a check notices.
 
-Each function wraps a posterior and keeps its interface (``sample``, ``sample_batched``,
-``cardinality``), so that it can be checked, plotted and compared like any other::
+Each function wraps a posterior and returns another, which can be checked, plotted and
+compared like any other::
 
     report(faults.narrowed(posterior), problem).passed  # False
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ..posterior.base import Posterior
 from ..sets.circular import circular_mean, near
+from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
-from ..sets.marginals import clamp_to_support
 from ..sets.prior import VariableKPrior
-from .draws import BatchedPosterior
 from .matched import periods_of
 
 __all__ = [
@@ -36,10 +36,6 @@ __all__ = [
 _FEWEST_DRAWS = 256
 
 
-class _WithPrior(BatchedPosterior, Protocol):
-    prior: VariableKPrior
-
-
 class Spoil(Protocol):
     """Turns draws given K, ``(P, B, E)``, into wrong ones of the same shape."""
 
@@ -50,8 +46,8 @@ class Spoil(Protocol):
         ...
 
 
-class FaultyPosterior:
-    """A posterior made wrong.
+class FaultyPosterior(Posterior):
+    """A posterior made wrong; it has no density.
 
     Args:
         posterior: The posterior.
@@ -61,26 +57,28 @@ class FaultyPosterior:
 
     def __init__(
         self,
-        posterior: _WithPrior,
+        posterior: Posterior,
         spoil: Spoil | None = None,
         sharpness: float = 1.0,
     ) -> None:
-        self.posterior = posterior
-        self.prior = posterior.prior
-        self.default_x: Tensor | None = getattr(posterior, "default_x", None)
-        self._spoil = spoil
-        self._sharpness = sharpness
-        self._device: Any = getattr(posterior, "_device", "cpu")
+        self.posterior, self.prior = posterior, posterior.prior
+        self.simulator = posterior.simulator
+        self._x, self._device = posterior.default_x, posterior._device
+        self._spoil, self._sharpness = spoil, sharpness
 
-    def set_default_x(self, x: Tensor) -> "FaultyPosterior":
-        """Set the observation to use where none is given."""
-        self.default_x = x
-        return self
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one observation."""
+        return self.posterior.event_shape
 
-    def cardinality(self, x: Tensor | None = None) -> Categorical:
-        """Return q(K | x) as the faulty posterior has it."""
-        probs = self.posterior.cardinality(self._observed(x)).probs
-        return Categorical(logits=self._sharpness * probs.log())
+    @property
+    def has_density(self) -> bool:
+        """Whether ``log_prob`` exists."""
+        return False
+
+    def given(self, x: Tensor) -> "FaultySets":
+        """Return the faulty distribution given observations ``(B, *event)``."""
+        return FaultySets(self.posterior, x, self._spoil, self._sharpness)
 
     def with_cardinality_prior(
         self, weights: Sequence[float] | Tensor
@@ -95,41 +93,48 @@ class FaultyPosterior:
             other.with_cardinality_prior(weights), self._spoil, self._sharpness
         )
 
+
+class FaultySets(SetDistribution):
+    """A faulty posterior given B observations.
+
+    Args:
+        posterior: The posterior that is spoilt.
+        x: Observations, shape ``(B, *event)``.
+        spoil: What happens to its draws given K.
+        sharpness: Power to which q(K | x) is raised.
+    """
+
+    def __init__(
+        self, posterior: Posterior, x: Tensor, spoil: Spoil | None, sharpness: float
+    ) -> None:
+        self.layout, self.num_observations = posterior.prior.layout, len(x)
+        self._posterior, self._given_x, self._spoil = posterior, x, spoil
+        self._logits = sharpness * posterior.given(x).cardinality().logits
+
+    def cardinality(self) -> Categorical:
+        """Return q(K | x) as the faulty posterior has it."""
+        return Categorical(logits=self._logits)
+
+    @torch.no_grad()
     def sample(
         self,
         sample_shape: Sequence[int] = torch.Size(),
-        x: Tensor | None = None,
         k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw rows ``(*sample_shape, E)`` for one observation."""
-        batch = torch.atleast_2d(self._observed(x))
-        return self.sample_batched(sample_shape, batch, k, generator)[..., 0, :]
-
-    @torch.no_grad()
-    def sample_batched(
-        self,
-        sample_shape: Sequence[int],
-        x: Tensor,
-        k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw rows ``(*sample_shape, B, E)`` for B observations."""
-        shape = torch.Size(sample_shape)
+        """Draw rows ``(*sample_shape, B, E)``."""
+        shape, x = torch.Size(sample_shape), self._given_x
         num = shape.numel()
-        if k is None:
-            probs = torch.atleast_2d(self.cardinality(x).probs).float()
+        counts = torch.full((num, len(x)), k or 0, device=x.device)
+        if k is None and num:
+            probs = self.cardinality().probs.float()
             counts = torch.multinomial(probs, num, True, generator=generator).mT
-        else:
-            counts = torch.full((num, len(x)), k, device=x.device)
-        rows = self.prior.cardinality_probs.new_zeros(
-            num, len(x), self.prior.layout.size
-        )
+        rows = x.new_zeros(num, len(x), self.layout.size).float()
         for size in counts.unique().tolist():
             here = counts == size
             columns = here.any(0).nonzero().squeeze(-1)
             most = int(here.sum(0).max())
-            found = self._given(most, x[columns], size, generator)
+            found = self._of_size(most, x[columns], size, generator)
             # Each column takes as many of its draws as it needs.
             place = (here.cumsum(0) - 1)[:, columns]
             for_column = torch.arange(len(columns), device=x.device).expand_as(place)
@@ -138,26 +143,29 @@ class FaultyPosterior:
             rows[row, columns[for_column[inside]]] = found[
                 place[inside], for_column[inside]
             ]
-        return rows.reshape(*shape, len(x), self.prior.layout.size)
+        return rows.reshape(*shape, len(x), self.layout.size)
 
-    def _given(
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Raise: a spoilt posterior's density is not known.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("log_prob does not exist for a faulty posterior.")
+
+    def _of_size(
         self, num: int, x: Tensor, k: int, generator: torch.Generator | None
     ) -> Tensor:
         """Draw rows ``(num, B, E)`` of cardinality k."""
         pool = num if self._spoil is None else max(num, _FEWEST_DRAWS)
-        rows = self.posterior.sample_batched((pool,), x, k=k, generator=generator)
+        rows = self._posterior.given(x).sample((pool,), k, generator)
         if self._spoil is not None:
             rows = self._spoil(rows, k, generator)
         return rows[:num]
 
-    def _observed(self, x: Tensor | None) -> Tensor:
-        if x is None and self.default_x is None:
-            raise ValueError("x must be given where no default x is set.")
-        return self.default_x if x is None else x  # pyright: ignore[reportReturnType]
-
 
 def narrowed(
-    posterior: _WithPrior,
+    posterior: Posterior,
     factor: float = 0.8,
     *,
     periods: Mapping[str, float] | None = None,
@@ -178,7 +186,7 @@ def narrowed(
 
 
 def shifted(
-    posterior: _WithPrior,
+    posterior: Posterior,
     by: float = 0.5,
     *,
     periods: Mapping[str, float] | None = None,
@@ -193,7 +201,7 @@ def shifted(
     return FaultyPosterior(posterior, _Moved(posterior.prior, periods, 1.0, by))
 
 
-def oversharp(posterior: _WithPrior, power: float = 2.0) -> FaultyPosterior:
+def oversharp(posterior: Posterior, power: float = 2.0) -> FaultyPosterior:
     r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`.
 
     Args:
@@ -208,7 +216,7 @@ def oversharp(posterior: _WithPrior, power: float = 2.0) -> FaultyPosterior:
     return FaultyPosterior(posterior, sharpness=power)
 
 
-def unmixed(posterior: _WithPrior) -> FaultyPosterior:
+def unmixed(posterior: Posterior) -> FaultyPosterior:
     """Let labels keep to themselves where components overlap.
 
     Each component stays between the midpoints of its own and its neighbours' mean
@@ -221,7 +229,7 @@ def unmixed(posterior: _WithPrior) -> FaultyPosterior:
     return FaultyPosterior(posterior, _Unmixed(posterior.prior.layout))
 
 
-def independent(posterior: _WithPrior) -> FaultyPosterior:
+def independent(posterior: Posterior) -> FaultyPosterior:
     """Remove all dependence between components, and with shared parameters.
 
     Each component of a draw is taken from a draw of its own.
@@ -257,13 +265,11 @@ class _Moved:
         parts = layout.unpack(rows)
         components = self._move(parts.components, self.component_periods)
         components = _wrapped(components, self.component_periods)
-        components = clamp_to_support(components, prior.component_marginals)
+        components = prior.component_marginals.clamp(components)
         shared = parts.shared
         if layout.num_shared:
             shared = self._move(shared, self.shared_periods)
-            shared = clamp_to_support(
-                _wrapped(shared, self.shared_periods), prior.shared_marginals
-            )
+            shared = prior.shared_marginals.clamp(_wrapped(shared, self.shared_periods))
         return layout.canonical(layout.pack(parts.cardinality, components, shared))
 
     def _move(self, values: Tensor, periods: Tensor) -> Tensor:

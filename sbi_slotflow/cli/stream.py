@@ -26,7 +26,7 @@ from .trees import batch_tree
 __all__ = ["BATCH", "Summary", "infer_many", "parts_folder", "read_checked"]
 
 BATCH = 16
-"""Signals in a batch. Draws depend on it: each batch has a random stream."""
+"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
 
 # The file that marks a folder as a run's, and its format.
 _RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"

@@ -313,7 +313,7 @@ def _probs(source: Tensor | Samples, layout: ThetaLayout, name: str) -> Tensor:
             f"{name} must be theta rows or have sample and cardinality, got "
             f"{type(source).__name__}."
         )
-    return source.cardinality().probs
+    return source.cardinality().probs.squeeze(0)
 
 
 def _rows(

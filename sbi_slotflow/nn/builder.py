@@ -1,5 +1,6 @@
 """Builders of slot density estimators, for sbi's ``density_estimator=`` argument."""
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .cells import CellAxis
 from .charts import Chart, WhiteningChart
@@ -15,12 +17,33 @@ from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
 from .paper.circle import CircleChart
+from .paper.preset import PAPER
 from .registry import describe
 from .spec import EstimatorSpec, Matching
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]
 
 Coupling = Literal["joint", "factorised"]
+
+_GAUSS_NEWTON_STEPS = 3
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "chart": ("default", "circle"),
+    "slots": ("default", "anchored", "attention", "global"),
+    "coupling": get_args(Coupling),
+    "matching": get_args(Matching),
+    "flow_network": ("projected", "residual"),
+}
+# Least values of the options that are integers.
+_INTEGERS = {
+    "flow_layers": 0,
+    "refine_slots": 0,
+    "weighed_sets": 0,
+    "hidden_features": 1,
+    "trunk_features": 1,
+    "flow_hidden_features": 1,
+    "flow_bins": 2,
+    "flow_blocks": 1,
+}
 
 
 @runtime_checkable
@@ -62,9 +85,14 @@ class ProblemLike(Protocol):
 class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     r"""Builds a :class:`SlotDensityEstimator` from a first batch of (theta, x).
 
-    ``NPE(prior, density_estimator=slot_nn(problem))``. The defaults are the paper's
-    architecture in small sizes with a true chart: training on simulations takes
-    minutes on a CPU. :meth:`paper` gives the paper's sizes.
+    ``NPE(prior, density_estimator=slot_nn(problem))``. The defaults are those of the
+    shipped weights: components in cells of the location axis where the problem has one,
+    with Gauss-Newton steps where its signal can be fitted. :meth:`paper` gives the
+    paper's network.
+
+    An option that is left at None takes the default that its description names. One
+    that is set but has nothing to configure raises a ValueError when the network is
+    built: no option is ignored.
 
     Attributes:
         problem: The problem, or a bare :class:`~sbi_slotflow.VariableKPrior` (then
@@ -75,111 +103,106 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             paper's (:class:`CircleChart`); or a chart of your own.
         encoder: A module of your own, mapping x ``(B, T)`` to ``(B, C)``; sbi's
             embedding nets fit. None asks the problem for one.
-        domains: Domain of each stream, see :class:`DualStreamEncoder`; None leaves the
-            problem's own.
-        matching: ``"hungarian"`` (the paper), ``"permanent"`` (the likelihood of the
-            set) or ``"ordered"`` (slot i learns the i-th component in canonical order).
-            Slots part ways soonest under the first; the second ends at the highest
-            likelihood where components overlap.
-        phase_weight: Weight w_phi of the paper's chart; needs ``chart="circle"``.
-        frequency_weight: Weight w_f of the paper's chart; needs ``chart="circle"``.
-        slots: ``"anchored"`` (each slot is anchored at a token of the problem's
-            location axis, see :mod:`.cell_head`), ``"attention"`` (each slot looks
-            for its component among the encoder's tokens) or ``"global"`` (the paper:
-            all slots read one pooled vector). ``"default"`` is anchored where the
-            problem declares a location and nothing is asked of encoder or chart; else
-            attention where the encoder keeps tokens.
-        coupling: Of anchored slots: ``"joint"`` (each component given those below it)
-            or ``"factorised"`` (independent given x and K, the paper's eq. 18).
-        refine_slots: Gauss-Newton steps from the anchors, of joint anchored slots; 0
-            for none. They need a problem whose signal can be fitted.
-        weighed_sets: Sets of anchors at most that refined slots weigh by their evidence
-            at inference, for each observation and K; 0 leaves them to the network.
-        shared_head: Whether the shared parameters are inferred (the paper's noise
-            head); else draws come from their prior.
-        condition_on_cardinality: Whether a slot sees K.
-        mean_flow_loss: Whether the flow's loss is averaged over components.
-        hidden_features: Width of the encoder's embeddings.
-        trunk_features: Width of the slots; None, for global slots only, leaves the
-            parts of a slot's context side by side.
-        flow_layers: Coupling layers of the flow; 0 for none: with ``refine_slots``,
-            the Gaussians that were fitted, cut off at their cells' ends.
-        flow_hidden_features: Width of the flow's networks.
-        flow_bins: Bins of the splines.
-        flow_blocks: Residual blocks in each of the flow's networks.
-        flow_network: ``"projected"`` or ``"residual"``, see :class:`ConditionalFlow`.
-        tail_bound: Half width of the splines' interval.
-        location_scale: Whether a Gaussian layer stands next to the data.
-        encoder_options: Further options of the problem's encoder.
-        z_score_x: Whether x is shifted and scaled by one number each.
-        loss_weights: Weights of the cardinality, flow and shared terms.
+        slots: ``"anchored"`` (each component in a cell of the problem's location axis,
+            see :mod:`.cell_head`), ``"attention"`` (each slot looks for its component
+            among the encoder's tokens) or ``"global"`` (the paper: all slots read one
+            pooled vector). ``"default"`` is anchored where the problem declares a
+            location and nothing is asked of encoder or chart; else attention where the
+            encoder keeps tokens.
+        flow_layers: Coupling layers of the flow (4). 0 for none: with Gauss-Newton
+            steps, the Laplace approximations alone, cut off at their cells' ends.
+        mean_flow_loss: Whether the flow's loss is averaged over components (no).
+        z_score_x: Whether x is shifted and scaled by one number each (yes).
+        loss_weights: Weights of the cardinality, flow and shared terms (1 each).
+        shared_head: Of shared parameters: whether they are inferred (yes; the paper's
+            noise head); else draws come from their prior.
+        hidden_features: Of the problem's encoder: width of its embeddings (128).
+        encoder_options: Of the problem's encoder: further options.
+        domains: Of a :class:`DualStreamEncoder`: domain of each stream.
+        coupling: Of anchored slots: ``"joint"`` (each component given those below it;
+            the default) or ``"factorised"`` (independent given x and K, eq. 18).
+        refine_slots: Of joint anchored slots: Gauss-Newton steps (3 where the problem's
+            signal can be fitted, else 0).
+        weighed_sets: Of Gauss-Newton steps: sets of cells at most that are weighed by
+            their evidence at inference, for each observation and K (512); 0 leaves them
+            to the network.
+        matching: Of independent slots: ``"hungarian"`` (the paper; the default),
+            ``"permanent"`` (the likelihood of the set) or ``"ordered"`` (slot i learns
+            the i-th component in canonical order). Slots part ways soonest under the
+            first; the second ends at the highest likelihood where components overlap.
+        condition_on_cardinality: Of attention and global slots: whether a slot sees K
+            (yes).
+        location_scale: Of attention and global slots: whether a Gaussian layer stands
+            next to the data (yes).
+        trunk_features: Width of a component's context (128); None, of global slots
+            only, leaves the parts of the context side by side.
+        flow_hidden_features: Of the flow: width of its networks (64).
+        flow_bins: Of the flow: bins of the splines (8).
+        flow_blocks: Of the flow: residual blocks in each network (1).
+        flow_network: Of the flow: ``"projected"`` (the default) or ``"residual"``, see
+            :class:`ConditionalFlow`.
+        tail_bound: Of the flow: half width of the splines' interval (5).
+        phase_weight: Of the paper's chart: weight w_phi (1).
+        frequency_weight: Of the paper's chart: weight w_f (1).
+
+    Raises:
+        TypeError, ValueError: If an option is out of range or misspelt.
     """
 
     problem: ProblemLike | VariableKPrior | None = None
     chart: Literal["default", "circle"] | Chart = "default"
     encoder: nn.Module | None = None
-    domains: Sequence[str] | None = None
-    matching: Matching = "hungarian"
-    phase_weight: float = 1.0
-    frequency_weight: float = 1.0
     slots: Literal["default", "anchored", "attention", "global"] = "default"
-    coupling: Coupling = "joint"
-    refine_slots: int = 0
-    weighed_sets: int = 512
-    shared_head: bool = True
-    condition_on_cardinality: bool = True
-    mean_flow_loss: bool = False
-    hidden_features: int = 128
-    trunk_features: int | None = 128
     flow_layers: int = 4
-    flow_hidden_features: int = 64
-    flow_bins: int = 8
-    flow_blocks: int = 1
-    flow_network: Literal["projected", "residual"] = "projected"
-    tail_bound: float = 5.0
-    location_scale: bool = True
-    encoder_options: dict[str, Any] | None = None
+    mean_flow_loss: bool = False
     z_score_x: bool = True
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    shared_head: bool = True
+    hidden_features: int | None = None
+    encoder_options: dict[str, Any] | None = None
+    domains: Sequence[str] | None = None
+    coupling: Coupling | None = None
+    refine_slots: int | None = None
+    weighed_sets: int | None = None
+    matching: Matching | None = None
+    condition_on_cardinality: bool | None = None
+    location_scale: bool | None = None
+    trunk_features: int | Literal["default"] | None = "default"
+    flow_hidden_features: int | None = None
+    flow_bins: int | None = None
+    flow_blocks: int | None = None
+    flow_network: Literal["projected", "residual"] | None = None
+    tail_bound: float | None = None
+    phase_weight: float | None = None
+    frequency_weight: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("matching", self.matching, get_args(Matching))
-        _check_choice("flow_network", self.flow_network, ("projected", "residual"))
-        kinds = ("default", "anchored", "attention", "global")
-        _check_choice("slots", self.slots, kinds)
-        _check_choice("coupling", self.coupling, get_args(Coupling))
-        if self.refine_slots < 0:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if isinstance(value, Chart) or value is None:
+                continue
+            if value not in choices:
+                raise ValueError(
+                    f"{name} must be one of {list(choices)}, got {value!r}."
+                )
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value not in (None, "default"):
+                as_count(value, name, least)
+        for name in ("tail_bound", "phase_weight", "frequency_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        weights = self.loss_weights
+        if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
-                f"refine_slots must not be negative, got {self.refine_slots}."
+                "loss_weights must be three finite weights, none negative, got "
+                f"{weights}."
             )
-        if self.weighed_sets < 0:
-            raise ValueError(
-                f"weighed_sets must not be negative, got {self.weighed_sets}."
-            )
-        if not isinstance(self.chart, Chart):
-            _check_choice("chart", self.chart, ("default", "circle"))
 
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
-        r"""The paper's network: embeddings of 256, flow of 768, 31 million parameters.
-
-        Where the paper's text and its authors' code differ, this preset follows
-
-        - the text: couplings (the code has masked autoregressive layers with reversed
-          instead of random permutations);
-        - the text: signals are cosines (the code generates sines); the encoder does
-          not care, the simulator does;
-        - both: convolution strides 2, 2, 1 with kernels 8, 8, 5 (section 3.1; section
-          3.6 has kernel 8 and stride 2 throughout);
-        - the code: a global context of 2 x 256, which with the flow's residual networks
-          gives the 31 million parameters (eq. 12 has 256);
-        - the code: frequencies are centred on the middle of the band, 2.75 Hz (the text
-          says so too, but its formula subtracts 2.7);
-        - the text: weights w_phi = 2 and w_f = 3, Hungarian matching, the flow's loss
-          averaged over components, no K in the slot contexts, tail bound 2 (which the
-          weighted phase circle touches);
-        - neither for the noise: instead of regressing a sampled sigma, sigma has a
-          density trained by likelihood, read from convolutions of its own.
+        """The paper's network of 31 million parameters; see :mod:`.paper.preset`.
 
         Its chart is a surface, so ``log_prob`` raises; sampling works, and training by
         ``SlotNPE.train_online`` (sbi's own loop evaluates ``log_prob``). Use the
@@ -191,37 +214,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 ``phase_weight``, ``frequency_weight``, ``flow_layers``,
                 ``shared_head``.
         """
-        preset = cls(
-            problem=problem,
-            chart="circle",
-            matching="hungarian",
-            slots="global",
-            phase_weight=2.0,
-            frequency_weight=3.0,
-            condition_on_cardinality=False,
-            mean_flow_loss=True,
-            hidden_features=256,
-            trunk_features=None,
-            flow_layers=8,
-            flow_hidden_features=768,
-            flow_bins=48,
-            flow_blocks=2,
-            flow_network="residual",
-            tail_bound=2.0,
-            location_scale=False,
-            z_score_x=False,
-            encoder_options={
-                "channels": (32, 64, 128),
-                "kernels": (8, 8, 5),
-                "strides": ((2, 2, 1), (2, 2, 1)),
-                "context_features": 512,
-                "noise_stack": True,
-                "residual": False,
-                "centre_phase": False,
-                "bands": None,
-            },
-        )
-        return replace(preset, **changes)
+        return replace(cls(problem=problem, **PAPER), **changes)
 
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         """Build an estimator.
@@ -251,32 +244,25 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 f"{len(theta)} and {len(x)}."
             )
         encoder, described = self._encoder(x.shape[-1])
-        chart = self._chart()
+        slots = self._slots(encoder, x)
+        self._check_used(slots)
         shared = prior.shared_marginals
         spec = EstimatorSpec(
             layout=prior.layout,
             num_data=x.shape[-1],
             cardinality_weights=tuple(prior.cardinality_probs.tolist()),
-            chart=chart.spec,
+            chart=self._chart().spec,
             shared_chart=WhiteningChart(shared).spec if shared else None,
             encoder=described,
             shared_head=self.shared_head,
-            noise_from_fit=self._noise_from_fit,
-            flow={
-                "hidden_features": self.flow_hidden_features,
-                "num_layers": self.flow_layers,
-                "num_bins": self.flow_bins,
-                "tail_bound": self.tail_bound,
-                "num_blocks": self.flow_blocks,
-                "network": self.flow_network,
-                "location_scale": self.location_scale,
-            },
-            slots=self._slots(encoder, x),
-            matching=self.matching,
+            noise_from_fit=bool(slots.get("refine_steps")) and self._noise_alone,
+            flow=self._flow(slots),
+            slots=slots,
+            matching="ordered" if _is_joint(slots) else self.matching or "hungarian",
             mean_flow_loss=self.mean_flow_loss,
             loss_weights=self.loss_weights,
         )
-        fit = self._fit if self.refine_slots else None
+        fit = self._fit if slots.get("refine_steps") else None
         estimator = SlotDensityEstimator(spec, encoder, fit)
         if self.z_score_x:
             estimator.standardize(x)
@@ -299,27 +285,17 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         if self.domains is not None:
             options["domains"] = tuple(self.domains)
         if self.encoder is not None:
-            if options:
-                raise ValueError(
-                    "domains and encoder_options configure the problem's encoder; they "
-                    "do nothing beside an encoder of your own."
-                )
             # A copy: two estimators from one builder share no weights.
             return deepcopy(self.encoder), describe("encoder", self.encoder)
+        options["hidden_features"] = self.hidden_features or 128
         if isinstance(self.problem, VariableKPrior):
-            encoder: nn.Module = MLPEncoder(
-                num_data, hidden_features=self.hidden_features, **options
-            )
+            encoder: nn.Module = MLPEncoder(num_data, **options)
         else:
             assert self.problem is not None
             built = None
             if self._anchored:
-                built = self.problem.build_token_encoder(
-                    hidden_features=self.hidden_features, **options
-                )
-            encoder = built or self.problem.build_encoder(
-                hidden_features=self.hidden_features, **options
-            )
+                built = self.problem.build_token_encoder(**options)
+            encoder = built or self.problem.build_encoder(**options)
         return encoder, describe("encoder", encoder)
 
     @property
@@ -335,10 +311,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         return self.problem.build_fit()
 
     @property
-    def _noise_from_fit(self) -> bool:
+    def _noise_alone(self) -> bool:
         """Whether sigma of white noise is all that components share."""
-        if not self.refine_slots or not isinstance(self.problem, ProblemLike):
-            return False
+        assert isinstance(self.problem, ProblemLike)
         marginals = self._prior.shared_marginals
         alone = self.problem.noise_level == 0 and len(marginals) == 1
         return alone and marginals[0].bounds[0] >= 0
@@ -355,47 +330,133 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     @torch.no_grad()
     def _slots(self, encoder: nn.Module, x: Tensor) -> dict[str, Any]:
-        if self._anchored:
-            axis = self._axis
-            if axis is None:
-                raise ValueError(
-                    "slots='anchored' need a problem that declares where components "
-                    "are: location_axis() and build_token_encoder(), see Problem."
-                )
-            options = {
-                "kind": "anchored",
-                "axis": asdict(axis),
-                "coupling": self.coupling,
-                "trunk_features": self.trunk_features or 128,
-                "refine_steps": self.refine_slots,
-                "fit": None,
+        """Kind and options of the slots."""
+        trunk = 128 if self.trunk_features == "default" else self.trunk_features
+        if not self._anchored:
+            kind = self.slots
+            if kind == "default":
+                keeps_tokens = encode(encoder, x[:2]).tokens is not None
+                kind = "attention" if keeps_tokens and trunk is not None else "global"
+            sees_k = self.condition_on_cardinality
+            return {
+                "kind": kind,
+                "trunk_features": trunk,
+                "condition_on_cardinality": True if sees_k is None else sees_k,
             }
-            if self.refine_slots:
-                options["fit"] = describe("fit", self._fit)
-                options["weighed_sets"] = self.weighed_sets
-            return options
-        if self.refine_slots:
-            raise ValueError("refine_slots needs slots='anchored'.")
-        kind = self.slots
-        if kind == "default":
-            keeps_tokens = encode(encoder, x[:2]).tokens is not None
-            attention = keeps_tokens and self.trunk_features is not None
-            kind = "attention" if attention else "global"
+        axis = self._axis
+        if axis is None:
+            raise ValueError(
+                "slots='anchored' need a problem that declares where components are: "
+                "location_axis() and build_token_encoder(), see Problem."
+            )
+        coupling, steps = self.coupling or "joint", self.refine_slots
+        if steps is None:
+            can = coupling == "joint" and self._fit is not None
+            steps = _GAUSS_NEWTON_STEPS if can else 0
+        options = {
+            "kind": "anchored",
+            "axis": asdict(axis),
+            "coupling": coupling,
+            "trunk_features": trunk,
+            "refine_steps": steps,
+            "fit": describe("fit", self._fit) if steps else None,
+        }
+        if steps:
+            sets = self.weighed_sets
+            options["weighed_sets"] = 512 if sets is None else sets
+        return options
+
+    def _flow(self, slots: dict[str, Any]) -> dict[str, Any]:
+        """Options of the flow; cells have no use for a Gaussian layer."""
+        pooled = slots["kind"] != "anchored"
+        scale = pooled if self.location_scale is None else self.location_scale
         return {
-            "kind": kind,
-            "trunk_features": self.trunk_features,
-            "condition_on_cardinality": self.condition_on_cardinality,
+            "hidden_features": self.flow_hidden_features or 64,
+            "num_layers": self.flow_layers,
+            "num_bins": self.flow_bins or 8,
+            "tail_bound": self.tail_bound or 5.0,
+            "num_blocks": self.flow_blocks or 1,
+            "network": self.flow_network or "projected",
+            "location_scale": scale,
         }
 
+    def _check_used(self, slots: dict[str, Any]) -> None:
+        """Raise ValueError if an option is set that has nothing to configure."""
+        anchored, joint = slots["kind"] == "anchored", _is_joint(slots)
+        steps = slots.get("refine_steps", 0)
+        laplace = bool(steps) and not self.flow_layers
+        layers = self.flow_layers > 0
+        scaled = not anchored and self.location_scale is not False
+        own_encoder = self.encoder is not None
+        shared = bool(self._prior.shared_marginals)
+        problems = "the problem's own encoder"
+        # What is set, whether it has something to configure, and what it goes with.
+        for name, is_set, used, need in (
+            ("hidden_features", self.hidden_features, not own_encoder, problems),
+            ("encoder_options", self.encoder_options, not own_encoder, problems),
+            ("domains", self.domains, not own_encoder, problems),
+            ("coupling", self.coupling, anchored, "slots='anchored'"),
+            (
+                "refine_slots",
+                self.refine_slots,
+                joint,
+                "slots='anchored', coupling='joint'",
+            ),
+            ("weighed_sets", self.weighed_sets, steps, "refine_slots"),
+            ("matching", self.matching, not joint, "slots that are independent"),
+            (
+                "condition_on_cardinality",
+                self.condition_on_cardinality is not None,
+                not anchored,
+                "slots='attention' or slots='global'",
+            ),
+            (
+                "location_scale",
+                self.location_scale is not None,
+                not anchored,
+                "slots='attention' or slots='global'",
+            ),
+            (
+                "trunk_features",
+                self.trunk_features != "default",
+                not laplace,
+                "a flow: flow_layers=0 with refine_slots has no trunk",
+            ),
+            (
+                "trunk_features=None",
+                self.trunk_features is None,
+                slots["kind"] == "global",
+                "slots='global'",
+            ),
+            ("flow_bins", self.flow_bins, layers, "flow_layers > 0"),
+            ("flow_blocks", self.flow_blocks, layers, "flow_layers > 0"),
+            ("flow_network", self.flow_network, layers, "flow_layers > 0"),
+            ("tail_bound", self.tail_bound, layers, "flow_layers > 0"),
+            (
+                "flow_hidden_features",
+                self.flow_hidden_features,
+                layers or scaled,
+                "flow_layers > 0",
+            ),
+            ("shared_head=False", not self.shared_head, shared, "shared parameters"),
+            (
+                "loss_weights[2]",
+                self.loss_weights[2] != 1.0,
+                shared,
+                "shared parameters",
+            ),
+        ):
+            if is_set and not used:
+                raise ValueError(f"{name} would do nothing: it needs {need}.")
+
     def _chart(self) -> Chart:
-        weighted = self.phase_weight != 1.0 or self.frequency_weight != 1.0
         if self.chart == "circle":
             return CircleChart(
                 self._prior.component_marginals,
-                self.phase_weight,
-                self.frequency_weight,
+                self.phase_weight or 1.0,
+                self.frequency_weight or 1.0,
             )
-        if weighted:
+        if self.phase_weight is not None or self.frequency_weight is not None:
             raise ValueError(
                 "phase_weight and frequency_weight scale the paper's coordinates; set "
                 'chart="circle" to use them (a true chart has nothing to weight).'
@@ -408,6 +469,5 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         return self.problem.build_chart()
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+def _is_joint(slots: dict[str, Any]) -> bool:
+    return slots.get("coupling") == "joint"

@@ -26,6 +26,7 @@ from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
 from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedHead
 from .registry import build
+from .set_distribution import NetworkSets
 from .spec import EstimatorSpec
 
 __all__ = ["SlotDensityEstimator"]
@@ -187,13 +188,6 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 ``slot_nn.paper()``: its likelihood is no density of theta.
             TypeError, ValueError: If theta or x is malformed.
         """
-        if not self.chart.is_density:
-            raise NotImplementedError(
-                f"log_prob does not exist in the {self.chart.kind!r} chart: it puts "
-                f"{self.layout.num_component_params} parameters on a surface in "
-                f"{self.chart.num_features} dimensions, where the flow's likelihood is "
-                "no density of theta. Use the default slot_nn() for densities."
-            )
         self.layout.validate(input, "input")
         if isinstance(condition, Tensor) and condition.ndim > 2:
             input, condition, _ = self._broadcast_and_align(input, condition)
@@ -211,19 +205,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 "input and condition must have matching batch sizes, got "
                 f"{input.shape[1]} and {len(condition)}."
             )
-        input = input.expand(-1, num, -1)
-        owner = torch.arange(len(condition), device=input.device).expand(num)
-        owner = owner.expand(input.shape[0], num).reshape(-1)
-        parts = self.layout.unpack(input.reshape(-1, self.layout.size))
-        encoding = self.encode(condition)
-        log_k = self.cardinality_head(encoding.cardinality)
-        log_components, noise = self.component_head.log_prob(parts, encoding, owner)
-        result = log_k[owner, parts.cardinality] + log_components
-        if self.shared_head is not None:
-            result = result + self.shared_head.log_prob(
-                parts.shared, encoding.shared, owner, parts.cardinality, noise
-            )
-        return result.reshape(input.shape[:2])
+        return self.given(condition).log_prob(input)
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
         """Evaluate log q(K | x).
@@ -237,8 +219,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed.
         """
-        self.check_condition(condition)
-        return self.cardinality_head(self.encode(condition).cardinality)
+        return self.given(condition).log_cardinality
 
     @torch.no_grad()
     def sample(
@@ -265,60 +246,34 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed or a K is out of range.
         """
-        self.check_condition(condition)
-        shape, batch = torch.Size(sample_shape), len(condition)
-        encoding = self.encode(condition)
+        sets = self.given(condition)
         if cardinality is None:
-            k = self.draw_cardinality(encoding, shape.numel(), generator)
-        else:
-            k = self._checked_cardinality(cardinality).expand(*shape, batch)
-        owner = torch.arange(batch, device=condition.device).repeat(shape.numel())
-        rows = self.draw(encoding, owner, k.reshape(-1), generator)
-        return rows.reshape(*shape, batch, self.layout.size)
+            return sets.sample(sample_shape, generator=generator)
+        shape = torch.Size((*sample_shape, len(condition)))
+        k = self._checked_cardinality(cardinality).expand(shape).reshape(-1)
+        owner = sets.owners(shape[:-1].numel())
+        return sets.draw(owner, k, generator).reshape(*shape, self.layout.size)
+
+    def given(self, x: Tensor) -> NetworkSets:
+        """Return the distribution over sets given B observations.
+
+        Args:
+            x: Observations, shape ``(B, T)``.
+
+        Returns:
+            :class:`~.set_distribution.NetworkSets`, which encodes x once and holds all
+            that is remembered of it.
+
+        Raises:
+            TypeError, ValueError: If x is malformed.
+        """
+        self.check_condition(x)
+        return NetworkSets(self, x)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
         encoding = encode(self.net, (condition - self.x_shift) / self.x_scale)
         return encoding._replace(data=condition)
-
-    @torch.no_grad()
-    def draw_cardinality(
-        self, encoding: Encoding, num: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw K from q(K | x), shape ``(num, B)``."""
-        probs = self.cardinality_head(encoding.cardinality).exp()
-        if num == 0:
-            return torch.zeros(0, len(probs), dtype=torch.int64, device=probs.device)
-        return torch.multinomial(probs, num, replacement=True, generator=generator).mT
-
-    @torch.no_grad()
-    def draw(
-        self,
-        encoding: Encoding,
-        owner: Tensor,
-        cardinality: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw N theta rows given K, in canonical order.
-
-        Args:
-            encoding: Embeddings of B observations.
-            owner: Observation of each row, shape ``(N,)``.
-            cardinality: K of each row, shape ``(N,)``.
-            generator: Source of randomness.
-
-        Returns:
-            Rows of shape ``(N, E)``.
-        """
-        layout = self.layout
-        mask = layout.mask(cardinality)
-        components, noise = self.component_head.sample(mask, encoding, owner, generator)
-        shared = None
-        if self.shared_head is not None:
-            shared = self.shared_head.sample(
-                encoding.shared, owner, cardinality, generator, noise
-            )
-        return layout.canonical(layout.pack(cardinality, components, shared))
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.

@@ -317,6 +317,11 @@ class _ProjectedNet(nn.Module):
         )
         self.last = nn.Sequential(nn.GELU(), nn.Linear(hidden_features, out_features))
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return self.last[-1]  # pyright: ignore[reportReturnType]
+
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
         hidden = context.spread(self.from_context(context.values))
         if self.from_inputs is not None:
@@ -350,6 +355,11 @@ class _GatheredResidualNet(nn.Module):
             num_blocks,
         )
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return self.network.final_layer
+
     def forward(self, inputs: Tensor, context: RowContext) -> Tensor:
         values = context.spread(context.values)
         if self.own_features:
@@ -364,7 +374,7 @@ class _GatheredResidualNet(nn.Module):
 def _start_at_identity(layer: Transform, num_bins: int) -> None:
     """Set a coupling's last layer so that it changes nothing yet."""
     assert isinstance(layer, CouplingTransform)
-    last = layer.transform_net.last[-1]
+    last = layer.transform_net.output
     last.weight.zero_()
     last.bias.zero_()
     if isinstance(layer, _SplineCoupling):

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["FittedMode", "NormalEquations", "SignalFit", "fit_mode"]
+__all__ = ["FittedMode", "LeastSquares", "NormalEquations", "SignalFit", "fit_mode"]
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-4, 1e8
 # Nats that another step promises where a fit counts as converged, and how often those
@@ -40,20 +40,50 @@ class NormalEquations(NamedTuple):
     curvature: Tensor
 
 
+class LeastSquares(Protocol):
+    """Least squares of given observations, by signals that are sums of components.
+
+    It may remember sums of the data; nothing else does.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """The observations, shape ``(B, T)``."""
+        ...
+
+    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
+        """Estimate components with locations in given intervals.
+
+        Args:
+            owner: Observation of each set, shape ``(N,)``.
+            low: Lower ends of the intervals, shape ``(N, K)``.
+            high: Upper ends.
+            mask: Active components, shape ``(N, K)``.
+
+        Returns:
+            Components, shape ``(N, K, D)``, float64.
+        """
+        ...
+
+    def normal_equations(
+        self, owner: Tensor, components: Tensor, mask: Tensor
+    ) -> NormalEquations:
+        """Linearise the sum of the components about their present values.
+
+        Args:
+            owner: Observation of each set, shape ``(N,)``.
+            components: Shape ``(N, K, D)``.
+            mask: Active components, shape ``(N, K)``.
+        """
+        ...
+
+
 @runtime_checkable
 class SignalFit(Protocol):
     """What Gauss-Newton asks of a signal that is a sum of components."""
 
-    def start(
-        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Estimate components ``(N, K, D)`` with locations in intervals ``(N, K)``."""
-        ...
-
-    def normal_equations(
-        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
-    ) -> NormalEquations:
-        """Linearise about components ``(N, K, D)``."""
+    def given(self, data: Tensor) -> LeastSquares:
+        """The least squares of observations ``(B, T)``."""
         ...
 
 
@@ -92,9 +122,8 @@ class _State(NamedTuple):
 
 @torch.no_grad()
 def fit_mode(
-    fit: SignalFit,
+    fit: LeastSquares,
     to_components: Callable[[Tensor, Tensor], Tensor],
-    data: Tensor,
     owner: Tensor,
     start: Tensor,
     mask: Tensor,
@@ -106,24 +135,23 @@ def fit_mode(
     Sets that have not converged after ``num_steps`` get up to four times as many.
 
     Args:
-        fit: The signal.
+        fit: The least squares of the observations.
         to_components: Maps coordinates ``(n, K, D)`` of the sets with indices ``(n,)``
             to components, one by one.
-        data: Observations, shape ``(B, T)``.
         owner: Observation of each set, shape ``(N,)``.
         start: Coordinates to start from, shape ``(N, K, D)``, float64.
         mask: Active components, shape ``(N, K)``.
         num_steps: Number of steps.
         bounds: Least and largest coordinates, each broadcasting to ``(N, K, D)``.
     """
-    num_data, size = data.shape[-1], start.shape[-2] * start.shape[-1]
+    num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)
     low, high = (end.to(start).expand_as(start) for end in bounds)
     inactive = ~mask.repeat_interleave(start.shape[-1], dim=-1)
 
     def linearise(w: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         components, jacobian = _with_jacobian(lambda w: to_components(w, index), w)
-        equations = fit.normal_equations(data, owner[index], components, mask[index])
+        equations = fit.normal_equations(owner[index], components, mask[index])
         variance = equations.residual.clamp(min=1e-12) / num_data
         blocks = torch.zeros(len(w), size, size).to(w)
         # One block for each component, on the diagonal.

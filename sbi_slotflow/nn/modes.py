@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sets.marginals import clamp_to_support
 from .charts import Chart
-from .gauss_newton import SignalFit, fit_mode
+from .gauss_newton import LeastSquares, SignalFit, fit_mode
 from .local_density import solve_lower
 from .local_transform import LocalTransform, wrapped
 from .unique_rows import unique_rows
@@ -184,6 +183,7 @@ class ModeFinder:
         ends: Tensor,
         mask: Tensor,
     ) -> Modes:
+        fit = self.fit.given(data)
         num, size, width = *anchors.shape, self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
@@ -196,7 +196,7 @@ class ModeFinder:
             # Only as many components as the largest of these sets has.
             most = max(1, int(mask[here].sum(-1).max()))
             parts = (part[here, :most] for part in (anchors, starts, ends, mask))
-            found = self._fit(data, owner[here], *parts)
+            found = self._fit(fit, owner[here], *parts)
             peaks.mode[here, :most] = found.mode
             peaks.centre[here, :most] = found.centre
             peaks.factor[here, : most * width, : most * width] = found.factor
@@ -207,7 +207,7 @@ class ModeFinder:
 
     def _fit(
         self,
-        data: Tensor,
+        fit: LeastSquares,
         owner: Tensor,
         anchors: Tensor,
         starts: Tensor,
@@ -215,7 +215,7 @@ class ModeFinder:
         mask: Tensor,
     ) -> Modes:
         chart = self.local_chart
-        start = self._start(data, owner, anchors, starts, ends, mask)
+        start = self._start(fit, owner, anchors, starts, ends, mask)
         # Phases are counted from those of the start.
         centre = torch.zeros_like(start[..., 0])
         high = chart.farthest().to(start).expand_as(start).clone()
@@ -226,11 +226,10 @@ class ModeFinder:
             centre = start[..., 1].clone()
             start[..., 1] = 0.0
         peak = fit_mode(
-            self.fit,
+            fit,
             lambda w, index: chart.components(
                 chart.absolute(w, anchors[index], centre[index])
             ),
-            data,
             owner,
             start,
             mask,
@@ -247,7 +246,7 @@ class ModeFinder:
         # What is promised beyond bounds counts; what a fit still owes does not.
         height = (0.5 * peak.pull * beyond + slope * (beyond + 0.5 * shift)).sum(-1)
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - peak.decrement
-        height = height - 0.5 * data.shape[-1] * peak.variance.log()
+        height = height - 0.5 * fit.data.shape[-1] * peak.variance.log()
         if chart.has_phase:
             centre = wrapped(centre + mode[..., 1])
             mode[..., 1] = 0.0
@@ -267,7 +266,7 @@ class ModeFinder:
 
     def _start(
         self,
-        data: Tensor,
+        fit: LeastSquares,
         owner: Tensor,
         anchors: Tensor,
         starts: Tensor,
@@ -285,11 +284,11 @@ class ModeFinder:
             self.chart.marginals[axis.parameter].quantile(end / axis.num_anchors)
             for end in (first, first + width)
         )
-        components = self.fit.start(data, owner, low, high, mask)
+        components = fit.start(owner, low, high, mask)
         components = torch.where(
             mask.unsqueeze(-1), components, self.chart.some_point(components)
         )
-        components = clamp_to_support(components, self.chart.marginals)
+        components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
         start[..., 0] = start[..., 0] - anchors - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)

@@ -1,5 +1,7 @@
 """Data and posterior in the time and frequency domains."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -7,15 +9,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..problems import Problem
 from .checks import checked_data, checked_row, checked_samples, thinned
 from .style import DATA, POSTERIOR, SHADES, TRUTH, Figure, dress, legend_above, padded
+
+if TYPE_CHECKING:
+    from ..problems.base import Problem
 
 _MOST_DRAWS = 1_000
 
 
 def plot_reconstruction(
-    problem: Problem,
+    problem: "Problem",
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,
@@ -83,7 +87,7 @@ def plot_reconstruction(
 
 
 def plot_spectrum(
-    problem: Problem,
+    problem: "Problem",
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,

@@ -19,17 +19,17 @@ not counted, so that q' is the density of those that are.
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..seeding import forked_rng
+from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .component_proposals import PriorComponents
 
-__all__ = ["Proposal", "WithExtraComponent"]
+__all__ = ["WithExtraComponent"]
 
 # Probability from which a cardinality is deemed possible.
 _POSSIBLE = 1e-3
@@ -37,33 +37,15 @@ _POSSIBLE = 1e-3
 _IN_DOUBT = 15.0
 
 
-class Proposal(Protocol):
-    """A posterior that can be refined: it draws sets and evaluates their density."""
-
-    @property
-    def prior(self) -> VariableKPrior:
-        """Prior over the theta rows."""
-        ...
-
-    def sample_batched(
-        self, sample_shape: torch.Size, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        """Draw rows ``(*sample_shape, B, E)`` for observations ``(B, T)``."""
-        ...
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Evaluate log densities ``(S, B)`` of rows ``(S, B, E)``."""
-        ...
-
-
 class WithExtraComponent:
     """The proposal q', see the module.
 
     Args:
-        proposal: The proposal q.
+        proposal: The proposal q, given B observations.
+        prior: Prior over the theta rows.
         share: Share epsilon of draws with a component from the prior.
-        log_target: Maps rows ``(S, B, E)`` and observations ``(B, T)`` to the log of
-            the unnormalised posterior ``(S, B)``.
+        log_target: Maps rows ``(S, B, E)`` to the log of the unnormalised posterior
+            ``(S, B)``.
 
     Raises:
         ValueError: If the share is out of range.
@@ -71,29 +53,33 @@ class WithExtraComponent:
 
     def __init__(
         self,
-        proposal: Proposal,
+        proposal: SetDistribution,
+        prior: VariableKPrior,
         share: float,
-        log_target: Callable[[Tensor, Tensor], Tensor],
+        log_target: Callable[[Tensor], Tensor],
     ) -> None:
         if not 0 <= share < 1:
             raise ValueError(f"defensive must lie in [0, 1), got {share}.")
-        self.proposal, self.prior, self.share = proposal, proposal.prior, share
+        self.proposal, self.prior, self.share = proposal, prior, share
         self.log_target = log_target
+        # Cardinalities that may get one more component, (B, Kmax + 1).
+        self._extended = proposal.cardinality().probs >= _POSSIBLE
+        self._extended[:, prior.max_cardinality] = False
 
     def sample(
-        self, num: int, x: Tensor, generator: torch.Generator | None
+        self, num: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """Draw rows ``(num, B, E)``, and tell which of them count ``(num, B)``.
 
         Rows may break the least separation.
         """
         layout = self.prior.layout
-        theta = self.proposal.sample_batched(torch.Size((num,)), x, generator=generator)
+        theta = self.proposal.sample(torch.Size((num,)), generator=generator)
         parts = layout.unpack(theta)
         with forked_rng(generator):
             chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
             extra = self.prior.component.sample(torch.Size((chosen.numel(),)))
-        chosen &= _entries(self._extended(x), parts.cardinality)
+        chosen &= _entries(self._extended, parts.cardinality)
         extra = extra.reshape(*chosen.shape, -1).to(theta)
         slots = torch.arange(layout.max_cardinality, device=theta.device)
         place = (slots == parts.cardinality.unsqueeze(-1)) & chosen.unsqueeze(-1)
@@ -103,29 +89,29 @@ class WithExtraComponent:
         k = parts.cardinality + chosen.long()
         theta = layout.canonical(layout.pack(k, components, parts.shared))
         own = (layout.unpack(theta).components == extra.unsqueeze(-2)).all(-1)
-        counted = (own & self._in_doubt(theta, x, chosen)).any(-1)
+        counted = (own & self._in_doubt(theta, chosen)).any(-1)
         return theta, counted | ~chosen
 
-    def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, theta: Tensor) -> Tensor:
         """Evaluate log q' of rows ``(S, B, E)``, float64, shape ``(S, B)``."""
-        log_q = self.proposal.log_prob_batched(theta, x).double()
+        log_q = self.proposal.log_prob(theta).double()
         if not self.share:
             return log_q
         layout = self.prior.layout
-        k, extended = layout.cardinality(theta), self._extended(x)
-        keep = torch.where(_entries(extended, k), 1 - self.share, 1.0).double()
-        longer = _entries(extended, k - 1) & (k > 0)
-        in_doubt = self._in_doubt(theta, x, longer)
+        k = layout.cardinality(theta)
+        keep = torch.where(_entries(self._extended, k), 1 - self.share, 1.0).double()
+        longer = _entries(self._extended, k - 1) & (k > 0)
+        in_doubt = self._in_doubt(theta, longer)
         components = layout.unpack(theta).components
         terms = [log_q + keep.log()]
         for j in range(int(k.max()) if len(k) else 0):
             shorter = _without(layout, theta, torch.full_like(k, j))
-            rest = self._log_proposal(shorter, x, in_doubt[..., j])
+            rest = _where(self.proposal.log_prob, shorter, in_doubt[..., j])
             extra = self._log_component(components[..., j, :])
             terms.append(rest + extra + math.log(self.share))
         return torch.stack(terms).logsumexp(0)
 
-    def _in_doubt(self, theta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    def _in_doubt(self, theta: Tensor, rows: Tensor) -> Tensor:
         """The sets J of some ``rows`` ``(S, B)``, ``(S, B, Kmax)``; others empty."""
         layout = self.prior.layout
         parts = layout.unpack(theta)
@@ -135,24 +121,9 @@ class WithExtraComponent:
         value = torch.full(present.shape, -torch.inf).to(theta).double()
         for j in range(int(parts.cardinality[rows].max())):
             shorter = _without(layout, theta, torch.full_like(parts.cardinality, j))
-            rest = _where(self.log_target, shorter, x, present[..., j])
+            rest = _where(self.log_target, shorter, present[..., j])
             value[..., j] = rest + self._log_component(parts.components[..., j, :])
         return present & (value >= value.amax(-1, keepdim=True) - _IN_DOUBT)
-
-    def _log_proposal(self, theta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """Log q of some ``rows`` ``(S, B)``, float64; -inf elsewhere."""
-        return _where(self.proposal.log_prob_batched, theta, x, rows)
-
-    def _extended(self, x: Tensor) -> Tensor:
-        """Cardinalities that may get one more component, ``(B, Kmax + 1)``."""
-        most = self.prior.max_cardinality
-        extended = torch.ones(len(x), most + 1, dtype=torch.bool, device=x.device)
-        cardinality = getattr(self.proposal, "cardinality", None)
-        if cardinality is not None:
-            probs = torch.atleast_2d(cardinality(x).probs)
-            extended &= probs.to(x.device) >= _POSSIBLE
-        extended[:, most] = False
-        return extended
 
     def _log_component(self, components: Tensor) -> Tensor:
         flat = components.reshape(-1, components.shape[-1])
@@ -163,9 +134,7 @@ class WithExtraComponent:
         return log_p.double().reshape(components.shape[:-1])
 
 
-def _where(
-    function: Callable[[Tensor, Tensor], Tensor], theta: Tensor, x: Tensor, rows: Tensor
-) -> Tensor:
+def _where(function: Callable[[Tensor], Tensor], theta: Tensor, rows: Tensor) -> Tensor:
     """Values ``(S, B)`` of a function at some ``rows``, float64; -inf elsewhere."""
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     most = int(rows.sum(0).max()) if len(rows) else 0
@@ -174,7 +143,7 @@ def _where(
     # Those rows of each observation first, and as many as the most has.
     order = (~rows).byte().argsort(dim=0, stable=True)[:most]
     some = theta.gather(0, order.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
-    out = out.scatter(0, order, function(some, x).double())
+    out = out.scatter(0, order, function(some).double())
     return torch.where(rows, out, -torch.inf)
 
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..callers import caller_stacklevel
-from .importance import Proposal, WithExtraComponent
+from ..sets.checks import Numbers
+from .base import Posterior
+from .importance import WithExtraComponent
 from .psis import pareto_smoothed
 from .refined import (
     FEWEST_EFFECTIVE,
@@ -26,7 +28,7 @@ from .refined import (
     LogLikelihood,
     RefinedPosterior,
     UnreliableWeights,
-    checked_log_likelihood,
+    likelihood_of,
 )
 from .smc import temper
 
@@ -36,9 +38,9 @@ Method = Literal["importance", "smc"]
 
 
 def refine(
-    posterior: Proposal,
+    posterior: Posterior,
     log_likelihood: LogLikelihood,
-    x: Tensor,
+    x: Numbers | None = None,
     num_samples: int = 10_000,
     *,
     method: Method = "importance",
@@ -49,9 +51,10 @@ def refine(
 
     Args:
         posterior: The approximate posterior, with its prior.
-        log_likelihood: Maps rows ``(..., E)`` and observations ``(..., T)`` that
-            broadcast to log p(x | theta) ``(...)``; a problem's own, for one.
-        x: One observation ``(T,)`` or ``(1, T)``, or a batch ``(B, T)``.
+        log_likelihood: Maps rows ``(..., E)`` and observations ``(..., *event)`` that
+            broadcast to log p(x | theta) ``(...)``; a problem's own, for one. If it has
+            a method ``given(x)``, that is called once, and returns a function of theta.
+        x: One observation, or a batch; the posterior's default x if None.
         num_samples: Draws for each observation.
         method: ``"importance"`` weights draws of the posterior; ``"smc"`` moves them
             through tempered targets, for posteriors that miss something.
@@ -78,14 +81,11 @@ def refine(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
-    x = torch.as_tensor(x)
-    if x.ndim not in (1, 2):
-        raise ValueError(f"x must have shape (T,) or (B, T), got {tuple(x.shape)}.")
-    batch = torch.atleast_2d(x)
-    if not len(batch):
-        raise ValueError(f"x must hold at least one observation, got {tuple(x.shape)}.")
-    if not torch.isfinite(batch).all():
-        raise ValueError("x must be finite, got NaN or Inf.")
+    if not posterior.has_density:
+        raise NotImplementedError(
+            f"{type(posterior).__name__} has no density, and cannot be refined."
+        )
+    batch = posterior.observations(x)
     if method == "importance":
         results = _weigh(
             posterior, log_likelihood, batch, num_samples, defensive, generator
@@ -106,22 +106,22 @@ def refine(
 
 
 def _weigh(
-    posterior: Proposal,
+    posterior: Posterior,
     log_likelihood: LogLikelihood,
     x: Tensor,
     num_samples: int,
     defensive: float,
     generator: torch.Generator | None,
 ) -> list[RefinedPosterior]:
-    prior = posterior.prior
+    prior, likelihood = posterior.prior, likelihood_of(log_likelihood, x)
 
-    def log_target(theta: Tensor, x: Tensor) -> Tensor:
-        log_p = prior.log_prob(theta).double()
-        return log_p + checked_log_likelihood(log_likelihood, theta, x)
+    def log_target(theta: Tensor) -> Tensor:
+        return prior.log_prob(theta).double() + likelihood(theta)
 
-    proposal = WithExtraComponent(posterior, defensive, log_target)
-    theta, counted = proposal.sample(num_samples, x, generator)
-    log_q, log_p = proposal.log_prob(theta, x), log_target(theta, x)
+    with torch.no_grad():
+        proposal = WithExtraComponent(posterior.given(x), prior, defensive, log_target)
+        theta, counted = proposal.sample(num_samples, generator)
+        log_q, log_p = proposal.log_prob(theta), log_target(theta)
     # A draw of density zero under q was put out of its support by rounding.
     possible = counted & torch.isfinite(log_p) & torch.isfinite(log_q)
     log_weights = torch.where(possible, log_p - log_q, -torch.inf)

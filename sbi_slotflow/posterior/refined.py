@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ __all__ = [
     "LogLikelihood",
     "RefinedPosterior",
     "UnreliableWeights",
-    "checked_log_likelihood",
+    "likelihood_of",
 ]
 
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
@@ -70,21 +71,35 @@ class RefinedPosterior(PosteriorDraws):
         return self.pareto_k <= LARGEST_K_HAT and self.ess >= FEWEST_EFFECTIVE
 
 
-def checked_log_likelihood(
-    log_likelihood: LogLikelihood, theta: Tensor, x: Tensor
-) -> Tensor:
-    """Evaluate a user's likelihood and check what it returns; float64."""
-    values = torch.as_tensor(log_likelihood(theta, x)).double()
-    expected = theta.shape[:-1]
-    if values.shape != expected:
-        raise ValueError(
-            f"log_likelihood must return shape {tuple(expected)} for theta of shape "
-            f"{tuple(theta.shape)}, got {tuple(values.shape)}."
-        )
-    bad = torch.isnan(values) | torch.isposinf(values)
-    if bad.any():
-        raise ValueError(
-            f"log_likelihood must not be NaN or +inf, got it for {int(bad.sum())} of "
-            f"{bad.numel()} rows."
-        )
-    return values
+def likelihood_of(
+    log_likelihood: LogLikelihood, x: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return log p(x | theta) of given x as a checked function of theta; float64.
+
+    A likelihood that has a method ``given(x)`` is asked for it once, so that it may
+    tabulate what it needs of x.
+    """
+    given = getattr(log_likelihood, "given", None)
+    evaluate = partial(_of_both, log_likelihood, x) if given is None else given(x)
+
+    def checked(theta: Tensor) -> Tensor:
+        values = torch.as_tensor(evaluate(theta)).double()
+        expected = theta.shape[:-1]
+        if values.shape != expected:
+            raise ValueError(
+                f"log_likelihood must return shape {tuple(expected)} for theta of "
+                f"shape {tuple(theta.shape)}, got {tuple(values.shape)}."
+            )
+        bad = torch.isnan(values) | torch.isposinf(values)
+        if bad.any():
+            raise ValueError(
+                "log_likelihood must not be NaN or +inf, got it for "
+                f"{int(bad.sum())} of {bad.numel()} rows."
+            )
+        return values
+
+    return checked
+
+
+def _of_both(log_likelihood: LogLikelihood, x: Tensor, theta: Tensor) -> Tensor:
+    return log_likelihood(theta, x)

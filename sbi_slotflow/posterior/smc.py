@@ -24,14 +24,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..nn.charts import Chart, WhiteningChart
+from ..nn.charts import WhiteningChart
 from ..seeding import forked_rng
 from ..sets.layout import ThetaLayout
+from .base import Posterior
 from .component_proposals import PooledComponents
-from .importance import Proposal, WithExtraComponent
+from .importance import WithExtraComponent
 from .moves import EXCHANGES, DifferenceMove, ExchangeMove, Move, Population, metropolis
 from .psis import pareto_smoothed
-from .refined import LogLikelihood, RefinedPosterior, checked_log_likelihood
+from .refined import LogLikelihood, RefinedPosterior, likelihood_of
 
 __all__ = ["temper"]
 
@@ -50,29 +51,32 @@ _MAX_STEPS = 200
 
 @torch.no_grad()
 def temper(
-    posterior: Proposal,
+    posterior: Posterior,
     log_likelihood: LogLikelihood,
     x: Tensor,
     num_samples: int,
     defensive: float,
     generator: torch.Generator | None,
 ) -> RefinedPosterior:
-    """Run SMC for one observation ``(T,)``; see :func:`refine`.
+    """Run SMC for one observation ``(*event)``; see :func:`refine`.
 
     Raises:
         ValueError: If no particle has a positive weight.
     """
-    prior, one = posterior.prior, x.unsqueeze(0)
+    prior, likelihood = posterior.prior, likelihood_of(log_likelihood, x)
 
     def log_target(theta: Tensor) -> Tensor:
         log_p = prior.log_prob(theta).double()
         inside = torch.isfinite(log_p)
         if inside.any():
-            log_p[inside] += checked_log_likelihood(log_likelihood, theta[inside], x)
+            log_p[inside] += likelihood(theta[inside])
         return log_p
 
     proposal = WithExtraComponent(
-        posterior, defensive, lambda theta, _: log_target(theta[:, 0]).unsqueeze(1)
+        posterior.given(x.unsqueeze(0)),
+        prior,
+        defensive,
+        lambda theta: log_target(theta[:, 0]).unsqueeze(1),
     )
 
     def evaluate(theta: Tensor, beta: float = 0.0) -> Population:
@@ -80,7 +84,7 @@ def temper(
         if beta == 1.0:  # q has no part in the last target, and costs most
             return Population(theta, log_p, log_p)
         log_prior = prior.log_prob(theta).double()
-        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1), one)[:, 0]
+        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1))[:, 0]
         log_q = torch.logaddexp(
             log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
         )
@@ -88,7 +92,7 @@ def temper(
         inside = torch.isfinite(log_prior)
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
 
-    start, counted = _start(proposal, one, num_samples, generator)
+    start, counted = _start(proposal, num_samples, generator)
     dtype = start.dtype
     population = evaluate(start.double())
     population = population._replace(
@@ -187,23 +191,19 @@ class _Forgetting:
 
 def _start(
     proposal: WithExtraComponent,
-    x: Tensor,
     num: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """Draw from q'', and tell which draws count."""
-    theta, counted = (part[:, 0] for part in proposal.sample(num, x, generator))
+    theta, counted = (part[:, 0] for part in proposal.sample(num, generator))
     with forked_rng(generator):
         chosen = torch.rand(num) < _PRIOR_SHARE
         broad = proposal.prior.sample(torch.Size((num,))).to(theta)
     return torch.where(chosen.unsqueeze(-1), broad, theta), counted | chosen
 
 
-def _moves(posterior: Proposal) -> list[Move]:
-    prior = posterior.prior
-    chart: Chart | None = getattr(posterior, "chart", None)
-    if chart is None:
-        chart = WhiteningChart(prior.component_marginals)
+def _moves(posterior: Posterior) -> list[Move]:
+    prior, chart = posterior.prior, posterior.chart
     shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
     differences = [
         DifferenceMove(prior.layout, chart, shared, "set"),

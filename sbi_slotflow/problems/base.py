@@ -1,5 +1,11 @@
-"""A problem: prior, simulator and likelihood that belong together."""
+"""A problem: prior, simulator and likelihood that belong together.
 
+:class:`Problem` says by its hooks how a network reads the data. Each has a default, so
+that a problem of your own states what is special about it and nothing else; where
+components sit somewhere in a trace, :class:`Trace` is enough.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +13,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    ExpTransform,
+    TransformedDistribution,
+    Uniform,
+)
 
 from ..nn.cells import CellAxis
 from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
+from ..nn.token_encoder import TokenEncoder, TraceTokens
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
+from .least_squares import AdditiveFit
 from .noise import WhiteNoise
 from .simulator import AdditiveSimulator
 
@@ -22,7 +36,15 @@ if TYPE_CHECKING:
 
     from ..posterior.chains import CollapsedDraws
 
-__all__ = ["Problem", "Stream"]
+__all__ = [
+    "Likelihood",
+    "Problem",
+    "Stream",
+    "Trace",
+    "likelihood_given",
+    "log_uniform",
+    "uniform",
+]
 
 
 @dataclass(frozen=True)
@@ -46,11 +68,62 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """log p(x | theta) of a simulator, called as ``log_likelihood(theta, x)``.
+
+    :meth:`given` is for whoever asks often about the same x: what it returns owns all
+    that can be computed of x beforehand.
+
+    Attributes:
+        simulator: The simulator.
+    """
+
+    simulator: AdditiveSimulator
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
+        return self.simulator.log_likelihood(theta, x)
+
+    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Log p(x | theta) as a function of theta alone.
+
+        Args:
+            x: Observations, shape ``(T,)`` or ``(B, T)``.
+
+        Returns:
+            A function of rows ``(..., E)`` that broadcast with x.
+        """
+        return lambda theta: self(theta, x)
+
+
+def likelihood_given(
+    log_likelihood: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Bind a function of (theta, x) to x, by its method ``given`` if it has one."""
+    given = getattr(log_likelihood, "given", None)
+    return (lambda theta: log_likelihood(theta, x)) if given is None else given(x)
+
+
+@dataclass(frozen=True)
 class Problem:
     """Prior and simulator of a trans-dimensional problem, and how a network reads it.
 
-    Subclass it for a problem of your own and override :meth:`build_encoder` and
-    :meth:`build_chart`; the defaults are an MLP and one whitened axis a parameter.
+    =============================  ====================================================
+    hook                           default
+    =============================  ====================================================
+    :meth:`build_encoder`          an MLP that reads x as a vector
+    :meth:`build_chart`            each parameter by its prior's distribution function
+    :meth:`location_axis`          none: components have no place in x
+    :meth:`build_token_encoder`    none; a token for each cell of the location axis
+    :meth:`build_fit`              none; least squares for Gauss-Newton steps
+    :attr:`log_likelihood`         the simulator's
+    :meth:`collapsed`,             none
+    :meth:`laplace_proposal`
+    :attr:`streams`                one of samples
+    :attr:`units`                  none
+    :attr:`noise_level`            the shared parameter that white noise reads
+    :meth:`plot_spectrum`          none
+    =============================  ====================================================
 
     Attributes:
         name: Name of the problem.
@@ -100,9 +173,13 @@ class Problem:
         """Length T of x."""
         return self.simulator.signal(torch.zeros(self.layout.size)).shape[-1]
 
-    def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
-        return self.simulator.log_likelihood(theta, x)
+    @property
+    def log_likelihood(self) -> Likelihood:
+        """Log p(x | theta), called as ``log_likelihood(theta, x)``.
+
+        A subclass may as well define a plain method of (theta, x).
+        """
+        return Likelihood(self.simulator)
 
     def build_encoder(self, **options: Any) -> nn.Module:
         """Return a fresh encoder for this problem's data.
@@ -125,11 +202,11 @@ class Problem:
         return None
 
     def build_fit(self) -> SignalFit | None:
-        """Return the signal for Gauss-Newton fits of it; None if there is none."""
+        """Return the least squares for Gauss-Newton steps; None if there is none."""
         return None
 
     def build_chart(self) -> Chart:
-        """Return the true chart of a component."""
+        """Return the transform of a component to what the flow sees."""
         return WhiteningChart(self.prior.component_marginals)
 
     def collapsed(self, x: Tensor, **options: Any) -> "CollapsedDraws":
@@ -159,5 +236,83 @@ class Problem:
             ValueError: If x has no spectrum.
         """
         raise ValueError(
-            f"plot_spectrum needs a problem with time grids, got {self.name!r}."
+            f"plot_spectrum needs a problem with a spectrum, got {self.name!r}."
         )
+
+
+@dataclass(frozen=True)
+class Trace(Problem):
+    """A problem whose components have a place (a time, a position) in a trace.
+
+    The place is the prior's ``order_by`` parameter. Its prior must be uniform from the
+    first sample of the trace to the end of the last: cell i of the place is cell i of
+    the samples. A network then has a token for each cell, and takes Gauss-Newton steps
+    on the component signal where that is of torch operations, smooth in the
+    component's parameters.
+
+    Attributes:
+        name: Name of the problem.
+        prior: Prior over theta rows.
+        simulator: Simulator theta -> x.
+        cells: Number of cells of the trace, a divisor of its length T; a few samples
+            each, so that a cell seldom holds two components.
+
+    Raises:
+        ValueError: If ``cells`` does not divide T, or the place is not uniform.
+    """
+
+    cells: int = 64
+
+    def __post_init__(self) -> None:
+        if self.cells < 1 or self.num_data % self.cells:
+            raise ValueError(
+                f"cells must divide the {self.num_data} samples of the trace, got "
+                f"{self.cells}."
+            )
+        place = self.prior.component_marginals[self.layout.order_by]
+        if not place.is_uniform:
+            raise ValueError(
+                "prior must be uniform in its order_by parameter "
+                f"{self.component_names[self.layout.order_by]!r}, which is the place "
+                f"in the trace, got {place.family}."
+            )
+
+    def build_token_encoder(self, **options: Any) -> TokenEncoder:
+        """Return a :class:`TokenEncoder` with a token for each cell.
+
+        Args:
+            options: Options of the encoder.
+        """
+        return TokenEncoder(TraceTokens(self.num_data, self.cells), **options)
+
+    def location_axis(self) -> CellAxis:
+        """The place, in cells that hold the same number of samples."""
+        order_by = self.layout.order_by
+        low, high = self.prior.component_marginals[order_by].bounds
+        separation = self.prior.min_separation or 0.0
+        return CellAxis(order_by, self.cells, separation * self.cells / (high - low))
+
+    def build_fit(self) -> SignalFit | None:
+        """Return the least squares of the component signal, by its derivatives.
+
+        None if the signal is no torch tensor, which has none.
+        """
+        signal = self.simulator.component_signal
+        width = self.layout.num_component_params
+        middle = self.build_chart().some_point(torch.zeros(width))
+        if not isinstance(signal(middle[None]), Tensor):
+            return None
+        return AdditiveFit(signal, self.prior.component_marginals, self.layout.order_by)
+
+
+def uniform(low: float, high: float) -> Uniform:
+    """The uniform prior of one parameter, of batch shape ``(1,)``."""
+    return Uniform(torch.tensor([float(low)]), torch.tensor([float(high)]))
+
+
+def log_uniform(low: float, high: float) -> Distribution:
+    """The prior of one positive parameter whose logarithm is uniform."""
+    bounds = uniform(low, high)
+    return TransformedDistribution(
+        Uniform(bounds.low.log(), bounds.high.log()), [ExpTransform()]
+    )

@@ -8,11 +8,12 @@ r"""Least squares of any differentiable signal that is a sum of components.
 
 J is built explicitly, one forward-mode derivative for each of the D parameters, at a
 cost of T K D numbers a set. A signal whose inner products have closed forms can do with
-less (:mod:`.fit`). The equations are in float64.
+less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch.func import jvp
 from torch.quasirandom import SobolEngine
 
 from ..nn.gauss_newton import NormalEquations
-from ..sets.marginals import Marginal
+from ..nn.registry import build, describe, register
+from ..sets.marginals import Marginal, Marginals
 
-__all__ = ["AdditiveFit"]
+__all__ = ["AdditiveFit", "AdditiveLeastSquares"]
 
 _SEARCH_POINTS = 16
 _SEARCH_ROUNDS = 2
@@ -30,12 +32,14 @@ _SEARCH_ROUNDS = 2
 _MOST_NUMBERS = 2**24
 
 
+@register("fit")
 @dataclass(frozen=True)
 class AdditiveFit:
     """Normal equations of K components in white noise.
 
-    It has no ``spec``, as a file cannot describe a signal: an estimator that was saved
-    with it is loaded with ``fit=...``.
+    A file can describe it if the signal is a registered part
+    (:mod:`sbi_slotflow.nn.registry`); an estimator that was saved with another signal
+    is loaded with ``fit=...``.
 
     Attributes:
         component_signal: Maps components ``(..., D)`` to signals ``(..., T)``, each on
@@ -48,8 +52,10 @@ class AdditiveFit:
     """
 
     component_signal: Callable[[Tensor], Tensor]
-    marginals: tuple[Marginal, ...]
+    marginals: Sequence[Marginal]
     location: int = 0
+
+    kind: ClassVar[str] = "additive"
 
     def __post_init__(self) -> None:
         if not 0 <= self.location < len(self.marginals):
@@ -58,60 +64,80 @@ class AdditiveFit:
                 f"{self.location}."
             )
 
-    def start(
-        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
-    ) -> Tensor:
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """Description for :meth:`from_spec`; None if the signal has none."""
+        signal = describe("signal", self.component_signal)
+        if signal is None:
+            return None
+        return {
+            "kind": self.kind,
+            "signal": signal,
+            **Marginals(self.marginals).spec,
+            "location": self.location,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> "AdditiveFit":
+        """Rebuild a fit from :attr:`spec`."""
+        signal, marginals = build("signal", spec["signal"]), Marginals.from_spec(spec)
+        return cls(signal, marginals, spec["location"])
+
+    def given(self, data: Tensor) -> "AdditiveLeastSquares":
+        """The least squares of observations ``(B, T)``."""
+        return AdditiveLeastSquares(self, data)
+
+
+@dataclass(frozen=True)
+class AdditiveLeastSquares:
+    """Least squares of given observations.
+
+    Attributes:
+        fit: The signal.
+        data: The observations, shape ``(B, T)``.
+    """
+
+    fit: AdditiveFit
+    data: Tensor
+
+    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
 
         The candidates are the same low-discrepancy set for every component: evenly
         spread over its interval and over the quantiles of the other marginals. One
         component after the other takes the candidate that leaves least residual power,
-        in two rounds.
-
-        Args:
-            data: Observations, shape ``(B, T)``.
-            owner: Observation of each set, shape ``(N,)``.
-            low: Lower ends of the intervals, shape ``(N, K)``.
-            high: Upper ends.
-            mask: Active components, shape ``(N, K)``.
-
-        Returns:
-            Components, shape ``(N, K, D)``, float64.
+        in two rounds; see :class:`~sbi_slotflow.nn.gauss_newton.LeastSquares`.
         """
         candidates = self._candidates(low.double(), high.double())
-        size = self._num_sets(data, mask.shape[-1] * _SEARCH_POINTS)
+        size = self._num_sets(mask.shape[-1] * _SEARCH_POINTS)
         parts = zip(
             owner.split(size), candidates.split(size), mask.split(size), strict=True
         )
         return torch.cat(
-            [self._choose(data[index], part, active) for index, part, active in parts]
+            [
+                self._choose(self.data[index], part, active)
+                for index, part, active in parts
+            ]
         )
 
     def normal_equations(
-        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
+        self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
-        """Linearise the sum of the components about their present values.
-
-        Args:
-            data: Observations, shape ``(B, T)``.
-            owner: Observation of each set, shape ``(N,)``.
-            components: Shape ``(N, K, D)``.
-            mask: Active components, shape ``(N, K)``.
-        """
+        """Linearise the sum of the components about their present values."""
         components = components.double()
-        size = self._num_sets(data, components.shape[-2] * components.shape[-1])
+        size = self._num_sets(components.shape[-2] * components.shape[-1])
         parts = zip(
             owner.split(size), components.split(size), mask.split(size), strict=True
         )
         found = [
-            self._linearise(data[index].double(), part, active)
+            self._linearise(self.data[index].double(), part, active)
             for index, part, active in parts
         ]
         return NormalEquations(*(torch.cat(each) for each in zip(*found, strict=True)))
 
-    def _num_sets(self, data: Tensor, signals: int) -> int:
+    def _num_sets(self, signals: int) -> int:
         """Sets handled at once, with that many signals each."""
-        return max(1, _MOST_NUMBERS // max(1, signals * data.shape[-1]))
+        return max(1, _MOST_NUMBERS // max(1, signals * self.data.shape[-1]))
 
     def _linearise(
         self, data: Tensor, components: Tensor, mask: Tensor
@@ -124,7 +150,7 @@ class AdditiveFit:
         for d in range(width if len(active) else 0):
             direction = torch.zeros_like(active)
             direction[:, d] = 1.0
-            pushed = jvp(self.component_signal, (active,), (direction,))
+            pushed = jvp(self.fit.component_signal, (active,), (direction,))
             slopes[..., d, :][mask] = pushed[1]
             if d == 0:
                 signals[mask] = pushed[0]
@@ -139,12 +165,12 @@ class AdditiveFit:
     def _candidates(self, low: Tensor, high: Tensor) -> Tensor:
         """Candidates ``(N, K, G, D)`` for components with locations in intervals."""
         # The sequence's first point is the corner, where a quantile may be infinite.
-        engine = SobolEngine(len(self.marginals))
+        engine = SobolEngine(len(self.fit.marginals))
         points = engine.draw(_SEARCH_POINTS + 1, dtype=torch.float64)[1:].to(low.device)
         columns = []
-        for d, marginal in enumerate(self.marginals):
+        for d, marginal in enumerate(self.fit.marginals):
             fraction = points[:, d]
-            if d == self.location:
+            if d == self.fit.location:
                 width = (high - low).unsqueeze(-1)
                 columns.append(low.unsqueeze(-1) + width * fraction)
             else:
@@ -155,9 +181,13 @@ class AdditiveFit:
     def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Candidates ``(N, K, D)`` that explain data ``(N, T)`` best together."""
         signals = data.new_zeros(*candidates.shape[:-1], data.shape[-1])
+        # Squares of small numbers vanish in float32: in units near the data's scale.
+        exponent = -torch.frexp(data.abs().amax()).exponent
+        data = torch.ldexp(data, exponent)
         if mask.any():
             # A start need not be exact: the data's own precision will do.
-            signals[mask] = self.component_signal(candidates[mask].to(data))
+            found = self.fit.component_signal(candidates[mask].to(data))
+            signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)
         chosen = torch.zeros_like(mask, dtype=torch.int64)

@@ -27,7 +27,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 
+from ..posterior.base import Posterior
 from ..seeding import forked_rng
+from ..sets.checks import Numbers
+from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
 from .base import Problem
 from .noise import WhiteNoise
@@ -95,48 +98,34 @@ def linear_gaussian(max_cardinality: int = 3) -> LinearGaussian:
     return LinearGaussian("linear_gaussian", prior, simulator, design, mean, tau, sigma)
 
 
-class ExactLinearGaussianPosterior:
-    """Closed-form posterior, behind the interface of a :class:`SlotPosterior`.
+class ExactLinearGaussianPosterior(Posterior):
+    """Closed-form posterior.
 
     Args:
         problem: The linear-Gaussian problem.
     """
 
     def __init__(self, problem: LinearGaussian) -> None:
-        self.problem = problem
-        self.prior = problem.prior
-        self.default_x: Tensor | None = None
+        self.problem, self.prior = problem, problem.prior
+        self.simulator = problem.simulator
 
-    def set_default_x(self, x: Tensor) -> "ExactLinearGaussianPosterior":
-        """Set the observation to use where none is given."""
-        self.default_x = self._batch(x)
-        return self
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one observation."""
+        return self.problem.design.shape[:1]
 
-    def log_evidence_by_cardinality(self, x: Tensor | None = None) -> Tensor:
+    def given(self, x: Tensor) -> "LinearGaussianSets":
+        """Return the distribution over sets given observations ``(B, T)``."""
+        return LinearGaussianSets(self.problem, x)
+
+    def log_evidence_by_cardinality(self, x: Numbers | None = None) -> Tensor:
         """Evaluate log p(x | K), float64, shape ``(B, Kmax + 1)``."""
-        problem = self.problem
-        x = self._batch(x)
-        num_data, num_params = problem.design.shape
-        k = torch.arange(self.prior.max_cardinality + 1, dtype=torch.float64)
-        inside = x @ problem.design.double()
-        variance = k * problem.tau**2 + problem.sigma**2
-        miss = inside.unsqueeze(-2) - k.unsqueeze(-1) * problem.mean.double()
-        rest = x.square().sum(-1) - inside.square().sum(-1)
-        square = miss.square().sum(-1) / variance
-        square = square + rest.unsqueeze(-1) / problem.sigma**2
-        log_det = num_params * variance.log()
-        log_det = log_det + 2 * (num_data - num_params) * math.log(problem.sigma)
-        return -0.5 * (square + log_det + num_data * math.log(2 * math.pi))
+        return self.given(self.observations(x)).log_evidence
 
-    def log_evidence(self, x: Tensor | None = None) -> Tensor:
+    def log_evidence(self, x: Numbers | None = None) -> Tensor:
         """Evaluate log p(x), float64, shape ``(B,)``."""
         joint = self.log_evidence_by_cardinality(x)
         return torch.logsumexp(joint + self.prior.log_cardinality_probs, dim=-1)
-
-    def cardinality(self, x: Tensor | None = None) -> Categorical:
-        """Return p(K | x) over 0..Kmax, batched if x is a batch of more than one."""
-        logits = self.log_evidence_by_cardinality(x) + self.prior.log_cardinality_probs
-        return Categorical(logits=logits.squeeze(0) if len(logits) == 1 else logits)
 
     def with_cardinality_prior(
         self, weights: Sequence[float] | Tensor
@@ -148,77 +137,76 @@ class ExactLinearGaussianPosterior:
         """
         prior = self.prior.with_cardinality(weights)
         new = ExactLinearGaussianPosterior(replace(self.problem, prior=prior))
-        new.default_x = self.default_x
-        return new
+        return new if self.default_x is None else new.set_default_x(self.default_x)
+
+
+class LinearGaussianSets(SetDistribution):
+    """The closed-form posterior given B observations.
+
+    Args:
+        problem: The linear-Gaussian problem.
+        x: Observations, shape ``(B, T)``.
+
+    Attributes:
+        log_evidence: log p(x | K), float64, shape ``(B, Kmax + 1)``.
+    """
+
+    def __init__(self, problem: LinearGaussian, x: Tensor) -> None:
+        self.problem, self.layout = problem, problem.layout
+        self.num_observations = len(x)
+        x = x.double()
+        self._inside = x @ problem.design.double()
+        num_data, num_params = problem.design.shape
+        k = torch.arange(self.layout.max_cardinality + 1, dtype=torch.float64)
+        variance = k * problem.tau**2 + problem.sigma**2
+        mean = k.unsqueeze(-1) * problem.mean.double()
+        miss = self._inside.unsqueeze(-2) - mean
+        rest = x.square().sum(-1) - self._inside.square().sum(-1)
+        square = miss.square().sum(-1) / variance
+        square = square + rest.unsqueeze(-1) / problem.sigma**2
+        log_det = num_params * variance.log()
+        log_det = log_det + 2 * (num_data - num_params) * math.log(problem.sigma)
+        log_det = log_det + num_data * math.log(2 * math.pi)
+        self.log_evidence = -0.5 * (square + log_det)
+
+    def cardinality(self) -> Categorical:
+        """Return p(K | x), batch shape ``(B,)``."""
+        prior = self.problem.prior
+        return Categorical(logits=self.log_evidence + prior.log_cardinality_probs)
 
     def sample(
         self,
         sample_shape: Sequence[int] = torch.Size(),
-        x: Tensor | None = None,
         k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw theta rows for one observation, shape ``(*sample_shape, E)``.
-
-        Args:
-            sample_shape: Shape of the draws.
-            x: One observation; the default if None.
-            k: Cardinality to condition on.
-            generator: Source of randomness.
-        """
-        return self.sample_batched(sample_shape, self._single(x), k, generator)[
-            ..., 0, :
-        ]
-
-    def sample_batched(
-        self,
-        sample_shape: Sequence[int],
-        x: Tensor,
-        k: int | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        """Draw theta rows for B observations, shape ``(*sample_shape, B, E)``."""
-        largest = self.prior.max_cardinality
-        if k is not None and not 0 <= k <= largest:
-            raise ValueError(f"k must be an integer in 0..{largest}, got {k!r}.")
-        layout, problem = self.prior.layout, self.problem
-        x = self._batch(x)
+        """Draw rows ``(*sample_shape, B, E)`` in canonical order."""
+        layout, problem = self.layout, self.problem
         shape = torch.Size(sample_shape)
         with forked_rng(generator):
-            logits = self.log_evidence_by_cardinality(x)
-            logits = logits + self.prior.log_cardinality_probs
-            counts = Categorical(logits=logits).sample(torch.Size((shape.numel(),)))
+            counts = self.cardinality().sample(torch.Size((shape.numel(),)))
             if k is not None:
                 counts = torch.full_like(counts, k)
             size = (*counts.shape, layout.max_cardinality, layout.num_component_params)
             noise = torch.randn(size, dtype=torch.float64)
         active = layout.mask(counts).unsqueeze(-1)
         noise = torch.where(active, noise, 0.0)
-        mean, gain = self._moments(x, counts)
+        mean, gain = self._moments(counts)
         # (I - a 11^T)^2 = I - g 11^T with a = (1 - sqrt(1 - g K)) / K
         number = counts.clamp(min=1).double()
         a = (1 - (1 - gain * counts).sqrt()) / number
         common = a[..., None, None] * noise.sum(-2, keepdim=True)
         components = mean.unsqueeze(-2) + problem.tau * (noise - common)
         rows = layout.canonical(layout.pack(counts, components.float()))
-        return rows.reshape(*shape, len(x), layout.size)
+        return rows.reshape(*shape, self.num_observations, layout.size)
 
-    def log_prob(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Evaluate the log density of sets ``(S, E)`` given one observation."""
-        return self.log_prob_batched(theta.unsqueeze(-2), self._single(x)).squeeze(-1)
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor, **kwargs: object) -> Tensor:
+    def log_prob(self, theta: Tensor) -> Tensor:
         """Evaluate log densities ``(S, B)`` of sets ``(S, B, E)``, float64."""
-        problem, layout = self.problem, self.prior.layout
-        layout.validate(theta)
+        problem, layout = self.problem, self.layout
         parts = layout.unpack(theta)
-        x = self._batch(x)
-        logits = self.log_evidence_by_cardinality(x)
-        log_k = torch.log_softmax(logits + self.prior.log_cardinality_probs, dim=-1)
         k = parts.cardinality
-        value = log_k.expand(*k.shape, -1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
-        mean, gain = self._moments(x, k)
+        value = self.cardinality().logits.gather(-1, k.mT).mT
+        mean, gain = self._moments(k)
         miss = (parts.components.double() - mean.unsqueeze(-2)) / problem.tau
         miss = torch.where(parts.mask.unsqueeze(-1), miss, 0.0)
         # inverse and determinant of I - g 11^T
@@ -229,34 +217,13 @@ class ExactLinearGaussianPosterior:
         log_det = dim * (left.log() + 2 * k * math.log(problem.tau))
         log_det = log_det + dim * k * math.log(2 * math.pi)
         value = value + torch.lgamma(k + 1.0).double() - 0.5 * (square + log_det)
-        return torch.where(self.prior.support.check(theta), value, -math.inf)
+        return torch.where(problem.prior.support.check(theta), value, -math.inf)
 
-    def _moments(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean ``(..., B, D)`` of each component, and g_K ``(..., B)``."""
         problem = self.problem
         k = counts.double()
         gain = problem.tau**2 / (k * problem.tau**2 + problem.sigma**2)
         mean = problem.mean.double()
-        inside = x @ problem.design.double()
-        return mean + gain.unsqueeze(-1) * (inside - k.unsqueeze(-1) * mean), gain
-
-    def _single(self, x: Tensor | None) -> Tensor:
-        batch = self._batch(x)
-        if len(batch) != 1:
-            raise ValueError(f"x must be one observation, got a batch of {len(batch)}.")
-        return batch
-
-    def _batch(self, x: Tensor | None) -> Tensor:
-        if x is None:
-            if self.default_x is None:
-                raise ValueError("x must be given where no default x is set.")
-            return self.default_x
-        batch = torch.atleast_2d(torch.as_tensor(x)).double()
-        num = self.problem.design.shape[0]
-        if batch.ndim != 2 or batch.shape[-1] != num:
-            raise ValueError(
-                f"x must have shape (batch, {num}), got {tuple(batch.shape)}."
-            )
-        if not torch.isfinite(batch).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
-        return batch
+        miss = self._inside - k.unsqueeze(-1) * mean
+        return mean + gain.unsqueeze(-1) * miss, gain

@@ -35,13 +35,18 @@ class AdditiveSimulator:
     r"""Simulator x(theta) for signals that add up.
 
     Args:
-        component_signal: Maps components ``(..., D)`` to signals ``(..., T)``. If it
-            has a method ``total(components, mask)``, that is used for sums.
+        component_signal: Maps components ``(..., D)`` to signals ``(..., T)``, torch
+            tensors or NumPy arrays of any real dtype. If it has a method
+            ``total(components, mask)``, that is used for sums.
         noise: A noise model, for example :class:`~sbi_slotflow.WhiteNoise`.
         layout: Layout of theta, ``prior.layout``.
         chunk_size: Most rows handled at once; bounds the memory.
 
     Calling the simulator returns data of shape ``(..., T)`` for theta ``(..., E)``.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If ``chunk_size`` is less than one.
     """
 
     def __init__(
@@ -51,6 +56,15 @@ class AdditiveSimulator:
         layout: ThetaLayout,
         chunk_size: int = 128,
     ) -> None:
+        if not callable(component_signal):
+            raise TypeError(
+                "component_signal must be a function of components, got "
+                f"{type(component_signal).__name__}."
+            )
+        if not isinstance(layout, ThetaLayout):
+            raise TypeError(
+                f"layout must be a prior's layout, got {type(layout).__name__}."
+            )
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.component_signal = component_signal
@@ -98,7 +112,7 @@ class AdditiveSimulator:
         """
         self.layout.validate(theta)
         parts = self.layout.unpack(theta)
-        signals = self.component_signal(parts.components)
+        signals = self._each(parts.components)
         return torch.where(parts.mask.unsqueeze(-1), signals, signals.new_zeros(()))
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -118,13 +132,7 @@ class AdditiveSimulator:
             ValueError: If theta is malformed or x has NaN, Inf or the wrong length.
         """
         self.layout.validate(theta)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, got {kind}.")
-        if x.ndim < 1:
-            raise ValueError("x must have at least one axis, got a scalar.")
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        self.check_data(x)
         batch = np.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
         rows = theta.double().expand(*batch, -1).reshape(-1, self.layout.size)
         data = x.double().expand(*batch, -1)
@@ -146,6 +154,16 @@ class AdditiveSimulator:
             return rows.new_zeros(batch)
         return torch.cat(values).reshape(batch)
 
+    def check_data(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x is finite and of floats."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor, got {kind}.")
+        if x.ndim < 1:
+            raise ValueError("x must have at least one axis, got a scalar.")
+        if not torch.isfinite(x).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
+
     def noise_log_prob(
         self, residual: Tensor, signal: Tensor, shared: Tensor
     ) -> Tensor:
@@ -163,16 +181,25 @@ class AdditiveSimulator:
         if isinstance(self.component_signal, SummedSignal):
             return self.component_signal.total(parts.components, parts.mask)
         active = parts.components[parts.mask]
-        if len(active):
-            signals = self.component_signal(active)
-        else:  # the length of a signal is all that is asked
-            signals = self.component_signal(
-                parts.components.new_zeros(1, active.shape[-1])
-            )
-            signals = signals[:0]
+        # Of no components the length of a signal is all that is asked.
+        some = active if len(active) else parts.components.new_zeros(1, active.shape[1])
+        signals = self._each(some)[: len(active)]
         owner = parts.mask.nonzero()[:, 0]
         total = signals.new_zeros(len(rows), signals.shape[-1])
         return total.index_add(0, owner, signals)
+
+    def _each(self, components: Tensor) -> Tensor:
+        """Signals ``(..., T)`` of components ``(..., D)``, in their dtype."""
+        signals = self.component_signal(components)
+        if not isinstance(signals, Tensor):
+            signals = torch.from_numpy(np.array(signals, dtype=np.float64))
+        if signals.shape[:-1] != components.shape[:-1] or not signals.ndim:
+            raise ValueError(
+                "component_signal must map components of shape "
+                f"{tuple(components.shape)} to signals of shape "
+                f"{(*components.shape[:-1], 'T')}, got {tuple(signals.shape)}."
+            )
+        return signals.to(components)
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         self.layout.validate(theta)

@@ -9,35 +9,26 @@ The trace covers a unit of time, [0, 1) without its end. theta is
 one another, and the weakest drown in the noise, so that K is truly uncertain.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sbi.utils import BoxUniform, MultipleIndependent
+from sbi.utils import MultipleIndependent
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    ExpTransform,
-    TransformedDistribution,
-    Uniform,
-)
+from torch.distributions import Independent
 
 from ..nn.registry import register
-from ..sets.marginals import Marginal
 from ..sets.prior import VariableKPrior
-from .least_squares import AdditiveFit
+from .base import Trace, log_uniform, uniform
 from .noise import WhiteNoise
 from .simulator import AdditiveSimulator
-from .trace import Trace
 
-__all__ = ["SpikeFit", "SpikeSignal", "Spikes", "spikes"]
+__all__ = ["SpikeSignal", "spikes"]
 
 _CELLS = 64
-_WIDTH = (0.006, 0.03)
-_AMPLITUDE = (0.5, 2.0)
-_SIGMA = (0.1, 0.5)
 
 
+@register("signal")
 @dataclass(frozen=True)
 class SpikeSignal:
     """Gaussian pulses of components (time, width, amplitude).
@@ -47,6 +38,13 @@ class SpikeSignal:
     """
 
     num_samples: int
+
+    kind: ClassVar[str] = "pulses"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Description from which a file rebuilds the signal."""
+        return {"kind": self.kind, "num_samples": self.num_samples}
 
     @property
     def times(self) -> Tensor:
@@ -60,40 +58,7 @@ class SpikeSignal:
         return amplitude * torch.exp(-0.5 * deviation.square())
 
 
-@register("fit")
-@dataclass(frozen=True)
-class SpikeFit(AdditiveFit):
-    """Least squares of a :class:`SpikeSignal`, which a file can describe."""
-
-    kind: ClassVar[str] = "spikes"
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Description from which :meth:`from_spec` rebuilds the fit."""
-        assert isinstance(self.component_signal, SpikeSignal)
-        return {
-            "kind": self.kind,
-            "num_samples": self.component_signal.num_samples,
-            "marginals": [asdict(marginal) for marginal in self.marginals],
-        }
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> "SpikeFit":
-        """Rebuild a fit from :attr:`spec`."""
-        marginals = tuple(Marginal(**marginal) for marginal in spec["marginals"])
-        return cls(SpikeSignal(spec["num_samples"]), marginals)
-
-
-@dataclass(frozen=True)
-class Spikes(Trace):
-    """The spike problem."""
-
-    def build_fit(self) -> SpikeFit:
-        """Return the least squares of pulses."""
-        return SpikeFit(SpikeSignal(self.num_data), self.prior.component_marginals)
-
-
-def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
+def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
     """Make the spike problem.
 
     ==========  ====================  ===============
@@ -109,11 +74,10 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
 
     Args:
         num_samples: Samples T of the trace, a multiple of 64.
-        max_cardinality: Largest cardinality Kmax.
+        max_cardinality: Largest cardinality Kmax, at least one.
 
     Raises:
-        ValueError: If ``num_samples`` is no multiple of 64 or ``max_cardinality`` is
-            less than one.
+        ValueError: If an argument is out of range.
     """
     if num_samples < 1 or num_samples % _CELLS:
         raise ValueError(
@@ -121,23 +85,14 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Spikes:
         )
     if max_cardinality < 1:
         raise ValueError(f"max_cardinality must be at least 1, got {max_cardinality}.")
-    low, high = _column(_WIDTH)
-    parts: list[Distribution] = [
-        Uniform(torch.zeros(1), torch.ones(1)),
-        TransformedDistribution(Uniform(low.log(), high.log()), [ExpTransform()]),
-        Uniform(*_column(_AMPLITUDE)),
-    ]
+    parts = [uniform(0.0, 1.0), log_uniform(0.006, 0.03), uniform(0.5, 2.0)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),
         [1.0] * (max_cardinality + 1),
-        shared=BoxUniform(*_column(_SIGMA)),
+        shared=Independent(uniform(0.1, 0.5), 1),
         order_by=0,
         component_names=("time", "width", "amplitude"),
         shared_names=("sigma",),
     )
     simulator = AdditiveSimulator(SpikeSignal(num_samples), WhiteNoise(), prior.layout)
-    return Spikes("spikes", prior, simulator, _CELLS)
-
-
-def _column(bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([bounds[0]]), torch.tensor([bounds[1]])
+    return Trace("spikes", prior, simulator, _CELLS)

@@ -25,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..posterior.base import Posterior
 from ..posterior.component_proposals import ComponentProposal, PooledComponents
-from ..posterior.network import SlotPosterior
 from ..seeding import generator_for
+from ..sets.checks import Numbers
 from ..sets.prior import VariableKPrior
 from .eryn_import import require_eryn
 from .eryn_target import COMPONENTS, SHARED, Arrays, Floats
@@ -116,17 +117,17 @@ class SlotFlowMove(ReversibleJumpMove):
     @classmethod
     def from_posterior(
         cls,
-        posterior: SlotPosterior,
-        x: Tensor | None = None,
+        posterior: Posterior,
+        x: Numbers | None = None,
         prior_share: float = 0.1,
         num_samples: int = 10_000,
         seed: int = 0,
         **kwargs: Any,
     ) -> "SlotFlowMove":
-        """Make the move from the components in a trained posterior's draws.
+        """Make the move from the components in a posterior's draws.
 
         Args:
-            posterior: A trained posterior.
+            posterior: A posterior with a prior.
             x: The observation; the posterior's default x if None.
             prior_share: Share of the prior in the proposal, in (0, 1].
             num_samples: Draws to learn the proposal from.
@@ -135,21 +136,16 @@ class SlotFlowMove(ReversibleJumpMove):
                 ``nleaves_min`` and ``nleaves_max`` are given.
 
         Raises:
-            TypeError: If posterior is no ``SlotPosterior``.
+            TypeError: If posterior is no ``Posterior``.
             ValueError: If x is not one observation, or the share is out of range.
         """
-        if not isinstance(posterior, SlotPosterior):
+        if not isinstance(posterior, Posterior):
             raise TypeError(
-                f"posterior must be a SlotPosterior, got {type(posterior).__name__}."
+                f"posterior must be a Posterior, got {type(posterior).__name__}."
             )
         theta = posterior.sample((num_samples,), x, generator=generator_for(seed))
-        estimator = posterior.posterior_estimator
-        pooled = PooledComponents(
-            theta.cpu(),
-            deepcopy(posterior.prior).to("cpu"),
-            prior_share,
-            estimator.chart,
-        )
+        prior = deepcopy(posterior.prior).to("cpu")
+        pooled = PooledComponents(theta.cpu(), prior, prior_share, posterior.chart)
         low, high = leaf_limits(posterior.prior)
         options = {"nleaves_min": low, "nleaves_max": high, **kwargs}
         return cls(pooled, **options)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from by_hand import ByHand
+from torch.distributions import Categorical
 
 from sbi_slotflow import problems
 from sbi_slotflow.calibration import faults
@@ -105,10 +107,14 @@ def test_independent_removes_correlations_and_keeps_marginals():
 
 
 def test_angles_are_narrowed_on_the_circle():
-    class Phases:
+    class Phases(ByHand):
         prior = tiny.prior
+        event_shape = torch.Size((tiny.num_data,))  # type: ignore[assignment]
 
-        def sample_batched(self, shape, x, k=None, generator=None):
+        def q_of_k(self, x):
+            return Categorical(torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+
+        def draw(self, shape, x, k, generator):
             rows = tiny.prior.with_cardinality([0, 1, 0, 0]).sample((*shape, len(x)))
             parts = tiny.layout.unpack(rows)
             turn = 0.2 * torch.randn(parts.mask.shape, generator=generator)
@@ -117,7 +123,7 @@ def test_angles_are_narrowed_on_the_circle():
             return tiny.layout.pack(parts.cardinality, components, parts.shared)
 
     x = torch.zeros(1, tiny.num_data)
-    found = faults.narrowed(Phases(), periods=tiny.layout.periods)  # type: ignore[arg-type]
+    found = faults.narrowed(Phases(), periods=tiny.layout.periods)
     rows = found.sample_batched((NUM,), x, k=1, generator=generator_for(7))
     phase = tiny.layout.unpack(rows).components[:, 0, 0, 1]
     offset = (phase + math.pi).remainder(2 * math.pi) - math.pi

@@ -1,7 +1,9 @@
 """Builders: what each field does, the paper's preset, and what is refused."""
 
+import functools
 import json
-from dataclasses import FrozenInstanceError, replace
+import math
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -247,7 +249,9 @@ def test_estimators_with_the_users_encoder_share_no_weights(
     tiny: problems.Sinusoids,
 ) -> None:
     # Else training one trains the other, and the same seed twice gives two results.
-    builder = slot_nn(tiny, **SMALL, encoder=nn.Linear(300, 8))
+    options: dict[str, Any] = SMALL | {"encoder": nn.Linear(300, 8)}
+    del options["hidden_features"]
+    builder = slot_nn(tiny, **options)
     assert not shared_weights(build(tiny, builder), build(tiny, builder))
 
 
@@ -291,7 +295,7 @@ def test_encoder_options_beside_an_encoder_are_refused(
     tiny: problems.Sinusoids, options: dict[str, Any]
 ) -> None:
     builder = slot_nn(tiny, encoder=nn.Linear(300, 8), **options)
-    with pytest.raises(ValueError, match="do nothing beside an encoder of your own"):
+    with pytest.raises(ValueError, match="it needs the problem's own encoder"):
         build(tiny, builder)
 
 
@@ -361,3 +365,135 @@ def test_attention_slots_need_tokens() -> None:
     linear = problems.linear_gaussian()
     with pytest.raises(ValueError, match=r"need an encoder that returns .* tokens"):
         build(linear, slot_nn(linear, slots="attention"))
+
+
+# --- no option is ignored
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "Laplace": {"flow_layers": 0},
+    "no fit": {"refine_slots": 0},
+    "factorised": {"coupling": "factorised"},
+    "attention": {"slots": "attention"},
+    "global": {"slots": "global"},
+    "circle": {"slots": "global", "chart": "circle"},
+    "no layers": {"slots": "global", "flow_layers": 0},
+    "own encoder": {"encoder": nn.Linear(300, 8)},
+    "no shared parameters": {"problem": problems.linear_gaussian()},
+}
+CHANGES: dict[str, Any] = {
+    "chart": "circle",
+    "encoder": None,  # made to fit
+    "slots": "global",
+    "flow_layers": 2,
+    "mean_flow_loss": True,
+    "z_score_x": False,
+    "loss_weights": (1.0, 1.0, 2.0),
+    "shared_head": False,
+    "hidden_features": 24,
+    "encoder_options": {"num_heads": 2},
+    "domains": ("time", "time"),
+    "coupling": "factorised",
+    "refine_slots": 1,
+    "weighed_sets": 1,
+    "matching": "permanent",
+    "condition_on_cardinality": False,
+    "location_scale": False,
+    "trunk_features": 24,
+    "flow_hidden_features": 24,
+    "flow_bins": 4,
+    "flow_blocks": 2,
+    "flow_network": "residual",
+    "tail_bound": 2.0,
+    "phase_weight": 3.0,
+    "frequency_weight": 3.0,
+}
+
+
+def answers(builder: slot_nn) -> list[Tensor]:
+    """Numbers of a network with given random weights: parameters, losses, draws."""
+    problem = builder.problem
+    assert isinstance(problem, problems.Problem)
+    theta, x = batch(problem, 16)
+    # K > 1 throughout, where matchings and means differ.
+    weights = (torch.arange(problem.layout.max_cardinality + 1) > 1).float()
+    prior = problem.prior.with_cardinality(weights)
+    theta = prior.sample((16,), torch.Generator().manual_seed(3))
+    x = problem.simulator(theta, torch.Generator().manual_seed(4))
+    torch.manual_seed(0)
+    estimator = builder(theta, x)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        losses = estimator.loss(theta, x)
+        draws = estimator.sample((8,), x[:4], generator=generator)
+    return [*estimator.state_dict().values(), losses, draws]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@functools.cache
+def usual_answers(network: str) -> list[Tensor]:
+    options: dict[str, Any] = {"problem": problems.sinusoids("tiny")}
+    return answers(slot_nn(**(options | NETWORKS[network])))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_changes_the_network_or_is_refused(network: str, name: str) -> None:
+    options: dict[str, Any] = {"problem": problems.sinusoids("tiny")}
+    options |= NETWORKS[network]
+    value = CHANGES[name]
+    if name == "slots" and network in ("own encoder", "no shared parameters"):
+        value = "attention"  # global is what they have
+    if name == "encoder":
+        value = nn.Linear(options["problem"].num_data, 9)
+    if options.get(name) == value:
+        return  # what this network is made of
+    try:
+        changed = answers(slot_nn(**{**options, name: value}))
+    except (TypeError, ValueError):
+        return
+    assert not same(changed, usual_answers(network)), f"{name} changes nothing"
+
+
+def test_an_option_left_at_its_default_changes_nothing() -> None:
+    # Else the test above could not fail.
+    options: dict[str, Any] = {"problem": problems.sinusoids("tiny")}
+    options["mean_flow_loss"] = False
+    assert same(answers(slot_nn(**options)), usual_answers("default"))
+
+
+def test_every_option_is_tried() -> None:
+    assert {field.name for field in fields(slot_nn)} == {"problem", *CHANGES}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("hidden_features", 0, ValueError),
+        ("trunk_features", 0, ValueError),
+        ("flow_layers", -1, ValueError),
+        ("flow_layers", 1.5, TypeError),
+        ("flow_layers", True, TypeError),
+        ("flow_bins", 1, ValueError),
+        ("flow_blocks", 0, ValueError),
+        ("tail_bound", math.nan, ValueError),
+        ("tail_bound", -1.0, ValueError),
+        ("phase_weight", math.inf, ValueError),
+        ("loss_weights", (1.0, math.nan, 1.0), ValueError),
+        ("loss_weights", (1.0, -1.0, 1.0), ValueError),
+        ("loss_weights", (1.0, 1.0), ValueError),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(
+    name: str, value: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=name):
+        slot_nn(problems.sinusoids("tiny"), **{name: value})

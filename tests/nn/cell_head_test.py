@@ -57,7 +57,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def builder(**options: Any) -> slot_nn:
-    return slot_nn(tiny, **{**SMALL, **options})
+    usual: dict[str, Any] = {"refine_slots": 0, **SMALL}
+    if "encoder" in options:
+        del usual["hidden_features"]
+    if options.get("flow_layers") == 0:
+        del usual["trunk_features"], usual["flow_hidden_features"]
+    return slot_nn(tiny, **{**usual, **options})
 
 
 @torch.no_grad()
@@ -695,9 +700,12 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refine_slots": 2, "coupling": "factorised"}, "needs coupling='joint'"),
-        ({"refine_slots": -1}, "refine_slots must not be negative, got -1"),
-        ({"weighed_sets": -1}, "weighed_sets must not be negative, got -1"),
+        (
+            {"refine_slots": 2, "coupling": "factorised"},
+            "needs slots='anchored', coupling='joint'",
+        ),
+        ({"refine_slots": -1}, "refine_slots must be at least 0, got -1"),
+        ({"weighed_sets": -1}, "weighed_sets must be at least 0, got -1"),
         ({"refine_slots": 2, "slots": "attention"}, "needs slots='anchored'"),
         ({"coupling": "both"}, "coupling must be one of"),
         ({"encoder": Tokens(29), "slots": "anchored"}, "keeps 30 tokens"),
@@ -833,7 +841,7 @@ def test_token_encoders_are_rebuilt_from_their_specs() -> None:
         assert first.context.shape == (3, 6)
         assert torch.equal(first.tokens, second.tokens)
         assert torch.equal(first.shared, second.shared)
-    with pytest.raises(ValueError, match="front end must be one of"):
+    with pytest.raises(ValueError, match="front end kind must be one of"):
         build("front end", {"kind": "other"})
 
 

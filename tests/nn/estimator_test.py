@@ -88,7 +88,7 @@ def tiny(**options: Any) -> slot_nn:
 
 
 def tiny_with(encoder: nn.Module) -> slot_nn:
-    return tiny(encoder=encoder, encoder_options=None)
+    return tiny(encoder=encoder, encoder_options=None, hidden_features=None)
 
 
 def bare_prior() -> slot_nn:

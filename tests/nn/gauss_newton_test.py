@@ -70,7 +70,7 @@ def test_normal_equations_are_those_of_the_jacobian(
     rows[:, -1] = torch.tensor([1.0, 2.0, 1.1])
     rows[0] += 0.1
     mask = (torch.arange(4) < len(components)).expand(2, -1)
-    found = fit.normal_equations(data, torch.tensor([0, 1]), rows, mask)
+    found = fit.given(data).normal_equations(torch.tensor([0, 1]), rows, mask)
     size = components.numel()
     torch.testing.assert_close(
         found.residual[1], residual.square().sum(), rtol=1e-9, atol=0
@@ -91,7 +91,7 @@ def test_start_finds_tones_without_noise() -> None:
     data = signal(fit, truth.flatten()).unsqueeze(0)
     middle = (truth[:, 2] * 20).floor() / 20
     owner, mask = torch.tensor([0]), torch.ones(1, 2, dtype=torch.bool)
-    found = fit.start(data, owner, middle[None], middle[None] + 0.05, mask)[0]
+    found = fit.given(data).start(owner, middle[None], middle[None] + 0.05, mask)[0]
     # within the width of a peak, the inverse of pi times 20 s, and the ridge's pull
     assert ((found[:, 2] - truth[:, 2]).abs() < 0.004).all()
     assert ((found[:, 0] / truth[:, 0] - 1).abs() < 0.1).all()
@@ -102,19 +102,21 @@ def test_start_finds_tones_without_noise() -> None:
 class Lines:
     """A signal that is linear in its components: intercepts and slopes."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: Tensor | None = None) -> None:
+        self.data = torch.empty(0) if data is None else data
         times = torch.linspace(-1, 1, 20, dtype=torch.float64)
         self.design = torch.stack([times**p for p in range(4)], -1)
 
-    def start(
-        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
-    ) -> Tensor:
+    def given(self, data: Tensor) -> "Lines":
+        return Lines(data)
+
+    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros(len(owner), 2, 2, dtype=torch.float64)
 
     def normal_equations(
-        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
+        self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
-        residual = data[owner] - components.flatten(1) @ self.design.T
+        residual = self.data[owner] - components.flatten(1) @ self.design.T
         gram = self.design.T @ self.design
         return NormalEquations(
             residual.square().sum(-1),
@@ -133,7 +135,7 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
 
     def fitted(high: Tensor) -> FittedMode:
         return fit_mode(
-            fit, lambda w, _: 0.5 * w, data, owner, start, mask, 10, (-high, high)
+            fit.given(data), lambda w, _: 0.5 * w, owner, start, mask, 10, (-high, high)
         )
 
     peak = fitted(high)
@@ -163,16 +165,17 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
 class Hard:
     """One amplitude a and a cubic: from a distance a step gains little."""
 
-    def start(
-        self, data: Tensor, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor
-    ) -> Tensor:
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         return torch.full((len(owner), 1, 1), 3.0, dtype=torch.float64)
 
     def normal_equations(
-        self, data: Tensor, owner: Tensor, components: Tensor, mask: Tensor
+        self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
         a = components[:, 0]
-        residual = data[owner] - a**3
+        residual = self.data[owner] - a**3
         slope = (3 * a**2).expand_as(residual)
         return NormalEquations(
             residual.square().sum(-1),
@@ -189,11 +192,10 @@ def test_fits_that_have_not_converged_get_more_steps() -> None:
         calls.append(len(index))
         return w * 1.0
 
-    start = Hard().start(data, torch.arange(2), data, data, data)
+    start = Hard(data).start(torch.arange(2), data, data, data)
     found = fit_mode(
-        Hard(),
+        Hard(data),
         to_components,
-        data,
         torch.arange(2),
         start,
         torch.ones(2, 1, dtype=torch.bool),
@@ -288,12 +290,19 @@ class CountingFit:
     def __init__(self, fit: SineFit) -> None:
         self.fit, self.count = fit, 0
 
-    def start(self, data, owner, low, high, mask) -> Tensor:
-        self.count += len(owner)
-        return self.fit.start(data, owner, low, high, mask)
+    def given(self, data: Tensor) -> "Counted":
+        return Counted(self, data)
 
-    def normal_equations(self, data, owner, components, mask) -> NormalEquations:
-        return self.fit.normal_equations(data, owner, components, mask)
+
+class Counted:
+    def __init__(self, owner: CountingFit, data: Tensor) -> None:
+        self.owner, self.data = owner, data
+        self.fit = owner.fit.given(data)
+        self.normal_equations = self.fit.normal_equations
+
+    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
+        self.owner.count += len(owner)
+        return self.fit.start(owner, low, high, mask)
 
 
 def test_sets_of_one_batch_are_fitted_once() -> None:

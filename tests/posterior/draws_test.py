@@ -170,12 +170,15 @@ def test_datatree_of_unweighted_draws_has_no_weights(x):
 
 
 def test_another_observation_is_refused(weighted, x):
-    message = "x differs from the observation that these draws belong to"
+    message = "x differs from the observation that this posterior belongs to"
     for wrong in (x + 1, x[:5], torch.stack([x, x])):
-        with pytest.raises(ValueError, match=message):
-            weighted.sample((1,), wrong)
-        with pytest.raises(ValueError, match=message):
+        expected = "x must have shape" if len(wrong) == 5 else message
+        with pytest.raises(ValueError, match=expected):
             weighted.cardinality(wrong)
+    with pytest.raises(ValueError, match=message):
+        weighted.sample((1,), x + 1)
+    with pytest.raises(ValueError, match=message):
+        weighted.set_default_x(x + 1)
     assert weighted.sample((1,), x.unsqueeze(0)).shape == (1, 5)
     assert weighted.sample((1,), x.double()).shape == (1, 5)
 

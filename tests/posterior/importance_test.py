@@ -9,16 +9,19 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from by_hand import ByHand
 from torch import Tensor
 from torch.distributions import Categorical, Normal
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import problems
-from sbi_slotflow.posterior.importance import Proposal, WithExtraComponent
+from sbi_slotflow.posterior.base import Posterior
+from sbi_slotflow.posterior.importance import WithExtraComponent
 from sbi_slotflow.posterior.refine import RefinedPosterior, UnreliableWeights, refine
 from sbi_slotflow.problems.linear_gaussian import (
     ExactLinearGaussianPosterior,
@@ -42,29 +45,30 @@ def _observation():
 
 
 @dataclass(frozen=True)
-class PriorWide:
+class PriorWide(ByHand):
     """The prior given K, with the exact p(K | x)."""
 
     prior: VariableKPrior = LINEAR.prior
 
-    def sample_batched(
-        self, sample_shape, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
+    def q_of_k(self, x: Tensor) -> Categorical:
+        return EXACT.cardinality(x)
+
+    def draw(self, shape, x, k, generator) -> Tensor:
         with forked_rng(generator):
-            k = EXACT.cardinality(x).expand((len(x),)).sample(sample_shape)
+            k = EXACT.cardinality(x).sample(shape)
             components = LINEAR.prior.component.sample((*k.shape, 3))
         return LAYOUT.canonical(LAYOUT.pack(k, components))
 
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+    def density(self, theta: Tensor, x: Tensor) -> Tensor:
         k = LAYOUT.cardinality(theta)
-        log_k = EXACT.cardinality(x).logits.expand(len(x), -1)
+        log_k = EXACT.cardinality(x).logits
         log_k = log_k.expand(*k.shape, -1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
         log_p = self.prior.log_prob(theta).double()
         return log_k + log_p - self.prior.log_cardinality_probs[k].double()
 
 
 @dataclass(frozen=True)
-class Transformed:
+class Transformed(ByHand):
     """The exact posterior with every component moved, component -> a component + b.
 
     Components are stretched about the prior's mean; K is as in ``exact``.
@@ -75,16 +79,17 @@ class Transformed:
     exact: ExactLinearGaussianPosterior = EXACT
     prior: VariableKPrior = LINEAR.prior
 
-    def sample_batched(
-        self, sample_shape, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        rows = self.exact.sample_batched(sample_shape, x, generator=generator)
+    def q_of_k(self, x: Tensor) -> Categorical:
+        return self.exact.cardinality(x)
+
+    def draw(self, shape, x, k, generator) -> Tensor:
+        rows = self.exact.sample_batched(shape, x, generator=generator)
         parts = LAYOUT.unpack(rows)
         centre = LINEAR.mean
         components = centre + self.stretch * (parts.components - centre) + self.shift
         return LAYOUT.canonical(LAYOUT.pack(parts.cardinality, components))
 
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+    def density(self, theta: Tensor, x: Tensor) -> Tensor:
         parts, centre = LAYOUT.unpack(theta), LINEAR.mean
         components = centre + (parts.components - self.shift - centre) / self.stretch
         rows = LAYOUT.pack(parts.cardinality, components)
@@ -108,7 +113,7 @@ def tilted(weights: list[float]) -> Transformed:
 
 
 # A posterior's standard deviation is about 0.45, so 0.22 is half of it.
-WRONG: dict[str, Proposal] = {
+WRONG: dict[str, Posterior] = {
     "exact": Transformed(),
     "prior-wide": PriorWide(),
     "shifted": Transformed(shift=0.22),
@@ -118,7 +123,7 @@ WRONG: dict[str, Proposal] = {
 
 
 def refined(
-    posterior: Proposal, x: Tensor, num: int = 40_000, seed: int = 0, **options
+    posterior: Posterior, x: Tensor, num: int = 40_000, seed: int = 0, **options
 ) -> RefinedPosterior:
     result = refine(
         posterior,
@@ -256,19 +261,20 @@ def test_one_observation_in_any_shape(observation):
 
 
 @dataclass(frozen=True)
-class Relabelled:
+class Relabelled(ByHand):
     """Draws of another posterior with their components in any order."""
 
-    posterior: Proposal
+    posterior: Posterior
     prior: VariableKPrior = LINEAR.prior
 
-    def sample_batched(
-        self, sample_shape, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        rows = self.posterior.sample_batched(sample_shape, x, generator=generator)
+    def q_of_k(self, x: Tensor) -> Categorical:
+        return self.posterior.cardinality(x)
+
+    def draw(self, shape, x, k, generator) -> Tensor:
+        rows = self.posterior.sample_batched(shape, x, generator=generator)
         return LAYOUT.relabel(rows, generator_for(99))
 
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+    def density(self, theta: Tensor, x: Tensor) -> Tensor:
         return self.posterior.log_prob_batched(theta, x)
 
 
@@ -310,12 +316,20 @@ def test_good_posteriors_do_not_warn(observation):
         refined(Transformed(stretch=1.2), observation[0], 5_000)
 
 
-def log_posterior(theta: Tensor, x: Tensor) -> Tensor:
+def log_posterior(x: Tensor, theta: Tensor) -> Tensor:
     """The exact posterior, unnormalised."""
     return LINEAR.prior.log_prob(theta) + LINEAR.log_likelihood(theta, x)
 
 
-def decisive(theta: Tensor, x: Tensor) -> Tensor:
+def mixture(
+    posterior: Posterior, share: float, x: Tensor, target=log_posterior
+) -> WithExtraComponent:
+    return WithExtraComponent(
+        posterior.given(x), posterior.prior, share, partial(target, x)
+    )
+
+
+def decisive(x: Tensor, theta: Tensor) -> Tensor:
     """A target so sharp that hardly ever two components are in doubt."""
     return 300 * LAYOUT.unpack(theta).components[..., 0].sum(-1)
 
@@ -325,11 +339,11 @@ def decisive(theta: Tensor, x: Tensor) -> Tensor:
 def test_mixture_density_is_that_of_its_draws(share, target, observation):
     # E_q'[p / q'; K] is p's share of K, for any density p that q' covers.
     x = observation[:2]
-    proposal = WithExtraComponent(WRONG["shifted"], share, target)
-    theta, counted = proposal.sample(40_000, x, generator_for(2))
+    proposal = mixture(WRONG["shifted"], share, x, target)
+    theta, counted = proposal.sample(40_000, generator_for(2))
     left_out = float((~counted).double().mean())
     assert left_out > 0.05 if share and target is decisive else left_out < 1e-3
-    log_q = torch.where(counted, proposal.log_prob(theta, x), torch.inf)
+    log_q = torch.where(counted, proposal.log_prob(theta), torch.inf)
     assert log_q.shape == (40_000, 2)
     assert log_q.dtype == torch.float64
     k = LAYOUT.cardinality(theta)
@@ -347,9 +361,9 @@ def test_mixture_density_is_that_of_its_draws(share, target, observation):
 
 def test_mixture_moves_the_share_up_one_cardinality(observation):
     x, share, num = observation[:1], 0.3, 50_000
-    proposal = WithExtraComponent(EXACT, share, log_posterior)
-    k = LAYOUT.cardinality(proposal.sample(num, x, generator_for(2))[0])
-    probs = EXACT.cardinality(x).probs
+    proposal = mixture(EXACT, share, x)
+    k = LAYOUT.cardinality(proposal.sample(num, generator_for(2))[0])
+    probs = EXACT.cardinality(x[0]).probs
     expected = probs * torch.tensor([0.7, 0.7, 0.7, 1.0])
     expected[1:] += share * probs[:-1]
     found = torch.bincount(k.flatten(), minlength=4) / num
@@ -373,10 +387,10 @@ def test_mixture_density_follows_the_draws_frequencies(observation):
     # Shares of draws in regions of the components, against the density integrated over
     # them by draws of the prior.
     x, num = observation[:1], 60_000
-    proposal = WithExtraComponent(WRONG["narrow"], 0.4, log_posterior)
-    theta, _ = proposal.sample(num, x, generator_for(2))
+    proposal = mixture(WRONG["narrow"], 0.4, x)
+    theta, _ = proposal.sample(num, generator_for(2))
     broad = LINEAR.prior.sample((num, 1), generator_for(3))
-    ratio = proposal.log_prob(broad, x) - LINEAR.prior.log_prob(broad).double()
+    ratio = proposal.log_prob(broad) - LINEAR.prior.log_prob(broad).double()
     ratio = ratio.exp()
     for k in (1, 2, 3):
         pairs = zip(bumps(theta, k), bumps(broad, k), strict=True)
@@ -393,7 +407,7 @@ def test_mixture_density_follows_the_draws_frequencies(observation):
 def test_mixture_density_in_closed_form(observation):
     """At K = 0, 1 and Kmax the sum is short enough to write down."""
     x, share = observation[:1], 0.3
-    proposal = WithExtraComponent(EXACT, share, log_posterior)
+    proposal = mixture(EXACT, share, x)
     theta = EXACT.sample_batched((50,), x, generator=generator_for(0))
     component = Normal(LINEAR.mean, LINEAR.tau)
     for k in range(4):
@@ -408,45 +422,35 @@ def test_mixture_density_in_closed_form(observation):
             extra = component.log_prob(parts.components[..., j, :]).sum(-1)
             total += share * (EXACT.log_prob_batched(shorter, x) + extra).exp()
         torch.testing.assert_close(
-            proposal.log_prob(rows, x), total.log(), rtol=1e-5, atol=1e-5
+            proposal.log_prob(rows), total.log(), rtol=1e-5, atol=1e-5
         )
         relabelled = LAYOUT.relabel(rows, generator_for(4))
         torch.testing.assert_close(
-            proposal.log_prob(relabelled, x), total.log(), rtol=1e-5, atol=1e-5
+            proposal.log_prob(relabelled), total.log(), rtol=1e-5, atol=1e-5
         )
-    mixed = proposal.log_prob(theta, x)
+    mixed = proposal.log_prob(theta)
     assert torch.isfinite(mixed).all()
 
 
 @dataclass(frozen=True)
-class Doubtful:
-    """A posterior that says of itself which cardinalities it deems possible."""
+class Doubtful(Transformed):
+    """The exact posterior, which says which cardinalities it deems possible."""
 
-    possible: tuple[tuple[bool, ...], ...]  # for each observation
+    possible: tuple[tuple[bool, ...], ...] = ()  # for each observation
 
-    @property
-    def prior(self) -> VariableKPrior:
-        return LINEAR.prior
-
-    def cardinality(self, x: Tensor) -> Categorical:
-        table = torch.tensor(self.possible)[: len(x)]
-        probs = torch.where(table, 1.0, 1e-4)
-        return Categorical(probs.squeeze(0) if len(probs) == 1 else probs)
-
-    def sample_batched(self, sample_shape, x, *, generator) -> Tensor:
-        return EXACT.sample_batched(sample_shape, x, generator=generator)
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
-        return EXACT.log_prob_batched(theta, x)
+    def q_of_k(self, x: Tensor) -> Categorical:
+        return Categorical(torch.where(torch.tensor(self.possible), 1.0, 1e-4))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_only_possible_cardinalities_get_another_component(share, observation):
     x, num = observation[:2], 40_000
     # none and two of the first observation, one of the second
-    doubtful = Doubtful(((True, False, True, False), (False, True, False, True)))
-    proposal = WithExtraComponent(doubtful, share, log_posterior)
-    theta, _ = proposal.sample(num, x, generator_for(2))
+    doubtful = Doubtful(
+        possible=((True, False, True, False), (False, True, False, True))
+    )
+    proposal = mixture(doubtful, share, x)
+    theta, _ = proposal.sample(num, generator_for(2))
     k = LAYOUT.cardinality(theta)
     probs = EXACT.cardinality(x).probs
     moved = share * probs * torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]])
@@ -456,7 +460,7 @@ def test_only_possible_cardinalities_get_another_component(share, observation):
     # 5 sigma of 8 shares: false alarms below 5e-6
     assert ((found - expected).abs() <= 5 * (expected / num).sqrt()).all()
     # and the density says the same: E_q'[p / q'; K] is p's share of K
-    ratio = (EXACT.log_prob_batched(theta, x) - proposal.log_prob(theta, x)).exp()
+    ratio = (EXACT.log_prob_batched(theta, x) - proposal.log_prob(theta)).exp()
     for i in range(4):
         term = torch.where(k == i, ratio, 0.0)
         error = term.std(0) / math.sqrt(num)
@@ -465,9 +469,9 @@ def test_only_possible_cardinalities_get_another_component(share, observation):
 
 
 def test_mixture_keeps_the_global_generator(observation):
-    proposal = WithExtraComponent(EXACT, 0.3, log_posterior)
+    proposal = mixture(EXACT, 0.3, observation[:1])
     before = torch.random.get_rng_state()
-    proposal.sample(10, observation[:1], generator_for(0))
+    proposal.sample(10, generator_for(0))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -516,7 +520,7 @@ def test_bad_arguments_are_named(method, observation):
     for share in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"defensive must lie in \[0, 1\), got"):
             call(defensive=share)
-    with pytest.raises(ValueError, match=r"x must have shape \(T,\) or \(B, T\), got"):
+    with pytest.raises(ValueError, match=r"x must have shape \(6,\) or \(batch, 6\)"):
         call(x=x.reshape(1, 1, 6))
     with pytest.raises(ValueError, match=r"at least one observation, got \(0, 6\)"):
         call(x=x.new_zeros(0, 6))

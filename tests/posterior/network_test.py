@@ -60,7 +60,8 @@ def test_shapes(posterior, observation):
     assert posterior.log_prob_batched(draws, observation).shape == (5, 4)
     assert posterior.log_prob(draws[:, 0], observation[0]).shape == (5,)
     assert posterior.cardinality(observation).probs.shape == (4, 4)
-    assert posterior.cardinality(observation[:1]).probs.shape == (4,)
+    assert posterior.cardinality(observation[:1]).probs.shape == (1, 4)
+    assert posterior.cardinality(observation[0]).probs.shape == (4,)
 
 
 def test_draws_follow_the_cardinality_posterior(posterior, observation):
@@ -237,7 +238,7 @@ def test_datatree_holds_draws_and_observation(posterior, observation, tmp_path):
 
 def test_bad_input_is_named(linear, posterior, observation):
     x = observation[0]
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, 6\), got"):
+    with pytest.raises(ValueError, match=r"x must have shape \(6,\) or \(batch, 6\)"):
         posterior.sample((1,), x[:5])
     with pytest.raises(ValueError, match="x must be finite"):
         posterior.sample((1,), torch.full((6,), torch.nan))

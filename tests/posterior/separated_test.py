@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare, ks_2samp
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
-from sbi_slotflow.posterior.separated import SeparatedSlots
+from sbi_slotflow.posterior.separated import SeparatedSets
 from sbi_slotflow.seeding import generator_for
 
 TINY = problems.sinusoids("tiny")
@@ -28,18 +28,17 @@ def _signals():
     return TINY.simulator(TINY.prior.sample((2,), generator), generator)
 
 
-@pytest.fixture(scope="module", name="slots")
-def _slots(posterior):
-    return SeparatedSlots(posterior.posterior_estimator, TINY.prior, 5_000)
+@pytest.fixture(scope="module", name="sets")
+@torch.no_grad()
+def _sets(posterior, signals):
+    return SeparatedSets(
+        posterior.posterior_estimator.given(signals), TINY.prior, 5_000
+    )
 
 
-def free_draws(slots, encoding, k: int, num: int) -> torch.Tensor:
+def free_draws(sets, k: int, num: int) -> torch.Tensor:
     """Rows ``(num, B, E)`` of the slots alone."""
-    batch = len(encoding.context)
-    owner = torch.arange(batch).repeat(num)
-    counts = torch.full_like(owner, k)
-    rows = slots.estimator.draw(encoding, owner, counts, generator_for(21, k))
-    return rows.reshape(num, batch, -1)
+    return sets.slots.sample((num,), k, generator_for(21, k))
 
 
 def gaps(rows: torch.Tensor, k: int) -> torch.Tensor:
@@ -49,12 +48,11 @@ def gaps(rows: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_acceptance_is_the_share_of_separated_draws(posterior, slots, signals):
-    encoding = posterior.posterior_estimator.encode(signals)
-    found = slots.log_acceptance(encoding, num_draws=20_000)
+def test_the_acceptance_is_the_share_of_separated_draws(sets):
+    found = sets.log_acceptance(num_draws=20_000)
     assert (found[:, :2] == 0).all()
     for k in (2, 3):
-        kept = gaps(free_draws(slots, encoding, k, 20_000), k) >= 0.1
+        kept = gaps(free_draws(sets, k, 20_000), k) >= 0.1
         share = kept.double().mean(0)
         error = (2 * share * (1 - share) / 20_000).sqrt()
         # 5 sigma of 4: false alarms below 3e-6
@@ -63,11 +61,10 @@ def test_the_acceptance_is_the_share_of_separated_draws(posterior, slots, signal
 
 
 @torch.no_grad()
-def test_the_acceptance_repeats_and_takes_some_cardinalities(slots, posterior, signals):
-    encoding = posterior.posterior_estimator.encode(signals)
-    every = slots.log_acceptance(encoding, num_draws=1_000)
-    torch.testing.assert_close(slots.log_acceptance(encoding, num_draws=1_000), every)
-    some = slots.log_acceptance(encoding, [3], num_draws=1_000)
+def test_the_acceptance_repeats_and_takes_some_cardinalities(sets):
+    every = sets.log_acceptance(num_draws=1_000)
+    torch.testing.assert_close(sets.log_acceptance(num_draws=1_000), every)
+    some = sets.log_acceptance([3], num_draws=1_000)
     torch.testing.assert_close(some[:, 3], every[:, 3])
     assert (some[:, :3] == 0).all()
     assert math.isfinite(float(some.min()))
@@ -75,11 +72,13 @@ def test_the_acceptance_repeats_and_takes_some_cardinalities(slots, posterior, s
 
 @torch.no_grad()
 @pytest.mark.parametrize("k", [2, 3])
-def test_redrawn_rows_follow_plain_rejection(posterior, slots, signals, k):
+def test_redrawn_rows_follow_plain_rejection(posterior, signals, k):
     # The first separated candidate counts, whatever the number drawn at once.
-    encoding = posterior.posterior_estimator.encode(signals[:1])
-    rows = slots.draw(10_000, encoding, k, generator_for(5))[:, 0]
-    free = free_draws(slots, encoding, k, 40_000)[:, 0]
+    sets = SeparatedSets(
+        posterior.posterior_estimator.given(signals[:1]), TINY.prior, 5_000
+    )
+    rows = sets.sample((10_000,), k, generator_for(5))[:, 0]
+    free = free_draws(sets, k, 40_000)[:, 0]
     wanted = free[gaps(free, k) >= 0.1]
     assert (gaps(rows, k) >= 0.1 - 1e-6).all()
     assert len(wanted) > 2_000
@@ -91,9 +90,8 @@ def test_redrawn_rows_follow_plain_rejection(posterior, slots, signals, k):
 
 
 @torch.no_grad()
-def test_redrawing_keeps_each_observation_and_cardinality(posterior, slots, signals):
-    encoding = posterior.posterior_estimator.encode(signals)
-    rows = slots.draw(5_000, encoding, None, generator_for(6))
+def test_redrawing_keeps_each_observation_and_cardinality(posterior, sets, signals):
+    rows = sets.sample((5_000,), None, generator_for(6))
     assert TINY.prior.support.check(rows).all()
     for b, probs in enumerate(posterior.cardinality(signals).probs):
         counts = torch.bincount(rows[:, b, 0].long(), minlength=4)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import ByHand
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.distributions import Categorical
 from trained import linear_gaussian_posterior
 
 from sbi_slotflow import problems
@@ -188,17 +190,18 @@ def test_moves_leave_impossible_exchanges_alone(x):
 
 
 @dataclass(frozen=True)
-class PriorProposal:
+class PriorProposal(ByHand):
     """The prior as a posterior."""
 
     prior: VariableKPrior = LINEAR.prior
 
-    def sample_batched(
-        self, sample_shape, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        return self.prior.sample((*sample_shape, len(x)), generator)
+    def q_of_k(self, x: Tensor) -> Categorical:
+        return Categorical(self.prior.cardinality_probs.expand(len(x), -1))
 
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
+    def draw(self, shape, x, k, generator) -> Tensor:
+        return self.prior.sample((*shape, len(x)), generator)
+
+    def density(self, theta: Tensor, x: Tensor) -> Tensor:
         return self.prior.log_prob(theta)
 
 

@@ -265,12 +265,11 @@ def test_the_default_observation_is_used_where_none_is_given(
 
 
 def test_a_single_observation_has_one_categorical() -> None:
-    # as a SlotPosterior does it: a batch of one is one observation
     problem = linear_gaussian()
     posterior, x = problem.exact_posterior(), observations(problem)
     assert posterior.cardinality(x).batch_shape == (len(x),)
     assert posterior.cardinality(x[0]).batch_shape == ()
-    assert posterior.cardinality(x[:1]).batch_shape == ()
+    assert posterior.cardinality(x[:1]).batch_shape == (1,)
     assert posterior.set_default_x(x[0]).cardinality().batch_shape == ()
 
 
@@ -298,9 +297,9 @@ def test_sets_outside_the_prior_have_no_density() -> None:
 def test_several_observations_are_refused_where_one_is_meant() -> None:
     problem = linear_gaussian()
     posterior, x = problem.exact_posterior(), torch.zeros(2, 6)
-    with pytest.raises(ValueError, match="must be one observation, got a batch of 2"):
+    with pytest.raises(ValueError, match="takes one observation, got a batch of 2"):
         posterior.sample((3,), x)
-    with pytest.raises(ValueError, match="must be one observation, got a batch of 2"):
+    with pytest.raises(ValueError, match="takes one observation, got a batch of 2"):
         posterior.log_prob(problem.prior.sample((3,)), x)
 
 

@@ -331,8 +331,8 @@ def test_bad_arguments_are_named():
         SlotFlowMove(proposal, *limits, update_share=1.0)
     with pytest.raises(ValueError, match="entry for branch 'pulsars'"):
         SlotFlowMove(proposal, *limits, branch="pulsars")
-    with pytest.raises(TypeError, match="posterior must be a SlotPosterior"):
-        SlotFlowMove.from_posterior(exact, x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="posterior must be a Posterior"):
+        SlotFlowMove.from_posterior(gaussian, x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="prior_share must lie in"):
         SlotFlowMove.from_posterior(untrained(), x, prior_share=0.0)
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ...posterior.chains import CollapsedDraws
+from ...sets.checks import as_floats
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
 from .. import Sinusoids
 from .frequencies import SpectralDensity
 from .laplace import sinusoid_statistics
-from .seeds import SinusoidFit, matching_pursuit
+from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
 __all__ = ["CollapsedSampler", "collapsed"]
@@ -79,6 +80,7 @@ def collapsed(
     ):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}.")
+    x = as_floats(x, "x")
     sampler = CollapsedSampler(problem, x)
     skipped = math.ceil(burn_in / thin)
     chains, counts = [], []
@@ -132,10 +134,13 @@ class CollapsedSampler:
             self.prior.max_cardinality,
             self.prior.min_separation or 0.0,
         )
-        self._criterion = _criterion(self.fits, statistics)
+        # What counts as no residual: far less than the prior's largest noise leaves.
+        most = self.prior.shared_marginals[0].bounds[1]
+        least = statistics.num_data * (1e-12 * most) ** 2
+        self._criterion = _criterion(self.fits, statistics, least)
         self.best_size = int(self._criterion.argmin())
         self._births = _kernel.Births(
-            *_birth_density(self.fits[: self.best_size + 2], statistics, band)
+            *_birth_density(self.fits[: self.best_size + 2], statistics, band, least)
         )
         self._data = _kernel.Data(
             statistics.energy,
@@ -242,8 +247,7 @@ def _check_families(prior: VariableKPrior) -> None:
     sigma = prior.shared_marginals[0]
     families = [m.family for m in (amplitude, phase, frequency, sigma)]
     fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
-    exact = all(m.exact for m in (amplitude, phase, frequency, sigma))
-    if not (fits and exact):
+    if not fits:
         raise ValueError(
             "the prior must have a uniform or log-uniform amplitude and a uniform "
             f"phase, frequency and sigma, got {families}."
@@ -260,19 +264,24 @@ def _log_prior(prior: VariableKPrior, width: float) -> Floats:
     return values.numpy()
 
 
-def _criterion(fits: list[SinusoidFit], statistics: SineStatistics) -> Floats:
+def _criterion(
+    fits: list[SinusoidFit], statistics: SineStatistics, least: float
+) -> Floats:
     """The Bayesian information criterion of each fit."""
     num = statistics.num_data
-    energy = np.array([max(fit.energy, 1e-300) for fit in fits])
+    energy = np.array([max(fit.energy, least) for fit in fits])
     size = np.arange(len(fits), dtype=np.float64)
     return np.asarray(num * np.log(energy) + 3 * size * math.log(num), dtype=np.float64)
 
 
 def _birth_density(
-    fits: list[SinusoidFit], statistics: SineStatistics, band: tuple[float, float]
+    fits: list[SinusoidFit],
+    statistics: SineStatistics,
+    band: tuple[float, float],
+    least: float,
 ) -> tuple[Floats, Floats]:
     """Where new components are tried: at peaks of the residuals of all fits."""
-    variance = max(fits[-1].energy, 1e-300) / statistics.num_data
+    variance = max(fits[-1].energy, least) / statistics.num_data
     densities = [
         SpectralDensity(fit, statistics, band, variance, 0.5, _UNIFORM_SHARE)
         for fit in fits

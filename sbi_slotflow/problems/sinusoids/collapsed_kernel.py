@@ -148,7 +148,8 @@ def _marginal(data, target, gram, right, num, sigma, root, mean):
             for m in range(j):
                 total -= root[i, m] * root[j, m]
             if i == j:
-                root[i, i] = math.sqrt(max(total, 1e-300))
+                least = 1e-15 * (gram[i, i] * precision + 1.0 / target.working_variance)
+                root[i, i] = math.sqrt(max(total, least))
             else:
                 root[i, j] = total / root[j, j]
     value = -data.num_data * (math.log(sigma) + 0.5 * math.log(2 * math.pi))
@@ -226,9 +227,10 @@ def _draw_sigma(rng, data, target, gram, right, num, amplitudes, sigma):
         for j in range(2 * num):
             total += gram[i, j] * amplitudes[j]
         energy += amplitudes[i] * (total - 2 * right[i])
+    energy = max(energy, data.num_data * (1e-12 * target.sigma[1]) ** 2)
     shape = 0.5 * (data.num_data - 1)
     for _ in range(100):
-        draw = math.sqrt(0.5 * max(energy, 1e-300) / rng.standard_gamma(shape))
+        draw = math.sqrt(0.5 * energy / rng.standard_gamma(shape))
         if target.sigma[0] <= draw <= target.sigma[1]:
             return draw
     return sigma

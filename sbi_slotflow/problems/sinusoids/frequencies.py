@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from .seeds import SinusoidFit, residual_power
+from .pursuit import SinusoidFit, residual_power
 from .statistics import Floats, SineStatistics
 
 __all__ = ["FrequencyProposal", "SpectralDensity"]

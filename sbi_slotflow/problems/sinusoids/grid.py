@@ -28,10 +28,22 @@ class Grid:
     Attributes:
         duration: Length of the record in seconds.
         rate: Samples per second.
+
+    Raises:
+        ValueError: If either is not positive and finite, or there is no sample.
     """
 
     duration: float
     rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("duration", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be positive and finite, got {getattr(self, name)}."
+                )
+        if not self.num_samples:
+            raise ValueError(f"duration times rate must be at least 1, got {self}.")
 
     @property
     def num_samples(self) -> int:
@@ -42,6 +54,11 @@ class Grid:
     def times(self) -> Tensor:
         """Sample times in seconds, float64, shape ``(num_samples,)``."""
         return torch.arange(self.num_samples, dtype=torch.float64) / self.rate
+
+    @property
+    def middle(self) -> float:
+        """Middle of the first and the last sample time in seconds."""
+        return 0.5 * (self.num_samples - 1) / self.rate
 
 
 @dataclass(frozen=True)

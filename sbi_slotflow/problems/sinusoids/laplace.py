@@ -13,7 +13,7 @@ posterior, so that it can be refined, and be the classical rival of a trained on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,21 +22,27 @@ from scipy.stats import gamma
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ...posterior.base import PosteriorOfOne
 from ...seeding import draw_seed
+from ...sets.checks import Numbers, as_floats
+from ...sets.distribution import SetDistribution
+from ...sets.prior import VariableKPrior
 from .. import Sinusoids
 from ..noise import WhiteNoise
 from .frequencies import FrequencyProposal
-from .seeds import SinusoidFit, matching_pursuit
+from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
 __all__ = ["LaplaceProposal", "laplace_proposal", "sinusoid_statistics"]
 
 _PILOT_DRAWS = 1_000
+# Noise level that counts as none, relative to the prior's largest.
+_LEAST = 1e-12
 
 
 def laplace_proposal(
     problem: Sinusoids,
-    x: Tensor,
+    x: Numbers,
     cardinalities: Sequence[int] | None = None,
     seed: int = 0,
 ) -> "LaplaceProposal":
@@ -52,6 +58,7 @@ def laplace_proposal(
         TypeError: If the problem is of another kind.
         ValueError: If x is malformed or a cardinality impossible.
     """
+    x = as_floats(x, "x")
     statistics = sinusoid_statistics(problem, x)
     prior = problem.prior
     possible = prior.cardinality_probs.nonzero().flatten().tolist()
@@ -83,9 +90,6 @@ def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
             "problem must be a sinusoid problem with white noise, got "
             f"{getattr(problem, 'name', type(problem).__name__)!r}."
         )
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor, got {kind}.")
     if x.numel() != problem.num_data or x.ndim not in (1, 2):
         raise ValueError(
             f"x must have shape ({problem.num_data},) or (1, {problem.num_data}), got "
@@ -103,7 +107,7 @@ def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
     )
 
 
-class LaplaceProposal:
+class LaplaceProposal(PosteriorOfOne):
     """Laplace approximation for each K; make it with :func:`laplace_proposal`.
 
     Rows are float64: at low noise a frequency is known better than float32 resolves.
@@ -126,94 +130,17 @@ class LaplaceProposal:
         cardinalities: Sequence[int],
         seed: int = 0,
     ) -> None:
-        self.problem, self.prior = problem, problem.prior
-        self.default_x = x
+        self.problem, self.prior, self.x = problem, problem.prior, x
+        self.simulator = problem.simulator
         self.statistics = statistics
         self.sigma_bounds = problem.prior.shared_marginals[0].bounds
         self.modes = {k: _Mode(self, fits[k::-1], seed) for k in cardinalities}
         self.log_evidence_by_cardinality = self._pilot(seed)
 
-    def cardinality(self, x: Tensor | None = None) -> Categorical:
-        """Return q(K) over 0..Kmax."""
-        self._check_x(x)
-        return Categorical(logits=self._log_q_k)
+    def _distribution(self) -> "LaplaceSets":
+        return LaplaceSets(self.prior, self.modes, self._log_q_k)
 
-    def sample(
-        self,
-        sample_shape: Sequence[int] = torch.Size(),
-        x: Tensor | None = None,
-        k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw theta rows in canonical order.
-
-        Args:
-            sample_shape: Shape of the draws.
-            x: Left out, or the observation of the proposal.
-            k: Cardinality to condition on.
-            generator: Source of randomness.
-
-        Returns:
-            Float64 rows, shape ``(*sample_shape, E)``. As the amplitudes' conditional
-            is a Gaussian, some may lie outside the prior's support.
-        """
-        self._check_x(x)
-        shape = torch.Size(sample_shape)
-        rng = np.random.default_rng(draw_seed(generator))
-        if k is None:
-            probs = self._log_q_k.exp().numpy()
-            counts = rng.choice(len(probs), size=shape.numel(), p=probs / probs.sum())
-        else:
-            self._check_k(k)
-            counts = np.full(shape.numel(), k)
-        rows = torch.empty(len(counts), self.prior.layout.size, dtype=torch.float64)
-        for value in np.unique(counts):
-            chosen = torch.from_numpy(counts == value)
-            rows[chosen] = self.modes[int(value)].sample(int(chosen.sum()), rng)
-        return rows.reshape(*shape, self.prior.layout.size)
-
-    def sample_batched(
-        self,
-        sample_shape: Sequence[int],
-        x: Tensor,
-        k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw rows ``(*sample_shape, 1, E)``; see :meth:`sample`."""
-        return self.sample(sample_shape, x, k, generator).unsqueeze(-2)
-
-    def log_prob(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Evaluate the log density of sets.
-
-        Args:
-            theta: Rows ``(..., E)``, components in any order.
-            x: Left out, or the observation of the proposal.
-
-        Returns:
-            Float64, shape ``(...)``; -inf where a K was not considered, or a
-            phase, a frequency or sigma lies outside its bounds.
-        """
-        self._check_x(x)
-        layout = self.prior.layout
-        layout.validate(theta)
-        rows = layout.canonical(theta.double()).reshape(-1, layout.size)
-        parts = layout.unpack(rows)
-        values = torch.full((len(rows),), -math.inf, dtype=torch.float64)
-        for k, mode in self.modes.items():
-            chosen = parts.cardinality == k
-            if chosen.any():
-                given_k = mode.log_prob(
-                    parts.components[chosen, :k].numpy(),
-                    parts.shared[chosen, 0].numpy(),
-                )
-                values[chosen] = self._log_q_k[k] + torch.from_numpy(given_k)
-        return values.reshape(theta.shape[:-1])
-
-    def log_prob_batched(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Evaluate log densities ``(S, 1)`` of rows ``(S, 1, E)``."""
-        return self.log_prob(theta, x)
-
-    def log_likelihood(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, theta: Tensor, x: Numbers | None = None) -> Tensor:
         """Evaluate log p(x | theta) from the sufficient statistics.
 
         The same as the problem's own, at a cost that does not grow with the record.
@@ -225,7 +152,8 @@ class LaplaceProposal:
         Returns:
             Float64, shape ``(...)``.
         """
-        self._check_x(x)
+        if x is not None:
+            self._check(x)
         parts = self.prior.layout.unpack(theta.double())
         most = int(parts.cardinality.max()) if len(theta) else 0
         # Padding lies outside the band; with no amplitude any frequency will do.
@@ -272,16 +200,74 @@ class LaplaceProposal:
                     mode.frequencies.adapt(components[..., 2], weights.numpy())
         return values
 
-    def _check_k(self, k: int) -> None:
-        if k not in self.modes:
+
+class LaplaceSets(SetDistribution):
+    """Distribution over sets of a :class:`LaplaceProposal`.
+
+    Args:
+        prior: Prior over theta rows.
+        modes: Densities given K, by K.
+        log_q_k: log q(K), shape ``(Kmax + 1,)``.
+    """
+
+    num_observations = 1
+
+    def __init__(
+        self, prior: VariableKPrior, modes: Mapping[int, "_Mode"], log_q_k: Tensor
+    ) -> None:
+        self.layout, self.modes, self.log_q_k = prior.layout, modes, log_q_k
+
+    def cardinality(self) -> Categorical:
+        """Return q(K) over 0..Kmax, batch shape ``(1,)``."""
+        return Categorical(logits=self.log_q_k.unsqueeze(0))
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw float64 rows ``(*sample_shape, 1, E)`` in canonical order.
+
+        As the amplitudes' conditional is a Gaussian, some may lie outside the prior's
+        support.
+        """
+        num = torch.Size(sample_shape).numel()
+        rng = np.random.default_rng(draw_seed(generator))
+        if k is None:
+            probs = self.log_q_k.exp().numpy()
+            counts = rng.choice(len(probs), size=num, p=probs / probs.sum())
+        elif k in self.modes:
+            counts = np.full(num, k)
+        else:
             raise ValueError(
                 f"k must be among the cardinalities considered, {sorted(self.modes)}, "
                 f"got {k!r}."
             )
+        rows = torch.empty(num, self.layout.size, dtype=torch.float64)
+        for value in np.unique(counts):
+            chosen = torch.from_numpy(counts == value)
+            rows[chosen] = self.modes[int(value)].sample(int(chosen.sum()), rng)
+        return rows.reshape(*sample_shape, 1, self.layout.size)
 
-    def _check_x(self, x: Tensor | None) -> None:
-        if x is not None and not torch.equal(x.reshape(-1), self.default_x):
-            raise ValueError("x differs from the observation of this proposal.")
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Evaluate float64 log densities ``(S, 1)`` of rows ``(S, 1, E)``.
+
+        -inf where a K was not considered, or a phase, a frequency or sigma lies outside
+        its bounds.
+        """
+        rows = self.layout.canonical(theta.double()).reshape(-1, self.layout.size)
+        parts = self.layout.unpack(rows)
+        values = torch.full((len(rows),), -math.inf, dtype=torch.float64)
+        for k, mode in self.modes.items():
+            chosen = parts.cardinality == k
+            if chosen.any():
+                given_k = mode.log_prob(
+                    parts.components[chosen, :k].numpy(),
+                    parts.shared[chosen, 0].numpy(),
+                )
+                values[chosen] = self.log_q_k[k] + torch.from_numpy(given_k)
+        return values.reshape(theta.shape[:-1])
 
 
 class _Mode:
@@ -296,12 +282,13 @@ class _Mode:
         statistics = owner.statistics
         low, high = owner.sigma_bounds
         sigma = math.sqrt(max(fits[0].energy, 0.0) / statistics.num_data)
+        self._least_energy = (_LEAST * high) ** 2 * statistics.num_data
         self.frequencies = FrequencyProposal(
             fits,
             statistics,
             self.band,
             owner.prior.min_separation or 0.0,
-            min(max(sigma, low, 1e-12), high),
+            min(max(sigma, low, _LEAST * high), high),
             seed,
         )
 
@@ -357,7 +344,7 @@ class _Mode:
         half = torch.linalg.solve_triangular(root, torch.from_numpy(right), upper=False)
         mean = torch.linalg.solve_triangular(root.mT, half, upper=True).squeeze(-1)
         energy = statistics.energy - half.square().sum((-2, -1)).numpy()
-        return mean.numpy(), root.numpy(), np.maximum(energy, 1e-300)
+        return mean.numpy(), root.numpy(), np.maximum(energy, self._least_energy)
 
     def _precision(self, energy: Floats) -> tuple[Any, Floats, Floats]:
         """1 / sigma^2 given f, a gamma variable, and its range in probability."""
@@ -373,10 +360,10 @@ class _Mode:
         low, high = self.owner.sigma_bounds
         uniform = rng.random(len(energy))
         precision = variable.ppf(least + uniform * (most - least))
-        sigma = 1 / np.sqrt(np.maximum(precision, 1e-300))
+        sigma = 1 / np.sqrt(np.maximum(precision, 1 / high**2))
         beyond = most - least < 1e-9
         sigma = np.where(beyond, low + uniform * (high - low), sigma)
-        return np.clip(sigma, max(low, 1e-12), high)
+        return np.clip(sigma, max(low, _LEAST * high), high)
 
     def _log_prob_sigma(self, sigma: Floats, energy: Floats) -> Floats:
         variable, least, most = self._precision(energy)

@@ -9,28 +9,23 @@ x holds the long record, then the short one; both start at t = 0. theta is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from sbi.utils import BoxUniform, MultipleIndependent
+from sbi.utils import MultipleIndependent
 from torch import Tensor, nn
-from torch.distributions import (
-    Distribution,
-    ExpTransform,
-    TransformedDistribution,
-    Uniform,
-)
+from torch.distributions import Independent
 
 from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.paper.dual_stream import DualStreamEncoder
 from ...nn.token_encoder import TokenEncoder
 from ...sets.prior import VariableKPrior
-from ..base import Problem, Stream
+from ..base import Likelihood, Problem, Stream, log_uniform, uniform
 from ..noise import NoiseModel, WhiteNoise
 from ..simulator import AdditiveSimulator
 from .fit import SineFit
@@ -97,39 +92,20 @@ class Sinusoids(Problem):
 
     grids: tuple[Grid, ...]
 
-    def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`.
+    @property
+    def log_likelihood(self) -> Likelihood:
+        """Log p(x | theta), called as ``log_likelihood(theta, x)``.
 
-        Where many rows share an observation, statistics that are tabulated once make
-        the cost of a row independent of the record's length.
+        With white noise it is evaluated from :class:`SineStatistics` where that pays.
         """
-        white = isinstance(self.simulator.noise, WhiteNoise)
-        num = theta.shape[:-1].numel()
-        if x.ndim == 2 and len(x) == 1 and theta.ndim == 2:
-            x = x[0]
-        shared = x.ndim == 1 and num >= _MANY_ROWS
-        each = x.ndim == 2 and theta.ndim == 3 and theta.shape[1] == len(x)
-        if not white or not (shared or (each and len(theta) >= _MANY_ROWS)):
-            return self.simulator.log_likelihood(theta, x)
-        # One row the slow way, for its checks of both arguments.
-        self.simulator.log_likelihood(theta[:1, :1] if each else theta[..., :1, :], x)
-        self.layout.validate(theta)
+        if isinstance(self.simulator.noise, WhiteNoise):
+            return SineLikelihood(self.simulator, self)
+        return Likelihood(self.simulator)
+
+    def statistics(self, x: Tensor) -> SineStatistics:
+        """Tabulate the statistics of one observation ``(T,)``."""
         band = self.prior.component_marginals[2].bounds
-        columns = theta.unbind(1) if each else (theta,)
-        values = []
-        for rows, one in zip(columns, torch.atleast_2d(x), strict=True):
-            data = one.double().cpu().numpy().tobytes()
-            statistics = _statistics(data, self.grids, band)
-            parts = self.layout.unpack(rows.double().cpu())
-            # Padding has an amplitude of zero, at some frequency of the band.
-            most = max(1, int(parts.cardinality.max()))
-            components = parts.components[..., :most, :].clone()
-            components[..., 2][~parts.mask[..., :most]] = band[0]
-            found = statistics.log_likelihood(
-                components.numpy(), parts.shared[..., 0].numpy()
-            )
-            values.append(torch.from_numpy(found).to(theta.device))
-        return torch.stack(values, 1) if each else values[0]
+        return SineStatistics.of(x.detach().cpu().double().numpy(), self.grids, band)
 
     @property
     def units(self) -> dict[str, str]:
@@ -238,16 +214,74 @@ class Sinusoids(Problem):
         )
 
 
+@dataclass(frozen=True)
+class SineLikelihood(Likelihood):
+    """Likelihood of sinusoids in white noise.
+
+    Statistics that are tabulated once make the cost of a row independent of the
+    record's length. A call does so for many rows, :meth:`given` in any case.
+
+    Attributes:
+        problem: The problem.
+    """
+
+    problem: Sinusoids
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
+        self.simulator.check_data(x)
+        num = theta.shape[:-1].numel() // max(1, x.shape[:-1].numel())
+        if num < _MANY_ROWS or not _match(theta, x):
+            return self.simulator.log_likelihood(theta, x)
+        return self.given(x)(theta)
+
+    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Log p(x | theta) as a function of theta alone; see :class:`Likelihood`."""
+        self.simulator.check_data(x)
+        tables = [self.problem.statistics(one) for one in torch.atleast_2d(x)]
+
+        def log_likelihood(theta: Tensor) -> Tensor:
+            if not _match(theta, x):
+                return self.simulator.log_likelihood(theta, x)
+            each = theta.unbind(1) if len(tables) > 1 else (theta,)
+            values = [self._of(*pair) for pair in zip(each, tables, strict=True)]
+            return torch.stack(values, 1) if len(tables) > 1 else values[0]
+
+        return log_likelihood
+
+    def _of(self, theta: Tensor, statistics: SineStatistics) -> Tensor:
+        layout, noise = self.problem.layout, self.simulator.noise
+        layout.validate(theta)
+        parts = layout.unpack(theta.double().cpu())
+        # Padding has an amplitude of zero, at some frequency of the band.
+        most = max(1, int(parts.cardinality.max())) if parts.cardinality.numel() else 1
+        components = parts.components[..., :most, :].clone()
+        low, _ = self.problem.prior.component_marginals[2].bounds
+        components[..., 2][~parts.mask[..., :most]] = low
+        assert isinstance(noise, WhiteNoise)
+        sigma = noise.scale(parts.shared)
+        found = statistics.log_likelihood(components.numpy(), sigma.numpy())
+        found = torch.from_numpy(np.asarray(found)).to(theta.device)
+        return torch.where(sigma.to(found) > 0, found, -math.inf)
+
+
+def _match(theta: Tensor, x: Tensor) -> bool:
+    """Whether rows are of one observation, or rows ``(S, B, E)`` of B of them."""
+    if x.ndim == 1 or (x.ndim == 2 and len(x) == 1):
+        return x.ndim == 1 or theta.ndim > 1
+    return x.ndim == 2 and theta.ndim == 3 and theta.shape[1] == len(x)
+
+
 def sinusoids(
     preset: Preset = "tiny",
     *,
     noise: Literal["white", "resampled"] = "white",
     cardinality: Sequence[float] | None = None,
-    amplitude: tuple[float, float] | None = None,
-    frequency: tuple[float, float] | None = None,
-    sigma: tuple[float, float] | None = None,
+    amplitude: Sequence[float] | None = None,
+    frequency: Sequence[float] | None = None,
+    sigma: Sequence[float] | float | None = None,
     separation: float | None = None,
-    grids: Sequence[Grid] | None = None,
+    grids: Sequence[Grid] | Grid | None = None,
 ) -> Sinusoids:
     """Make a sinusoid problem.
 
@@ -274,40 +308,52 @@ def sinusoids(
         cardinality: Weights of K = 0..Kmax.
         amplitude: Least and largest amplitude, with the preset's kind of prior.
         frequency: Ends of the band, below half the rate of every grid.
-        sigma: Least and largest noise level.
+        sigma: Least and largest noise level, or the level if it is known: then it is
+            no parameter.
         separation: Least gap between frequencies; 0 for none.
-        grids: Time grids of the records, the longest first.
+        grids: Time grids of the records, the longest first; or the only one.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the preset or the noise is unknown, an interval is none, or the
             band does not fit the grids.
     """
     if preset not in _SETUPS:
         raise ValueError(f"preset must be one of {sorted(_SETUPS)}, got {preset!r}.")
     setup = _SETUPS[preset]
-    changes = {
-        "amplitude": amplitude,
-        "frequency": frequency,
-        "sigma": sigma,
+    if isinstance(grids, Grid):
+        grids = (grids,)
+    known = isinstance(sigma, Real)
+    given = {
+        "amplitude": _interval("amplitude", amplitude),
+        "frequency": _interval("frequency", frequency),
+        "sigma": _interval("sigma", (sigma, sigma) if known else sigma),
         "separation": separation,
         "grids": None if grids is None else tuple(grids),
     }
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     setup = replace(setup, **changes)
     if changes:
-        _check_setup(setup)
+        _check_setup(setup, known)
     prior = VariableKPrior(
-        _component(setup),
+        MultipleIndependent(
+            [
+                (log_uniform if setup.log_amplitude else uniform)(*setup.amplitude),
+                uniform(0.0, 2 * math.pi),
+                uniform(*setup.frequency),
+            ],
+            validate_args=False,
+        ),
         setup.weights if cardinality is None else cardinality,
-        shared=BoxUniform(*_column(setup.sigma)),
+        shared=None if known else Independent(uniform(*setup.sigma), 1),
         min_separation=setup.separation,
         order_by=2,
         component_names=("amplitude", "phase", "frequency"),
-        shared_names=("sigma",),
+        shared_names=() if known else ("sigma",),
         periods={"phase": 2 * math.pi},
     )
     models: dict[str, NoiseModel] = {
-        "white": WhiteNoise(),
+        "white": WhiteNoise(setup.sigma[0] if known else None),
         "resampled": ResampledNoise(setup.grids),
     }
     if noise not in models:
@@ -360,22 +406,38 @@ class ResampledNoise:
         )
 
 
-@lru_cache(maxsize=4)  # samplers ask for one observation's again and again
-def _statistics(
-    data: bytes, grids: tuple[Grid, ...], band: tuple[float, float]
-) -> SineStatistics:
-    return SineStatistics.of(np.frombuffer(data), grids, band)
+def _interval(name: str, value: Any) -> tuple[float, float] | None:
+    """A range as two floats, whatever holds them."""
+    if value is None:
+        return None
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        kinds = (
+            "a number or (least, largest)" if name == "sigma" else "(least, largest)"
+        )
+        raise TypeError(f"{name} must be {kinds}, got {value!r}.") from None
+    return low, high
 
 
-def _check_setup(setup: _Setup) -> None:
+def _check_setup(setup: _Setup, known: bool) -> None:
     """Check what a preset was changed to."""
     for name in ("amplitude", "frequency", "sigma"):
         low, high = getattr(setup, name)
-        least = math.ulp(0.0) if name == "amplitude" and setup.log_amplitude else 0.0
-        if not least <= low < high < math.inf:
+        if name == "sigma" and known:
+            if not 0 < low < math.inf:
+                raise ValueError(f"sigma must be positive and finite, got {low}.")
+            continue
+        positive = name == "amplitude" and setup.log_amplitude
+        if not 0.0 <= low < high < math.inf or (positive and not low):
             raise ValueError(
                 f"{name} must be (least, largest) with 0 <= least < largest"
-                f"{' and least > 0' if least else ''}, got {(low, high)}."
+                f"{' and least > 0' if positive else ''}, got {(low, high)}."
+            )
+    for grid in setup.grids:
+        if not isinstance(grid, Grid):
+            raise TypeError(
+                f"grids must be a Grid or several, got {type(grid).__name__}."
             )
     if not setup.grids:
         raise ValueError("grids must hold at least one time grid, got none.")
@@ -388,20 +450,3 @@ def _check_setup(setup: _Setup) -> None:
             f"frequency must end at or below {0.5 * slowest:g}, half the lowest rate "
             f"of the grids, got {setup.frequency}."
         )
-
-
-def _component(setup: _Setup) -> Distribution:
-    low, high = _column(setup.amplitude)
-    amplitude: Distribution = Uniform(low, high)
-    if setup.log_amplitude:
-        amplitude = TransformedDistribution(
-            Uniform(low.log(), high.log()), [ExpTransform()]
-        )
-    phase = Uniform(*_column((0.0, 2 * math.pi)))
-    return MultipleIndependent(
-        [amplitude, phase, Uniform(*_column(setup.frequency))], validate_args=False
-    )
-
-
-def _column(bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([bounds[0]]), torch.tensor([bounds[1]])

@@ -1,33 +1,51 @@
-r"""Matching pursuit of sinusoids, many observations at once.
+r"""Matching pursuit of sinusoids.
 
 The next component starts at the highest peak of the residual's spectrum; then all
-components take Gauss-Newton steps together. What it earns, in nats, is
+components take Gauss-Newton steps together.
+
+:class:`SinePursuit` does so for many observations at once, in a few steps, for a
+network to read. What a component earns there, in nats, is
 
 .. math::
     g_k = \tfrac{T}{2} \log \frac{\Vert r_{k-1} \Vert^2}{\Vert r_k \Vert^2}
 
-An observation is done when the next component would earn little. For a network to
-read: a fit this greedy errs where components blend.
+and an observation is done when the next one would earn little.
+:func:`matching_pursuit` takes the steps of one observation until they converge, and
+gives the best fit for each number of components with its Fisher information.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .fit import SineFit
+from .fit import SineFit, SineLeastSquares
+from .statistics import Floats, SineStatistics
 
-__all__ = ["Pursued", "SinePursuit"]
+__all__ = [
+    "Pursued",
+    "SinePursuit",
+    "SinusoidFit",
+    "matching_pursuit",
+    "residual_power",
+]
 
 _TWO_PI = 2 * math.pi
 # Nats below which a component is not kept: noise alone earns about as much.
 _LEAST_GAIN = 5.0
 _NUM_STEPS = 2
+# Share of the energy that counts as nothing left.
+_NOTHING = 1e-30
 # Resolution elements that a frequency may move in a step.
 _FARTHEST = 0.5
-# Points of the search grid for each resolution element.
-_OVERSAMPLING = 2
+# Points of the search grid for each resolution element, and of the finer one.
+_OVERSAMPLING, _FINE = 2, 8
+# Steps of a fit until it converges, halvings of each, and the relative ridge that keeps
+# coinciding frequencies solvable.
+_MOST_STEPS, _HALVINGS, _RIDGE = 12, 4, 1e-10
 
 
 class Pursued(NamedTuple):
@@ -51,6 +69,8 @@ class Pursued(NamedTuple):
 
 class SinePursuit:
     """Finds up to P sinusoids in a band.
+
+    Data have a scale of about one, as those that a network reads; amplitudes too.
 
     Args:
         fit: Their least squares.
@@ -93,7 +113,7 @@ class SinePursuit:
         frequency = torch.full_like(phasor.real, 0.5 * sum(self.band))
         found, gain = torch.zeros_like(frequency, dtype=torch.bool), phasor.real.clone()
         residual = x.clone()
-        energy = data.square().sum(-1).clamp(min=1e-30)
+        energy = data.square().sum(-1)
         left = torch.arange(batch, device=x.device)
         for p in range(self.most):
             if not len(left):
@@ -104,11 +124,13 @@ class SinePursuit:
                 torch.cat([a, b], -1) for a, b in zip(old, (peak, place), strict=True)
             ]
             noise = energy[left] / num_data
+            given = self.fit.given(data[left])
             for _ in range(self.num_steps):
-                new = self._step(data[left], *new, noise)
+                new = self._step(given, *new, noise)
             rest = x[left] - self._total(*new).to(x)
-            smaller = rest.double().square().sum(-1).clamp(min=1e-30)
-            earned = 0.5 * num_data * (energy[left] / smaller).log()
+            smaller = rest.double().square().sum(-1)
+            ratio = energy[left] / torch.maximum(smaller, _NOTHING * energy[left])
+            earned = 0.5 * num_data * ratio.log().nan_to_num()
             gain[left, p] = earned.clamp(min=0.0)
             kept = earned > self.least_gain
             left = left[kept]
@@ -127,17 +149,13 @@ class SinePursuit:
         return phasor, self.grid.to(residual.device)[best]
 
     def _step(
-        self, data: Tensor, phasor: Tensor, frequency: Tensor, noise: Tensor
+        self, given: SineLeastSquares, phasor: Tensor, frequency: Tensor, noise: Tensor
     ) -> list[Tensor]:
         """Solve for amplitudes and a change of frequencies, linearised."""
-        one = torch.ones_like(phasor)
-        alpha = torch.stack([one, 1j * one, 0 * one], -1)
-        beta = torch.stack([0 * one, 0 * one, _TWO_PI * 1j * phasor], -1)
-        owner = torch.arange(len(data), device=data.device)
-        gram = self.fit.gram(alpha, beta, frequency)
-        inner = self.fit.inner(data, owner, alpha, beta, frequency).flatten(-2)
+        gram, inner = _linearised(given, phasor, frequency)
         # Amplitudes about one and steps of part of an element, before the data.
         spread = torch.tensor([1.0, 1.0, _FARTHEST * self.width]).to(frequency)
+        noise = torch.where(noise > 0, noise, 1.0)
         penalty = (noise.unsqueeze(-1) / spread.square()).repeat(1, phasor.shape[-1])
         solved = torch.linalg.solve(gram + torch.diag_embed(penalty), inner)
         real, imag, change = solved.unflatten(-1, (-1, 3)).unbind(-1)
@@ -153,3 +171,188 @@ class SinePursuit:
         return self.signal.total(
             components, torch.ones_like(frequency, dtype=torch.bool)
         )
+
+
+@dataclass(frozen=True)
+class SinusoidFit:
+    """Least-squares fit of K sinusoids.
+
+    Attributes:
+        frequency: Ascending, shape ``(K,)``.
+        amplitudes: Amplitudes (a, b) about the reference time, shape ``(K, 2)``.
+        energy: Sum of squared residuals.
+        information: Fisher information of the frequencies times sigma squared, the
+            amplitudes profiled out, shape ``(K, K)``.
+    """
+
+    frequency: Floats
+    amplitudes: Floats
+    energy: float
+    information: Floats
+
+
+def matching_pursuit(
+    x: Floats,
+    statistics: SineStatistics,
+    band: tuple[float, float],
+    max_components: int,
+    separation: float = 0.0,
+) -> list[SinusoidFit]:
+    """Fit 0 to ``max_components`` sinusoids.
+
+    Args:
+        x: The observation, shape ``(T,)``.
+        statistics: Its statistics.
+        band: Lowest and highest frequency.
+        max_components: Largest K.
+        separation: Least gap of two frequencies.
+
+    Returns:
+        A fit for each K = 0..max_components; fewer where no place is left.
+    """
+    empty = np.empty(0)
+    fits = [SinusoidFit(empty, np.empty((0, 2)), statistics.energy, np.empty((0, 0)))]
+    width = 1 / statistics.grids[0].duration
+    grid = np.linspace(*band, math.ceil((band[1] - band[0]) / width * _FINE) + 1)
+    given = SineFit(statistics.grids).given(torch.from_numpy(x)[None])
+    for _ in range(max_components):
+        last = fits[-1]
+        power = residual_power(statistics, last, grid)
+        near = np.abs(grid[:, None] - last.frequency) < max(separation, 0.2 * width)
+        power = np.where(near.any(-1), -1.0, power)
+        if power.max() < 0:
+            break
+        frequency = np.append(last.frequency, grid[power.argmax()])
+        best = _converged(given, frequency, band, separation)
+        order = best.frequency.argsort()
+        shift = statistics.reference_time - given.fit.reference_time
+        z = best.phasor * np.exp(2j * math.pi * best.frequency * shift)
+        fits.append(
+            SinusoidFit(
+                best.frequency[order],
+                np.stack([z.real, -z.imag], -1)[order],
+                best.energy,
+                best.information[np.ix_(order, order)],
+            )
+        )
+    return fits
+
+
+def residual_power(
+    statistics: SineStatistics, fit: SinusoidFit, frequency: Floats
+) -> Floats:
+    """Energy that one more sinusoid would take from a fit's residual, about.
+
+    Args:
+        statistics: Statistics of the observation.
+        fit: The fit.
+        frequency: Where to evaluate it, shape ``(J,)``.
+
+    Returns:
+        Shape ``(J,)``.
+    """
+    cross = statistics.cross_gram(frequency, fit.frequency)
+    left = statistics.projections(frequency).ravel() - cross @ fit.amplitudes.ravel()
+    return 2 * np.square(left.reshape(-1, 2)).sum(-1) / statistics.num_data
+
+
+class _Profile(NamedTuple):
+    """The least squares about the best phasors at given frequencies."""
+
+    frequency: Floats
+    phasor: np.ndarray
+    energy: float
+    information: Floats
+    step: Floats
+
+
+def _converged(
+    given: SineLeastSquares,
+    start: Floats,
+    band: tuple[float, float],
+    separation: float,
+) -> _Profile:
+    """Gauss-Newton with step halving on frequencies, amplitudes profiled out."""
+    width = 1 / given.fit.grids[0].duration
+    best = _profiled(given, start)
+    for _ in range(_MOST_STEPS):
+        step = np.clip(best.step, -_FARTHEST * width, _FARTHEST * width)
+        for _ in range(_HALVINGS):
+            moved = _keep_apart(best.frequency + step, band, separation)
+            trial = _profiled(given, moved)
+            if trial.energy <= best.energy:
+                break
+            step = 0.5 * step
+        else:
+            break
+        best = trial
+        if np.abs(step).max() < 1e-7 * width:
+            break
+    return best
+
+
+def _profiled(given: SineLeastSquares, frequency: Floats) -> _Profile:
+    """Solve for the phasors, then linearise about them."""
+    size = 3 * len(frequency)
+    places = torch.from_numpy(frequency)[None]
+    zero = torch.zeros_like(places, dtype=torch.complex128)
+    which, linear = np.arange(size) % 3 == 2, np.arange(size) % 3 < 2
+    gram, inner = (part[0].numpy() for part in _linearised(given, zero, places))
+    here = np.ix_(linear, linear)
+    amplitudes = _solve(gram[here], inner[linear])
+    phasor = amplitudes[::2] + 1j * amplitudes[1::2]
+    energy = float(given.data.square().sum())
+    energy -= amplitudes @ (2 * inner[linear] - gram[here] @ amplitudes)
+    around = _linearised(given, torch.from_numpy(phasor)[None], places)
+    gram, inner = (part[0].numpy() for part in around)
+    cross = gram[np.ix_(linear, which)]
+    information = gram[np.ix_(which, which)] - cross.T @ _solve(gram[here], cross)
+    slope = inner[which] - cross.T @ amplitudes
+    step = _solve(information, slope)
+    return _Profile(frequency, phasor, max(energy, 0.0), information, step)
+
+
+def _linearised(
+    given: SineLeastSquares, phasor: Tensor, frequency: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Inner products of a component's derivatives, with each other and the data.
+
+    Derivatives are by the real and the imaginary part of its phasor and its frequency.
+
+    Args:
+        given: The least squares of N observations.
+        phasor: Phasors, shape ``(N, K)``.
+        frequency: Frequencies, shape ``(N, K)``.
+
+    Returns:
+        Shapes ``(N, 3 K, 3 K)`` and ``(N, 3 K)``.
+    """
+    one = torch.ones_like(phasor)
+    alpha = torch.stack([one, 1j * one, 0 * one], -1)
+    beta = torch.stack([0 * one, 0 * one, _TWO_PI * 1j * phasor], -1)
+    owner = torch.arange(len(phasor), device=phasor.device)
+    gram = given.fit.gram(frequency, alpha, beta)
+    return gram, given.inner(owner, frequency, alpha, beta).flatten(-2)
+
+
+def _solve(matrix: Floats, right: Floats) -> Floats:
+    """Solve with a ridge, relative to the matrix."""
+    scale = np.trace(matrix) / len(matrix) or 1.0
+    return np.linalg.solve(matrix + _RIDGE * scale * np.eye(len(matrix)), right)
+
+
+def _keep_apart(
+    frequency: Floats, band: tuple[float, float], separation: float
+) -> Floats:
+    """Push frequencies into the band and, by equal parts, away from each other."""
+    order = frequency.argsort()
+    # Less these shifts the frequencies only have to ascend; rounding may take a little.
+    shifts = (1 + 1e-9) * separation * np.arange(len(frequency))
+    rest = frequency[order] - shifts
+    above = np.maximum.accumulate(rest)
+    below = np.minimum.accumulate(rest[::-1])[::-1]
+    low, high = band
+    rest = np.clip(0.5 * (above + below), low, max(low, high - shifts[-1]))
+    moved = np.empty_like(frequency)
+    moved[order] = rest + shifts
+    return moved

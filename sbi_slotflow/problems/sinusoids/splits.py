@@ -125,7 +125,8 @@ class SplitMove:
         left = left.sum(-1).clamp(max=layout.max_cardinality - 2)
         gaps = self._gaps(rows)
         # A merge takes neighbours only.
-        alone = torch.isclose(gaps[row, left], gap.abs(), rtol=1e-9, atol=1e-15)
+        error = (gaps[row, left] - gap.abs()).abs()
+        alone = error <= 1e-9 * gap.abs() + 1e-15 * low.abs()
         possible &= self._inside(pair) & alone
         log_choice = _log_choice(gaps)[row, left] + k.clamp(min=1).double().log()
         log_ratio = self._log_ratio(whole.z, *pair) + log_choice
@@ -238,4 +239,5 @@ class SplitMove:
 
 def _log_choice(gaps: Tensor) -> Tensor:
     """Log probabilities with which a merge takes one of the gaps."""
-    return (-2 * gaps.clamp(min=1e-12).log()).log_softmax(-1)
+    least = torch.finfo(gaps.dtype).tiny  # of two at one place, in any unit
+    return (-2 * gaps.clamp(min=least).log()).log_softmax(-1)

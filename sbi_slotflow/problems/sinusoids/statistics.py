@@ -16,7 +16,6 @@ however long the record is. All arithmetic is float64.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.signal import zoom_fft
 
 from .grid import Grid
+from .sums import dirichlet, moments
 
 __all__ = ["Floats", "SineStatistics"]
 
@@ -78,25 +78,20 @@ class SineStatistics:
             raise ValueError(
                 f"x must have shape ({sum(lengths)},), got {tuple(x.shape)}."
             )
-        tables = [
-            _table(record, grid, band)
-            for record, grid in zip(
-                np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True
-            )
-        ]
-        most = max(len(table.values) for table in tables)
-
-        def padded(row: Complexes) -> Complexes:
-            return np.pad(row, (0, most - len(row)))
-
+        records = zip(np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True)
+        tables = [_table(record, grid, band) for record, grid in records]
+        starts, steps, values, slopes = zip(*tables, strict=True)
+        most = max(len(row) for row in values)
         return cls(
-            grids=grids,
-            reference_time=0.5 * grids[0].duration,
-            energy=float(x @ x),
-            starts=np.array([table.start for table in tables]),
-            steps=np.array([table.step for table in tables]),
-            values=np.stack([padded(table.values) for table in tables]),
-            slopes=np.stack([padded(table.slopes) for table in tables]),
+            grids,
+            0.5 * grids[0].duration,
+            float(x @ x),
+            np.array(starts),
+            np.array(steps),
+            *(
+                np.stack([np.pad(row, (0, most - len(row))) for row in rows])
+                for rows in (values, slopes)
+            ),
         )
 
     @property
@@ -117,7 +112,7 @@ class SineStatistics:
     @property
     def offsets(self) -> Floats:
         """Middle of each record less the reference time."""
-        return 0.5 * (self.lengths - 1) * self.intervals - self.reference_time
+        return np.array([grid.middle for grid in self.grids]) - self.reference_time
 
     def projections(self, frequency: Floats) -> Floats:
         """Inner products of the data with the cosine and the sine.
@@ -241,49 +236,34 @@ class SineStatistics:
 
     def _sum(self, frequency: Floats) -> Complexes:
         """The sums s(f)."""
-        total = np.zeros(np.shape(frequency), dtype=np.complex128)
-        records = zip(self.lengths, self.intervals, self.offsets, strict=True)
-        for length, interval, offset in records:
-            kernel = _kernel(frequency, length, interval)
-            total += kernel * np.exp(2j * math.pi * frequency * offset)
-        return total
+        found = moments(self.grids, self.reference_time, _tensor(frequency), 1)
+        return found[0].numpy()
 
 
 def _kernel(frequency: Floats, length: int, interval: float) -> Floats:
     """The sum s(f) of one record about its own middle, which is real."""
-    below = _sin(math.pi * interval * frequency)
-    level = np.abs(below) < 1e-13
-    kernel = _sin(math.pi * interval * length * frequency)
-    return np.where(level, length, kernel / np.where(level, 1.0, below))
+    return dirichlet(_tensor(math.pi * interval * frequency), length).numpy()
 
 
-def _sin(angle: Floats) -> Floats:
-    # torch's is several times faster than NumPy's
-    return torch.from_numpy(np.asarray(angle)).sin().numpy()
+def _tensor(values: Floats) -> torch.Tensor:
+    # torch's sines are several times faster than NumPy's
+    return torch.from_numpy(np.asarray(values))
 
 
-class _Table(NamedTuple):
-    """One record's c about its own middle."""
-
-    start: float
-    step: float
-    values: Complexes
-    slopes: Complexes
-
-
-def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
+def _table(
+    x: Floats, grid: Grid, band: tuple[float, float]
+) -> tuple[float, float, Complexes, Complexes]:
+    """Start and step of a table of one record's c, its values and slopes."""
     step = grid.rate / (grid.num_samples * _OVERSAMPLING)
     first = max(0, math.floor(band[0] / step) - 1)
     last = math.ceil(band[1] / step) + 1
-    middle = 0.5 * (grid.num_samples - 1) / grid.rate
-    times = np.arange(grid.num_samples) / grid.rate - middle
+    times = grid.times.numpy() - grid.middle
     bins = np.arange(first, last + 1)
-    turn = np.exp(2j * math.pi * bins * step * middle)
+    turn = np.exp(2j * math.pi * bins * step * grid.middle)
 
     def transform(values: Floats) -> Complexes:
         ends = first * step / grid.rate, (last + 1) * step / grid.rate
         # Frequencies in units of the sampling rate.
         return np.asarray(zoom_fft(values, ends, len(bins), fs=1)) * turn
 
-    slopes = -2j * math.pi * step * transform(x * times)
-    return _Table(first * step, step, transform(x), slopes)
+    return first * step, step, transform(x), -2j * math.pi * step * transform(x * times)

@@ -318,8 +318,7 @@ def test_a_problem_of_another_kind_is_rejected() -> None:
         (torch.zeros(1, 1, 300), ValueError, r"x must have shape"),
         (torch.full((300,), math.nan), ValueError, "x must be finite"),
         (torch.full((300,), math.inf), ValueError, "x must be finite"),
-        (torch.zeros(300).long(), TypeError, "must be a floating-point tensor"),
-        (np.zeros(300), TypeError, "must be a floating-point tensor, got ndarray"),
+        (np.zeros(300, bool), TypeError, "x must hold real numbers, got ndarray"),
     ],
 )
 def test_a_malformed_observation_is_rejected(
@@ -335,9 +334,11 @@ def test_bad_arguments_are_rejected() -> None:
         with pytest.raises(ValueError, match=r"cardinalities must be among \[0, 1, 2"):
             laplace_proposal(tiny, x, cardinalities=bad)
     proposal = laplace_proposal(tiny, x)
-    for other in (x + 1, x[:5], x.double() + 1):
+    for other in (x + 1, x.double() + 1):
         with pytest.raises(ValueError, match="x differs from the observation"):
             proposal.sample((2,), other)
-    assert proposal.cardinality(x.unsqueeze(0)).probs.shape == (4,)
+    with pytest.raises(ValueError, match=r"x must have shape \(300,\) or"):
+        proposal.sample((2,), x[:5])
+    assert proposal.cardinality(x).probs.shape == (4,)
     with pytest.raises(ValueError, match="theta must be finite"):
         proposal.log_prob(torch.full((1, 11), math.nan))

@@ -144,7 +144,7 @@ def test_normal_equations_of_complex_data_are_those_of_autograd(problem) -> None
     components = parts.components.clone()
     components[0, 0, 2], components[0, -1, 2] = -0.4999, 0.4999  # about the seam
     owner = torch.arange(8).flip(0)
-    found = problem.build_fit().normal_equations(x, owner, components, parts.mask)
+    found = problem.build_fit().given(x).normal_equations(owner, components, parts.mask)
     for i in range(8):
         active = components[i][parts.mask[i]].double()
 
@@ -233,7 +233,8 @@ def test_a_network_of_lines_learns_draws_and_is_saved(
 ) -> None:
     theta = problem.prior.sample((32,), generator_for(10))
     x = problem.simulator(theta, generator_for(11))
-    build = slot_nn(problem, refine_slots=refine_slots, weighed_sets=4, **SMALL)
+    sets = {"weighed_sets": 4} if refine_slots else {}
+    build = slot_nn(problem, refine_slots=refine_slots, **sets, **SMALL)
     estimator = build(theta, x)
     assert estimator.spec.slots["kind"] == "anchored"
     loss = estimator.loss(theta, x)

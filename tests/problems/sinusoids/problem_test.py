@@ -180,6 +180,11 @@ def test_likelihoods_of_many_rows_are_those_of_each(name: Any) -> None:
         for data in (one, one.unsqueeze(0)):
             found = problem.log_likelihood(theta, data)
             assert (found - expected[:, i]).abs().max() < 1e-6 * expected.abs().max()
+        # few rows, of a likelihood that is bound to the observation
+        bound = problem.log_likelihood.given(one)(theta[:3])
+        torch.testing.assert_close(bound, expected[:3, i], rtol=1e-6, atol=0)
+    batch = problem.log_likelihood.given(x)(theta[:4].unsqueeze(1).expand(-1, 3, -1))
+    torch.testing.assert_close(batch, expected[:4], rtol=1e-6, atol=0)
     empty = theta[:200].clone()
     empty[:, 0], empty[:, 2:] = 0.0, 0.0
     if problem.prior.cardinality_probs[0] > 0:
@@ -271,6 +276,55 @@ def test_a_problem_of_ones_own_changes_what_it_names() -> None:
     torch.testing.assert_close(problem.simulator.signal(theta.double()), waves.sum(1))
 
 
+def test_a_known_noise_level_is_no_parameter() -> None:
+    problem, free = sinusoids("tiny", sigma=0.5), sinusoids("tiny")
+    assert problem.shared_names == ()
+    assert problem.noise_level is None
+    theta = problem.prior.sample((150,))
+    noise = problem.simulator(theta) - problem.simulator.signal(theta)
+    # five standard errors: a false alarm in 1 of 10^6 seeds
+    assert noise.std() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(2 * noise.numel()))
+    level = torch.full((150, 1), 0.5)
+    with_level = torch.cat([theta[:, :1], level, theta[:, 1:]], -1)
+    x = problem.simulator(theta[0])
+    expected = free.simulator.log_likelihood(with_level, x)
+    found = problem.log_likelihood
+    for values in (found(theta, x), found.given(x)(theta), found(theta[:9], x)):
+        known = expected[: len(values)]
+        torch.testing.assert_close(values, known, rtol=1e-6, atol=0)
+    estimator = slot_nn(problem)(theta, problem.simulator(theta))
+    drawn = estimator.sample(torch.Size((2,)), problem.simulator(theta[:5]))
+    assert problem.prior.support.check(drawn).all()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_ranges_and_grids_come_in_any_container(kind: Any) -> None:
+    grid = Grid(60.0, 1.0)
+    found = sinusoids(
+        "tiny",
+        amplitude=kind([0.2, 12.0]),
+        frequency=kind([0.02, 0.48]),
+        sigma=kind([0.05, 2.0]),
+        separation=0.0,
+        grids=grid,
+    )
+    expected = sinusoids(
+        "tiny",
+        amplitude=(0.2, 12.0),
+        frequency=(0.02, 0.48),
+        sigma=(0.05, 2.0),
+        separation=0.0,
+        grids=[grid],
+    )
+    assert found.grids == expected.grids == (grid,)
+    pairs = zip(
+        found.prior.component_marginals, expected.prior.component_marginals, strict=True
+    )
+    for one, other in pairs:
+        assert one.bounds == pytest.approx(other.bounds)
+    assert found.prior.shared_marginals[0].bounds == pytest.approx((0.05, 2.0))
+
+
 @pytest.mark.parametrize("slots", ["anchored", "attention"])
 @pytest.mark.parametrize("num", [1, 3])
 def test_networks_read_any_number_of_records(num: int, slots: Any) -> None:
@@ -291,6 +345,10 @@ def test_networks_read_any_number_of_records(num: int, slots: Any) -> None:
         ({"frequency": (3.0, 2.0)}, "frequency must be"),
         ({"frequency": (0.01, 5.5)}, "frequency must end at or below 5"),
         ({"sigma": (-1.0, 1.0)}, "sigma must be"),
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"sigma": math.nan}, "sigma must be positive"),
+        ({"amplitude": (1.0, math.nan)}, "amplitude must be"),
+        ({"separation": -0.1}, "separation"),
         ({"grids": []}, "grids must hold at least one"),
         ({"grids": [Grid(1.0, 10.0), Grid(2.0, 10.0)]}, "the longest first"),
     ],
@@ -300,3 +358,29 @@ def test_changes_that_make_no_problem_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sinusoids("crowded", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"amplitude": 1.0}, "amplitude must be \\(least, largest\\), got 1.0"),
+        ({"frequency": (1.0, 2.0, 3.0)}, "frequency must be"),
+        ({"sigma": "low"}, "sigma must be a number or"),
+        ({"grids": [(1.0, 10.0)]}, "grids must be a Grid or several, got tuple"),
+        ({"sigmas": 1.0}, "sigmas"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        sinusoids("tiny", **changes)
+
+
+def test_a_grid_without_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="rate must be positive"):
+        Grid(1.0, 0.0)
+    with pytest.raises(ValueError, match="duration must be positive"):
+        Grid(math.inf, 1.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        Grid(0.1, 1.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.problems.sinusoids.seeds import (
+from sbi_slotflow.problems.sinusoids.pursuit import (
     SinusoidFit,
     matching_pursuit,
     residual_power,

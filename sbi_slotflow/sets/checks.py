@@ -1,0 +1,131 @@
+"""What users pass, as tensors and numbers: one place, so that all doors are alike.
+
+Example:
+    >>> import numpy as np
+    >>> as_floats(np.array([1, 2], dtype=">i2"), "x")
+    tensor([1., 2.], dtype=torch.float64)
+    >>> as_shape(3), as_cardinality(np.int64(2), 5)
+    (torch.Size([3]), 2)
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+__all__ = [
+    "Numbers",
+    "Shape",
+    "as_cardinality",
+    "as_count",
+    "as_floats",
+    "as_shape",
+]
+
+Numbers: TypeAlias = Tensor | ArrayLike
+"""Tensors, numpy arrays, numbers, sequences, pandas objects."""
+Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+"""An integer, or a sequence of integers."""
+
+
+def as_floats(value: Numbers, name: str) -> Tensor:
+    """Turn numbers into a floating-point tensor.
+
+    Single and double precision stay as they are; half precision becomes single, and
+    integers become double precision. Masked entries become NaN. An array's own index,
+    byte order and strides do not matter.
+
+    Args:
+        value: The numbers.
+        name: What to call them in messages.
+
+    Raises:
+        TypeError: If they are no real numbers.
+        ValueError: If rows have different lengths.
+    """
+    tensor = value if isinstance(value, Tensor) else _from_array(value, name)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}.")
+    if not tensor.is_floating_point():
+        return tensor.double()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _from_array(value: Any, name: str) -> Tensor:
+    if isinstance(value, np.ma.MaskedArray):
+        value = np.ma.filled(value.astype(np.float64), np.nan)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name} must be an array of numbers: {error}") from error
+    if array.dtype.kind not in "fiu":
+        raise TypeError(
+            f"{name} must hold real numbers, got {type(value).__name__} of "
+            f"{array.dtype}."
+        )
+    small = array.dtype.kind == "f" and array.dtype.itemsize <= 4
+    return torch.from_numpy(array.astype(np.float32 if small else np.float64))
+
+
+def as_shape(shape: Shape, name: str = "sample_shape") -> torch.Size:
+    """Turn an integer or a sequence of integers into a shape.
+
+    Raises:
+        TypeError: If an entry is no integer.
+        ValueError: If an entry is negative.
+    """
+    entries: list[Any] = list(shape) if np.ndim(shape) else [shape]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    sizes = [_index(entry) for entry in entries]
+    integers = [size for size in sizes if size is not None]
+    if len(integers) < len(sizes):
+        raise TypeError(f"{name} must be an integer or a tuple of them, got {shape!r}.")
+    if min(integers, default=0) < 0:
+        raise ValueError(f"{name} must not be negative, got {shape!r}.")
+    return torch.Size(integers)
+
+
+def as_cardinality(k: SupportsIndex | None, most: int) -> int | None:
+    """Check a number of components in 0..most; None stays None.
+
+    Raises:
+        TypeError: If k is no integer.
+        ValueError: If k is out of range.
+    """
+    if k is None:
+        return None
+    size = _index(k)
+    message = f"k must be an integer in 0..{most}, got {k!r}."
+    if size is None:
+        raise TypeError(message)
+    if not 0 <= size <= most:
+        raise ValueError(message)
+    return size
+
+
+def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
+    """Check a whole number of at least ``least``.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
+    size = _index(value)
+    if size is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}.")
+    return size
+
+
+def _index(value: Any) -> int | None:
+    """An integer of any kind as Python's; None if it is none, or a truth value."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
