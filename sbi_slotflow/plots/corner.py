@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from matplotlib.artist import Artist
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
@@ -11,7 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..catalogue import fit_sources
-from ..metrics.labels import ReferencePoints
+from ..metrics.labels import Frame
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
@@ -21,8 +20,6 @@ from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH, Figure
 __all__ = ["plot_corner", "plot_source_corners"]
 
 _MOST_DRAWS = 10_000
-# Fewer draws are left in canonical order.
-_FEWEST_TO_MATCH = 50
 # Of a source: fewest draws to show, and inches.
 _FEWEST_DRAWS = 20
 _PANEL, _LEFT, _BOTTOM, _TOP = 0.85, 1.05, 0.85, 0.35
@@ -83,17 +80,27 @@ def plot_corner(
     samples = checked_samples(samples, layout)
     cardinality = layout.cardinality(samples)
     k = int(cardinality.mode().values) if k is None else k
-    frame = _Frame(_given(samples, layout, k, "sample"), layout, k, periods, match)
+    rows = _given(samples, layout, k, "sample")
+    frame = Frame(rows, layout, k, periods, match)
     other = None
     if reference is not None:
-        rows = checked_samples(reference, layout, "reference")
-        other = _given(rows, layout, k, "row of the reference")
-    truth = None if true_theta is None else checked_row(true_theta, layout)
-    columns = frame.columns(other, truth, names, units or {})
+        other = checked_samples(reference, layout, "reference")
+        other = _given(other, layout, k, "row of the reference")
+    true: list[float | None] = [None] * len(frame.names)
+    if true_theta is not None:
+        row = checked_row(true_theta, layout).unsqueeze(0)
+        same = int(layout.cardinality(row)) == k
+        # On the turn of the circle on which the draws are.
+        turns = [periods.get(name, math.inf) for name, _ in frame.names]
+        middle = frame.labelled(rows).median(0).values
+        values = near(frame.labelled(row)[0], middle, turns).tolist()
+        pairs = zip(frame.names, values, strict=True)
+        true = [v if same or not number else None for (_, number), v in pairs]
+    columns = _columns(frame, rows, other, true, names, units or {})
     if not columns:
         raise ValueError(f"nothing to plot: K = {k} and no shared parameter.")
     shown = None if other is None else labels
-    title = f"Posterior given K = {k} ({len(frame.rows):,} draws)"
+    title = f"Posterior given K = {k} ({len(rows):,} draws)"
     return _corner(columns, title, shown)
 
 
@@ -177,87 +184,28 @@ def plot_source_corners(
     return figure
 
 
-class _Frame:
-    """Reads rows of k components as named columns, in a way that the samples fix."""
-
-    def __init__(
-        self,
-        rows: Tensor,
-        layout: ThetaLayout,
-        k: int,
-        periods: Mapping[str, float],
-        match: bool,
-    ) -> None:
-        self.rows, self.layout, self.k = rows, layout, k
-        self._shared_periods = [periods.get(n, math.inf) for n in layout.shared_names]
-        self._periods = [periods.get(n, math.inf) for n in layout.component_names]
-        shared, components = self._parts(rows)
-        self._shared_centre = circular_mean(shared, self._shared_periods)
-        self._points: ReferencePoints | None = None
-        self._centre = circular_mean(components, self._periods)
-        varies = k > 0 and bool((components.std(0, correction=0) > 0).all())
-        if match and varies and len(rows) >= _FEWEST_TO_MATCH:
-            found = ReferencePoints.of(components, self._periods, layout.order_by)
-            if (found.scale > 0).all():
-                self._points, self._centre = found, found.centre
-
-    def columns(
-        self,
-        reference: Tensor | None,
-        truth: Tensor | None,
-        names: Sequence[str] | None,
-        units: Mapping[str, str],
-    ) -> list[Column]:
-        """The parameters to show, with draws, truth and reference."""
-        own = self._vectors(self.rows)
-        other = None if reference is None else self._vectors(reference)
-        true: list[float | None] = [None] * own.shape[-1]
-        if truth is not None:
-            true = self._truth(truth, own)
-        columns = []
-        for index, (name, number) in enumerate(self._entries()):
-            if names is not None and name not in names:
-                continue
-            unit = _unit(name, units)
-            against = None if other is None else other[:, index].numpy()
-            values = own[:, index].numpy()
-            columns.append(
-                Column(f"{name}{number}{unit}", values, true[index], against)
-            )
-        return columns
-
-    def _entries(self) -> list[tuple[str, str]]:
-        components = [
-            (name, f" {slot}")
-            for slot in range(1, self.k + 1)
-            for name in self.layout.component_names
-        ]
-        return components + [(name, "") for name in self.layout.shared_names]
-
-    def _vectors(self, rows: Tensor) -> Tensor:
-        """Components, then shared parameters, shape ``(S, C)``."""
-        shared, components = self._parts(rows)
-        shared = near(shared, self._shared_centre, self._shared_periods)
-        if self._points is not None:
-            components = self._points.label(components)
-        components = near(components, self._centre, self._periods)
-        return torch.cat([components.flatten(1), shared], dim=-1)
-
-    def _truth(self, truth: Tensor, own: Tensor) -> list[float | None]:
-        row = self.layout.canonical(truth).unsqueeze(0)
-        same = int(self.layout.cardinality(row)) == self.k
-        # On the turn of the circle on which the draws are.
-        turns = self._periods * self.k + self._shared_periods
-        row = near(self._vectors(row)[0], own.median(0).values, turns)
-        values: list[float | None] = [*row.tolist()]
-        num = self.k * len(self.layout.component_names)
-        if not same:
-            values[:num] = [None] * num
-        return values
-
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        parts = self.layout.unpack(self.layout.canonical(rows).double())
-        return parts.shared, parts.components[:, : self.k]
+def _columns(
+    frame: Frame,
+    rows: Tensor,
+    reference: Tensor | None,
+    true: list[float | None],
+    names: Sequence[str] | None,
+    units: Mapping[str, str],
+) -> list[Column]:
+    """The parameters to show: components, then shared ones."""
+    own = frame.labelled(rows).numpy()
+    other = None if reference is None else frame.labelled(reference).numpy()
+    order = sorted(enumerate(frame.names), key=lambda entry: entry[1][1] == 0)
+    return [
+        Column(
+            (f"{name} {number}" if number else name) + _unit(name, units),
+            own[:, index],
+            true[index],
+            None if other is None else other[:, index],
+        )
+        for index, (name, number) in order
+        if names is None or name in names
+    ]
 
 
 def _given(rows: Tensor, layout: ThetaLayout, k: int, name: str) -> Tensor:

@@ -404,3 +404,74 @@ def test_local_c2st_refuses_what_it_cannot_do():
         calibration.local_c2st(
             exact, draws.x[0], draws, num_null=99, false_alarm_rate=1e-3
         )
+
+
+NAN = torch.tensor([[float("nan")] * 6])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda d: calibration.draw(exact, problem, 19), ValueError, "n must be at"),
+        (
+            lambda d: calibration.draw(exact, problem, 20.5),
+            TypeError,
+            "n must be an in",
+        ),
+        (
+            lambda d: calibration.draw(exact, problem, 20, num_draws=float("nan")),
+            TypeError,
+            "num_draws must be an integer, got nan",
+        ),
+        (
+            lambda d: calibration.report(exact, problem, 20, num_workers=0),
+            ValueError,
+            "num_workers must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.report(exact, problem, false_alarm_rate=float("nan")),
+            ValueError,
+            "false_alarm_rate must lie between 0 and 1, got nan",
+        ),
+        (
+            lambda d: calibration.sbc(d, num_likelihood_draws=0),
+            ValueError,
+            "num_likelihood_draws must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.residuals(d.draws[0], d.x, problem, num_noise=0),
+            ValueError,
+            "num_noise must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.residuals(d.draws[0, :1], NAN, problem),
+            ValueError,
+            "must be finite",
+        ),
+        (
+            lambda d: calibration.local_c2st(exact, NAN, d),
+            ValueError,
+            "x must be finite",
+        ),
+        (
+            lambda d: calibration.local_c2st(exact, d.x[:1], d, num_null=9.5),
+            TypeError,
+            "num_null must be an integer, got 9.5",
+        ),
+        (
+            lambda d: calibration.cardinality_reliability(d, probs=d.probs * torch.nan),
+            ValueError,
+            "probs must be probabilities",
+        ),
+        (
+            lambda d: calibration.cardinality_reliability(
+                d, weights=torch.tensor([1.0, 1.0, -1.0, 1.0])
+            ),
+            ValueError,
+            "weights must be finite, not negative",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call(drawn("exact", 300))

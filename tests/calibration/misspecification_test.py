@@ -130,3 +130,10 @@ def test_malformed_data_are_refused(reference):
         TrainingReference.fit(simulate(200, 7), level=1e-3)
     with pytest.raises(ValueError, match=r"x must have shape \(B, 300\)"):
         reference.p_values(torch.zeros(1, 7))
+
+
+def test_an_observation_with_nan_is_refused(reference):
+    x = simulate(2, 1)
+    x[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="x must be finite"):
+        reference.p_values(x)

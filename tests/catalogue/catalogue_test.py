@@ -16,6 +16,7 @@ from sbi_slotflow import (
     load_pretrained,
     problems,
 )
+from sbi_slotflow.calibration import faults
 from sbi_slotflow.catalogue import fit_sources
 from sbi_slotflow.catalogue.sources import best_matching
 from sbi_slotflow.seeding import generator_for
@@ -239,16 +240,13 @@ def judged(num: int, shrink: float = 1.0) -> tuple[list[float], dict[str, list[b
     """
     problem = problems.linear_gaussian()
     exact, layout = problem.exact_posterior(), problem.layout
+    posterior = exact if shrink == 1 else faults.narrowed(exact, shrink)
     theta = problem.prior.sample((num,), generator_for(0))
     x = problem.simulator(theta, generator_for(1))
     differences: list[float] = []
     covered: dict[str, list[bool]] = {name: [] for name in layout.component_names}
     for i in range(num):
-        rows = exact.sample((200,), x[i], generator=generator_for(2, i))
-        parts = layout.unpack(rows)
-        mean = exact._moments(x[i : i + 1].double(), parts.cardinality[:, None])[0]
-        components = mean + shrink * (parts.components - mean)
-        rows = layout.canonical(layout.pack(parts.cardinality, components.float()))
+        rows = posterior.sample((200,), x[i], generator=generator_for(2, i))
         table = build_catalogue(rows, layout, true_theta=theta[i])
         there = np.isfinite(table["true_level"].values)
         differences.append(float((there - table["existence"].values).sum()))

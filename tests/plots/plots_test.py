@@ -252,7 +252,7 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         plots.plot_corner(torch.zeros(5, 3), ThetaLayout(2, ("a",)), k=0)
     linear = linear_gaussian()
-    with pytest.raises(ValueError, match="time grids"):
+    with pytest.raises(ValueError, match="problem with a spectrum"):
         plots.plot_spectrum(linear, torch.zeros(1, linear.layout.size), torch.zeros(6))
     with pytest.raises(ValueError, match="add up to 1"):
         plots.plot_cardinality([0.2, 0.2])
