@@ -7,6 +7,7 @@ are exact, so the false-alarm rate of a test is the rate that it passes to the c
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,6 +408,8 @@ def test_local_c2st_refuses_what_it_cannot_do():
 
 
 NAN = torch.tensor([[float("nan")] * 6])
+HALF: Any = 20.5
+NO_NUMBER: Any = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -414,12 +417,12 @@ NAN = torch.tensor([[float("nan")] * 6])
     [
         (lambda d: calibration.draw(exact, problem, 19), ValueError, "n must be at"),
         (
-            lambda d: calibration.draw(exact, problem, 20.5),
+            lambda d: calibration.draw(exact, problem, HALF),
             TypeError,
             "n must be an in",
         ),
         (
-            lambda d: calibration.draw(exact, problem, 20, num_draws=float("nan")),
+            lambda d: calibration.draw(exact, problem, 20, num_draws=NO_NUMBER),
             TypeError,
             "num_draws must be an integer, got nan",
         ),
@@ -454,9 +457,9 @@ NAN = torch.tensor([[float("nan")] * 6])
             "x must be finite",
         ),
         (
-            lambda d: calibration.local_c2st(exact, d.x[:1], d, num_null=9.5),
+            lambda d: calibration.local_c2st(exact, d.x[:1], d, num_null=HALF),
             TypeError,
-            "num_null must be an integer, got 9.5",
+            "num_null must be an integer, got 20.5",
         ),
         (
             lambda d: calibration.cardinality_reliability(d, probs=d.probs * torch.nan),
