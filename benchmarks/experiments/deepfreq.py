@@ -35,7 +35,6 @@ from sbi_slotflow.plots.style import dress
 from sbi_slotflow.problems import LineSpectrum
 from sbi_slotflow.problems.sinusoids.line_spectrum import clustered
 from sbi_slotflow.seeding import generator_for
-from sbi_slotflow.sets.marginals import clamp_to_support
 from sbi_slotflow.training.stages import Part, StageBuilder
 
 from ..experiment import Budget, Claim
@@ -190,7 +189,7 @@ def _signals(
         if lines == "uniform"
         else clustered(problem, num, generator)
     )
-    level = clamp_to_support(torch.tensor([float(snr)]), problem.prior.shared_marginals)
+    level = problem.prior.shared_marginals.clamp(torch.tensor([float(snr)]))
     theta[:, 1] = level
     return theta, problem.simulator(theta, generator)
 

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from sbi_slotflow.plots.figure import Figure
-from sbi_slotflow.plots.style import FONT, POSTERIOR, SHADES, SMALL, dress
+from sbi_slotflow.plots.style import FONT, POSTERIOR, SHADES, SMALL, Figure, dress
 
 from .matches import SlotMatches
 

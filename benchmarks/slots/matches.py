@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbi_slotflow.metrics.labels import near
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.component_head import ComponentHead
 from sbi_slotflow.nn.encoders import Encoding
@@ -24,6 +23,7 @@ from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.nn.matching import hungarian
 from sbi_slotflow.posterior.network import SlotPosterior
+from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
 
 __all__ = ["SlotMatches", "match_slots", "slot_stability"]

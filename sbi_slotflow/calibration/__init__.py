@@ -53,8 +53,7 @@ from .reductions import (
 from .report import Report, report
 from .residuals import Residuals, ResidualStream, residuals
 from .sbc import ComponentSBC, SetSBC, sbc, sbc_components
-from .set_distance import SetDistance, set_distance
-from .tarp import TARP, tarp
+from .tarp import TARP, SetDistance, set_distance, tarp
 from .uniformity import ecdf_band, pit, rank_p_value, uniformity_p_value
 
 __all__ = [

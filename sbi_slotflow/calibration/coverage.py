@@ -29,11 +29,12 @@ from torch import Tensor
 
 from .check import Check
 from .draws import CalibrationDraws
-from .matched import MatchedComponents
+from .matched import MatchedComponents, above_rounding
 from .sbc import FEWEST_RANKS, component_ranks, picked_component
 from .uniformity import Array, pit, rank_p_value
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Coverage", "CoverageCurve", "coverage"]
@@ -41,6 +42,9 @@ __all__ = ["Coverage", "CoverageCurve", "coverage"]
 LEVELS = np.arange(1, 20) / 20
 """Probabilities of the intervals: 0.05, 0.1, ..., 0.95."""
 
+# Okabe and Ito's colours, then dashes.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
+_DASHES = ("-", "--", ":")
 _NUM_BOOTSTRAPS = 500
 _BIAS_FROM = 0.1  # the paper's range of levels is 0.1 to 0.95
 
@@ -108,9 +112,51 @@ class Coverage(Check):
 
     def plot(self) -> "Figure":
         """Plot coverage less level, by parameter and by K."""
-        from .coverage_plot import plot_coverage
+        from ..plots.style import Figure, dress
 
-        return plot_coverage(self)
+        figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        self._draw(left, self.parameters)
+        dress(
+            left,
+            "probability of the interval",
+            "coverage - probability",
+            "by parameter",
+        )
+        self._draw(right, self.cardinalities)
+        dress(right, "probability of the interval", "", "by number of components")
+        bound = max(
+            0.06,
+            1.1
+            * max(np.abs(line.get_ydata()).max() for line in left.lines + right.lines),
+        )
+        left.set_ylim(-bound, bound)
+        return figure
+
+    def _draw(self, axes: "Axes", curves: Mapping[str, CoverageCurve]) -> None:
+        from ..plots.style import SMALL
+
+        axes.axhline(0.0, color="black", lw=0.6)
+        many = len(curves) > 4
+        for i, (name, curve) in enumerate(curves.items()):
+            colour = _COLOURS[i % len(_COLOURS)]
+            dashes = _DASHES[i // len(_COLOURS) % len(_DASHES)]
+            low, high = self.errors[name]
+            if not many or name == "mixed":
+                axes.fill_between(
+                    LEVELS, low - LEVELS, high - LEVELS, color=colour, alpha=0.15, lw=0
+                )
+            axes.plot(
+                LEVELS,
+                curve.coverage - LEVELS,
+                color=colour,
+                ls=dashes,
+                lw=2.2 if name == "mixed" else 1.3,
+                label=name,
+            )
+        axes.legend(
+            fontsize=SMALL, frameon=False, ncols=2 if len(curves) > 3 else 1, loc="best"
+        )
 
 
 def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Coverage:
@@ -198,7 +244,8 @@ def _radii(matched: MatchedComponents) -> tuple[Tensor, Tensor]:
     mask = matched.mask.unsqueeze(-1)
     guides = matched.shared[2]
     centre = guides.mean(0)
-    spread = (guides - centre).square().mean(0).sqrt().clamp(min=1e-12)
+    spread = (guides - centre).square().mean(0).sqrt()
+    spread = above_rounding(spread, guides.abs().amax(0))
 
     def radius(components: Tensor, shared: Tensor) -> Tensor:
         square = torch.where(mask, ((components - mean) / std).square(), 0.0)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..metrics.labels import near
 from ..posterior.base import Posterior
+from ..sets.circular import circular_mean, near
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
-from ..sets.marginals import clamp_to_support
 from ..sets.prior import VariableKPrior
-from .matched import circular_mean, periods_of
+from .matched import periods_of
 
 __all__ = [
     "FaultyPosterior",
@@ -266,13 +265,11 @@ class _Moved:
         parts = layout.unpack(rows)
         components = self._move(parts.components, self.component_periods)
         components = _wrapped(components, self.component_periods)
-        components = clamp_to_support(components, prior.component_marginals)
+        components = prior.component_marginals.clamp(components)
         shared = parts.shared
         if layout.num_shared:
             shared = self._move(shared, self.shared_periods)
-            shared = clamp_to_support(
-                _wrapped(shared, self.shared_periods), prior.shared_marginals
-            )
+            shared = prior.shared_marginals.clamp(_wrapped(shared, self.shared_periods))
         return layout.canonical(layout.pack(parts.cardinality, components, shared))
 
     def _move(self, values: Tensor, periods: Tensor) -> Tensor:

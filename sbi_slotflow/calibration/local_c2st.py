@@ -35,7 +35,7 @@ from .sbc import set_numbers
 from .uniformity import Array, pit
 
 if TYPE_CHECKING:
-    from ..plots.figure import Figure
+    from ..plots.style import Figure
 
 __all__ = ["LocalC2ST", "local_c2st"]
 
@@ -74,11 +74,9 @@ class LocalC2ST(Check):
         """Plot the statistic in the histogram of its null distribution."""
         from matplotlib.patches import Patch
 
-        from ..plots.figure import Figure
-        from ..plots.style import DATA, TRUTH, dress, legend_above
+        from ..plots.style import DATA, TRUTH, Figure, dress, legend_above
 
-        figure = Figure(figsize=(5.0, 3.0))
-        figure.set_layout_engine("constrained")
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.hist(self.null, bins=30, color=DATA)
         line = axes.axvline(self.statistic, color=TRUTH, lw=2, label="found")

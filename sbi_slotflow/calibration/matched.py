@@ -23,36 +23,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..metrics.labels import near
 from ..nn.matching import hungarian
+from ..sets.circular import circular_mean, near
 from .draws import CalibrationDraws
 
-__all__ = ["MatchedComponents", "circular_mean", "periods_of"]
+__all__ = ["MatchedComponents", "above_rounding", "periods_of"]
 
 # Matrices of costs handled at once.
 _CHUNK = 20_000
 # Below this share of their size, deviations are rounding.
 _ROUNDING = 1e-6
-
-
-def circular_mean(values: Tensor, periods: Tensor) -> Tensor:
-    """Mean over the first axis, on the circle where a period is finite.
-
-    Args:
-        values: Values, shape ``(S, ..., C)``.
-        periods: Periods, shape ``(C,)``, infinite where a column is not circular.
-
-    Returns:
-        Means ``(..., C)``.
-    """
-    turn = periods / (2 * math.pi)
-    angle = torch.where(periods.isfinite(), values / turn, 0.0)
-    mean = torch.atan2(angle.sin().mean(0), angle.cos().mean(0)).remainder(2 * math.pi)
-    return torch.where(
-        periods.isfinite(),
-        mean * torch.where(turn.isfinite(), turn, 1.0),
-        values.mean(0),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +87,7 @@ class MatchedComponents:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of matched guides, each ``(n, Kmax, D)``."""
         guides = self.components[2]
-        return guides.mean(0), _positive(guides)
+        return guides.mean(0), above_rounding(guides.std(0), guides.abs().amax(0))
 
     @cached_property
     def _points(self) -> tuple[Tensor, Tensor]:
@@ -119,8 +99,7 @@ class MatchedComponents:
         square = torch.where(mask, offset.square(), 0.0)
         count = mask.sum(-2, keepdim=True).clamp(min=1) * len(guides)
         variance = square.sum(0).sum(-2, keepdim=True) / count
-        floor = (_ROUNDING * centre.abs().amax(-2, keepdim=True)).clamp(min=1e-12)
-        scale = torch.maximum(variance.sqrt(), floor)
+        scale = above_rounding(variance.sqrt(), centre.abs().amax(-2, keepdim=True))
         distance = (square / scale.square()).sum((-2, -1))
         closest = distance.argmin(0)
         return guides[closest, torch.arange(self.source.num)], scale
@@ -152,7 +131,7 @@ def periods_of(names: tuple[str, ...], periods: Mapping[str, float]) -> Tensor:
     )
 
 
-def _positive(values: Tensor) -> Tensor:
-    """Standard deviation over the first axis, never zero."""
-    floor = (_ROUNDING * values.abs().amax(0)).clamp(min=1e-12)
-    return torch.maximum(values.std(0), floor)
+def above_rounding(scale: Tensor, size: Tensor) -> Tensor:
+    """Scales of values of a size: never below their rounding; 1 where all are zero."""
+    scale = torch.maximum(scale, _ROUNDING * size)
+    return torch.where(scale > 0, scale, 1.0)

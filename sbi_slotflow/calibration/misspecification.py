@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
@@ -67,7 +68,7 @@ def summarise(x: Tensor) -> list[Tensor]:
     size = x.shape[-1]
     if size <= _SHORT:
         return [x]
-    tiny = 1e-30
+    tiny = 1e-300  # below any square of a float32
     power = x.square().mean(-1, keepdim=True) + tiny
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True) + tiny
@@ -119,9 +120,29 @@ class Misspecification(Check):
 
     def plot(self) -> "Figure":
         """Plot the distances of observations and of training data."""
-        from .misspecification_plot import plot_misspecification
+        from matplotlib.artist import Artist
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
 
-        return plot_misspecification(self)
+        from ..plots.style import DATA, POSTERIOR, TRUTH, Figure, dress, legend_above
+
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+        axes = figure.subplots()
+        values = np.concatenate([self.usual, self.scores])
+        edges = np.linspace(values.min(), values.max() + 1e-6, 41)
+        axes.hist(self.usual, edges.tolist(), density=True, color=DATA, alpha=0.6)
+        handles: list[Artist] = [Patch(color=DATA, alpha=0.6, label="training data")]
+        if len(self.scores) > _MANY:
+            style = {"histtype": "step", "lw": 1.6, "color": POSTERIOR}
+            axes.hist(self.scores, edges.tolist(), density=True, **style)
+            handles.append(Line2D([], [], color=POSTERIOR, lw=1.6, label="x"))
+        else:
+            for score in self.scores:
+                axes.axvline(score, color=TRUTH, lw=1.5)
+            handles.append(Line2D([], [], color=TRUTH, lw=1.5, label="x"))
+        legend_above(figure, handles)
+        dress(axes, "distance from neighbours (standard deviations)", "density")
+        return figure
 
 
 class _Group(NamedTuple):

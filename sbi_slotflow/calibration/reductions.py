@@ -80,7 +80,7 @@ class TotalPower(Reduction):
     def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
         """Reduce rows ``(N, E)`` to ``(N,)``."""
         values, mask = self._parameter(theta, self._index)
-        power = torch.where(mask, values.square(), 0.0).sum(-1)
+        power = torch.where(mask, values.double().square(), 0.0).sum(-1)
         return torch.where(mask.any(-1), power, self._jitter(len(theta)) - 1.0)
 
 
@@ -103,7 +103,8 @@ class Lowest(Reduction):
         """Reduce rows ``(N, E)`` to ``(N,)``."""
         values, mask = self._parameter(theta, self._index)
         least = torch.where(mask, values, torch.inf).amin(-1)
-        below = -1e30 * (1.0 + self._jitter(len(theta)))
+        lowest = torch.finfo(values.dtype).min
+        below = lowest * (0.5 + 0.5 * self._jitter(len(theta)))
         return torch.where(mask.any(-1), least, below)
 
 

@@ -32,7 +32,7 @@ from .check import Check
 from .draws import CalibrationDraws
 from .matched import MatchedComponents
 from .reductions import reduce_fns
-from .uniformity import Array, pit, rank_p_value
+from .uniformity import Array, pit, plot_ecdf_differences, rank_p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,8 +79,6 @@ class _SBC(Check):
 
     def plot(self) -> "Figure":
         """Plot the ECDF of each quantity's ranks, less the diagonal."""
-        from .ecdf_plot import plot_ecdf_differences
-
         return plot_ecdf_differences(
             self.ranks, self.level, "rank of the truth", self.failures
         )

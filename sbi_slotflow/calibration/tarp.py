@@ -6,7 +6,7 @@ The share of posterior draws that are closer to a reference point r than the tru
     f = \Pr_{\theta' \sim q(\cdot | x)}\big(d(\theta', r) < d(\theta, r)\big),
 
 is uniform if q is right, for any r that does not know the truth. With the distance
-between sets of :func:`~sbi_slotflow.calibration.set_distance` it tests K, components
+between sets of :func:`set_distance` it tests K, components
 and shared parameters together. ``sbi.diagnostics.run_tarp`` takes that distance too and
 gives the same curve for the same draws and references; here ties are randomised and the
 verdict is that of :mod:`~sbi_slotflow.calibration.uniformity`.
@@ -17,26 +17,130 @@ reference, the more the ranks depend on the posterior's width.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..seeding import generator_for
+from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .check import Check
 from .draws import CalibrationDraws
-from .set_distance import SetDistance, set_distance
-from .uniformity import Array, pit, rank_p_value
+from .matched import above_rounding
+from .uniformity import Array, pit, plot_ecdf_differences, rank_p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TARP", "tarp"]
+__all__ = ["TARP", "SetDistance", "set_distance", "tarp"]
 
 # Pairs of sets handled at once.
 _CHUNK = 20_000
 _NUM_SCALE_DRAWS = 2_000
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    r"""Distance between sets of different size (OSPA, Schuhmacher et al. 2008).
+
+    .. math::
+        d(X, Y)^2 = \frac{1}{n} \left[ \min_\pi \sum_{i \le m} \min(c,
+            \|x_i - y_{\pi(i)}\|)^2 + c^2 (n - m) \right] + \|s_X - s_Y\|^2,
+        \quad m \le n \text{ the two cardinalities}
+
+    Parameters are divided by ``scale`` first. It is a metric on sets; labels and the
+    padding of the rows do not matter.
+
+    Attributes:
+        layout: Layout of theta.
+        scale: Scale of each component parameter, shape ``(D,)``.
+        shared_scale: Scale of each shared parameter, shape ``(S,)``.
+        cutoff: Penalty c of a missing component, in units of the scales.
+        jitter: Uniform noise up to this is added, to break ties. Sets of one size all
+            have the same distance to an empty set, and TARP counts ties as misses.
+        generator: Source of the jitter.
+    """
+
+    layout: ThetaLayout
+    scale: Tensor
+    shared_scale: Tensor
+    cutoff: float = 2.0
+    jitter: float = 0.0
+    generator: torch.Generator = field(default_factory=lambda: generator_for(0))
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return distances of rows.
+
+        Args:
+            a: Rows ``(..., E)``.
+            b: Rows ``(..., E)`` of a batch shape that broadcasts with ``a``'s.
+
+        Returns:
+            Distances of the broadcast batch shape.
+
+        Raises:
+            ValueError: If ``b`` holds a fractional K: sbi's ``run_tarp`` rescales
+                theta unless ``z_score_theta=False``. The references ``a`` may hold
+                one (sbi draws them uniformly); it is rounded.
+        """
+        if (b[..., 0] != b[..., 0].round()).any():
+            raise ValueError(
+                "theta holds a fractional cardinality; call run_tarp with "
+                "z_score_theta=False, the distance has scales of its own."
+            )
+        shape = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+        size = self.layout.size
+        first = self.layout.unpack(a.expand(*shape, size).reshape(-1, size))
+        second = self.layout.unpack(b.expand(*shape, size).reshape(-1, size))
+        gaps = (first.components.unsqueeze(-2) - second.components.unsqueeze(-3)).div(
+            self.scale.to(a)
+        )
+        cost = gaps.square().sum(-1).clamp(max=self.cutoff**2)
+        # One missing component costs c^2, two missing ones nothing.
+        one, both = first.mask.unsqueeze(-1), second.mask.unsqueeze(-2)
+        cost = torch.where(one & both, cost, self.cutoff**2)
+        cost = torch.where(one | both, cost, 0.0)
+        best = _assignment_costs(cost)
+        larger = torch.maximum(first.cardinality, second.cardinality).clamp(min=1)
+        shared = (first.shared - second.shared) / self.shared_scale.to(a)
+        squared = best.to(a) / larger + shared.square().sum(-1)
+        noise = torch.rand(shape, generator=self.generator).to(a)
+        return squared.sqrt().reshape(shape) + self.jitter * noise
+
+
+def set_distance(
+    layout: ThetaLayout, theta: Tensor, cutoff: float = 2.0, seed: int = 0
+) -> SetDistance:
+    """Make a set distance for ``run_tarp(..., distance=..., z_score_theta=False)``.
+
+    Args:
+        layout: Layout of theta.
+        theta: Rows (of the prior, say) whose active entries' standard deviations become
+            the scales.
+        cutoff: Penalty of a missing component, in standard deviations.
+        seed: Seed of the tie-breaking jitter, which is at most 1e-5.
+
+    Raises:
+        ValueError: If theta is malformed or holds fewer than two components.
+    """
+    layout.validate(theta)
+    parts = layout.unpack(theta)
+    active = parts.components[parts.mask]
+    if len(active) < 2:
+        raise ValueError("theta must hold at least two components to give a scale.")
+    shared = parts.shared.flatten(0, -2)
+    return SetDistance(
+        layout,
+        above_rounding(active.std(0), active.abs().amax(0)),
+        above_rounding(shared.std(0), shared.abs().amax(0)),
+        cutoff,
+        jitter=1e-5,
+        generator=generator_for(seed),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +173,6 @@ class TARP(Check):
 
     def plot(self) -> "Figure":
         """Plot expected coverage less credibility for each kind of references."""
-        from .ecdf_plot import plot_ecdf_differences
-
         return plot_ecdf_differences(
             self.credibilities, self.level, "credibility", self.failures
         )
@@ -114,3 +216,13 @@ def tarp(
 def _distances(distance: SetDistance, reference: Tensor, rows: Tensor) -> Tensor:
     step = max(1, _CHUNK // rows.shape[1])
     return torch.cat([distance(reference, part) for part in rows.split(step)])
+
+
+def _assignment_costs(cost: Tensor) -> Tensor:
+    """Least total cost of each square cost matrix ``(N, K, K)``."""
+    values = cost.double().cpu().numpy()
+    best = np.empty(len(values))
+    for i, matrix in enumerate(values):
+        rows, columns = linear_sum_assignment(matrix)
+        best[i] = matrix[rows, columns].sum()
+    return torch.from_numpy(best)

@@ -31,7 +31,9 @@ with its null distribution from 20,000 simulations, and returns twice the smalle
 two p-values.
 """
 
+from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,10 +42,21 @@ from scipy.optimize import root_scalar
 from scipy.special import betainc, betaincinv, gammaln
 from torch import Tensor
 
-__all__ = ["critical_level", "ecdf_band", "pit", "rank_p_value", "uniformity_p_value"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "critical_level",
+    "ecdf_band",
+    "pit",
+    "plot_ecdf_differences",
+    "rank_p_value",
+    "uniformity_p_value",
+]
 
 Array = NDArray[np.float64]
 
+_COLUMNS = 3  # panels in a row of a figure
 _NUM_SIMULATIONS = 20_000
 # Simulated numbers held at once.
 _CHUNK = 1_000_000
@@ -173,6 +186,67 @@ def ecdf_band(num: int, rate: float) -> tuple[Array, Array, Array]:
     lower = np.searchsorted(last, points, side="right") / num
     upper = np.minimum(1.0, np.searchsorted(first, points, side="right") / num)
     return points, lower, upper
+
+
+def plot_ecdf_differences(
+    values: Mapping[str, Array],
+    level: float,
+    x_label: str,
+    failures: Collection[str],
+) -> "Figure":
+    """Draw a panel for each set of numbers that should be uniform.
+
+    The line of what failed is vermilion.
+
+    Args:
+        values: Numbers in [0, 1] by name, each ``(n,)``.
+        level: Level of a panel's p-value; half of it is the band's, see
+            :func:`rank_p_value`.
+        x_label: What the numbers are.
+        failures: Names of those that failed.
+    """
+    from ..plots.style import POSTERIOR, SHADES, TRUTH, Figure, dress
+
+    rows, columns = -(-len(values) // _COLUMNS), min(len(values), _COLUMNS)
+    figure = Figure(
+        figsize=(2.6 * columns + 0.4, 2.0 * rows + 0.3), layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(values) :]:
+        axes.set_visible(False)
+    for i, (axes, (name, u)) in enumerate(
+        zip(panels.flat, values.items(), strict=False)
+    ):
+        num = len(u)
+        points, lower, upper = ecdf_band(num, 0.5 * level)
+        axes.fill_between(
+            points, lower - points, upper - points, step="post", color=SHADES[0.9], lw=0
+        )
+        grid = np.concatenate([[0.0], np.sort(u), [1.0]])
+        ecdf = np.concatenate([np.arange(num + 1), [num]]) / num
+        axes.step(
+            grid,
+            ecdf - grid,
+            where="post",
+            lw=1.2,
+            color=TRUTH if name in failures else POSTERIOR,
+        )
+        axes.axhline(0.0, color="black", lw=0.6)
+        last_row = i + columns >= len(values)
+        dress(
+            axes,
+            x_label if last_row else "",
+            "ECDF difference" if i % columns == 0 else "",
+            f"{name} (n = {num})",
+        )
+        bound = 1.15 * max(
+            num**-0.5,
+            np.abs(ecdf - grid).max(),
+            np.maximum(upper - points, points - lower).max(),
+        )
+        axes.set_ylim(-bound, bound)
+        axes.set_xlim(0, 1)
+    return figure
 
 
 def _edges(half: float, num: int) -> tuple[Array, Array]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..metrics.labels import near
-from ..sets.circular import circular_mean
+from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .sources import TAIL, Sources
 
@@ -114,8 +113,8 @@ class _Fit:
         span = active.amax(0) - active.amin(0)
         period = span.new_tensor(self.periods)
         span = torch.where(period.isfinite(), period, span)
-        magnitude = active.abs().amax(0).clamp(min=1e-30)
-        self.span = torch.maximum(span, 1e-6 * magnitude)
+        span = torch.maximum(span, 1e-6 * active.abs().amax(0))
+        self.span = torch.where(span > 0, span, 1.0)
 
     def reference(self) -> Sources:
         """The draw closest to the mean, among those of the most probable K."""

@@ -8,8 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .arguments import parse
-from .errors import InputError
+from .arguments import InputError, parse
 
 __all__ = ["main", "script"]
 
@@ -29,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Late: --help need not wait for torch and sbi.
         if args.command == "info":
-            from .info import info
+            from .report import print_model
 
-            info(args.model)
+            print_model(args.model)
         else:
             from .infer import infer
 

@@ -11,7 +11,7 @@ from ..calibration.misspecification import TrainingReference
 from ..posterior import refine
 from ..posterior.refined import UnreliableWeights
 from ..seeding import generator_for
-from .errors import InputError
+from .arguments import InputError
 from .models import Model
 
 if TYPE_CHECKING:
@@ -82,7 +82,13 @@ def check_refinable(model: Model) -> None:
         raise InputError(f"--refine needs a likelihood: {error}") from error
 
 
-def answer(model: Model, x: Tensor, settings: Settings, batch: int = 0) -> Answers:
+def answer(
+    model: Model,
+    x: Tensor,
+    settings: Settings,
+    batch: int = 0,
+    true_theta: Tensor | None = None,
+) -> Answers:
     """Analyse a batch of signals.
 
     Args:
@@ -90,13 +96,14 @@ def answer(model: Model, x: Tensor, settings: Settings, batch: int = 0) -> Answe
         x: Signals, shape ``(B, T)``.
         settings: How to analyse them.
         batch: Number of the batch, so that each has draws of its own.
+        true_theta: The true row of a single signal, for its catalogue.
     """
     posterior = model.posterior
     statistics: dict[str, Tensor] = {}
     if isinstance(posterior.training_reference, TrainingReference):
         statistics["training_p_value"] = posterior.training_reference.p_values(x)
     if settings.refine:
-        return _refined(model, x, settings, batch, statistics)
+        return _refined(model, x, settings, batch, statistics, true_theta)
     generator = generator_for(settings.seed, _DRAWS, batch)
     draws = posterior.sample_batched((settings.num_samples,), x, generator=generator)
     log_prob = None
@@ -109,13 +116,18 @@ def answer(model: Model, x: Tensor, settings: Settings, batch: int = 0) -> Answe
         torch.atleast_2d(posterior.cardinality(x).probs),
         draws,
         log_prob,
-        [posterior.catalogue(samples=rows) for rows in draws],
+        [posterior.catalogue(samples=rows, true_theta=true_theta) for rows in draws],
         statistics,
     )
 
 
 def _refined(
-    model: Model, x: Tensor, settings: Settings, batch: int, statistics: dict
+    model: Model,
+    x: Tensor,
+    settings: Settings,
+    batch: int,
+    statistics: dict[str, Tensor],
+    true_theta: Tensor | None,
 ) -> Answers:
     assert model.problem is not None
     generator = generator_for(settings.seed, _REFINE, batch)
@@ -139,7 +151,7 @@ def _refined(
         probs.append(found.cardinality().probs)
         draws.append(rows)
         log_prob.append(values - found.log_evidence)
-        catalogues.append(found.catalogue())
+        catalogues.append(found.catalogue(true_theta=true_theta))
         numbers.append(found.statistics)
     statistics = statistics | {
         name: torch.tensor([row[name] for row in numbers], dtype=torch.float64)

@@ -1,10 +1,15 @@
 """Arguments of the command line."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["parse"]
+__all__ = ["InputError", "at_least", "parse"]
+
+
+class InputError(Exception):
+    """Bad usage or bad input; the message says what was expected and what came."""
+
 
 _EXIT = """\
 exit status:
@@ -93,17 +98,19 @@ def _add_infer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     infer.add_argument(
         "--row",
-        type=_natural,
+        type=at_least(0),
         metavar="I",
         help="analyse signal I of an array (N, T) alone, counted from 0",
     )
     infer.add_argument(
         "--num-samples",
-        type=_positive,
+        type=at_least(1),
         metavar="S",
         help="draws from each posterior (4,000 of one signal, 1,000 each of many)",
     )
-    infer.add_argument("--seed", type=_natural, default=0, help="seed of the draws (0)")
+    infer.add_argument(
+        "--seed", type=at_least(0), default=0, help="seed of the draws (0)"
+    )
     infer.add_argument(
         "--refine",
         action="store_true",
@@ -127,21 +134,18 @@ def _add_infer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
 
 
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of ``argparse``: integers from ``least`` on."""
 
+    def parsed(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {least}, got {text!r}"
+            )
+        return number
 
-def _natural(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(
-            f"expected an integer of at least {least}, got {text!r}"
-        )
-    return number
+    return parsed

@@ -2,27 +2,41 @@
 # ruff: noqa: T201
 
 import argparse
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from ..sets.layout import ThetaLayout
-from .answers import Settings, answer, check_refinable
-from .errors import InputError
-from .figures import figure_paths, write_figures
+from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
+from ..problems import Problem
+from .answers import Answers, Settings, answer, check_refinable
+from .arguments import InputError
 from .models import Model, load_model
-from .report import print_cardinality
-from .results_file import MARK, aside, check_apart, check_out, write_tree
+from .report import (
+    print_cardinality,
+    print_parameters,
+    print_reconstruction,
+    print_written,
+    warn,
+)
+from .results_file import (
+    MARK,
+    aside,
+    check_apart,
+    check_out,
+    write_figure,
+    write_tree,
+)
 from .signal_files import SignalFile, SignalFileError, open_signals, split_name
 from .stream import infer_many, parts_folder, read_checked
 from .trees import signal_tree
 
 if TYPE_CHECKING:
-    from xarray import Dataset
+    from matplotlib.figure import Figure
 
-__all__ = ["infer"]
+__all__ = ["analyse", "figure_paths", "infer", "open_checked"]
 
 _SAMPLES_OF_ONE, _SAMPLES_OF_MANY = 4_000, 1_000
 
@@ -37,7 +51,7 @@ def infer(args: argparse.Namespace) -> None:
         InputError: If the usage or the input is at fault.
     """
     _check_outputs(args)
-    signals = _open(args.signals, args.row)
+    signals = open_checked(args.signals, args.row)
     many = len(signals.shape) == 2 and args.row is None
     if many and args.plot:
         raise InputError(
@@ -64,7 +78,16 @@ def infer(args: argparse.Namespace) -> None:
         _many(model, signals, settings, attrs, args)
     else:
         attrs |= {"seed": str(args.seed), "refined": int(args.refine)}
-        _one(model, signals, settings, attrs, args)
+        analyse(
+            model,
+            torch.from_numpy(signals.read(0, 1)),
+            settings,
+            attrs,
+            args.out,
+            figures=figure_paths(args.out) if args.plot else None,
+            catalogue=args.catalogue,
+            quiet=args.quiet,
+        )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -82,7 +105,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_out(path, "--plot", (".png",))
 
 
-def _open(path: str, row: int | None) -> SignalFile:
+def open_checked(path: str, row: int | None = None) -> SignalFile:
+    """Open a file of signals (T,) or (N, T), of which a row may be chosen.
+
+    Raises:
+        InputError: If there is no such file, array or row.
+    """
     expected = "expected an array (T,) or (N, T) of floating-point numbers"
     try:
         signals = open_signals(path)
@@ -101,40 +129,96 @@ def _open(path: str, row: int | None) -> SignalFile:
     return signals
 
 
-def _one(
+def analyse(
     model: Model,
-    signals: SignalFile,
+    x: Tensor,
     settings: Settings,
     attrs: dict[str, Any],
-    args: argparse.Namespace,
+    out: Path,
+    *,
+    figures: Mapping[str, Path] | None = None,
+    catalogue: Path | None = None,
+    true_theta: Tensor | None = None,
+    quiet: bool = False,
 ) -> None:
-    x = torch.from_numpy(signals.read(0, 1))
-    answers = answer(model, x, settings)
+    """Analyse one signal: print what is found, write the result.
+
+    Args:
+        model: The model.
+        x: The signal, shape ``(1, T)``.
+        settings: How to analyse it.
+        attrs: Attributes of the result.
+        out: The result, ``.nc`` or ``.zarr``.
+        figures: Where to write figures, by name (see :func:`figure_paths`).
+        catalogue: Where to write the sources as a table.
+        true_theta: The true row if known, shape ``(E,)``.
+        quiet: Whether to print warnings only.
+    """
+    answers = answer(model, x, settings, true_theta=true_theta)
+    rows, layout = answers.draws[0], model.posterior.prior.layout
     numbers = {name: float(v[0]) for name, v in answers.statistics.items()}
-    if not args.quiet:
-        print_cardinality(answers.probs[0])
-        _print_catalogue(answers.catalogues[0], model.posterior.prior.layout)
+    if not quiet:
+        units = {} if model.problem is None else model.problem.units
+        known = None if true_theta is None else int(layout.cardinality(true_theta))
+        print_cardinality(answers.probs[0], known)
+        print_parameters(rows, answers.catalogues[0], layout, units, true_theta)
+        if model.problem is not None:
+            print_reconstruction(model.problem, rows, x, true_theta)
     if numbers.get("training_p_value", 1.0) < 1e-3:
-        _warn(
+        warn(
             "the signal is unlike the training data (p = "
             f"{numbers['training_p_value']:.1g}); do not trust this posterior"
         )
     if settings.refine and not numbers["pareto_k"] <= 0.7:
-        _warn(
+        warn(
             f"k-hat is {numbers['pareto_k']:.2f}, above 0.7: the refined posterior "
             "cannot be relied on"
         )
-    tree = signal_tree(model, x, answers, settings, attrs)
-    written = []
-    if args.plot:
-        written += write_figures(model, x, answers, args.out)
-    if args.catalogue is not None:
-        with aside(args.catalogue) as new:
+    tree = signal_tree(model, x, answers, settings, attrs, true_theta)
+    written = _write_figures(model, x, answers, figures or {}, true_theta)
+    if catalogue is not None:
+        with aside(catalogue) as new:
             answers.catalogues[0].to_dataframe().to_csv(new, index=False)
-        written.append(args.catalogue)
-    write_tree(tree, args.out)
-    if not args.quiet:
-        _print_written([args.out, *written])
+        written.append(catalogue)
+    write_tree(tree, out)
+    if not quiet:
+        print_written([out, *written])
+
+
+def figure_paths(out: Path) -> dict[str, Path]:
+    """Where the figures of a result lie, by name."""
+    names = ("cardinality", "reconstruction", "spectrum", "corner")
+    return {name: out.with_suffix(f".{name}.png") for name in names}
+
+
+def _write_figures(
+    model: Model,
+    x: Tensor,
+    answers: Answers,
+    paths: Mapping[str, Path],
+    true_theta: Tensor | None,
+) -> list[Path]:
+    """Write those figures of a signal that are wanted and make sense."""
+    problem, rows = model.problem, answers.draws[0]
+    layout = model.posterior.prior.layout
+    k = int(layout.cardinality(rows).mode().values)
+    true_k = None if true_theta is None else int(layout.cardinality(true_theta))
+    units = None if problem is None else problem.units
+    make: dict[str, Callable[[], Figure]] = {
+        "cardinality": lambda: plot_cardinality(answers.probs[0], true_k)
+    }
+    if problem is not None:
+        signal = (problem, rows, x, true_theta)
+        if hasattr(problem.simulator, "signal"):
+            make["reconstruction"] = lambda: plot_reconstruction(*signal)
+        if type(problem).plot_spectrum is not Problem.plot_spectrum:
+            make["spectrum"] = lambda: plot_spectrum(*signal)
+    if k or layout.num_shared:
+        make["corner"] = lambda: plot_corner(rows, layout, k, true_theta, units=units)
+    paths = {name: path for name, path in paths.items() if name in make}
+    for name, path in paths.items():
+        write_figure(make[name](), path)
+    return list(paths.values())
 
 
 def _many(
@@ -149,12 +233,12 @@ def _many(
     )
     num = signals.shape[0]
     if summary.foreign:
-        _warn(
+        warn(
             f"{summary.foreign} of {num:,} signals are unlike the training data "
             "(training_p_value < 0.001); do not trust their posteriors"
         )
     if summary.unreliable:
-        _warn(
+        warn(
             f"{summary.unreliable} of {num:,} refined posteriors have pareto_k above "
             "0.7 and cannot be relied on"
         )
@@ -162,33 +246,4 @@ def _many(
         counts = ", ".join(f"K = {k}: {n:,}" for k, n in summary.most_probable.items())
         print(f"{num:,} signals; the most probable {counts}")
         written = [] if args.catalogue is None else [args.catalogue]
-        _print_written([args.out, *written])
-
-
-def _print_catalogue(catalogue: "Dataset", layout: ThetaLayout) -> None:
-    """Print sources with medians and 90 % intervals."""
-    table = catalogue.to_dataframe()
-    if table.empty:
-        print("\nno sources")
-        return
-    print("\nsources: probability to exist, median and 90 % interval of each parameter")
-    header = "".join(f"{name:>34}" for name in layout.component_names)
-    print(f"  {'':<4}{'existence':>9}{header}")
-    for number, row in table.iterrows():
-        cells = "".join(
-            f"{row[name]:>12.6g} [{row[f'{name}_low']:>9.6g}, "
-            f"{row[f'{name}_high']:>8.6g}]"
-            for name in layout.component_names
-        )
-        print(f"  {number!s:<4}{row['existence']:>9.3f}{cells}")
-    unlisted = catalogue.attrs["expected_unlisted"]
-    if unlisted > 0.05:
-        print(f"  and {unlisted:.2f} components expected that are in no listed source")
-
-
-def _print_written(paths: list[Path]) -> None:
-    print("\nwrote " + ", ".join(map(str, paths)))
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+        print_written([args.out, *written])

@@ -9,14 +9,13 @@ from typing import Any
 
 from ..nn.estimator import SlotDensityEstimator
 from ..posterior.network import SlotPosterior
-from ..pretrained.cards import available_weights
-from ..pretrained.load import load_pretrained
+from ..pretrained.load import available_weights, load_pretrained
 from ..pretrained.recipes import RECIPES
 from ..problems import Problem
 from ..sets.prior import VariableKPrior
-from .errors import InputError
+from .arguments import InputError
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "load_model", "sha256"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def load_model(name: str, problem: str | None) -> Model:
             )
         weights = files("sbi_slotflow") / "weights" / f"{name}.safetensors"
         with as_file(weights) as path:
-            digest = _sha256(path)
+            digest = sha256(path)
         return Model(name, digest, load_pretrained(name), RECIPES[name].problem)
     path = Path(name)
     if not path.is_file():
@@ -79,8 +78,8 @@ def load_model(name: str, problem: str | None) -> Model:
         estimator = SlotDensityEstimator.load(path, fit=fit)
         if isinstance(found, Problem):
             posterior = SlotPosterior(estimator, found.prior, found.simulator)
-            return Model(name, _sha256(path), posterior, found)
-        return Model(name, _sha256(path), SlotPosterior(estimator, found), None)
+            return Model(name, sha256(path), posterior, found)
+        return Model(name, sha256(path), SlotPosterior(estimator, found), None)
     except ValueError as error:
         raise InputError(f"cannot use --model {name}: {_line(error)}") from error
 
@@ -114,5 +113,6 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

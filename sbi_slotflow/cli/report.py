@@ -1,39 +1,43 @@
-"""What the demo prints of a signal."""
+"""What the command line and the demo print."""
 # ruff: noqa: T201
 
 import math
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..problems import Sinusoids
-from ..sets.circular import unwrap
+from ..pretrained.load import available_weights, model_card
+from ..problems import Problem
+from ..sets.circular import near, unwrap
+from ..sets.layout import ThetaLayout
+from .arguments import InputError
+
+if TYPE_CHECKING:
+    from xarray import Dataset
 
 __all__ = [
-    "PERIODS",
-    "UNITS",
     "print_accuracy",
     "print_cardinality",
+    "print_model",
+    "print_parameters",
     "print_reconstruction",
-    "print_table",
-    "warn_if_foreign",
+    "print_written",
+    "warn",
 ]
 
-UNITS = {"phase": "rad", "frequency": "Hz"}
-PERIODS = {"phase": 2 * math.pi}
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
-def warn_if_foreign(x: Tensor, signals: Tensor) -> None:
-    """Warn where a signal is far louder or quieter than what was trained on."""
-    rms, usual = _rms(x), signals.square().mean(-1).sqrt()
-    if not usual.min() <= rms <= usual.max():
-        print(
-            f"warning: your signal's RMS is {rms:.3g}, that of {len(signals):,} "
-            f"simulated ones {usual.min():.2g} to {usual.max():.2g}. The network never "
-            "saw its like; do not trust what follows.",
-            file=sys.stderr,
-        )
+def print_written(paths: list[Path]) -> None:
+    """Print where the results are."""
+    print("\nwrote " + ", ".join(map(str, paths)))
 
 
 def print_cardinality(probs: Tensor, true: int | None = None) -> None:
@@ -44,95 +48,155 @@ def print_cardinality(probs: Tensor, true: int | None = None) -> None:
         print(f"  K = {k}  {p:.3f}  {bar}{mark}".rstrip())
 
 
-def print_table(
-    draws: Tensor, theta: Tensor | None, problem: Sinusoids, k: int
+def print_parameters(
+    rows: Tensor,
+    catalogue: "Dataset",
+    layout: ThetaLayout,
+    units: Mapping[str, str],
+    true_theta: Tensor | None = None,
 ) -> None:
-    """Print medians and 90 % intervals given K, beside the truth."""
-    layout = problem.layout
-    true = None if theta is None else layout.unpack(theta[0])
-    same = true is not None and int(true.cardinality) == k
-    parts = layout.unpack(draws)
-    columns = [
-        (name, parts.shared[:, i], None if true is None else true.shared[i])
-        for i, name in enumerate(layout.shared_names)
-    ]
-    columns += [
-        (
-            f"{name} {slot + 1}",
-            parts.components[:, slot, i],
-            true.components[slot, i] if true is not None and same else None,
-        )
-        for slot in range(k)
-        for i, name in enumerate(layout.component_names)
-    ]
-    print(f"\nPosterior given K = {k}")
-    print(f"  {'parameter':<18}{'median':>9}{'90 % interval':>20}{'truth':>10}")
-    for label, values, truth in columns:
-        name = label.split()[0]
-        low, median, high, truth = _summary(values, truth, PERIODS.get(name))
-        unit = f" ({UNITS[name]})" if name in UNITS else ""
-        # As many digits as the interval's width is worth, three at least.
-        digits = min(6, max(3, 2 - math.floor(math.log10(max(high - low, 1e-9)))))
-        shown = "" if truth is None else f"{truth:10.{digits}f}"
-        interval = f"[{low:7.{digits}f}, {high:7.{digits}f}]"
-        print(f"  {label + unit:<18}{median:9.{digits}f}  {interval}{shown}")
-    if k:
-        print("  phases are shifted by whole turns to lie around their circular mean")
-    if true is not None and not same:
-        print("  true components, not matched with these because K differs:")
-        for row in true.components[true.mask].tolist():
-            named = zip(layout.component_names, row, strict=True)
-            print("    " + ", ".join(f"{name} {value:.3f}" for name, value in named))
+    """Print medians and 90 % intervals of shared parameters and sources.
+
+    Args:
+        rows: Theta rows, shape ``(S, E)``.
+        catalogue: Their sources, with the truth if there is one.
+        layout: Layout of theta.
+        units: Units of parameters by name.
+        true_theta: The true row if known, shape ``(E,)``.
+    """
+    print("\nmedian, 90 % interval" + ("" if true_theta is None else " and truth"))
+
+    def line(name: str, values: list[float], truth: float | None) -> None:
+        unit = f" ({units[name]})" if name in units else ""
+        median, low, high = _shown_alike(values)
+        true = "" if truth is None else _shown_alike([truth, *values])[0]
+        interval = f"{median:>12}  [{low:>11}, {high:>11}]"
+        print(f"  {name + unit:<20}{interval}{true:>13}".rstrip())
+
+    shared = layout.unpack(rows).shared.double()
+    for i, name in enumerate(layout.shared_names):
+        values, period = shared[:, i], layout.periods.get(name, math.inf)
+        if math.isfinite(period):
+            values = unwrap(values, period)
+        levels = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
+        found = values.quantile(levels)
+        truth = None
+        if true_theta is not None:
+            value = layout.unpack(true_theta.reshape(1, -1)).shared[:, i].double()
+            truth = near(value, found[:1], [period]).item()
+        line(name, found.tolist(), truth)
+    for number, row in enumerate(catalogue.to_dataframe().to_dict("records")):
+        print(f"source {number}, there with probability {row['existence']:.3f}")
+        for name in layout.component_names:
+            values = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+            truth = None if true_theta is None else row[f"true_{name}"]
+            line(name, values, None if truth is None or math.isnan(truth) else truth)
+    if not len(catalogue["source"]):
+        print("no sources")
+    unlisted = catalogue.attrs["expected_unlisted"]
+    if unlisted > 0.05:
+        print(f"and {unlisted:.2f} components expected that are in no listed source")
 
 
-def _summary(
-    values: Tensor, truth: Tensor | None, period: float | None
-) -> tuple[float, float, float, float | None]:
-    """5 %, 50 % and 95 % quantile, and the truth on the same turn of the circle."""
-    if period is not None:
-        values = unwrap(values, period)
-    quantiles = values.double().quantile(
-        torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    )
-    low, median, high = quantiles.tolist()
-    true = None if truth is None else float(truth)
-    if true is not None and period is not None:
-        true += round((median - true) / period) * period
-    return low, median, high, true
+def _shown_alike(values: list[float]) -> list[str]:
+    """Numbers with as many digits as the last two, an interval, are worth."""
+    width, size = abs(values[-1] - values[-2]), max(map(abs, values))
+    digits = 3
+    if width > 0:
+        digits += math.floor(math.log10(size)) - math.floor(math.log10(width))
+    return [f"{v:#.{min(digits, 9)}g}".rstrip(".") for v in values]
 
 
 def print_reconstruction(
-    mean: Tensor, x: Tensor, theta: Tensor | None, draws: Tensor, problem: Sinusoids
+    problem: Problem, rows: Tensor, x: Tensor, true_theta: Tensor | None = None
 ) -> None:
-    """Print how far the posterior mean of the signal is from the truth, or from x."""
-    if theta is None:
-        sigma = _sigma(problem, draws).median()
-        print(
-            f"\nRMS residual of the reconstruction: {_rms(x - mean):.3f} "
-            f"(the posterior median of sigma is {sigma:.3f})"
-        )
+    """Print how far the posterior mean of the signal is from the truth, or from x.
+
+    Args:
+        problem: The problem.
+        rows: Theta rows, shape ``(S, E)``.
+        x: The observation, shape ``(1, T)``.
+        true_theta: The true row if known, shape ``(E,)``.
+    """
+    signal: Any = getattr(problem.simulator, "signal", None)
+    if signal is None:
         return
-    signal = problem.simulator.signal(theta)
-    sigma = _sigma(problem, theta).item()
-    error, size = _rms(mean - signal), _rms(signal)
+    mean = signal(rows).mean(0)
+    if true_theta is None:
+        print(f"\nRMS residual of the reconstruction: {_rms(x - mean):.3g}")
+        return
+    true = signal(true_theta.reshape(1, -1))
+    error, size, noise = _rms(mean - true), _rms(true), _rms(x - true)
     relative = "the true signal is zero"
     if size > 0:
         relative = f"{100 * error / size:.1f} % of the true signal's RMS"
-    print(f"\nRMS error of the reconstruction: {error / sigma:.3f} sigma ({relative})")
+    shown = f"{error / noise:.3f} sigma" if noise > 0 else f"{error:.3g}"
+    print(f"\nRMS error of the reconstruction: {shown} ({relative})")
 
 
-def print_accuracy(probs: Tensor, theta: Tensor, problem: Sinusoids) -> None:
+def print_accuracy(probs: Tensor, true: Tensor) -> None:
     """Print how often the most probable K is the true one."""
-    correct = probs.argmax(-1) == problem.layout.cardinality(theta)
+    correct = probs.argmax(-1) == true
     print(
-        f"\nK accuracy on {len(theta):,} fresh signals: {correct.float().mean():.3f} "
+        f"\nK accuracy on {len(true):,} fresh signals: {correct.float().mean():.3f} "
         "(the most probable K against the true one)"
     )
 
 
-def _sigma(problem: Sinusoids, theta: Tensor) -> Tensor:
-    index = problem.shared_names.index("sigma")
-    return problem.layout.unpack(theta).shared[:, index]
+def print_model(name: str | None) -> None:
+    """Print the names of the models that come with the package, or the card of one.
+
+    Args:
+        name: A model's name; None lists them.
+
+    Raises:
+        InputError: If there is no such model.
+    """
+    names = available_weights()
+    if name is None:
+        for known in names:
+            card = model_card(known)
+            measured = card["measured"]["K accuracy"]
+            print(
+                f"{known:20} for {card['problem']}; K right in "
+                f"{100 * measured['accuracy']:.1f} % of {measured['n']:,} signals"
+            )
+        return
+    if name not in names:
+        raise InputError(f"expected a model of {', '.join(names)}; got {name!r}")
+    _print_entries(model_card(name))
+
+
+def _print_entries(entries: dict[str, Any], indent: int = 0) -> None:
+    """Print a card as an indented list, each measured number on one line."""
+    for key, value in entries.items():
+        start = f"{' ' * indent}{key}:"
+        if isinstance(value, dict) and {"mean", "error"} <= set(value):
+            rest = ", ".join(
+                f"{name} {_shown(value[name])}"
+                for name in ("median", "min", "max", "n")
+                if name in value
+            )
+            mean, error = _shown(value["mean"]), _shown(value["error"])
+            print(f"{start} {mean} +- {error} ({rest})")
+        elif isinstance(value, dict):
+            print(start)
+            _print_entries(value, indent + 2)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            print(start)
+            for entry in value:
+                pairs = ", ".join(f"{k} {_shown(v)}" for k, v in entry.items())
+                print(f"{' ' * indent}  - {pairs}")
+        elif isinstance(value, list):
+            print(f"{start} {' to '.join(map(_shown, value))}")
+        else:
+            print(f"{start} {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _rms(values: Tensor) -> float:

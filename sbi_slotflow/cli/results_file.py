@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage import check_replaceable
-from .errors import InputError
+from .arguments import InputError
 from .trees import GROUPS
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .answers import Settings, answer
-from .errors import InputError
+from .arguments import InputError
 from .models import Model
 from .results_file import ASIDE, join_csv, join_parts, read_part, write_tree
 from .signal_files import SignalFile

@@ -30,7 +30,12 @@ _NUM_PREDICTIVE, _NUM_PRIOR = 100, 1_000
 
 
 def signal_tree(
-    model: Model, x: Tensor, answers: Answers, settings: Settings, attrs: dict[str, Any]
+    model: Model,
+    x: Tensor,
+    answers: Answers,
+    settings: Settings,
+    attrs: dict[str, Any],
+    true_theta: Tensor | None = None,
 ) -> "DataTree":
     """ArviZ tree of one signal, with the groups ``cardinality`` and ``catalogue``.
 
@@ -40,6 +45,7 @@ def signal_tree(
         answers: Its posterior.
         settings: How it was analysed.
         attrs: Attributes of the tree.
+        true_theta: The true row if known, shape ``(E,)``.
     """
     from xarray import DataTree
 
@@ -49,6 +55,7 @@ def signal_tree(
         answers.draws,
         model.posterior.prior.layout,
         x=x[0],
+        true_theta=true_theta,
         log_prob=log_prob,
         statistics={name: float(v[0]) for name, v in answers.statistics.items()},
         simulator=None if model.problem is None else model.problem.simulator,

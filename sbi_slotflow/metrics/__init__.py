@@ -5,18 +5,18 @@ numbers between two independent runs of the reference. A value at its floor is a
 as the reference can tell.
 """
 
-from .cardinality import jensen_shannon, total_variation
-from .comparison import Samples, compare
+from .comparison import Comparison, ParameterDistance, Samples, compare
 from .distances import (
     FEWEST_DRAWS,
     c2st,
     correlation_error,
+    jensen_shannon,
     sliced_wasserstein2,
+    total_variation,
     wasserstein2,
     whiten,
 )
 from .labels import ReferencePoints
-from .result import Comparison, ParameterDistance
 
 __all__ = [
     "FEWEST_DRAWS",

@@ -1,8 +1,10 @@
-r"""Distances between the distributions of two sets of draws.
+r"""Distances between two p(K | x), and between the distributions of two sets of draws.
 
 The second argument is always the reference: its moments set the units. Draws of a real
 vector have shape ``(S, C)``; the two sets may differ in size.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import PredefinedSplit, cross_val_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ..seeding import draw_seed
 
@@ -17,7 +20,9 @@ __all__ = [
     "FEWEST_DRAWS",
     "c2st",
     "correlation_error",
+    "jensen_shannon",
     "sliced_wasserstein2",
+    "total_variation",
     "wasserstein2",
     "whiten",
 ]
@@ -28,6 +33,49 @@ FEWEST_DRAWS = 50
 _FOLDS = 5
 # Below this eigenvalue of the correlation matrix a direction does not vary.
 _SMALLEST_EIGENVALUE = 1e-10
+
+
+def total_variation(
+    probs: Tensor | Categorical, reference: Tensor | Categorical
+) -> Tensor:
+    r"""Total variation distance, :math:`\frac12 \sum_K |p(K) - q(K)|`, in [0, 1].
+
+    Args:
+        probs: Probabilities p, shape ``(..., Kmax + 1)``, or a categorical.
+        reference: Probabilities q, likewise.
+
+    Returns:
+        Float64 tensor of shape ``(...)``.
+
+    Raises:
+        ValueError: If the lengths differ, or an argument is no probability vector.
+    """
+    p, q = _probabilities(probs, reference)
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def jensen_shannon(
+    probs: Tensor | Categorical, reference: Tensor | Categorical
+) -> Tensor:
+    r"""Jensen-Shannon divergence in nats, in [0, log 2].
+
+    .. math::
+        \tfrac12 D(p \| m) + \tfrac12 D(q \| m), \qquad m = \tfrac12 (p + q)
+
+    Args:
+        probs: Probabilities p, shape ``(..., Kmax + 1)``, or a categorical.
+        reference: Probabilities q, likewise.
+
+    Returns:
+        Float64 tensor of shape ``(...)``.
+
+    Raises:
+        ValueError: If the lengths differ, or an argument is no probability vector.
+    """
+    p, q = _probabilities(probs, reference)
+    entropy = torch.special.entr
+    gain = entropy(0.5 * (p + q)) - 0.5 * (entropy(p) + entropy(q))
+    return gain.sum(-1).clamp(0.0, math.log(2))
 
 
 def wasserstein2(draws: Tensor, reference: Tensor) -> Tensor:
@@ -248,3 +296,27 @@ def _checked(draws: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             f"has, got {tuple(draws.shape)}."
         )
     return draws.detach().double().cpu(), reference.detach().double().cpu()
+
+
+def _probabilities(
+    probs: Tensor | Categorical, reference: Tensor | Categorical
+) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU, summing to one."""
+    found = []
+    for name, given in (("probs", probs), ("reference", reference)):
+        p = given if isinstance(given, Tensor) else given.probs
+        p = p.detach().double().cpu()
+        total = p.sum(-1, keepdim=True)
+        # Written so that NaN fails too.
+        if not ((p >= 0).all() and ((total - 1).abs() < 1e-4).all()):
+            raise ValueError(
+                f"{name} must be non-negative and sum to 1, got {p.tolist()}."
+            )
+        found.append(p / total)
+    p, q = found
+    if p.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"probs must have {q.shape[-1]} entries as reference has, got "
+            f"{p.shape[-1]}."
+        )
+    return p, q

@@ -12,7 +12,6 @@ that independent normals around them are most likely,
 then centres m and scales s are those of the labelled draws, until no label changes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,44 +19,11 @@ import torch
 from torch import Tensor
 
 from ..nn.matching import hungarian
-from ..sets.circular import unwrap
+from ..sets.circular import circular_mean, near
 
-__all__ = ["ReferencePoints", "centres", "near"]
+__all__ = ["ReferencePoints"]
 
 _MAX_ROUNDS = 20
-
-
-def centres(values: Tensor, periods: Sequence[float]) -> Tensor:
-    """Mean of every column, on the circle where it has a finite period.
-
-    Args:
-        values: Values, shape ``(S, C)``.
-        periods: C periods, infinite where a column is not circular.
-
-    Returns:
-        Means, shape ``(C,)``.
-    """
-    means = [
-        (unwrap(column, period) if math.isfinite(period) else column).mean()
-        for column, period in zip(values.unbind(-1), periods, strict=True)
-    ]
-    return torch.stack(means) if means else values.new_zeros(0)
-
-
-def near(values: Tensor, centre: Tensor, periods: Sequence[float]) -> Tensor:
-    """Shift circular values by whole periods to within half a period of a centre.
-
-    Args:
-        values: Values, shape ``(..., C)``.
-        centre: Centres, shape broadcastable to that of ``values``.
-        periods: C periods, infinite where a column is not circular.
-
-    Returns:
-        Values of the same shape.
-    """
-    period = values.new_tensor(periods)
-    turns = ((values - centre) / period).round()
-    return values - turns * torch.where(period.isfinite(), period, 0.0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +56,7 @@ class ReferencePoints:
             order_by: Index of the parameter that orders the points.
         """
         _, k, size = components.shape
-        mean = centres(components.flatten(1), [*periods] * k).reshape(k, size)
+        mean = circular_mean(components, periods)
         offsets = near(components, mean, periods) - mean
         scale = offsets.square().mean((0, 1)).sqrt().expand(k, size)
         closest = (offsets / scale).square().sum((1, 2)).argmin()

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .cells import CellAxis
 from .charts import Chart, WhiteningChart
@@ -187,12 +187,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 )
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            if value in (None, "default"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}.")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+            if value not in (None, "default"):
+                as_count(value, name, least)
         for name in ("tail_bound", "phase_weight", "frequency_weight"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

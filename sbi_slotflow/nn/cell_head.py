@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
-from ..sets.marginals import clamp_to_support
 from .cells import CellAxis
 from .charts import Chart
 from .encoders import Encoding
@@ -111,7 +110,7 @@ class CellHead(nn.Module, ABC):
     def in_support(self, coordinates: Tensor) -> Tensor:
         """Float32 components of coordinates with positions."""
         components = self.local_chart.components(coordinates).float()
-        return clamp_to_support(components, self.chart.marginals)
+        return self.chart.marginals.clamp(components)
 
     @abstractmethod
     def _log_prob(

@@ -3,24 +3,27 @@ r"""Charts: bijections between a component's parameters and what the flow sees.
 A chart maps a component theta in the prior's support to coordinates u in R^F and gives
 :math:`\log |\det \partial u / \partial \theta|`, so that a density of u is a density of
 theta. The true charts (F = D) map the whole support onto R^D: whatever the flow draws
-lies inside the support, and under the prior each coordinate is standard normal.
-Arithmetic is float64 inside.
+lies inside the support, and under the prior each coordinate is standard normal where
+its distribution function is known, and about so elsewhere
+(:mod:`~sbi_slotflow.sets.marginals`). Arithmetic is float64 inside.
+
+A circular parameter that has no cells to be unwrapped in is whitened like any other:
+the density is right, and its seam lies in both tails.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..sets.layout import ThetaLayout
-from ..sets.marginals import Marginal, clamp_to_support
+from ..sets.marginals import Marginal, Marginals
+from ..sets.transforms import Transform
 from .registry import build, register
 
-__all__ = ["Chart", "WhiteningChart", "chart_from_spec", "check_phase"]
+__all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_phase"]
 
 _TWO_PI = 2 * math.pi
 
@@ -47,7 +50,7 @@ class Chart(ABC):
     reference_time: float = 0.0
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        self.marginals = tuple(marginals)
+        self.marginals = Marginals(marginals)
 
     @property
     def num_features(self) -> int:
@@ -57,11 +60,7 @@ class Chart(ABC):
     @property
     def spec(self) -> dict[str, Any]:
         """Description from which :func:`chart_from_spec` rebuilds the chart."""
-        return {
-            "kind": self.kind,
-            "marginals": [asdict(m) for m in self.marginals],
-            **self._options(),
-        }
+        return {"kind": self.kind, **self.marginals.spec, **self._options()}
 
     @abstractmethod
     def forward(self, components: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +84,7 @@ class Chart(ABC):
 
     def contains(self, components: Tensor) -> Tensor:
         """Tell which components ``(..., D)`` lie within the bounds, shape ``(...)``."""
-        low = components.new_tensor([m.bounds[0] for m in self.marginals])
-        high = components.new_tensor([m.bounds[1] for m in self.marginals])
-        return ((components >= low) & (components <= high)).all(-1)
+        return self.marginals.contains(components)
 
     def extra_moves(self, layout: ThetaLayout) -> list[Any]:
         """Moves between sets that these components allow; none by default."""
@@ -97,44 +94,60 @@ class Chart(ABC):
         return {}
 
 
-@register("chart")
-class WhiteningChart(Chart):
-    r"""Each parameter on its own, :math:`u_d = \Phi^{-1}(F_d(\theta_d))`."""
+class StepChart(Chart):
+    """A chart made of invertible steps.
 
-    kind = "whitening"
+    Args:
+        marginals: Prior marginals of the D parameters.
+        steps: The map, on vectors ``(..., D)``.
+    """
+
+    def __init__(self, marginals: Sequence[Marginal], steps: Transform) -> None:
+        super().__init__(marginals)
+        self.steps = steps
 
     def forward(self, components: Tensor) -> tuple[Tensor, Tensor]:
         """Map components to coordinates; see :meth:`Chart.forward`."""
-        values = components.double().unbind(-1)
-        pairs = [m.to_normal(v) for m, v in zip(self.marginals, values, strict=True)]
-        u = torch.stack([p[0] for p in pairs], dim=-1)
-        log_det = torch.stack([p[1] for p in pairs], dim=-1).sum(-1)
+        u, log_det = self.steps.forward(components.double())
         return u.to(components.dtype), log_det.to(components.dtype)
 
     def inverse(self, u: Tensor) -> Tensor:
         """Map coordinates to components; see :meth:`Chart.inverse`."""
-        columns = u.double().unbind(-1)
-        values = [
-            m.from_normal(c) for m, c in zip(self.marginals, columns, strict=True)
-        ]
-        return clamp_to_support(torch.stack(values, -1).to(u.dtype), self.marginals)
+        return self.marginals.clamp(self.steps.inverse(u.double()).to(u.dtype))
 
 
-def chart_from_spec(spec: dict[str, Any]) -> Chart:
+@register("chart")
+class WhiteningChart(StepChart):
+    r"""Each parameter on its own, :math:`u_d = \Phi^{-1}(F_d(\theta_d))`.
+
+    Parameters that depend on each other are decorrelated besides.
+
+    Args:
+        marginals: Prior marginals of the D parameters.
+    """
+
+    kind = "whitening"
+
+    def __init__(self, marginals: Sequence[Marginal]) -> None:
+        super().__init__(marginals, Marginals(marginals))
+
+
+def chart_from_spec(spec: Mapping[str, Any]) -> Chart:
     """Rebuild a chart from :attr:`Chart.spec`.
 
     Raises:
         ValueError: If the kind is unknown.
     """
-    marginals = [Marginal(**m) for m in spec["marginals"]]
-    return build("chart", {**spec, "marginals": marginals})
+    known = {"marginals", "periods", "whitening"}
+    options = {key: value for key, value in spec.items() if key not in known}
+    return build("chart", {**options, "marginals": Marginals.from_spec(spec)})
 
 
 def check_phase(marginal: Marginal) -> None:
     """Raise ValueError unless a marginal is uniform on a whole turn."""
     low, high = marginal.bounds
-    if marginal.family != "uniform" or abs(low) > 1e-6 or abs(high - _TWO_PI) > 1e-5:
+    if not marginal.is_uniform or abs(low) > 1e-6 or abs(high - _TWO_PI) > 1e-5:
         raise ValueError(
             "the phase must be uniform on [0, 2 pi), got "
-            f"{marginal.family}({marginal.a:g}, {marginal.b:g})."
+            f"{marginal.family} on [{low:g}, {high:g}]."
         )

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..sets.marginals import clamp_to_support
 from .charts import Chart
 from .flows import ConditionalFlow, RowContext
 from .local_density import LocalDensity
@@ -203,7 +202,7 @@ class NoiseHead(nn.Module):
         zero = torch.zeros_like(noise).unsqueeze(-1)
         v, _ = self.local.sample(*_unit(zero), self._ends(noise), context, generator)
         shared = (noise.unsqueeze(-1) + self.scale * v).exp().float()
-        return clamp_to_support(shared, self.chart.marginals)
+        return self.chart.marginals.clamp(shared)
 
     def _ends(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest v, each of shape ``(N, 1)``."""

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sets.marginals import clamp_to_support
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
 from .local_density import solve_lower
@@ -289,7 +288,7 @@ class ModeFinder:
         components = torch.where(
             mask.unsqueeze(-1), components, self.chart.some_point(components)
         )
-        components = clamp_to_support(components, self.chart.marginals)
+        components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
         start[..., 0] = start[..., 0] - anchors - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)

@@ -10,8 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from .figure import Figure
-from .style import DATA, POSTERIOR, SMALL, TRUTH, dress, legend_above
+from .style import DATA, POSTERIOR, SMALL, TRUTH, Figure, dress, legend_above
 
 __all__ = ["plot_cardinality"]
 
@@ -55,8 +54,9 @@ def plot_cardinality(
             f"true_cardinality must lie in 0..{len(probs) - 1}, got {true_cardinality}."
         )
     size = 0.5 if len(bars) == 1 else 0.72  # inches a K
-    figure = Figure(figsize=(max(3.2, 1.6 + size * len(probs)), 3.0))
-    figure.set_layout_engine("constrained")
+    figure = Figure(
+        figsize=(max(3.2, 1.6 + size * len(probs)), 3.0), layout="constrained"
+    )
     axes = figure.subplots()
     width = 0.7 if len(bars) == 1 else 0.42
     places = np.arange(len(probs))

@@ -9,13 +9,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..metrics.labels import ReferencePoints, near
-from ..sets.circular import circular_mean
+from ..metrics.labels import ReferencePoints
+from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
-from .figure import Figure
-from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH
+from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH, Figure
 
 __all__ = ["plot_corner"]
 

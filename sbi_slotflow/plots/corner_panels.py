@@ -40,8 +40,9 @@ class Column:
         if self.reference is not None:
             ends = np.quantile(self.reference, [0.005, 0.995])
             low, high = min(low, ends[0]), max(high, ends[1])
-        if high - low < 1e-9 * max(1.0, abs(low)):
-            return low - 0.5, high + 0.5
+        if high - low <= 1e-9 * abs(low):
+            margin = 0.5 * abs(low) or 0.5
+            return low - margin, high + margin
         return padded(low, high, 0.15)
 
     @property

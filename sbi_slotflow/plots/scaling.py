@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics.labels import near
 from ..posterior.network import SlotPosterior
-from ..sets.circular import circular_mean
-from .figure import Figure
-from .style import DATA, POSTERIOR, SMALL, dress
+from ..sets.circular import circular_mean, near
+from .style import DATA, POSTERIOR, SMALL, Figure, dress
 
 __all__ = ["plot_width_scaling", "posterior_widths"]
 

@@ -10,8 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from .checks import checked_data, checked_row, checked_samples, thinned
-from .figure import Figure
-from .style import DATA, POSTERIOR, SHADES, TRUTH, dress, legend_above, padded
+from .style import DATA, POSTERIOR, SHADES, TRUTH, Figure, dress, legend_above, padded
 
 if TYPE_CHECKING:
     from ..problems.base import Problem

@@ -13,8 +13,7 @@ from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
-from .figure import Figure
-from .style import FONT, SHADES, SMALL, TRUTH
+from .style import FONT, SHADES, SMALL, TRUTH, Figure
 
 __all__ = ["plot_source_corners"]
 

@@ -5,10 +5,11 @@ posterior is blue, the truth is vermilion.
 """
 
 from collections.abc import Sequence
+from io import BytesIO
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as _Figure
 
 DATA, POSTERIOR, TRUTH = "#7f7f7f", "#0072b2", "#d55e00"
 REFERENCE = "#000000"
@@ -16,6 +17,21 @@ REFERENCE = "#000000"
 CYCLE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#7a5195")
 SHADES = {0.9: "#a6cee3", 0.5: "#4a9bca"}  # probability enclosed: colour
 FONT, SMALL = 9, 8
+_DPI = 80
+
+
+class Figure(_Figure):
+    """A ``matplotlib.figure.Figure`` with a picture for notebooks.
+
+    matplotlib teaches notebooks to draw figures when pyplot makes one. The library's
+    figures are none of pyplot's, so they bring their picture along.
+    """
+
+    def _repr_png_(self) -> bytes:
+        """The figure as PNG: what IPython shows."""
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", dpi=_DPI)
+        return buffer.getvalue()
 
 
 def dress(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
@@ -28,7 +44,7 @@ def dress(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
+def legend_above(figure: _Figure, handles: Sequence[Artist]) -> None:
     """Put a legend in one row above all axes; needs a constrained layout."""
     figure.legend(
         handles=list(handles),

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.lines import Line2D
 
-from .figure import Figure
-from .style import DATA, FONT, POSTERIOR, REFERENCE, dress, legend_above
+from .style import DATA, FONT, POSTERIOR, REFERENCE, Figure, dress, legend_above
 
 __all__ = ["plot_training"]
 

@@ -1,6 +1,5 @@
 """Weights that come with the package, their cards, and how they are made."""
 
-from .cards import available_weights, model_card
-from .load import load_pretrained
+from .load import available_weights, load_pretrained, model_card
 
 __all__ = ["available_weights", "load_pretrained", "model_card"]

@@ -1,19 +1,43 @@
 """Weights that come with the package.
 
-Each set is a safetensors file with, beside it, a model card.
+Each set is a safetensors file with, beside it, a model card: how it was trained and
+what was measured of it.
 """
 
+import json
 from importlib.resources import as_file, files
+from typing import Any
 
 import torch
 
 from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
 from ..posterior.network import SlotPosterior
-from .cards import available_weights, check_name, model_card
 from .recipes import RECIPES
 
 __all__ = ["available_weights", "load_pretrained", "model_card"]
+
+
+def available_weights() -> tuple[str, ...]:
+    """Names of the sets of weights in this installation."""
+    folder = files("sbi_slotflow") / "weights"
+    names = {entry.name for entry in folder.iterdir()}
+    cards = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return tuple(sorted(name for name in cards if f"{name}.safetensors" in names))
+
+
+def model_card(name: str) -> dict[str, Any]:
+    """Return how a set of weights was trained and what was measured of it.
+
+    Args:
+        name: See :func:`~sbi_slotflow.load_pretrained`.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    _check_name(name)
+    card = files("sbi_slotflow") / "weights" / f"{name}.json"
+    return json.loads(card.read_text())
 
 
 def load_pretrained(
@@ -32,7 +56,7 @@ def load_pretrained(
     Raises:
         ValueError: If there are no such weights.
     """
-    check_name(name)
+    _check_name(name)
     with as_file(files("sbi_slotflow") / "weights" / f"{name}.safetensors") as path:
         estimator = SlotDensityEstimator.load(path)
     problem = RECIPES[name].problem
@@ -47,3 +71,10 @@ def load_pretrained(
             posterior.set_training_reference(TrainingReference.load(path))
     posterior.model_card = model_card(name)
     return posterior
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError unless there are weights of this name."""
+    names = available_weights()
+    if name not in names:
+        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")

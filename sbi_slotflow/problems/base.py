@@ -269,12 +269,12 @@ class Trace(Problem):
                 f"cells must divide the {self.num_data} samples of the trace, got "
                 f"{self.cells}."
             )
-        family = self.prior.component_marginals[self.layout.order_by].family
-        if family != "uniform":
+        place = self.prior.component_marginals[self.layout.order_by]
+        if not place.is_uniform:
             raise ValueError(
                 "prior must be uniform in its order_by parameter "
                 f"{self.component_names[self.layout.order_by]!r}, which is the place "
-                f"in the trace, got {family}."
+                f"in the trace, got {place.family}."
             )
 
     def build_token_encoder(self, **options: Any) -> TokenEncoder:

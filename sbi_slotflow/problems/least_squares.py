@@ -11,8 +11,8 @@ cost of T K D numbers a set. A signal whose inner products have closed forms can
 less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from torch.quasirandom import SobolEngine
 
 from ..nn.gauss_newton import NormalEquations
 from ..nn.registry import build, describe, register
-from ..sets.marginals import Marginal
+from ..sets.marginals import Marginal, Marginals
 
 __all__ = ["AdditiveFit", "AdditiveLeastSquares"]
 
@@ -52,7 +52,7 @@ class AdditiveFit:
     """
 
     component_signal: Callable[[Tensor], Tensor]
-    marginals: tuple[Marginal, ...]
+    marginals: Sequence[Marginal]
     location: int = 0
 
     kind: ClassVar[str] = "additive"
@@ -73,15 +73,15 @@ class AdditiveFit:
         return {
             "kind": self.kind,
             "signal": signal,
-            "marginals": [asdict(marginal) for marginal in self.marginals],
+            **Marginals(self.marginals).spec,
             "location": self.location,
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "AdditiveFit":
         """Rebuild a fit from :attr:`spec`."""
-        marginals = tuple(Marginal(**marginal) for marginal in spec["marginals"])
-        return cls(build("signal", spec["signal"]), marginals, spec["location"])
+        signal, marginals = build("signal", spec["signal"]), Marginals.from_spec(spec)
+        return cls(signal, marginals, spec["location"])
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""

@@ -38,7 +38,6 @@ from torch import Tensor
 from ..posterior.component_proposals import PriorComponents
 from ..posterior.draws import PosteriorDraws
 from ..problems.base import Problem
-from ..sets.marginals import clamp_to_support
 from .eryn_start import Samples, start_rows
 from .eryn_target import COMPONENTS, JointPrior, Leaves, joint_log_likelihood
 
@@ -135,8 +134,8 @@ class ErynSampler:
         # Float32 may round a value onto a bound, where a density can be zero.
         k, shared, components, _ = layout.unpack(rows.float())
         if layout.num_shared:
-            shared = clamp_to_support(shared, prior.shared_marginals)
-        components = clamp_to_support(components, prior.component_marginals)
+            shared = prior.shared_marginals.clamp(shared)
+        components = prior.component_marginals.clamp(components)
         return layout.canonical(layout.pack(k, components, shared))
 
     @contextmanager

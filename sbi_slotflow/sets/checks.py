@@ -21,6 +21,7 @@ __all__ = [
     "Numbers",
     "Shape",
     "as_cardinality",
+    "as_count",
     "as_floats",
     "as_shape",
 ]
@@ -102,6 +103,21 @@ def as_cardinality(k: SupportsIndex | None, most: int) -> int | None:
         raise TypeError(message)
     if not 0 <= size <= most:
         raise ValueError(message)
+    return size
+
+
+def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
+    """Check a whole number of at least ``least``.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
+    size = _index(value)
+    if size is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}.")
     return size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["circular_mean", "unwrap"]
+__all__ = ["circular_mean", "near", "unwrap"]
 
 
 def unwrap(values: Tensor, period: float, weights: Tensor | None = None) -> Tensor:
@@ -36,7 +36,9 @@ def unwrap(values: Tensor, period: float, weights: Tensor | None = None) -> Tens
 
 
 def circular_mean(
-    values: Tensor, periods: Sequence[float], weights: Tensor | None = None
+    values: Tensor,
+    periods: Sequence[float] | Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean over draws, on the circle where a parameter is circular.
 
@@ -52,10 +54,26 @@ def circular_mean(
     weight = torch.ones_like(values) if weights is None else weights.double()
     weight = weight.expand_as(values)
     total = weight.sum(0)
-    period = values.new_tensor(periods)
+    period = torch.as_tensor(periods, dtype=values.dtype, device=values.device)
     circular = period.isfinite()
     turn = torch.where(circular, period, 1.0) / (2 * math.pi)
     angles = values / turn
     sine, cosine = (weight * angles.sin()).sum(0), (weight * angles.cos()).sum(0)
     angle = torch.atan2(sine, cosine).remainder(2 * math.pi) * turn
     return torch.where(circular, angle, (weight * values).sum(0) / total)
+
+
+def near(values: Tensor, centre: Tensor, periods: Sequence[float] | Tensor) -> Tensor:
+    """Shift circular values by whole periods to within half a period of a centre.
+
+    Args:
+        values: Values, shape ``(..., C)``.
+        centre: Centres, shape broadcastable to that of ``values``.
+        periods: C periods, infinite where a column is not circular.
+
+    Returns:
+        Values of the same shape.
+    """
+    period = torch.as_tensor(periods, dtype=values.dtype, device=values.device)
+    turns = ((values - centre) / period).round()
+    return values - turns * torch.where(period.isfinite(), period, 0.0)

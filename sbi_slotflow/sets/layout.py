@@ -11,6 +11,7 @@ indexes into theta.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -70,6 +71,15 @@ class ThetaLayout:
                 f"component parameters, got {self.order_by}."
             )
         known = (*self.component_names, *self.shared_names)
+        if bad := [name for name in known if not isinstance(name, str) or not name]:
+            raise ValueError(f"names must be strings that are not empty, got {bad}.")
+        # Entries of a row, and the parameters that tables and files list beside them.
+        listed = Counter([*self.names, *self.component_names])
+        if twice := [name for name, count in listed.items() if count > 1]:
+            raise ValueError(
+                f"names must differ from each other, from 'K' and from {known[0]}_1, "
+                f"{known[0]}_2, ... for each component, got {twice} twice."
+            )
         if unknown := sorted(set(self.periods) - set(known)):
             raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
         for name, period in self.periods.items():
@@ -92,6 +102,11 @@ class ThetaLayout:
     def component_periods(self) -> tuple[float, ...]:
         """Periods of the D component parameters, infinite where not circular."""
         return tuple(self.periods.get(name, math.inf) for name in self.component_names)
+
+    @property
+    def shared_periods(self) -> tuple[float, ...]:
+        """Periods of the S shared parameters, infinite where not circular."""
+        return tuple(self.periods.get(name, math.inf) for name in self.shared_names)
 
     @property
     def size(self) -> int:

@@ -13,10 +13,13 @@ one.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from operator import index
+from typing import Any, ClassVar, NamedTuple, cast
 
+import numpy as np
 import torch
 from sbi.utils.torchutils import move_all_tensor_to_device, set_validate_args
 from torch import Tensor
@@ -24,8 +27,9 @@ from torch.distributions import Categorical, Distribution, constraints
 
 from ..seeding import forked_rng, generator_for
 from .layout import ThetaLayout, ThetaParts
-from .marginals import Marginal, clamp_to_support, marginals_of
+from .marginals import Marginal, Marginals, in_double, marginals_of
 from .separation import log_separation_constant, sample_separated, smallest_gap
+from .support import log_density
 
 __all__ = ["VariableKPrior", "cardinality_weights"]
 
@@ -38,7 +42,8 @@ class VariableKPrior(Distribution):
     Args:
         component: Distribution of one component, event shape ``(D,)`` (sbi's
             ``BoxUniform`` and ``MultipleIndependent`` included).
-        cardinality: Weights of K = 0..Kmax (normalised here), or a ``Categorical``.
+        cardinality: Weights of K = 0..Kmax (normalised here), or a distribution over
+            0..Kmax such as a ``Categorical``.
         shared: Distribution of the shared parameters, event shape ``(S,)``.
         min_separation: Least distance between two components in the ``order_by``
             parameter, whose marginal must be uniform and independent of the others;
@@ -46,14 +51,15 @@ class VariableKPrior(Distribution):
         order_by: Index of the parameter that defines the canonical order.
         component_names: Names of the D parameters; ``theta_1..theta_D`` if omitted.
         shared_names: Names of the S shared parameters.
-        periods: Periods of circular parameters by name, for summaries and figures.
+        periods: Periods of circular parameters by name.
         validate_args: As in torch; sbi switches it off.
 
     Raises:
         TypeError: If ``component`` or ``shared`` is not a torch distribution.
-        ValueError: If an event is not one-dimensional, a weight is negative, NaN or
-            all are zero, ``order_by`` is out of range, a period is not positive or of
-            no parameter, or the separation is impossible.
+        ValueError: If an event is not one-dimensional or has a support that is no
+            product of intervals, a weight is negative, NaN or all are zero, names
+            collide, ``order_by`` is out of range, a period is not positive or of no
+            parameter, or the separation is impossible.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -62,7 +68,7 @@ class VariableKPrior(Distribution):
     def __init__(
         self,
         component: Distribution,
-        cardinality: Sequence[float] | Tensor | Categorical,
+        cardinality: Sequence[float] | Tensor | Distribution,
         *,
         shared: Distribution | None = None,
         min_separation: float | None = None,
@@ -81,13 +87,21 @@ class VariableKPrior(Distribution):
             max_cardinality=len(weights) - 1,
             component_names=_names(component_names, "theta", num_params),
             shared_names=_names(shared_names, "shared", num_shared),
-            order_by=order_by,
+            order_by=index(order_by),
             periods=dict(periods or {}),
         )
         self.cardinality_probs = weights
-        self.component_marginals = marginals_of(self.component)
-        self.shared_marginals: tuple[Marginal, ...] = (
-            () if self.shared is None else marginals_of(self.shared)
+        self.component_marginals = marginals_of(
+            self.component, self.layout.component_periods
+        )
+        self.shared_marginals = (
+            Marginals(())
+            if self.shared is None
+            else marginals_of(self.shared, self.layout.shared_periods)
+        )
+        self._component_law = _law(self.component, self.component_marginals)
+        self._shared_law = (
+            None if self.shared is None else _law(self.shared, self.shared_marginals)
         )
         self.min_separation = self._checked_separation(min_separation)
         super().__init__(
@@ -112,11 +126,11 @@ class VariableKPrior(Distribution):
 
         K's entry is exact, the others are averages over 20,000 draws of a fixed seed.
         """
-        return self._moments[0]
+        return self._moments[0].float()
 
     @property
     def variance(self) -> Tensor:
-        """Variance of a canonical row, shape ``(E,)``; see :attr:`mean`."""
+        """Variance of a canonical row, float64, shape ``(E,)``; see :attr:`mean`."""
         return self._moments[1]
 
     @property
@@ -125,7 +139,7 @@ class VariableKPrior(Distribution):
 
         sbi divides by it to standardise rows.
         """
-        return torch.where(self.variance > 0, self.variance.sqrt(), 1.0)
+        return torch.where(self.variance > 0, self.variance.sqrt(), 1.0).float()
 
     def sample(
         self,
@@ -161,12 +175,11 @@ class VariableKPrior(Distribution):
         parts = self.layout.unpack(value)
         k = parts.cardinality.clamp(0, self.max_cardinality)
         log_p = self.log_cardinality_probs.to(value)[k] + torch.lgamma(k.to(value) + 1)
-        log_p = log_p + self._component_log_prob(parts).sum(-1)
-        if self.shared is not None:
-            log_p = log_p + _flat_log_prob(self.shared, parts.shared)
+        densities = self._log_densities(parts)
+        log_p = log_p + densities[0].sum(-1) + densities[1]
         if self.min_separation is not None:
             log_p = log_p - self._log_separation(k).to(log_p)
-        inside = self.support.check(value)
+        inside = self._inside(value, densities)
         return torch.where(inside, log_p, log_p.new_full((), -torch.inf))
 
     @property
@@ -175,7 +188,7 @@ class VariableKPrior(Distribution):
         return self.cardinality_probs.log()
 
     def with_cardinality(
-        self, cardinality: Sequence[float] | Tensor | Categorical
+        self, cardinality: Sequence[float] | Tensor | Distribution
     ) -> "VariableKPrior":
         """Return the same prior with other weights for K = 0..Kmax.
 
@@ -217,7 +230,12 @@ class VariableKPrior(Distribution):
     def to(self, device: str | torch.device) -> "VariableKPrior":
         """Move the prior to a device, in place, and return it."""
         self.cardinality_probs = self.cardinality_probs.to(device)
-        for distribution in (self.component, self.shared):
+        laws = [law for law in (self._component_law, self._shared_law) if law]
+        for distribution in (
+            self.component,
+            self.shared,
+            *(law.distribution for law in laws),
+        ):
             if distribution is not None:
                 move_all_tensor_to_device(distribution, device)
         self.__dict__.pop("_moments", None)
@@ -268,24 +286,39 @@ class VariableKPrior(Distribution):
                 self.min_separation,
                 circular=self._order_period is not None,
             ).float()
-        components = clamp_to_support(components, self.component_marginals)
+        components = self.component_marginals.clamp(components)
         shared = None
         if self.shared is not None:
             shared = self.shared.sample(torch.Size((num,))).reshape(num, -1).float()
-            shared = clamp_to_support(shared, self.shared_marginals)
+            shared = self.shared_marginals.clamp(shared)
         return layout.canonical(layout.pack(k, components, shared))
 
-    def _component_log_prob(self, parts: ThetaParts) -> Tensor:
-        """Log density of every component ``(..., Kmax)``, zero where there is none."""
+    def _log_densities(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
+        """Log densities of components ``(..., Kmax)`` and shared parameters ``(...)``.
+
+        Zero where there are none, and in the dtype of the rows.
+        """
         # Padding becomes a point of the support, so that its gradient is no NaN.
-        inside = [m.quantile(torch.tensor(0.5)) for m in self.component_marginals]
         filled = torch.where(
             parts.mask.unsqueeze(-1),
             parts.components,
-            torch.stack(inside).to(parts.components),
+            self.component_marginals.middle(parts.components),
         )
-        each = _flat_log_prob(self.component, filled)
-        return torch.where(parts.mask, each, each.new_zeros(()))
+        each = _flat_log_density(self._component_law, filled)
+        each = torch.where(parts.mask, each, each.new_zeros(()))
+        shared = torch.zeros_like(each[..., 0])
+        if self._shared_law is not None:
+            shared = _flat_log_density(self._shared_law, parts.shared)
+        return each, shared
+
+    def _inside(self, value: Tensor, densities: tuple[Tensor, Tensor]) -> Tensor:
+        """Tell which rows lie in the support, from :meth:`_log_densities`."""
+        k = self.layout.unpack(value).cardinality.clamp(0, self.max_cardinality)
+        inside = self.layout.is_well_formed(value)
+        inside &= (self.cardinality_probs.to(value.device) > 0)[k]
+        each, shared = densities
+        inside &= torch.isfinite(each).all(-1) & torch.isfinite(shared)
+        return inside & self.separated(value)
 
     def _log_separation(self, k: Tensor) -> Tensor:
         assert self.min_separation is not None
@@ -301,7 +334,7 @@ class VariableKPrior(Distribution):
             raise ValueError(f"min_separation must be positive, got {separation}.")
         marginal = self._order_marginal
         name = self.layout.component_names[self.layout.order_by]
-        if marginal.family != "uniform" or not marginal.exact:
+        if not marginal.is_uniform:
             raise ValueError(
                 "min_separation needs a uniform, independent marginal of the order_by "
                 f"parameter {name!r} (its normalising constant has a closed form only "
@@ -325,8 +358,9 @@ class VariableKPrior(Distribution):
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
+        # Squares of small or large units leave the range of single precision.
         device = self.cardinality_probs.device
-        draws = self._seeded_draws()
+        draws = self._seeded_draws().double()
         mean, variance = draws.mean(0), draws.var(0)
         k = torch.arange(self.max_cardinality + 1, device=device).to(mean)
         mean[0] = (self.cardinality_probs * k).sum()
@@ -349,35 +383,38 @@ class _SetSupport(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return a boolean for every row, shape ``value.shape[:-1]``."""
-        prior = self.prior
-        parts = prior.layout.unpack(value)
-        k = parts.cardinality.clamp(0, prior.max_cardinality)
-        inside = prior.layout.is_well_formed(value)
-        inside &= (prior.cardinality_probs.to(value.device) > 0)[k]
-        inside &= torch.isfinite(prior._component_log_prob(parts)).all(-1)
-        if prior.shared is not None:
-            inside &= torch.isfinite(_flat_log_prob(prior.shared, parts.shared))
-        return inside & prior.separated(value)
+        densities = self.prior._log_densities(self.prior.layout.unpack(value))
+        return self.prior._inside(value, densities)
 
 
 def cardinality_weights(
-    cardinality: Sequence[float] | Tensor | Categorical,
+    cardinality: Sequence[float] | Tensor | Distribution,
 ) -> Tensor:
     """Normalise weights of K = 0..Kmax.
 
     Args:
-        cardinality: Weights or a ``Categorical`` over 0..Kmax.
+        cardinality: Weights (a list, an array, a tensor), or a distribution over
+            0..Kmax such as a ``Categorical`` or a ``Binomial``.
 
     Returns:
         Float32 probabilities, shape ``(Kmax + 1,)``.
 
     Raises:
+        TypeError: If it is neither numbers nor a distribution.
         ValueError: If the weights are not a vector of at least two non-negative finite
-            numbers with a positive sum.
+            numbers with a positive sum, or the distribution has no largest K.
     """
-    if isinstance(cardinality, Categorical):
-        cardinality = cardinality.probs
-    weights = torch.as_tensor(cardinality, dtype=torch.float64)
+    if isinstance(cardinality, Distribution):
+        cardinality = _distribution_weights(cardinality)
+    try:
+        if not isinstance(cardinality, Tensor):
+            cardinality = torch.from_numpy(np.array(cardinality, dtype=np.float64))
+        weights = cardinality.detach().double()
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "cardinality must be weights for K = 0..Kmax or a distribution over "
+            f"0..Kmax, got {type(cardinality).__name__}."
+        ) from error
     if weights.ndim != 1 or len(weights) < 2:
         raise ValueError(
             "cardinality must be a vector of weights for K = 0..Kmax with Kmax >= 1, "
@@ -389,6 +426,24 @@ def cardinality_weights(
             f"{weights.tolist()}."
         )
     return (weights / weights.sum()).float()
+
+
+def _distribution_weights(cardinality: Distribution) -> Tensor:
+    """Probabilities of 0..Kmax under a distribution of whole numbers."""
+    if isinstance(cardinality, Categorical):
+        return cardinality.probs
+    name, support = type(cardinality).__name__, cardinality.support
+    most = getattr(support, "upper_bound", None)
+    if support is constraints.boolean:
+        most = 1
+    if cardinality.event_shape or most is None or not support.is_discrete:  # pyright: ignore
+        raise ValueError(
+            "cardinality must be weights for K = 0..Kmax or a distribution over "
+            f"0..Kmax, got {name}, which has no largest K. Cut it off: "
+            f"{name.lower()}.log_prob(torch.arange(Kmax + 1)).exp()."
+        )
+    k = torch.arange(int(torch.as_tensor(most).max()) + 1.0)
+    return cardinality.log_prob(k).exp()
 
 
 def _one_dimensional(distribution: Distribution, name: str) -> Distribution:
@@ -421,12 +476,31 @@ def _names(names: Sequence[str] | None, stem: str, count: int) -> tuple[str, ...
     return tuple(names)
 
 
-def _flat_log_prob(distribution: Distribution, values: Tensor) -> Tensor:
-    """Evaluate a distribution over vectors on values of any batch shape."""
+class _Law(NamedTuple):
+    """A distribution as it is evaluated, in a precision (None: as it comes)."""
+
+    distribution: Distribution
+    dtype: torch.dtype | None
+
+
+def _law(distribution: Distribution, marginals: Marginals) -> _Law:
+    """In double precision, unless torch's density keeps its digits without.
+
+    That of most families is lost to rounding well inside their bounds.
+    """
+    double = in_double(distribution)
+    if not marginals.closed and double is not distribution:
+        point = marginals.middle(torch.zeros((), dtype=torch.float64))
+        with suppress(RuntimeError):  # some of torch's densities mix precisions
+            log_density(double, point.unsqueeze(0))
+            return _Law(double, torch.float64)
+    return _Law(distribution, None)
+
+
+def _flat_log_density(law: _Law, values: Tensor) -> Tensor:
+    """Log density of vectors of any batch shape, -inf outside the support."""
     flat = values.reshape(-1, values.shape[-1])
     if not len(flat):
         return values.new_zeros(values.shape[:-1])
-    log_p = distribution.log_prob(flat)
-    # MultipleIndependent and un-wrapped univariate distributions differ in shape.
-    log_p = log_p.sum(-1) if log_p.ndim > 1 else log_p
-    return log_p.reshape(values.shape[:-1])
+    log_p = log_density(law.distribution, flat.to(law.dtype or flat.dtype))
+    return log_p.reshape(values.shape[:-1]).to(values)

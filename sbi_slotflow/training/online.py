@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..nn.estimator import SlotDensityEstimator
 from ..nn.matching import NonFiniteDensityError
 from ..seeding import forked_rng, generator_for
+from ..sets.checks import as_count
 from .checkpoint import (
     TrainingState,
     check_state_replaceable,
@@ -73,14 +74,12 @@ class OnlineSettings:
             "num_validation",
             "validate_every",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.clip_max_norm is not None and not self.clip_max_norm > 0:
-            raise ValueError(
-                f"clip_max_norm must be positive, got {self.clip_max_norm}."
-            )
+            as_count(getattr(self, name), name)
+        as_count(self.seed, "seed", least=0)
+        for name in ("learning_rate", "clip_max_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
 
@@ -189,7 +188,9 @@ class OnlineTraining:
             FloatingPointError: If a loss is NaN or infinite; the last checkpoint
                 stands.
         """
-        every = checkpoint_every or self.settings.validate_every
+        if checkpoint_every is None:
+            checkpoint_every = self.settings.validate_every
+        every = as_count(checkpoint_every, "checkpoint_every")
         if self.finished:
             _logger.info("training is complete in %s, nothing to do", self._checkpoint)
         bar = tqdm(

@@ -17,7 +17,7 @@ from sbi_slotflow import (
     problems,
 )
 from sbi_slotflow.catalogue import fit_sources
-from sbi_slotflow.catalogue.assignment import best_matching
+from sbi_slotflow.catalogue.sources import best_matching
 from sbi_slotflow.seeding import generator_for
 
 LAYOUT = ThetaLayout(

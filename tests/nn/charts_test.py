@@ -24,7 +24,7 @@ from sbi_slotflow import problems
 from sbi_slotflow.nn.charts import Chart, WhiteningChart, chart_from_spec
 from sbi_slotflow.nn.paper.circle import CircleChart
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
-from sbi_slotflow.sets.marginals import Marginal, marginals_of
+from sbi_slotflow.sets.marginals import UniformMarginal, marginals_of
 
 TWO_PI = 2 * math.pi
 PRESETS = ("tiny", "paper", "crowded")
@@ -360,7 +360,7 @@ def test_circle_chart_refuses_another_number_of_parameters() -> None:
 
 def test_circle_chart_refuses_a_phase_that_is_not_a_whole_turn() -> None:
     with pytest.raises(ValueError, match=r"phase must be uniform on \[0, 2 pi\)"):
-        CircleChart([Marginal("uniform", 0.0, 1.0)] * 3)
+        CircleChart([UniformMarginal(0.0, 1.0)] * 3)
 
 
 def test_unknown_kind_is_refused() -> None:

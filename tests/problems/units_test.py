@@ -32,6 +32,10 @@ def in_unit(problem: Sinusoids, theta: Tensor, unit: float) -> Tensor:
     )
 
 
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def observation(k: int = 2) -> Tensor:
     problem = tiny_in(1.0)
     weights = [float(i == k) for i in range(4)]
@@ -45,7 +49,7 @@ def test_likelihoods_differ_by_the_unit_alone(unit: float) -> None:
     theta, x = one.prior.sample((150,), generator_for(1)).double(), observation()
     expected = one.log_likelihood(theta, x) - one.num_data * math.log(unit)
     found = other.log_likelihood(in_unit(one, theta, unit), unit * x)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    same(found, expected)
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -54,10 +58,10 @@ def test_the_laplace_proposal_is_the_same(unit: float, k: int) -> None:
     x = observation(k)
     one = rjmcmc.laplace_proposal(tiny_in(1.0), x)
     other = rjmcmc.laplace_proposal(tiny_in(unit), unit * x)
-    torch.testing.assert_close(other.cardinality().probs, one.cardinality().probs)
+    same(other.cardinality().probs, one.cardinality().probs)
     rows = one.sample((20,), generator=generator_for(0))
     found = other.sample((20,), generator=generator_for(0))
-    torch.testing.assert_close(found, in_unit(tiny_in(1.0), rows, unit))
+    same(found, in_unit(tiny_in(1.0), rows, unit))
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -69,7 +73,7 @@ def test_the_exact_sampler_is_the_same(unit: float, silent: bool) -> None:
     one = rjmcmc.collapsed(tiny_in(1.0), x, **options)
     other = rjmcmc.collapsed(tiny_in(unit), unit * x, **options)
     expected = in_unit(tiny_in(1.0), one.theta, unit)
-    torch.testing.assert_close(other.theta, expected)
+    same(other.theta, expected)
     assert other.theta.isfinite().all()
 
 
@@ -96,4 +100,4 @@ def test_least_squares_start_alike(unit: float) -> None:
         for u in (1.0, unit)
     ]
     scale = torch.tensor([1.0, 1.0, unit], dtype=torch.float64)
-    torch.testing.assert_close(starts[1], scale * starts[0])
+    same(starts[1], scale * starts[0])

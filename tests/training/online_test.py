@@ -518,6 +518,9 @@ def test_a_loss_that_explodes_is_reported_as_such(
         ("ema_decay", -0.1),
         ("learning_rate", -1e-3),
         ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("seed", -1),
+        ("clip_max_norm", math.nan),
         ("clip_max_norm", -1.0),
         ("recipe", "sgd"),
     ],
@@ -525,6 +528,20 @@ def test_a_loss_that_explodes_is_reported_as_such(
 def test_a_setting_out_of_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name.replace("_", "[_ ]")):
         training(**{"num_simulations": 16, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 1.5), ("seed", "0"), ("num_simulations", True)]
+)
+def test_a_setting_that_is_no_integer_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+        training(**{"num_simulations": 16, name: value})
+
+
+def test_checkpoints_every_zero_steps_are_refused() -> None:
+    # Zero was taken for "every validation".
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        training(num_simulations=16).run(checkpoint_every=0, show_progress_bar=False)
 
 
 # --- the trainer

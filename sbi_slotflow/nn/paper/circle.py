@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sets.marginals import Marginal, clamp_to_support
+from ...sets.marginals import Marginal
 from ..charts import Chart, check_phase
 from ..registry import register
 
@@ -82,7 +82,7 @@ class CircleChart(Chart):
         frequency = frequency / self.frequency_weight + self.centre
         phase = torch.atan2(y, x) % _TWO_PI
         values = torch.stack([amplitude, phase, frequency], -1)
-        return clamp_to_support(values, self.marginals)
+        return self.marginals.clamp(values)
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -247,8 +247,7 @@ def _check_families(prior: VariableKPrior) -> None:
     sigma = prior.shared_marginals[0]
     families = [m.family for m in (amplitude, phase, frequency, sigma)]
     fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
-    exact = all(m.exact for m in (amplitude, phase, frequency, sigma))
-    if not (fits and exact):
+    if not fits:
         raise ValueError(
             "the prior must have a uniform or log-uniform amplitude and a uniform "
             f"phase, frequency and sigma, got {families}."

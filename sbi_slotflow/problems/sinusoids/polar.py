@@ -4,13 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...nn.charts import Chart, check_phase
+from ...nn.charts import StepChart, check_phase
 from ...nn.registry import register
 from ...sets.layout import ThetaLayout
-from ...sets.marginals import Marginal, clamp_to_support
+from ...sets.marginals import Marginal
+from ...sets.transforms import (
+    Columns,
+    Compose,
+    ExponentialScore,
+    Identity,
+    Polar,
+    Shear,
+    Transform,
+)
 
 __all__ = ["PolarChart"]
 
@@ -19,7 +25,7 @@ _TWO_PI = 2 * math.pi
 
 
 @register("chart")
-class PolarChart(Chart):
+class PolarChart(StepChart):
     r"""Amplitude and phase as a point in the plane, the rest whitened.
 
     .. math::
@@ -57,42 +63,23 @@ class PolarChart(Chart):
         frequency: int | None = None,
         reference_time: float = 0.0,
     ) -> None:
-        super().__init__(marginals)
-        check_phase(self.marginals[phase])
-        if self.marginals[amplitude].family == "normal":
-            raise ValueError("PolarChart needs an amplitude with a bounded prior.")
+        check_phase(marginals[phase])
+        low, _ = marginals[amplitude].bounds
+        if not math.isfinite(low):
+            raise ValueError(
+                "PolarChart needs an amplitude with a bounded prior, got "
+                f"{marginals[amplitude].family}."
+            )
         self.amplitude, self.phase, self.frequency = amplitude, phase, frequency
         self.reference_time = reference_time
-        self._others = [
-            d for d in range(len(self.marginals)) if d not in (amplitude, phase)
-        ]
-
-    def forward(self, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Map components to coordinates; see :meth:`Chart.forward`."""
-        values = list(components.double().unbind(-1))
-        marginal = self.marginals[self.amplitude]
-        survival = 1 - marginal.fraction(values[self.amplitude])
-        half_r2 = -survival.clamp(min=1e-16).log()
-        r = (2 * half_r2).sqrt()
-        psi = values[self.phase] + self._shear(values)
-        log_det = marginal.log_density(values[self.amplitude]) + half_r2
-        u = list(values)
-        u[self.amplitude], u[self.phase] = r * psi.cos(), r * psi.sin()
-        for d in self._others:
-            u[d], term = self.marginals[d].to_normal(values[d])
-            log_det = log_det + term
-        return torch.stack(u, -1).to(components.dtype), log_det.to(components.dtype)
-
-    def inverse(self, u: Tensor) -> Tensor:
-        """Map coordinates to components; see :meth:`Chart.inverse`."""
-        values = list(u.double().unbind(-1))
-        x, y = values[self.amplitude], values[self.phase]
-        for d in self._others:
-            values[d] = self.marginals[d].from_normal(values[d])
-        fraction = -torch.expm1(-0.5 * (x.square() + y.square()))
-        values[self.amplitude] = self.marginals[self.amplitude].quantile(fraction)
-        values[self.phase] = (torch.atan2(y, x) - self._shear(values)) % _TWO_PI
-        return clamp_to_support(torch.stack(values, -1).to(u.dtype), self.marginals)
+        scores = [marginal.score for marginal in marginals]
+        scores[amplitude] = ExponentialScore(marginals[amplitude])
+        scores[phase] = Identity()
+        steps: list[Transform] = [Columns(scores), Polar(amplitude, phase)]
+        # Without a frequency the phase is only brought back to its turn.
+        by, rate = (0, 0.0) if frequency is None else (frequency, reference_time)
+        steps.insert(0, Shear(phase, by, _TWO_PI * rate, _TWO_PI))
+        super().__init__(marginals, Compose(steps))
 
     def extra_moves(self, layout: ThetaLayout) -> list[Any]:
         """Splits of one oscillation and merges of two, where they are ordered so."""
@@ -100,11 +87,6 @@ class PolarChart(Chart):
 
         # Three in a sweep: they are what changes K most often.
         return 3 * [SplitMove(layout, self)] if SplitMove.suits(layout, self) else []
-
-    def _shear(self, values: list[Tensor]) -> Tensor | float:
-        if self.frequency is None:
-            return 0.0
-        return _TWO_PI * self.reference_time * values[self.frequency]
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...catalogue import fit_sources
 from ...plots.checks import checked_data, checked_row, checked_samples, thinned
-from ...plots.figure import Figure
 from ...plots.style import (
     CYCLE,
     DATA,
     POSTERIOR,
     SMALL,
     TRUTH,
+    Figure,
     dress,
     legend_above,
     padded,
@@ -27,19 +27,15 @@ from ...sets.layout import ThetaLayout
 if TYPE_CHECKING:
     from .problem import Sinusoids
 
-_MOST_DRAWS = 1_000
-
 __all__ = ["plot_spectrum"]
 
-
+_MOST_DRAWS = 1_000
 _ZERO_PADDING = 8
-
-
 _NUM_BANDS = 300
-
-
 # Existence above which there is nothing to say.
 _SURE = 0.995
+# A component's frequency and amplitude among its parameters.
+_PLACE = [2, 0]
 
 
 def plot_spectrum(
@@ -47,9 +43,6 @@ def plot_spectrum(
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,
-    *,
-    frequency: str = "frequency",
-    amplitude: str = "amplitude",
 ) -> Figure:
     r"""Plot the first stream's spectrum with the posterior of frequency and amplitude.
 
@@ -73,27 +66,23 @@ def plot_spectrum(
         samples: Theta rows, shape ``(S, E)``.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
-        frequency: Name of the component parameter that is a frequency in Hz.
-        amplitude: Name of the component parameter that is an amplitude.
 
     Returns:
         A figure with two axes.
 
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
-        ValueError: If there is no such parameter, a shape does not fit, or samples are
-            empty or malformed.
+        ValueError: If a shape does not fit, or samples are empty or malformed.
     """
     layout = problem.layout
     samples = checked_samples(samples, layout)
     data = checked_data(x)
-    index = _component_index(layout, frequency), _component_index(layout, amplitude)
     if len(data) != problem.num_data:
         raise ValueError(f"x must have {problem.num_data} entries, got {len(data)}.")
     stream, rate = problem.streams[0], problem.grids[0].rate
     grid, spectrum = _amplitude_spectrum(data[: stream.num_samples], rate)
-    band = _band(problem, index[0], grid[-1])
-    drawn = _active(layout, samples)[:, index].numpy()
+    band = _band(problem, grid[-1])
+    drawn = _active(layout, samples)[:, _PLACE].numpy()
     shown = (grid >= band[0]) & (grid <= band[1])
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
@@ -109,12 +98,12 @@ def plot_spectrum(
     lower.plot(grid[shown], spectrum[shown], color=DATA, linewidth=1.1)
     handles: list[Artist] = [Line2D([], [], color=DATA, label="spectrum of the data")]
     if len(drawn):
-        _draw_sources(lower, layout, samples, index)
+        _draw_sources(lower, layout, samples)
         handles.append(
             Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
         )
     if true_theta is not None:
-        true = _active(layout, checked_row(true_theta, layout)[None])[:, index].numpy()
+        true = _active(layout, checked_row(true_theta, layout)[None])[:, _PLACE].numpy()
         for axes in (upper, lower):
             for value in true[:, 0]:
                 axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)
@@ -129,9 +118,7 @@ def plot_spectrum(
     return figure
 
 
-def _draw_sources(
-    axes: Axes, layout: ThetaLayout, samples: Tensor, index: tuple[int, int]
-) -> None:
+def _draw_sources(axes: Axes, layout: ThetaLayout, samples: Tensor) -> None:
     """Draw the components of at most 1,000 draws, coloured by source."""
     # Whole rows are left out: every n-th point may belong to the same component.
     rows = layout.canonical(thinned(samples, _MOST_DRAWS))
@@ -144,7 +131,7 @@ def _draw_sources(
     width = float(np.diff(axes.get_xlim())[0])
     for i in range(len(sources)):
         there = (owner[:, i] >= 0).nonzero().flatten()
-        points = parts.components[there, owner[there, i]][:, index].numpy()
+        points = parts.components[there, owner[there, i]][:, _PLACE].numpy()
         if not len(points):
             continue
         low, middle, high = np.quantile(points, [0.05, 0.5, 0.95], axis=0)
@@ -158,12 +145,12 @@ def _draw_sources(
         axes.errorbar(x, y, reach[1:].T, reach[:1].T, color=colour, elinewidth=1.2)
         probability = float(sources.existence[i])
         if probability < _SURE:
-            _write_above(axes, float(sources.centre[i, index[0]]), probability, placed)
+            _write_above(axes, float(sources.centre[i, _PLACE[0]]), probability, placed)
     if placed:
         where: dict[str, Any] = {"xycoords": "axes fraction"}
         where |= {"textcoords": "offset points", "fontsize": SMALL}
         axes.annotate("probability:", (0, 1), xytext=(4, -9), **where)
-    loose = parts.components[free][:, index].numpy()
+    loose = parts.components[free][:, _PLACE].numpy()
     if len(loose):
         axes.plot(*loose.T, color=DATA, zorder=1, **style)
 
@@ -190,9 +177,9 @@ def _amplitude_spectrum(data: np.ndarray, rate: float) -> tuple[np.ndarray, np.n
     return np.fft.rfftfreq(length, 1 / rate), spectrum
 
 
-def _band(problem: "Sinusoids", index: int, nyquist: float) -> tuple[float, float]:
+def _band(problem: "Sinusoids", nyquist: float) -> tuple[float, float]:
     """The prior's range of the frequency and a margin, within 0..Nyquist."""
-    low, high = problem.prior.component_marginals[index].bounds
+    low, high = problem.prior.component_marginals[_PLACE[0]].bounds
     if not math.isfinite(high - low):
         return 0.0, nyquist
     low, high = padded(low, high, 0.1)
@@ -203,12 +190,3 @@ def _active(layout: ThetaLayout, samples: Tensor) -> Tensor:
     """All components of all rows, shape ``(n, D)``."""
     parts = layout.unpack(samples)
     return parts.components[parts.mask]
-
-
-def _component_index(layout: ThetaLayout, name: str) -> int:
-    if name not in layout.component_names:
-        raise ValueError(
-            f"no component parameter {name!r}; there are "
-            f"{list(layout.component_names)}."
-        )
-    return layout.component_names.index(name)

@@ -16,7 +16,6 @@ however long the record is. All arithmetic is float64.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,25 +78,20 @@ class SineStatistics:
             raise ValueError(
                 f"x must have shape ({sum(lengths)},), got {tuple(x.shape)}."
             )
-        tables = [
-            _table(record, grid, band)
-            for record, grid in zip(
-                np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True
-            )
-        ]
-        most = max(len(table.values) for table in tables)
-
-        def padded(row: Complexes) -> Complexes:
-            return np.pad(row, (0, most - len(row)))
-
+        records = zip(np.split(x, np.cumsum(lengths)[:-1]), grids, strict=True)
+        tables = [_table(record, grid, band) for record, grid in records]
+        starts, steps, values, slopes = zip(*tables, strict=True)
+        most = max(len(row) for row in values)
         return cls(
-            grids=grids,
-            reference_time=0.5 * grids[0].duration,
-            energy=float(x @ x),
-            starts=np.array([table.start for table in tables]),
-            steps=np.array([table.step for table in tables]),
-            values=np.stack([padded(table.values) for table in tables]),
-            slopes=np.stack([padded(table.slopes) for table in tables]),
+            grids,
+            0.5 * grids[0].duration,
+            float(x @ x),
+            np.array(starts),
+            np.array(steps),
+            *(
+                np.stack([np.pad(row, (0, most - len(row))) for row in rows])
+                for rows in (values, slopes)
+            ),
         )
 
     @property
@@ -256,28 +250,20 @@ def _tensor(values: Floats) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values))
 
 
-class _Table(NamedTuple):
-    """One record's c about its own middle."""
-
-    start: float
-    step: float
-    values: Complexes
-    slopes: Complexes
-
-
-def _table(x: Floats, grid: Grid, band: tuple[float, float]) -> _Table:
+def _table(
+    x: Floats, grid: Grid, band: tuple[float, float]
+) -> tuple[float, float, Complexes, Complexes]:
+    """Start and step of a table of one record's c, its values and slopes."""
     step = grid.rate / (grid.num_samples * _OVERSAMPLING)
     first = max(0, math.floor(band[0] / step) - 1)
     last = math.ceil(band[1] / step) + 1
-    middle = grid.middle
-    times = grid.times.numpy() - middle
+    times = grid.times.numpy() - grid.middle
     bins = np.arange(first, last + 1)
-    turn = np.exp(2j * math.pi * bins * step * middle)
+    turn = np.exp(2j * math.pi * bins * step * grid.middle)
 
     def transform(values: Floats) -> Complexes:
         ends = first * step / grid.rate, (last + 1) * step / grid.rate
         # Frequencies in units of the sampling rate.
         return np.asarray(zoom_fft(values, ends, len(bins), fs=1)) * turn
 
-    slopes = -2j * math.pi * step * transform(x * times)
-    return _Table(first * step, step, transform(x), slopes)
+    return first * step, step, transform(x), -2j * math.pi * step * transform(x * times)

@@ -5,22 +5,20 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
 from ...nn.registry import register
-from .chirp import ChirpTransform
 from .fit import SineFit
 from .grid import Grid
 from .pursuit import SinePursuit
+from .sums import unit_circle
 
-__all__ = ["BandTokens"]
-
+__all__ = ["BandTokens", "ChirpTransform"]
 
 # The first record's amplitudes are taken at that many points of each cell; edges lie at
 # every other of them, so many at most from even.
 _POINTS, _FARTHEST = 10, 4
-
-
 _FOUND_CHANNELS = 5
 # Stands for no residual at all; x is standardised.
 _SILENCE = 1e-12
@@ -82,7 +80,10 @@ class BandTokens(nn.Module):
         self.circular = analytic and math.isclose(band[1] - band[0], rates[0])
         self.pursue = None
         if pursuit:
-            self.pursue = _pursuit(lengths, rates, band, pursuit, analytic)
+            sizes = zip(lengths, rates, strict=True)
+            grids = tuple(Grid(num / rate, rate) for num, rate in sizes)
+            fit = SineFit(grids, analytic=analytic)
+            self.pursue = SinePursuit(fit, (band[0], band[1]), pursuit)
         self._low, self._width = band[0], (band[1] - band[0]) / num_tokens
         self.lengths = tuple((2 if analytic else 1) * length for length in lengths)
         self.num_tokens, self.num_data = num_tokens, sum(self.lengths)
@@ -241,14 +242,51 @@ class BandTokens(nn.Module):
         self.register_buffer(name, values.float(), persistent=False)
 
 
-def _pursuit(
-    lengths: Sequence[int],
-    rates: Sequence[float],
-    band: Sequence[float],
-    most: int,
-    analytic: bool,
-) -> SinePursuit:
+class ChirpTransform(nn.Module):
+    r"""Amplitudes of a record on an even grid of frequencies, however fine.
 
-    grids = (Grid(n / rate, rate) for n, rate in zip(lengths, rates, strict=True))
-    fit = SineFit(tuple(grids), analytic=analytic)
-    return SinePursuit(fit, (band[0], band[1]), most)
+    .. math::
+        X_j = \frac{2}{\sum_n w_n} \sum_n w_n x_n\,
+            e^{-2\pi i (f_0 + j \Delta)\, \tau_n / r}, \qquad
+        \tau_n = n - \tfrac{N - 1}{2}, \quad j = 0 \ldots P - 1
+
+    is, with :math:`j\tau = \tfrac12 [j^2 + \tau^2 - (j - \tau)^2]`, a convolution with
+    a chirp between two multiplications (Bluestein 1970; Rabiner, Schafer and Rader
+    1969): three short FFTs in place of a matrix of N P numbers.
+
+    Args:
+        tapers: Tapers w, shape ``(W, N)``, float64.
+        rate: Samples r per second.
+        start: First frequency f_0 of the grid.
+        step: Its step.
+        num: Number P of frequencies.
+    """
+
+    def __init__(
+        self, tapers: Tensor, rate: float, start: float, step: float, num: int
+    ) -> None:
+        super().__init__()
+        length = tapers.shape[-1]
+        self.num, self._size = num, int(next_fast_len(length + num - 1) or 0)
+        middle = 0.5 * (length - 1)
+        tau = torch.arange(length, dtype=torch.float64) - middle
+        j = torch.arange(num, dtype=torch.float64)
+        scale = 2 / tapers.sum(-1, keepdim=True) * tapers
+        before = scale * unit_circle(-(start + 0.5 * step * tau) * tau / rate)
+        after = unit_circle(-0.5 * step * j.square() / rate)
+        # Where the circular convolution wraps, lags are negative.
+        lag = torch.arange(self._size, dtype=torch.float64)
+        lag = torch.where(lag < num, lag, lag - self._size) + middle
+        kernel = torch.fft.fft(unit_circle(0.5 * step * lag.square() / rate))
+        for name, values in (("before", before), ("kernel", kernel), ("after", after)):
+            pairs = torch.view_as_real(values).float()
+            self.register_buffer(name, pairs, persistent=False)
+
+    def forward(self, record: Tensor) -> Tensor:
+        """Map a record ``(B, N)`` to amplitudes ``(B, W, P)``, complex."""
+        before, kernel, after = (
+            torch.view_as_complex(self.get_buffer(name))
+            for name in ("before", "kernel", "after")
+        )
+        spectrum = torch.fft.fft(record.unsqueeze(-2) * before, n=self._size)
+        return torch.fft.ifft(spectrum * kernel)[..., : self.num] * after

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sbi_slotflow.problems.sinusoids.chirp import ChirpTransform
+from sbi_slotflow.problems.sinusoids.tokens import ChirpTransform
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+r"""The support of a torch distribution over vectors, and its density there.
+
+Many of torch's distributions have a finite ``log_prob`` outside their support when
+their arguments are not validated: an Exponential at -1 for one. And the support that
+torch reports for a transformed distribution is the whole image of its last transform:
+that of a shifted Exponential is the real line. Here a transformed distribution is
+followed back to its base, and a mixture to its components.
+
+Example:
+    >>> from torch.distributions import AffineTransform, Exponential
+    >>> shifted = TransformedDistribution(
+    ...     Exponential(torch.ones(1)), AffineTransform(2.0, 1.0), validate_args=False
+    ... )
+    >>> log_density(shifted, torch.tensor([[1.5], [3.0]]))
+    tensor([-inf, -1.])
+    >>> bounds_of(shifted)
+    (tensor([2.], dtype=torch.float64), tensor([inf], dtype=torch.float64))
+"""
+
+import math
+
+import torch
+from sbi.utils import MultipleIndependent
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Transform,
+    TransformedDistribution,
+    VonMises,
+    constraints,
+)
+from torch.distributions.transforms import IndependentTransform
+
+__all__ = ["bounds_of", "column_log_density", "flattened", "log_density"]
+
+# In single precision, in which draws are made.
+_PI = torch.tensor(math.pi, dtype=torch.float32).item()
+_ADVICE = "Give parameters whose supports are intervals, each on its own"
+
+
+def log_density(distribution: Distribution, values: Tensor) -> Tensor:
+    """Log density of vectors, -inf outside the distribution's own support.
+
+    Args:
+        distribution: Distribution over D parameters.
+        values: Shape ``(n, D)``.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    log_p = column_log_density(distribution, values)
+    # An un-wrapped univariate distribution counts its parameters as a batch.
+    return log_p.sum(-1) if log_p.ndim > 1 else log_p
+
+
+def column_log_density(distribution: Distribution, values: Tensor) -> Tensor:
+    """Log density in the shape of the distribution's own ``log_prob``.
+
+    A batch of univariate distributions gives one for each.
+    """
+    if isinstance(distribution, MultipleIndependent):
+        chunks = values.split([int(n) for n in distribution.dims_per_dist], dim=-1)
+        pairs = zip(distribution.dists, chunks, strict=True)
+        parts = [column_log_density(d, v).reshape(len(values), 1) for d, v in pairs]
+        return torch.cat(parts, dim=1).sum(-1)
+    if isinstance(distribution, Independent):
+        inner = column_log_density(distribution.base_dist, values)
+        return _sum_last(inner, distribution.reinterpreted_batch_ndims)
+    if isinstance(distribution, MixtureSameFamily):
+        event = len(distribution.event_shape)
+        each = column_log_density(
+            distribution.component_distribution, values.unsqueeze(-1 - event)
+        )
+        weights = distribution.mixture_distribution.logits
+        return torch.logsumexp(each + weights.log_softmax(-1), -1)
+    if _is_plainly_transformed(distribution):
+        return _log_density_of_image(distribution, values)
+    log_p = distribution.log_prob(values)
+    if isinstance(distribution, VonMises):  # whose support torch calls the real line
+        inside = values.abs() <= _PI
+    else:
+        inside = distribution.support.check(values)  # pyright: ignore
+    return torch.where(inside & ~log_p.isnan(), log_p, -math.inf)
+
+
+def _log_density_of_image(
+    distribution: TransformedDistribution, values: Tensor
+) -> Tensor:
+    """As torch's own, but -inf outside the images of the transforms."""
+    event = len(distribution.event_shape)
+    log_p, inside = 0.0, None
+    for transform in reversed(distribution.transforms):
+        codomain = transform.codomain
+        here = codomain.check(values)
+        here = (
+            here.flatten(here.ndim - event + codomain.event_dim).all(-1)
+            if (event > codomain.event_dim)
+            else here
+        )
+        inside = here if inside is None else inside & here
+        before = transform.inv(values)
+        event += transform.domain.event_dim - codomain.event_dim
+        slope = transform.log_abs_det_jacobian(before, values)
+        log_p = log_p - _sum_last(slope, event - transform.domain.event_dim)
+        values = before
+    base = distribution.base_dist
+    log_p = log_p + _sum_last(
+        column_log_density(base, values), event - len(base.event_shape)
+    )
+    if inside is not None:
+        log_p = torch.where(inside & ~log_p.isnan(), log_p, -math.inf)
+    return log_p
+
+
+def bounds_of(distribution: Distribution) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each parameter.
+
+    Args:
+        distribution: Distribution over D parameters.
+
+    Returns:
+        Two float64 tensors of shape ``(D,)``.
+
+    Raises:
+        ValueError: If the support is not a product of D intervals, such as a simplex,
+            integers, or separate intervals.
+    """
+    low, high = _bounds(distribution)
+    return low.reshape(-1), high.reshape(-1)
+
+
+def _bounds(distribution: Distribution) -> tuple[Tensor, Tensor]:
+    """Ends in the shape of one draw."""
+    if isinstance(distribution, MultipleIndependent):
+        pairs = [bounds_of(part) for part in distribution.dists]
+        low, high = (torch.cat(ends) for ends in zip(*pairs, strict=True))
+        return low, high
+    if isinstance(distribution, Independent):
+        return _bounds(distribution.base_dist)
+    if isinstance(distribution, MixtureSameFamily):
+        return _bounds_of_union(distribution)
+    if _is_plainly_transformed(distribution):
+        low, high = _bounds(distribution.base_dist)
+        for transform in distribution.transforms:
+            low, high = _image(distribution, transform, low, high)
+        return low, high
+    shape = distribution.batch_shape + distribution.event_shape
+    if isinstance(distribution, VonMises):
+        ends = -_PI, _PI
+    else:
+        ends = _ends(distribution, distribution.support)
+    low, high = (_double(end) for end in ends)
+    return low.expand(shape), high.expand(shape)
+
+
+def _bounds_of_union(distribution: MixtureSameFamily) -> tuple[Tensor, Tensor]:
+    """Ends of the union of a mixture's components, which must be one box."""
+    low, high = _bounds(distribution.component_distribution)
+    event = len(distribution.event_shape)
+    axis = low.ndim - 1 - event
+    first = [end.narrow(axis, 0, 1) for end in (low, high)]
+    if event and not (
+        torch.equal(first[0].expand_as(low), low)
+        and torch.equal(first[1].expand_as(high), high)
+    ):
+        raise ValueError(
+            f"{_name(distribution)} joins boxes of different bounds, which is no "
+            "product of intervals. Give all components of the mixture the same bounds."
+        )
+    if not event:
+        order = low.argsort(axis)
+        starts, reached = low.gather(axis, order), high.gather(axis, order)
+        reached, others = reached.cummax(axis).values, low.shape[axis] - 1
+        if (starts.narrow(axis, 1, others) > reached.narrow(axis, 0, others)).any():
+            raise ValueError(
+                f"the support of {_name(distribution)} has gaps. Give components "
+                "whose intervals meet."
+            )
+    return low.amin(axis), high.amax(axis)
+
+
+def _image(
+    distribution: Distribution, transform: Transform, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ends of the image of an interval."""
+    least, most = _ends(distribution, transform.codomain)
+    single = _elementwise(transform)
+    if not transform.bijective:
+        raise ValueError(
+            f"{type(transform).__name__} is not invertible, so that "
+            f"{_name(distribution)} has no density. {_ADVICE}."
+        )
+    if single is None:
+        if bool(low.isfinite().any() | high.isfinite().any()):
+            raise ValueError(
+                f"{type(transform).__name__} mixes parameters that have bounds, so "
+                f"that {_name(distribution)}'s support is no product of intervals. "
+                f"{_ADVICE}."
+            )
+        shape = transform.forward_shape(low.shape)
+        ends = (_double(end).expand(shape) for end in (least, most))
+        return next(ends), next(ends)
+    images = torch.stack([single(low), single(high)]).double()
+    if images.isnan().any():
+        raise ValueError(
+            f"{type(transform).__name__} does not map the support of "
+            f"{_name(distribution)}'s base to an interval. {_ADVICE}."
+        )
+    # Rounding keeps the image of infinity off the end of the transform's own range.
+    ends = torch.stack([low, high])
+    for end in (least, most):
+        end = _double(end)
+        near = ends.isinf() & ((images - end).abs() < 1e-9) & end.isfinite()
+        images = torch.where(near, end, images)
+    return images.amin(0), images.amax(0)
+
+
+def _ends(
+    distribution: Distribution, support: constraints.Constraint | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """Ends of what a constraint allows."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is None or support.is_discrete:
+        kind = "no support" if support is None else f"the discrete support {support}"
+        raise ValueError(f"{_name(distribution)} has {kind}. {_ADVICE}.")
+    if isinstance(support, constraints.cat):
+        parts = zip(support.cseq, support.lengths, strict=True)
+        pairs = [
+            [_double(end).expand(n) for end in _ends(distribution, part)]
+            for part, n in parts
+        ]
+        low, high = (torch.cat(ends) for ends in zip(*pairs, strict=True))
+        return low, high
+    low = getattr(support, "lower_bound", None)
+    high = getattr(support, "upper_bound", None)
+    if low is None and high is None and type(support) is not type(constraints.real):
+        raise ValueError(
+            f"{_name(distribution)} has the support {support}, which is no product of "
+            f"intervals. {_ADVICE} (for proportions, all but the last of their "
+            "logarithmic ratios)."
+        )
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def flattened(distribution: Distribution) -> Distribution | None:
+    """The same law as a batch of D univariate distributions; None if there is none.
+
+    Args:
+        distribution: Distribution over D parameters, no ``MultipleIndependent``.
+    """
+    if isinstance(distribution, Independent):
+        return flattened(distribution.base_dist)
+    if not distribution.event_shape:
+        return distribution
+    if _is_plainly_transformed(distribution):
+        base = flattened(distribution.base_dist)
+        single = [_elementwise(transform) for transform in distribution.transforms]
+        if base is not None and None not in single:
+            return TransformedDistribution(base, single, validate_args=False)  # pyright: ignore
+    return None
+
+
+def _elementwise(transform: Transform) -> Transform | None:
+    """A transform that maps each number on its own, as one of numbers; else None."""
+    if isinstance(transform, IndependentTransform):
+        return _elementwise(transform.base_transform)
+    if isinstance(transform, ComposeTransform):
+        parts = [_elementwise(part) for part in transform.parts]
+        return None if None in parts else ComposeTransform(parts)  # pyright: ignore
+    if isinstance(transform, AffineTransform):
+        return AffineTransform(transform.loc, transform.scale)
+    single = transform.domain.event_dim == transform.codomain.event_dim == 0
+    return transform if single else None
+
+
+def _is_plainly_transformed(distribution: Distribution) -> bool:
+    """Whether it has the density and the support of ``TransformedDistribution``."""
+    kind = type(distribution)
+    return (
+        isinstance(distribution, TransformedDistribution)
+        and kind.log_prob is TransformedDistribution.log_prob
+        and kind.support is TransformedDistribution.support
+    )
+
+
+def _sum_last(values: Tensor, count: int) -> Tensor:
+    return values.flatten(-count).sum(-1) if count else values
+
+
+def _double(end: Tensor | float) -> Tensor:
+    return torch.as_tensor(end, dtype=torch.float64).detach().cpu()
+
+
+def _name(distribution: Distribution) -> str:
+    return type(distribution).__name__
