@@ -38,6 +38,7 @@ TESTS_OF_NO_MODULE = {
     "calibration.checks",
     "contract.contract",
     "docs",
+    "examples",
     "import",
     "posterior.closed_form",
     "problems.own_problem",
