@@ -2,6 +2,7 @@
 
 Example:
     >>> import numpy as np
+    >>> from sbi_slotflow.sets.checks import as_cardinality, as_floats, as_shape
     >>> as_floats(np.array([1, 2], dtype=">i2"), "x")
     tensor([1., 2.], dtype=torch.float64)
     >>> as_shape(3), as_cardinality(np.int64(2), 5)
