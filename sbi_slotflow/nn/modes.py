@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sets.circular import wrapped
 from ..sets.transforms import solve_lower
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_transform import LocalTransform, wrapped
+from .local_transform import LocalTransform
 from .unique_rows import unique_rows
 
 __all__ = ["ModeFinder", "Modes"]

@@ -4,6 +4,7 @@ A distribution of torch or sbi is its class name with its parameters as lists; t
 distributions inside another are described likewise. Nothing is unpickled.
 
 Example:
+    >>> from torch.distributions import Gamma
     >>> spec = describe_distribution(Gamma(torch.tensor([2.0]), torch.tensor([0.5])))
     >>> spec
     {'name': 'Gamma', 'concentration': [2.0], 'rate': [0.5]}
