@@ -27,7 +27,7 @@ from .store import Cache
 
 _CHECKPOINTS = Path("checkpoints")
 _STAGES = (
-    Stage(64_000, 1e-3, 3.0, part="anchors"),
+    Stage(64_000, 1e-3, 3.0, part="cells"),
     Stage(24_000, 1e-3, 3.0, part="local"),
 )
 LEVELS = np.linspace(0.1, 0.95, 18)

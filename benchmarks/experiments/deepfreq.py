@@ -30,11 +30,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
+from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.plots.style import dress
 from sbi_slotflow.problems import LineSpectrum
 from sbi_slotflow.problems.sinusoids.line_spectrum import clustered
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.training.online import OnlineSettings, OnlineTraining
 from sbi_slotflow.training.stages import Part, StageBuilder
 
 from ..experiment import Budget, Claim
@@ -85,7 +86,7 @@ NETWORK: dict[str, Any] = {
     "flow_layers": 3,
     "encoder_options": {"width": 32},
 }
-_BATCH, _RATES = 64, {"anchors": 2e-3, "local": 1e-3}
+_BATCH, _RATES = 64, {"cells": 2e-3, "local": 1e-3}
 
 
 def run(budget: Budget, seed: int) -> xr.Dataset:
@@ -118,30 +119,31 @@ def _train(size: Size, cache: Cache, seed: int) -> SlotPosterior:
     problem = problems.line_spectrum()
     weights: dict[str, Tensor] | None = None
     stages: tuple[tuple[Part, int], ...] = (
-        ("anchors", size.num_cells),
+        ("cells", size.num_cells),
         ("local", size.num_local),
     )
-    inference = None
+    estimator = None
     for part, num in stages:
         build = slot_nn(problem, loss_weights=(3.0, 1.0, 1.0), **NETWORK)
-        inference = SlotNPE(
-            problem.prior,
-            StageBuilder(build, weights, part),
-            show_progress_bars=False,
-        )
-        estimator = inference.train_online(
-            problem.simulator,
+        settings = OnlineSettings(
             num_simulations=num,
             batch_size=_BATCH,
             learning_rate=_RATES[part],
             num_validation=min(512, num),
             validate_every=50,
             seed=seed,
-            checkpoint=cache.path(part, ".safetensors"),
+            part="cells" if part == "cells" else "all",
         )
+        estimator = OnlineTraining(
+            StageBuilder(build, weights, part),
+            problem.prior,
+            problem.simulator,
+            settings,
+            checkpoint=cache.path(part, ".safetensors"),
+        ).run(show_progress_bar=False)
         weights = estimator.state_dict()
-    assert inference is not None
-    return inference.build_posterior()
+    assert estimator is not None
+    return SlotPosterior(estimator, problem.prior, simulator=problem.simulator)
 
 
 def _measure(

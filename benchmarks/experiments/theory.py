@@ -121,7 +121,8 @@ def _relabelled(matching: Matching, num: int, seed: int) -> np.ndarray:
     def log_density(rows: torch.Tensor) -> torch.Tensor:
         parts: ThetaParts = problem.layout.unpack(rows)
         head = estimator.component_head
-        return head.matched_log_prob(parts, encoding, owner, matching)[0].double()
+        sets = head.in_training(encoding, x, None, matching)
+        return sets.log_terms(parts, owner)[0].double()
 
     here = log_density(theta)
     there = log_density(problem.layout.relabel(theta, generator))

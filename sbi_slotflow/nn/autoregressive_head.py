@@ -1,16 +1,21 @@
-r"""Anchored components that know of those before them.
-
-In canonical order,
+r"""Components in cells, drawn one after the other in the order of their location.
 
 .. math::
-    \log q = \log q(a_1 \ldots a_K | x, K)
+    \log q(\theta_1 \ldots \theta_K | x, K) = \log q(a_1 \ldots a_K | x, K)
         + \sum_k \log q(\theta_k | \theta_{<k}, a_1 \ldots a_K, x, K)
 
-is O(K) to evaluate and to draw, and least separations hold by construction. Anchors
-follow a chain (:mod:`.cell_chain`), weighed by their evidence where peaks are fitted
-(:mod:`.cell_sets`).
+It costs O(K) to evaluate and to draw, and least separations hold by construction. The
+cells follow a chain (:mod:`.cell_chain`), and where modes are found by Gauss-Newton
+steps, their evidence (:mod:`.cell_sets`). Given the cells, each component has a
+Gaussian, cut off at the ends of its cell and bent by a flow (:mod:`.local_density`).
+
+See Also:
+    :mod:`.modes`, where the Gaussians come from; :mod:`.independent_head`, slots
+    without order.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +23,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..sets.layout import ThetaParts
-from .cell_chain import CellChain
+from .cell_chain import (
+    CellChain,
+    CellDistribution,
+    FlooredCells,
+    PrunedChain,
+    UniformCells,
+)
 from .cell_head import CellHead, trunk_network
 from .cell_sets import CellSets
-from .cells import CellAxis
+from .cells import CellAxis, OccupiedCells
 from .charts import Chart
 from .encoders import Encoding
 from .flows import RowContext
 from .gauss_newton import SignalFit
+from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
 from .modes import ModeFinder, Modes
+from .set_distribution import SetsGivenK
 from .spec import Matching
 from .unique_rows import unique_rows
 
-__all__ = ["AutoregressiveHead", "ConditionedSets"]
+__all__ = ["AutoregressiveHead"]
 
 # Cells within which two components are told of each other.
 _REACH = 6
@@ -39,48 +52,40 @@ _REACH = 6
 _SLACK = 1e-4
 
 
-class ConditionedSets(NamedTuple):
-    """Distinct sets of anchors and everything that follows from them.
+class _Conditioned(NamedTuple):
+    """What follows from the cells of N rows, each distinct set once.
 
     Attributes:
         which: Set of each row, shape ``(N,)``.
-        anchors: Anchors, shape ``(S, Kmax)``.
-        mask: Active ones, shape ``(S, Kmax)``.
-        starts: Where their cells start, shape ``(S, Kmax)``.
-        ends: Where they end, shape ``(S, Kmax)``.
+        cells: The S distinct sets.
         upper: Largest positions, shape ``(S, Kmax)``.
         contexts: Contexts of components, shape ``(S Kmax, C)``.
         near: Whether a component is near the one before, shape ``(S, Kmax)``.
         centre: Angles about which components' are unwrapped, shape ``(S, Kmax, P)``.
-        peaks: Modes found by Gauss-Newton; None without.
+        modes: Modes found by Gauss-Newton steps; None without.
     """
 
     which: Tensor
-    anchors: Tensor
-    mask: Tensor
-    starts: Tensor
-    ends: Tensor
+    cells: OccupiedCells
     upper: Tensor
     contexts: Tensor
     near: Tensor
     centre: Tensor
-    peaks: Modes | None
+    modes: Modes | None
 
     @property
-    def noise(self) -> Tensor | None:
-        """Log of each row's residual level, shape ``(N,)``; None without peaks."""
-        return None if self.peaks is None else self.peaks.noise[self.which]
+    def level(self) -> Tensor | None:
+        """Log of each row's residual level, shape ``(N,)``; None without modes."""
+        return None if self.modes is None else self.modes.level[self.which]
 
 
 class AutoregressiveHead(CellHead):
-    """Anchored components that know of those before them.
+    """Components in cells that know of those before them.
 
-    ``refine_steps`` Gauss-Newton steps on the likelihood of all K components, from
-    their anchors, give the Gaussian that the local densities start from, with its
-    covariance between components (see :mod:`.modes`), and at inference the evidence by
-    which the ``weighed_sets`` likeliest sets of anchors are weighed; without, the
-    network predicts it from the tokens. What is left is the flow's to learn; without
-    layers it takes the peaks' Gaussians, cut off at the cells' ends, as they are.
+    ``refine_steps`` Gauss-Newton steps on the likelihood of all K components give the
+    Gaussians of the components and the evidence by which the ``weighed_sets`` likeliest
+    sets of cells are weighed; without, the network predicts the Gaussians from the
+    tokens. The flow learns what is not Gaussian; without layers there is none.
 
     Args:
         chart: Chart of a component.
@@ -91,7 +96,7 @@ class AutoregressiveHead(CellHead):
         flow: Options of the flow.
         fit: The signal, for Gauss-Newton.
         refine_steps: Gauss-Newton steps; 0 for none.
-        weighed_sets: Sets of anchors to weigh by their evidence; 0 for none.
+        weighed_sets: Sets of cells to weigh by their evidence; 0 for none.
 
     Raises:
         ValueError: If the chart is no density or a fit is missing.
@@ -126,9 +131,8 @@ class AutoregressiveHead(CellHead):
             self.find_modes = ModeFinder(chart, self.local_chart, fit, refine_steps)
             seen += self.find_modes.num_features
         self.weighed_sets = weighed_sets
-        self._last: CellSets | None = None
         flow = dict(flow or {})
-        # Without layers there is nothing to learn above fitted peaks.
+        # Without layers there is nothing to learn above fitted modes.
         plain = bool(refine_steps) and not flow.get("num_layers", 1)
         self.trunk: nn.Sequential | None = None
         if not plain:
@@ -153,175 +157,181 @@ class AutoregressiveHead(CellHead):
         """Components know where the one before is."""
         return True
 
-    def anchor_log_prob(
-        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
-    ) -> Tensor:
-        """Log probabilities ``(N,)`` of the anchors alone; for training."""
-        position = self._coordinates(parts)[0][..., 0]
-        return self._anchors(position, parts.mask, encoding, owner, inference=False)[1]
+    def given(
+        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+    ) -> SetsGivenK:
+        """Return the density given x; see :meth:`CellHead.given`."""
+        edges, tokens = self.edges(encoding), _tokens(encoding)
+        finder, cells = self.find_modes, PrunedChain(self.pointer, tokens, edges)
+        find_modes = None if finder is None else partial(finder, data)
+        if finder is not None and self.weighed_sets:
+            with torch.no_grad():
+                chain = PrunedChain(self.pointer, tokens, edges)
+            cells = CellSets(chain, finder, self.weighed_sets, data)
+            find_modes = cells.modes
+        floored = FlooredCells(cells, UniformCells(self.axis, edges))
+        return _JointSets(self, tokens, edges, floored, find_modes, shared)
 
-    def _anchors(
+    def in_training(
         self,
-        position: Tensor,
-        mask: Tensor,
         encoding: Encoding,
-        owner: Tensor,
-        inference: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Anchors ``(N, Kmax)`` of positions, and their log probabilities ``(N,)``."""
-        edges = self.edges(encoding)
-        anchors = torch.where(mask, self.axis.anchors(position, edges[owner]), 0)
-        assert encoding.tokens is not None
-        weighed = self._weighed(encoding) if inference and len(mask) else None
-        if weighed is not None:
-            return anchors, weighed.log_prob(owner, anchors, mask)
-        return anchors, self.pointer.log_prob(
-            encoding.tokens, edges, owner, anchors, mask, prune=inference
-        )
-
-    def _weighed(self, encoding: Encoding) -> CellSets | None:
-        """The anchors' distribution where sets are weighed."""
-        if self.find_modes is None or not self.weighed_sets:
-            return None
-        assert encoding.data is not None
-        assert encoding.tokens is not None
-        args = encoding.data, encoding.tokens, self.edges(encoding)
-        if self._last is None or not self._last.is_of(self.pointer, *args):
-            self._last = CellSets(
-                self.pointer, self.find_modes, self.weighed_sets, *args
-            )
-        return self._last
-
-    def _log_prob(
-        self,
-        coordinates: Tensor,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
+        data: Tensor,
+        shared: SharedGivenX | None,
         matching: Matching,
-        inference: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> SetsGivenK:
+        """Return what training maximises; see :meth:`CellHead.in_training`."""
+        edges, tokens = self.edges(encoding), _tokens(encoding)
+        cells, finder = self.pointer.given(tokens, edges), self.find_modes
+        find_modes = None if finder is None else partial(finder, data)
+        return _JointSets(self, tokens, edges, cells, find_modes, shared)
+
+    def log_prob_cells(self, parts: ThetaParts, encoding: Encoding) -> Tensor:
+        """Evaluate log q(a | x, K) of the cells of B sets, shape ``(B,)``."""
+        edges, mask = self.edges(encoding), parts.mask
+        position = self.coordinates(parts)[0][..., 0]
+        cells = torch.where(mask, self.axis.cells(position, edges), 0)
+        owner = torch.arange(len(mask), device=mask.device)
+        chain = self.pointer.given(_tokens(encoding), edges)
+        return chain.log_prob(owner, cells, mask)
+
+
+class _JointSets(SetsGivenK):
+    """Joint components given B observations.
+
+    Args:
+        head: The head.
+        tokens: Tokens of the observations, shape ``(B, L, C)``.
+        edges: Edges of their cells, shape ``(B, L + 1)``.
+        cells: Distribution over the cells.
+        find_modes: Finds modes above sets of cells; None without Gauss-Newton steps.
+        shared: The shared parameters' density; None if there are none.
+    """
+
+    def __init__(
+        self,
+        head: AutoregressiveHead,
+        tokens: Tensor,
+        edges: Tensor,
+        cells: CellDistribution,
+        find_modes: Callable[[OccupiedCells], Modes] | None,
+        shared: SharedGivenX | None,
+    ) -> None:
+        self.head, self.tokens, self.edges = head, tokens, edges
+        self.cells, self.find_modes, self.shared = cells, find_modes, shared
+
+    def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
         # Components stand in canonical order: there is nothing to match.
+        head, mask = self.head, parts.mask
+        coordinates, log_det = head.coordinates(parts)
         position = coordinates[..., 0]
-        anchors, value = self._anchors(position, mask, encoding, owner, inference)
-        sets = self.sets(encoding, owner, anchors, mask)
-        w = self.local_chart.relative(coordinates, anchors, sets.centre[sets.which])
+        cells = torch.where(mask, head.axis.cells(position, self.edges[owner]), 0)
+        value = self.cells.log_prob(owner, cells, mask)
+        sets = self._conditioned(owner, cells, mask)
+        w = head.local_chart.relative(coordinates, cells, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
         means = noise = torch.zeros_like(w)
-        if sets.peaks is not None:
-            means, noise = sets.peaks.whiten(w, sets.which, mask)
-        context = self.context(sets, which, k, w, noise, row)
-        if sets.peaks is not None:
-            mean, factor = means[row, k], sets.peaks.block(which, k)
+        if sets.modes is not None:
+            means, noise = sets.modes.whiten(w, sets.which, mask)
+        context = self._context(sets, which, k, w, noise, row)
+        if sets.modes is not None:
+            mean, factor = means[row, k], sets.modes.block(which, k)
         else:
-            assert self.gaussian is not None
-            mean, factor = self.gaussian(context)
+            assert head.gaussian is not None
+            mean, factor = head.gaussian(context)
         before = torch.where(k > 0, position[row, k - 1], -torch.inf)
         low, high = self._limits(sets, which, k, before)
         allowed = ((here >= low - _SLACK) & (here <= high + _SLACK)).all(-1)
         here = torch.maximum(torch.minimum(here, high), low)
-        local = self.local.log_prob(here, mean, factor, (low, high), context)
+        local = head.local.log_prob(here, mean, factor, (low, high), context)
         local = torch.where(allowed, local, -torch.inf)
-        return value.index_add(0, row, local), sets.noise
+        value = value.index_add(0, row, local) + log_det
+        log_shared = torch.zeros_like(value)
+        if self.shared is not None:
+            log_shared = self.shared.log_prob(
+                parts.shared, owner, parts.cardinality, sets.level
+            )
+        return value, log_shared
 
-    def _sample(
-        self,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
-        generator: torch.Generator | None,
+    @torch.no_grad()
+    def sample(
+        self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        assert encoding.tokens is not None
-        weighed = self._weighed(encoding) if len(mask) else None
-        if weighed is not None:
-            anchors = weighed.sample(owner, mask, generator)
-        else:
-            cells = encoding.tokens, self.edges(encoding), owner, mask
-            anchors = self.pointer.sample(*cells, generator, prune=True)
-        sets = self.sets(encoding, owner, anchors, mask)
-        shape = (*mask.shape, self.local_chart.num_features)
+        """Draw sets; see :meth:`SetsGivenK.sample`."""
+        head, count = self.head, mask.sum(-1)
+        cells = self.cells.sample(owner, mask, generator)
+        sets = self._conditioned(owner, cells, mask)
+        shape = (*mask.shape, head.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
         noise = torch.zeros_like(w)
         before = w.new_full((len(mask),), -torch.inf)
-        largest = int(mask.sum(-1).max()) if len(mask) else 0
-        for k in range(largest):
+        for k in range(int(count.max()) if len(mask) else 0):
             rows = mask[:, k].nonzero().squeeze(-1)
             which = sets.which[rows]
-            context = self.context(sets, which, k, w, noise, rows)
-            mean, factor = self._given_before(sets, which, k, noise[rows, :k], context)
+            context = self._context(sets, which, k, w, noise, rows)
+            if sets.modes is not None:
+                mean = sets.modes.mean(which, k, noise[rows, :k])
+                factor = sets.modes.block(which, k)
+            else:
+                assert head.gaussian is not None
+                mean, factor = head.gaussian(context)
             ends = self._limits(sets, which, k, before[rows])
-            w[rows, k], noise[rows, k] = self.local.sample(
+            w[rows, k], noise[rows, k] = head.local.sample(
                 mean, factor, ends, context, generator
             )
-            before[rows] = anchors[rows, k] + 0.5 + w[rows, k, 0]
-        w = self.local_chart.absolute(w, anchors, sets.centre[sets.which])
-        return w, sets.noise
+            before[rows] = cells[rows, k] + 0.5 + w[rows, k, 0]
+        w = head.local_chart.absolute(w, cells, sets.centre[sets.which])
+        components, shared = head.components(w, mask), None
+        if self.shared is not None:
+            shared = self.shared.sample(owner, count, generator, sets.level)
+        return components, shared
 
-    def sets(
-        self, encoding: Encoding, owner: Tensor, anchors: Tensor, mask: Tensor
-    ) -> ConditionedSets:
-        """Collect what follows from the anchors of N rows, each distinct set once.
-
-        Args:
-            encoding: Embeddings of B observations.
-            owner: Observation of each row, shape ``(N,)``.
-            anchors: Ascending anchors, zero where inactive, shape ``(N, Kmax)``.
-            mask: Active ones, shape ``(N, Kmax)``.
-        """
-        tokens, count = encoding.tokens, mask.sum(-1)
-        assert tokens is not None
+    def _conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
+        """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
+        head, count = self.head, mask.sum(-1)
         which = torch.arange(len(owner), device=owner.device)
         if not torch.is_grad_enabled():
-            columns, which = unique_rows(owner, count, *anchors.unbind(-1))
-            owner, count, anchors = *columns[:2], torch.stack(columns[2:], -1)
-            mask = torch.arange(anchors.shape[-1]).to(count) < count.unsqueeze(-1)
-        edges = self.edges(encoding)
-        starts, ends = (edges[owner.unsqueeze(-1), anchors + i] for i in (0, 1))
-        peaks = None
-        if self.find_modes is not None:
-            assert encoding.data is not None
-            cells = anchors, starts, ends, mask
-            remember = not torch.is_grad_enabled()
-            peaks = self.find_modes(encoding.data, owner, *cells, remember=remember)
-        gaps = anchors.diff(dim=-1, prepend=anchors[:, :1]).clamp(min=0)
-        first = torch.arange(mask.shape[-1], device=mask.device) == 0
-        here = tokens[owner.unsqueeze(-1), anchors]
-        contexts = self._contexts(here, mask, gaps, peaks)
-        if peaks is not None:
-            centre = peaks.centre
+            columns, which = unique_rows(owner, count, *cells.unbind(-1))
+            owner, count, cells = *columns[:2], torch.stack(columns[2:], -1)
+            mask = torch.arange(cells.shape[-1]).to(count) < count.unsqueeze(-1)
+        sets = OccupiedCells.among(self.edges, owner, cells, mask)
+        modes = None if self.find_modes is None else self.find_modes(sets)
+        gaps = cells.diff(dim=-1, prepend=cells[:, :1]).clamp(min=0)
+        contexts = self._contexts(sets, gaps, modes)
+        if modes is not None:
+            centre = modes.centre
         else:
-            assert self.gaussian is not None
-            centre = self.gaussian.centre(contexts).unflatten(0, mask.shape)
-        near = (gaps < _REACH) & ~first
-        upper = self.axis.upper(ends, mask)
-        return ConditionedSets(
-            which, anchors, mask, starts, ends, upper, contexts, near, centre, peaks
-        )
+            assert head.gaussian is not None
+            centre = head.gaussian.centre(contexts).unflatten(0, mask.shape)
+        near = (gaps < _REACH) & ~_first(mask)
+        upper = head.axis.upper(sets.ends, mask)
+        return _Conditioned(which, sets, upper, contexts, near, centre, modes)
 
     def _contexts(
-        self, here: Tensor, mask: Tensor, gaps: Tensor, peaks: Modes | None
+        self, sets: OccupiedCells, gaps: Tensor, modes: Modes | None
     ) -> Tensor:
-        """Contexts ``(S Kmax, C)`` of components at tokens ``(S, Kmax, C)``."""
-        if self.trunk is None:  # no layer of a flow looks at them
+        """Contexts ``(S Kmax, C)`` of components with gaps ``(S, Kmax)`` before."""
+        here = self.tokens[sets.owner.unsqueeze(-1), sets.cells]
+        if self.head.trunk is None:  # no layer of a flow looks at them
             return here.flatten(0, 1)
-        first = torch.arange(mask.shape[-1], device=mask.device) == 0
-        sizes = functional.one_hot(mask.sum(-1), self.max_cardinality + 1).to(here)
+        mask, largest = sets.mask, self.head.max_cardinality
+        sizes = functional.one_hot(mask.sum(-1), largest + 1).to(here)
         to_next = functional.pad(gaps[:, 1:], (0, 1))
         has_next = functional.pad(mask[:, 1:], (0, 1))
         seen = [
             here,
             sizes.unsqueeze(-2).expand(*mask.shape, -1),
-            *_neighbour(here.roll(1, dims=1), gaps, mask & ~first),
+            *_neighbour(here.roll(1, dims=1), gaps, mask & ~_first(mask)),
             *_neighbour(here.roll(-1, dims=1), to_next, has_next),
         ]
-        if peaks is not None:
-            seen.append(peaks.features.to(here))
-        return self.trunk(torch.cat(seen, -1)).flatten(0, 1)
+        if modes is not None:
+            seen.append(modes.features.to(here))
+        return self.head.trunk(torch.cat(seen, -1)).flatten(0, 1)
 
-    def context(
+    def _context(
         self,
-        sets: ConditionedSets,
+        sets: _Conditioned,
         which: Tensor,
         k: int | Tensor,
         w: Tensor,
@@ -335,43 +345,38 @@ class AutoregressiveHead(CellHead):
             which: Set of each of the M, shape ``(M,)``.
             k: Component of each.
             w: Local coordinates of all rows, shape ``(N, Kmax, D)``.
-            noise: The same, whitened by the peaks.
+            noise: The same, whitened by the modes.
             row: Row of each of the M.
         """
         near, own = sets.near[which, k].unsqueeze(-1), None
         # In training its weights shall have gradients, if only zeros.
-        if self.trunk and (torch.is_grad_enabled() or near.any()):
-            known = w if sets.peaks is None else noise
+        if self.head.trunk and (torch.is_grad_enabled() or near.any()):
+            known = w if sets.modes is None else noise
             before = known[row, torch.as_tensor(k - 1).clamp(min=0)]
-            if sets.peaks is not None:
+            if sets.modes is not None:
                 before = before.clamp(-6.0, 6.0)
             own = torch.where(near, before, 0.0).float()
+        largest = self.head.max_cardinality
         if isinstance(k, int):
-            each = sets.contexts.unflatten(0, (-1, self.max_cardinality))
+            each = sets.contexts.unflatten(0, (-1, largest))
             return RowContext(each[:, k], which, own)
-        return RowContext(sets.contexts, which * self.max_cardinality + k, own)
-
-    def _given_before(
-        self,
-        sets: ConditionedSets,
-        which: Tensor,
-        k: int,
-        noise: Tensor,
-        context: RowContext,
-    ) -> tuple[Tensor, Tensor]:
-        """Gaussian of component k given the noise ``(M, k, D)`` of those before."""
-        if sets.peaks is None:
-            assert self.gaussian is not None
-            return self.gaussian(context)
-        mean = sets.peaks.mean(which, k, noise)
-        return mean, sets.peaks.block(which, k)
+        return RowContext(sets.contexts, which * largest + k, own)
 
     def _limits(
-        self, sets: ConditionedSets, which: Tensor, k: int | Tensor, before: Tensor
+        self, sets: _Conditioned, which: Tensor, k: int | Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates of component k, given the position before."""
-        low = self.axis.lower(sets.starts[which, k], before)
-        return self.limits(sets.anchors[which, k], low, sets.upper[which, k])
+        low = self.head.axis.lower(sets.cells.starts[which, k], before)
+        return self.head.limits(sets.cells.cells[which, k], low, sets.upper[which, k])
+
+
+def _tokens(encoding: Encoding) -> Tensor:
+    assert encoding.tokens is not None
+    return encoding.tokens
+
+
+def _first(mask: Tensor) -> Tensor:
+    return torch.arange(mask.shape[-1], device=mask.device) == 0
 
 
 def _neighbour(tokens: Tensor, gaps: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

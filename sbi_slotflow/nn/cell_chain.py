@@ -1,29 +1,41 @@
-r"""Distributions over the anchors of K components.
+r"""Distributions over the cells of K components, :math:`q(a_1 \le \ldots \le a_K | x)`.
 
-Every token t has a score; h_t, its sigmoid, is the chance that a component sits there.
-
-:class:`CellChain`, for joint components, walks along the axis,
-
-.. math::
-    q(a_1 \le \ldots \le a_K | x, K) = \prod_k q(a_k | a_{k-1}, x, K), \qquad
-    q(a_k = t | \cdot) \propto h_t \prod_{s < t} (1 - h_s),
-
-s and t over the cells that are left to component k: the next component is at the first
-cell that is not passed over. Scores depend on K, k and the anchor before, those within
-its reach through a network of the two tokens. A chain may be tilted (:class:`Tilt`).
-
-:class:`CellMarginals`, for factorised components, takes presences as independent
-given K. The i-th of K components in order is then at t with the probability
+:class:`CellChain` is a Markov chain along the axis: the cell of component k depends on
+the cell before,
 
 .. math::
-    q_i(a = t | x, K) = o_t\, e_{i-1}(o_{<t})\, e_{K-i}(o_{>t}) / e_K(o)
+    q(a | x, K) = \prod_{k=1}^K q(a_k | a_{k-1}, k, K, x), \qquad
+    q(a_k = t | a_{k-1}) \propto \sigma(s_t) \prod_{a_{k-1} \le u < t} \sigma(-s_u),
 
-of a conditional Bernoulli sample, o the odds and e the elementary symmetric
-polynomials.
+the probability that t is the first cell that is not passed over. The scores s come from
+the token of each cell. Each step is normalised over the feasible cells (see
+:meth:`.cells.CellAxis.feasible`), so the product sums to one over all feasible sets.
+
+:class:`CellMarginals` is the law of the paper's independent slots: the i-th cell of K
+that are drawn without replacement with given odds,
+
+.. math::
+    q_i(t) = \frac{e_{i-1}(o_{<t})\, o_t\, e_{K-i}(o_{>t})}{e_K(o)},
+
+o the odds and e the elementary symmetric polynomials.
+
+Example:
+    >>> _ = torch.manual_seed(0)
+    >>> chain = CellChain(CellAxis(0, 5), token_features=4, max_cardinality=2)
+    >>> edges = torch.arange(6.0, dtype=torch.float64).expand(1, -1)
+    >>> given = chain.given(torch.randn(1, 5, 4), edges)
+    >>> owner, mask = torch.tensor([0]), torch.tensor([[True, True]])
+    >>> given.sample(owner, mask).shape
+    torch.Size([1, 2])
+
+See Also:
+    :mod:`.cell_sets`, where the likeliest sets are weighed by their evidence.
 """
 
 import math
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from copy import copy
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +44,286 @@ from torch.nn import functional
 from .cells import CellAxis
 from .unique_rows import unique_rows
 
-__all__ = ["CellChain", "CellMarginals", "Tilt", "draw_cells"]
+__all__ = [
+    "CellChain",
+    "CellDistribution",
+    "CellMarginals",
+    "ChainGivenX",
+    "FlooredCells",
+    "PrunedChain",
+    "Tilt",
+    "UniformCells",
+    "draw_cells",
+]
 
 NEGLIGIBLE = 1e-5
-"""Share of the most probable anchor's probability below which another has none.
+"""Share of the most probable cell's probability below which a cell is pruned.
 
 At that level a probability is a network's floor and no knowledge, but a single draw at
 the other end of the band outweighs the width of a sharp posterior.
 """
 
 LOG_ZERO = -1e30
-# Bounds the memory of looking ahead.
-_STATES_AT_ONCE = 1_024
+# Share of the floor.
+_FLOOR = 1e-6
+
+
+class CellDistribution(Protocol):
+    """A distribution over ascending rows of cells, given observations."""
+
+    def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
+        """Evaluate the log probability of N rows of cells.
+
+        Args:
+            owner: Observation of each row, shape ``(N,)``.
+            cells: Cells in ascending order, shape ``(N, Kmax)``.
+            mask: Active ones, shape ``(N, Kmax)``.
+
+        Returns:
+            Shape ``(N,)``; -inf for cells that leave no room for a set.
+        """
+        ...
+
+    def sample(
+        self, owner: Tensor, mask: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw cells ``(N, Kmax)``, ascending, zero where inactive."""
+        ...
+
+
+class _Steps(ABC):
+    """Cells drawn one after the other.
+
+    Args:
+        axis: The location axis.
+        edges: Edges of the observations' cells, shape ``(B, L + 1)``.
+    """
+
+    def __init__(self, axis: CellAxis, edges: Tensor) -> None:
+        self.axis, self.edges = axis, edges
+
+    @abstractmethod
+    def _next(
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, feasible: Tensor
+    ) -> Tensor:
+        """Log probabilities ``(M, L)`` of the next cell of M distinct states."""
+
+    def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
+        """Evaluate log probabilities; see :meth:`CellDistribution.log_prob`."""
+        row, k = mask.nonzero(as_tuple=True)
+        before = torch.where(k > 0, cells[row, k - 1], -1)
+        starts = self.edges[owner.unsqueeze(-1), cells]
+        earliest = self.axis.earliest(starts)[row, k - 1]
+        earliest = torch.where(k > 0, earliest, -torch.inf)
+        count = mask.sum(-1)[row]
+        step, which = self.next_log_probs(owner[row], count, k, before, earliest)
+        value = step[which, cells[row, k]]
+        value = torch.where(value > 0.5 * LOG_ZERO, value, -torch.inf)
+        return value.new_zeros(len(mask)).index_add(0, row, value)
+
+    @torch.no_grad()
+    def sample(
+        self, owner: Tensor, mask: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw cells; see :meth:`CellDistribution.sample`."""
+        count = mask.sum(-1)
+        cells = torch.zeros_like(mask, dtype=torch.int64)
+        earliest = torch.full_like(count, -torch.inf, dtype=torch.float64)
+        before = torch.full_like(count, -1)
+        for k in range(int(count.max()) if len(count) else 0):
+            rows = (count > k).nonzero().squeeze(-1)
+            place = torch.full_like(rows, k)
+            step, which = self.next_log_probs(
+                owner[rows], count[rows], place, before[rows], earliest[rows]
+            )
+            steps = step.double().exp().cumsum(-1)
+            level = torch.rand(
+                len(rows), dtype=steps.dtype, device=steps.device, generator=generator
+            )
+            drawn = draw_cells(steps, which, level)
+            cells[rows, k] = before[rows] = drawn
+            starts = self.edges[owner[rows], drawn]
+            earliest[rows] = self.axis.lower(starts, earliest[rows])
+        return cells
+
+    def next_log_probs(
+        self,
+        owner: Tensor,
+        count: Tensor,
+        k: Tensor,
+        before: Tensor,
+        earliest: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Log probabilities of the next cell of N sets.
+
+        Args:
+            owner: Observation of each set, shape ``(N,)``.
+            count: Components of each set.
+            k: Component whose cell is next.
+            before: Cell of the one before, -1 for none.
+            earliest: Earliest position of the one before, -inf for none.
+
+        Returns:
+            Those of M distinct states, shape ``(M, L)``, and the state of each set,
+            shape ``(N,)``. Impossible cells have less than half of ``LOG_ZERO``.
+        """
+        states = owner, count, k, before, earliest
+        # In training few states are equal.
+        which = torch.arange(len(owner), device=owner.device)
+        if not torch.is_grad_enabled():
+            states, which = unique_rows(*states)
+        owner, count, k, before, earliest = states
+        feasible = self.axis.feasible(earliest, count - 1 - k, self.edges[owner])
+        return self._next(owner, count, k, before, feasible), which
+
+
+class UniformCells(_Steps):
+    """Every feasible cell is as probable as any other, step by step."""
+
+    def _next(
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, feasible: Tensor
+    ) -> Tensor:
+        # A feasible cell is not before the last one, as it ends beyond its start.
+        value = torch.zeros_like(feasible, dtype=self.edges.dtype)
+        return value.masked_fill(~feasible, LOG_ZERO).log_softmax(-1)
+
+
+class FlooredCells:
+    r"""A distribution over cells with a floor below all feasible sets.
+
+    .. math::
+        q(a) = (1 - \epsilon)\, p(a) + \epsilon\, u(a), \qquad \epsilon = 10^{-6}
+
+    No feasible set then has probability zero, so that weights of draws can correct
+    whatever p is wrong about.
+
+    Args:
+        cells: The distribution p.
+        floor: The floor u.
+    """
+
+    def __init__(self, cells: CellDistribution, floor: UniformCells) -> None:
+        self.cells, self.floor = cells, floor
+
+    def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
+        """Evaluate log probabilities; see :meth:`CellDistribution.log_prob`."""
+        if not len(owner):
+            return self.floor.log_prob(owner, cells, mask)
+        value = self.cells.log_prob(owner, cells, mask)
+        floor = self.floor.log_prob(owner, cells, mask) + math.log(_FLOOR)
+        # Its slope is that of 0, not NaN, where both are -inf.
+        floor = floor.to(value).clamp(min=LOG_ZERO)
+        value = torch.logaddexp(value + math.log1p(-_FLOOR), floor)
+        return value.masked_fill(value <= LOG_ZERO, -torch.inf)
+
+    @torch.no_grad()
+    def sample(
+        self, owner: Tensor, mask: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw cells; see :meth:`CellDistribution.sample`."""
+        if not len(owner):
+            return torch.zeros_like(mask, dtype=torch.int64)
+        cells = self.cells.sample(owner, mask, generator)
+        level = torch.rand(
+            len(owner), dtype=torch.float64, device=owner.device, generator=generator
+        )
+        few = (level < _FLOOR).nonzero().squeeze(-1)
+        if len(few):
+            cells[few] = self.floor.sample(owner[few], mask[few], generator)
+        return cells
+
+
+class CellChain(nn.Module):
+    """Cells as a Markov chain along the axis.
+
+    Args:
+        axis: The location axis.
+        token_features: Length of a token.
+        max_cardinality: Largest cardinality Kmax.
+        hidden_features: Width of the scores' networks.
+        reach: Cells after a cell whose scores depend on it in full.
+    """
+
+    def __init__(
+        self,
+        axis: CellAxis,
+        token_features: int,
+        max_cardinality: int,
+        hidden_features: int = 64,
+        reach: int = 6,
+    ) -> None:
+        super().__init__()
+        self.axis, self.max_cardinality, self.reach = axis, max_cardinality, reach
+        self.keys = nn.Linear(token_features, hidden_features)
+        self.presence = nn.Linear(token_features, 1)
+        nn.init.constant_(self.presence.bias, -2.0)
+        # One embedding for each (K, k), and one for "no cell yet".
+        self.place = nn.Embedding(max_cardinality * max_cardinality, hidden_features)
+        self.first = nn.Parameter(torch.zeros(token_features))
+        self.query = nn.Sequential(
+            nn.Linear(hidden_features + token_features, hidden_features),
+            nn.GELU(),
+            nn.Linear(hidden_features, hidden_features),
+        )
+        self.offset = nn.Embedding(reach, hidden_features)
+        self.near_token = nn.Linear(token_features, hidden_features)
+        self.near_query = nn.Linear(hidden_features, hidden_features)
+        self.near_score = nn.Linear(hidden_features, 1)
+        nn.init.zeros_(self.near_score.weight)
+
+    def given(self, tokens: Tensor, edges: Tensor) -> "ChainGivenX":
+        """Return the chain of B observations, as it is trained.
+
+        Args:
+            tokens: Their tokens, shape ``(B, L, C)``.
+            edges: Edges of their cells, shape ``(B, L + 1)``.
+        """
+        return ChainGivenX(self, tokens, edges)
+
+
+class ChainGivenX(_Steps):
+    """A chain given B observations; see :meth:`CellChain.given`."""
+
+    def __init__(self, chain: CellChain, tokens: Tensor, edges: Tensor) -> None:
+        super().__init__(chain.axis, edges)
+        self.chain, self.tokens = chain, tokens
+        self._keys, self._near = chain.keys(tokens), chain.near_token(tokens)
+        self._presence = chain.presence(tokens).squeeze(-1)
+
+    def one(self, observation: int) -> Self:
+        """The chain of one of the observations."""
+        new, here = copy(self), slice(observation, observation + 1)
+        new.tokens, new.edges = self.tokens[here], self.edges[here]
+        new._keys, new._near = self._keys[here], self._near[here]
+        new._presence = self._presence[here]
+        return new
+
+    def _next(
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, feasible: Tensor
+    ) -> Tensor:
+        return _log_first(self._scores(owner, count, k, before), feasible)
+
+    def _scores(
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
+    ) -> Tensor:
+        """Scores ``(M, L)`` of component k of ``count`` after a cell."""
+        chain, last = self.chain, self.axis.num_anchors - 1
+        place = chain.place((count - 1) * chain.max_cardinality + k)
+        started = (before >= 0).unsqueeze(-1)
+        previous = self.tokens[owner, before.clamp(min=0)]
+        previous = torch.where(started, previous, chain.first)
+        query = chain.query(torch.cat([place, previous], -1))
+        scores = (self._keys[owner] @ query.unsqueeze(-1)).squeeze(-1)
+        scores = scores / query.shape[-1] ** 0.5 + self._presence[owner]
+        reach = torch.arange(chain.reach, device=query.device)
+        cell = before.unsqueeze(-1) + reach
+        inside = started & (cell <= last)
+        cell = cell.clamp(0, last)
+        near = self._near[owner.unsqueeze(-1), cell]
+        hidden = near + chain.near_query(query).unsqueeze(-2) + chain.offset(reach)
+        extra = chain.near_score(functional.gelu(hidden)).squeeze(-1)
+        extra = torch.where(inside, extra, extra.new_zeros(()))
+        return scores.scatter_add(-1, cell, extra)
 
 
 class Tilt(NamedTuple):
@@ -68,217 +348,69 @@ class Tilt(NamedTuple):
     ahead: Tensor
 
 
-class CellChain(nn.Module):
-    """Anchors as a Markov chain along the axis.
+class PrunedChain(ChainGivenX):
+    """A chain for inference: tilted, and without :data:`NEGLIGIBLE` cells.
 
     Args:
-        axis: The location axis.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        hidden_features: Width of the scores' networks.
-        reach: Cells after an anchor whose scores depend on it in full.
+        chain: The chain.
+        tokens: Tokens of the observations, shape ``(B, L, C)``.
+        edges: Edges of their cells, shape ``(B, L + 1)``.
+
+    Attributes:
+        tilt: What the chain is tilted by; None for nothing.
     """
 
-    def __init__(
-        self,
-        axis: CellAxis,
-        token_features: int,
-        max_cardinality: int,
-        hidden_features: int = 64,
-        reach: int = 6,
-    ) -> None:
-        super().__init__()
-        self.axis, self.max_cardinality, self.reach = axis, max_cardinality, reach
-        self.keys = nn.Linear(token_features, hidden_features)
-        self.presence = nn.Linear(token_features, 1)
-        nn.init.constant_(self.presence.bias, -2.0)
-        # One embedding for each (K, k), and one for "no anchor yet".
-        self.place = nn.Embedding(max_cardinality * max_cardinality, hidden_features)
-        self.first = nn.Parameter(torch.zeros(token_features))
-        self.query = nn.Sequential(
-            nn.Linear(hidden_features + token_features, hidden_features),
-            nn.GELU(),
-            nn.Linear(hidden_features, hidden_features),
-        )
-        self.offset = nn.Embedding(reach, hidden_features)
-        self.near_token = nn.Linear(token_features, hidden_features)
-        self.near_query = nn.Linear(hidden_features, hidden_features)
-        self.near_score = nn.Linear(hidden_features, 1)
-        nn.init.zeros_(self.near_score.weight)
+    tilt: Tilt | None = None
 
-    def log_prob(
-        self,
-        tokens: Tensor,
-        edges: Tensor,
-        owner: Tensor,
-        anchors: Tensor,
-        mask: Tensor,
-        prune: bool = False,
-        tilt: Tilt | None = None,
+    def with_tilt(self, tilt: Tilt) -> "PrunedChain":
+        """The same chain, tilted."""
+        new = copy(self)
+        new.tilt = tilt
+        return new
+
+    def tilted(self, shift: Tensor, count: int) -> "PrunedChain":
+        """The chain of one observation and K, tilted by shifts ``(1, L)``."""
+        row = torch.zeros(1, self.chain.max_cardinality + 1).to(shift).long()
+        return self.with_tilt(Tilt(row, shift, self._look_ahead(shift, count)))
+
+    def _next(
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, feasible: Tensor
     ) -> Tensor:
-        """Evaluate the log probability of N ascending rows of anchors.
-
-        Args:
-            tokens: Tokens of the observations, shape ``(B, L, C)``.
-            edges: Edges of their cells, shape ``(B, L + 1)``.
-            owner: Observation of each row, shape ``(N,)``.
-            anchors: Anchors, shape ``(N, Kmax)``.
-            mask: Active ones, shape ``(N, Kmax)``.
-            prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
-            tilt: What the chain is tilted by.
-
-        Returns:
-            Shape ``(N,)``; -inf for anchors that leave no room for a set.
-        """
-        row, k = mask.nonzero(as_tuple=True)
-        count = mask.sum(-1)[row]
-        before = torch.where(k > 0, anchors[row, k - 1], -1)
-        starts = edges[owner.unsqueeze(-1), anchors]
-        earliest = self.axis.earliest(starts)[row, k - 1]
-        earliest = torch.where(k > 0, earliest, -torch.inf)
-        step, which = self.next_log_probs(
-            tokens, edges, owner[row], count, k, before, earliest, prune, tilt
-        )
-        value = step[which, anchors[row, k]]
-        value = torch.where(value > 0.5 * LOG_ZERO, value, -torch.inf)
-        return value.new_zeros(len(mask)).index_add(0, row, value)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        tokens: Tensor,
-        edges: Tensor,
-        owner: Tensor,
-        mask: Tensor,
-        generator: torch.Generator | None = None,
-        prune: bool = False,
-        tilt: Tilt | None = None,
-    ) -> Tensor:
-        """Draw anchors ``(N, Kmax)``, ascending, zero where inactive."""
-        count = mask.sum(-1)
-        anchors = torch.zeros_like(mask, dtype=torch.int64)
-        earliest = torch.full_like(count, -torch.inf, dtype=torch.float64)
-        before = torch.full_like(count, -1)
-        for k in range(int(count.max()) if len(count) else 0):
-            rows = (count > k).nonzero().squeeze(-1)
-            step, which = self.next_log_probs(
-                *(tokens, edges, owner[rows], count[rows], torch.full_like(rows, k)),
-                *(before[rows], earliest[rows], prune, tilt),
-            )
-            steps = step.double().exp().cumsum(-1)
-            level = torch.rand(
-                len(rows), dtype=steps.dtype, device=steps.device, generator=generator
-            )
-            drawn = draw_cells(steps, which, level)
-            anchors[rows, k] = before[rows] = drawn
-            starts = edges[owner[rows], drawn]
-            earliest[rows] = self.axis.lower(starts, earliest[rows])
-        return anchors
-
-    def next_log_probs(
-        self,
-        tokens: Tensor,
-        edges: Tensor,
-        owner: Tensor,
-        count: Tensor,
-        k: Tensor,
-        before: Tensor,
-        earliest: Tensor,
-        prune: bool = False,
-        tilt: Tilt | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the next anchor of N sets.
-
-        Args:
-            tokens: Tokens of the observations, shape ``(B, L, C)``.
-            edges: Edges of their cells, shape ``(B, L + 1)``.
-            owner: Observation of each set, shape ``(N,)``.
-            count: Components of each set.
-            k: Component whose anchor is next.
-            before: Anchor of the one before, -1 for none.
-            earliest: Earliest position of the one before, -inf for none.
-            prune: Whether anchors that are :data:`NEGLIGIBLE` are ruled out.
-            tilt: What the chain is tilted by.
-
-        Returns:
-            Those of M distinct states, shape ``(M, L)``, and the state of each set,
-            shape ``(N,)``. Impossible anchors have less than half of ``LOG_ZERO``.
-        """
-        states, which = _distinct(owner, count, k, before, earliest)
-        owner, count, k, before, earliest = states
-        scores = self._scores(tokens, owner, count, k, before)
-        feasible = self.axis.feasible(earliest, count - 1 - k, edges[owner])
-        value = _log_first(scores, feasible)
-        if tilt is not None:
-            row = tilt.row[owner, count]
+        value = super()._next(owner, count, k, before, feasible)
+        if self.tilt is not None:
+            row = self.tilt.row[owner, count]
             # A cell's shift counts once.
             cells = torch.arange(value.shape[-1], device=value.device)
             again = cells == before.unsqueeze(-1)
-            shift = tilt.shift[row].masked_fill(again, 0.0)
-            value = (value + shift + tilt.ahead[row, k]).log_softmax(-1)
-        if prune:
-            most = value.amax(-1, keepdim=True)
-            few = value < most + math.log(NEGLIGIBLE)
-            value = value.masked_fill(few, LOG_ZERO).log_softmax(-1)
-        return value, which
+            shift = self.tilt.shift[row].masked_fill(again, 0.0)
+            value = (value + shift + self.tilt.ahead[row, k]).log_softmax(-1)
+        few = value < value.amax(-1, keepdim=True) + math.log(NEGLIGIBLE)
+        return value.masked_fill(few, LOG_ZERO).log_softmax(-1)
 
-    def look_ahead(
-        self, tokens: Tensor, edges: Tensor, count: Tensor, shift: Tensor
-    ) -> Tensor:
-        """Look ahead in P tilted chains, by backward recursion.
-
-        Args:
-            tokens: Tokens of each one's observation, shape ``(P, L, C)``.
-            edges: Edges of its cells, shape ``(P, L + 1)``.
-            count: Components, shape ``(P,)``.
-            shift: Shifts, shape ``(P, L)``.
-
-        Returns:
-            :attr:`Tilt.ahead`.
-        """
-        num, cells = shift.shape
-        ahead = shift.new_zeros(num, self.max_cardinality, cells)
+    def _look_ahead(self, shift: Tensor, count: int) -> Tensor:
+        """:attr:`Tilt.ahead` of one observation and K, by backward recursion."""
+        cells = shift.shape[-1]
+        ahead = shift.new_zeros(1, self.chain.max_cardinality, cells)
         if not shift.any():
             return ahead
-        cell = torch.arange(cells, device=shift.device)
-        for k in range(int(count.max()) - 1, 0, -1):
-            longer = (count > k).nonzero().squeeze(-1)
-            for pair in longer.split(max(1, _STATES_AT_ONCE // cells)):
-                owner, before = pair.repeat_interleave(cells), cell.repeat(len(pair))
-                place = torch.full_like(owner, k)
-                scores = self._scores(tokens, owner, count[owner], place, before)
-                # As if the component before were at the start of its cell.
-                earliest, left = edges[pair, :-1].flatten(), count[owner] - 1 - k
-                feasible = self.axis.feasible(earliest, left, edges[owner])
-                moved = shift[owner].masked_fill(cell == before.unsqueeze(-1), 0.0)
-                value = _log_first(scores, feasible) + moved + ahead[owner, k]
-                ahead[pair, k - 1] = value.logsumexp(-1).unflatten(0, (-1, cells))
+        before = torch.arange(cells, device=shift.device)
+        owner = torch.zeros_like(before)
+        moved = shift.expand(cells, -1).masked_fill(
+            torch.eye(cells, dtype=torch.bool, device=shift.device), 0.0
+        )
+        # As if the component before were at the start of its cell.
+        earliest, edges = self.edges[0, :-1], self.edges.expand(cells, -1)
+        counts = torch.full_like(before, count)
+        for k in range(count - 1, 0, -1):
+            feasible = self.axis.feasible(earliest, counts - 1 - k, edges)
+            place = torch.full_like(before, k)
+            value = super()._next(owner, counts, place, before, feasible)
+            ahead[:, k - 1] = (value + moved + ahead[:, k]).logsumexp(-1)
         return ahead
-
-    def _scores(
-        self, tokens: Tensor, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
-    ) -> Tensor:
-        """Scores ``(M, L)`` of component k of ``count`` after an anchor."""
-        place = self.place((count - 1) * self.max_cardinality + k)
-        started = (before >= 0).unsqueeze(-1)
-        previous = torch.where(started, tokens[owner, before.clamp(min=0)], self.first)
-        query = self.query(torch.cat([place, previous], -1))
-        scores = (self.keys(tokens)[owner] @ query.unsqueeze(-1)).squeeze(-1)
-        scores = scores / query.shape[-1] ** 0.5
-        scores = scores + self.presence(tokens).squeeze(-1)[owner]
-        reach = torch.arange(self.reach, device=tokens.device)
-        cell = before.unsqueeze(-1) + reach
-        inside = started & (cell < self.axis.num_anchors)
-        cell = cell.clamp(0, self.axis.num_anchors - 1)
-        near = self.near_token(tokens)[owner.unsqueeze(-1), cell]
-        hidden = near + self.near_query(query).unsqueeze(-2) + self.offset(reach)
-        extra = self.near_score(functional.gelu(hidden)).squeeze(-1)
-        extra = torch.where(inside, extra, extra.new_zeros(()))
-        return scores.scatter_add(-1, cell, extra)
 
 
 class CellMarginals(nn.Module):
-    """Anchors of the i-th of K components, independent of the others'.
+    """Cells of the i-th of K components, independent of the others'.
 
     Args:
         axis: The location axis.
@@ -303,13 +435,13 @@ class CellMarginals(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Log probabilities of every slot's anchor.
+        """Log probabilities of every slot's cell.
 
         Args:
             tokens: Tokens, shape ``(B, L, C)``.
 
         Returns:
-            Shape ``(B, Kmax, Kmax, L)`` (K - 1, slot, anchor); slots from K on are
+            Shape ``(B, Kmax, Kmax, L)`` (K - 1, slot, cell); slots from K on are
             meaningless.
         """
         odds = self.scores(tokens).mT  # (B, K - 1, L)
@@ -347,13 +479,6 @@ def _symmetric(odds: Tensor, size: int) -> Tensor:
 def _shift(state: Tensor) -> Tensor:
     """Move every entry up by one, log 0 into the first."""
     return functional.pad(state[..., :-1], (1, 0), value=LOG_ZERO)
-
-
-def _distinct(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Distinct states, all of them in training, where few are equal."""
-    if torch.is_grad_enabled():
-        return columns, torch.arange(len(columns[0]), device=columns[0].device)
-    return unique_rows(*columns)
 
 
 def draw_cells(steps: Tensor, which: Tensor, level: Tensor) -> Tensor:

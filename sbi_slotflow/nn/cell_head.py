@@ -1,13 +1,19 @@
-r"""Components anchored at tokens: q(a | x, K) q(theta_1..theta_K | a, x, K).
+r"""Components that stand in cells of the location axis.
 
-Which cell of the location axis holds a component is random: the density is a
-distribution over anchors (see :mod:`.cell_chain`) times a local one in each anchor's
-cell (see :mod:`.local_density`). As the cells part the axis, both enter the density
-exactly, and a component whose posterior spreads over the band, or over two peaks, is as
-natural as one known to a hundredth of a cell.
+Which cell holds a component is random. The density of a set is a sum over cells with a
+single term, as the cells divide the axis,
 
-:class:`~.autoregressive_head.AutoregressiveHead` draws components one after the other,
-:class:`~.independent_head.IndependentHead` independently.
+.. math::
+    q(\theta_1 \ldots \theta_K | x, K) = q(a_1 \ldots a_K | x, K)\,
+        q(\theta_1 \ldots \theta_K | a, x, K), \qquad a_k = a(\theta_k),
+
+so both factors enter exactly. A component whose posterior spreads over the band, or has
+two modes, is as natural as one known to a hundredth of a cell.
+
+See Also:
+    :class:`.autoregressive_head.AutoregressiveHead`, which draws components one after
+    the other, :class:`.independent_head.IndependentHead`, where they are independent;
+    :mod:`.cell_chain` and :mod:`.local_density`, the two factors.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +25,17 @@ from ..sets.layout import ThetaParts
 from .cells import CellAxis
 from .charts import Chart
 from .encoders import Encoding
+from .heads import SharedGivenX
 from .local_density import LocalDensity
 from .local_transform import LocalTransform
+from .set_distribution import SetsGivenK
 from .spec import Matching
 
 __all__ = ["CellHead", "trunk_network"]
 
 
 class CellHead(nn.Module, ABC):
-    """Density of a set of anchored components.
+    """Density of a set of components in cells.
 
     Args:
         chart: Chart of a component, which tells its marginals and which parameter is a
@@ -36,6 +44,9 @@ class CellHead(nn.Module, ABC):
 
     Attributes:
         own_features: Length of what a component is told of the one before.
+
+    Raises:
+        ValueError: If the chart is no density.
     """
 
     local: LocalDensity
@@ -55,33 +66,40 @@ class CellHead(nn.Module, ABC):
     def keeps_separation(self) -> bool:
         """Whether every draw keeps the least separation."""
 
-    def log_prob(
-        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Evaluate the log density of N sets; see :meth:`ComponentHead.log_prob`."""
-        return self._evaluate(parts, encoding, owner, "permanent", inference=True)
+    @abstractmethod
+    def given(
+        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+    ) -> SetsGivenK:
+        """Return q(Theta, s | x, K) of B observations.
 
-    def matched_log_prob(
-        self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
-    ) -> tuple[Tensor, Tensor | None]:
-        """Evaluate what training maximises; see :meth:`ComponentHead.log_prob`."""
-        return self._evaluate(parts, encoding, owner, matching, inference=False)
+        Args:
+            encoding: Their embeddings.
+            data: The observations themselves, shape ``(B, T)``.
+            shared: The shared parameters' density; None if there are none.
+        """
 
-    def _evaluate(
+    @abstractmethod
+    def in_training(
         self,
-        parts: ThetaParts,
         encoding: Encoding,
-        owner: Tensor,
+        data: Tensor,
+        shared: SharedGivenX | None,
         matching: Matching,
-        inference: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        coordinates, log_det = self._coordinates(parts)
-        value, noise = self._log_prob(
-            coordinates, parts.mask, encoding, owner, matching, inference
-        )
-        return value + log_det, noise
+    ) -> SetsGivenK:
+        """Return what training maximises; see :meth:`given`.
 
-    def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
+        Nothing is pruned, weighed or remembered, and gradients pass.
+
+        Args:
+            encoding: Embeddings of B observations.
+            data: The observations themselves.
+            shared: The shared parameters' density.
+            matching: ``"permanent"`` is the density itself; ``"hungarian"`` and
+                ``"ordered"`` take the log density of one assignment of components to
+                slots. Where components are drawn in order, the three are the same.
+        """
+
+    def coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
         """Coordinates ``(N, Kmax, D)`` in the order of location, log-Jacobians."""
         components, mask = parts.components, parts.mask
         key = components[..., self.axis.parameter]
@@ -94,54 +112,20 @@ class CellHead(nn.Module, ABC):
         log_det = torch.where(inside, log_det, -torch.inf)
         return coordinates, torch.where(mask, log_det, 0.0).sum(-1).float()
 
-    @torch.no_grad()
-    def sample(
-        self,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Draw the components of N sets; see :meth:`ComponentHead.sample`."""
-        coordinates, noise = self._sample(mask, encoding, owner, generator)
-        components = self.in_support(coordinates)
-        return torch.where(mask.unsqueeze(-1), components, 0.0), noise
-
-    def in_support(self, coordinates: Tensor) -> Tensor:
-        """Float32 components of coordinates with positions."""
+    def components(self, coordinates: Tensor, mask: Tensor) -> Tensor:
+        """Float32 components of coordinates with positions, zero where inactive."""
         components = self.local_chart.components(coordinates).float()
-        return self.chart.marginals.clamp(components)
-
-    @abstractmethod
-    def _log_prob(
-        self,
-        coordinates: Tensor,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
-        matching: Matching,
-        inference: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log densities ``(N,)`` of coordinates ``(N, Kmax, D)`` with positions."""
-
-    @abstractmethod
-    def _sample(
-        self,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Draw coordinates ``(N, Kmax, D)`` with positions."""
+        components = self.chart.marginals.clamp(components)
+        return torch.where(mask.unsqueeze(-1), components, 0.0)
 
     def limits(
-        self, anchors: Tensor, starts: Tensor, ends: Tensor
+        self, cells: Tensor, starts: Tensor, ends: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(M, D)`` of positions from start to end."""
         low, high = (
             end.to(starts).repeat(len(starts), 1) for end in self.local_chart.ends()
         )
-        low[:, 0], high[:, 0] = starts - anchors - 0.5, ends - anchors - 0.5
+        low[:, 0], high[:, 0] = starts - cells - 0.5, ends - cells - 0.5
         return low, high
 
     def edges(self, encoding: Encoding) -> Tensor:

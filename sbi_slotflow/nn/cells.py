@@ -1,30 +1,70 @@
 r"""The location axis, its cells, and where an ordered component may lie.
 
 A location t with prior distribution function F has the position :math:`y = L F(t)` on
-an axis of length L. L cells part it; the anchor a of a component is its cell. Cell i
-lies about :math:`i + \tfrac12`, but its edges :math:`b_i, b_{i+1}` are the
-observation's own: an encoder sets them where it sees no component, so that a component
-is not torn between two cells.
+an axis of length L, which is divided into L cells. Cell i lies about
+:math:`i + \tfrac12`, but its edges :math:`b_i, b_{i+1}` belong to the observation: an
+encoder sets them where it sees no component, so that no component lies on an edge.
 
-Given the anchors of K components in ascending order, a least separation d and the
-position before, component k lies in
+Given the cells :math:`a_1 \le \ldots \le a_K` of K components in ascending order, a
+least separation d and the position before, component k lies in
 
 .. math::
     \max(b_{a_k},\; y_{k-1} + d) \le y_k \le U_k, \qquad
     U_K = b_{a_K + 1}, \quad U_k = \min(b_{a_k + 1},\; U_{k+1} - d)
 
-which is empty for no component as long as the anchors are feasible.
+which is empty for no component as long as the cells are feasible.
+
+Example:
+    >>> axis = CellAxis(parameter=0, num_anchors=4)
+    >>> edges = torch.arange(5.0).expand(1, -1)
+    >>> axis.cells(torch.tensor([[0.2, 3.5]]), edges).tolist()
+    [[0, 3]]
+
+See Also:
+    :mod:`.cell_chain`, which says how probable each cell is.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CellAxis"]
+__all__ = ["CellAxis", "OccupiedCells"]
 
 # Slack in comparisons of positions, in cells.
 _TOLERANCE = 1e-6
+
+
+class OccupiedCells(NamedTuple):
+    """S sets of cells, one cell for each component.
+
+    Attributes:
+        owner: Observation of each set, shape ``(S,)``.
+        cells: Cells in ascending order, zero where inactive, shape ``(S, Kmax)``.
+        starts: Where they start, same shape.
+        ends: Where they end, same shape.
+        mask: Active components, same shape.
+    """
+
+    owner: Tensor
+    cells: Tensor
+    starts: Tensor
+    ends: Tensor
+    mask: Tensor
+
+    @classmethod
+    def among(
+        cls, edges: Tensor, owner: Tensor, cells: Tensor, mask: Tensor
+    ) -> "OccupiedCells":
+        """Look up where cells start and end among edges ``(B, L + 1)``."""
+        starts, ends = (edges[owner.unsqueeze(-1), cells + i] for i in (0, 1))
+        return cls(owner, cells, starts, ends, mask)
+
+    def part(self, rows: Tensor | slice, size: int | None = None) -> "OccupiedCells":
+        """Some of the sets, and of their first components."""
+        columns = (part[rows, :size] for part in self[1:])
+        return OccupiedCells(self.owner[rows], *columns)
 
 
 @dataclass(frozen=True)
@@ -41,7 +81,7 @@ class CellAxis:
     num_anchors: int
     separation: float = 0.0
 
-    def anchors(self, position: Tensor, edges: Tensor) -> Tensor:
+    def cells(self, position: Tensor, edges: Tensor) -> Tensor:
         """Cells of positions ``(N, K)`` among edges ``(N, L + 1)``, int64."""
         inner = edges[:, 1:-1].contiguous()
         return torch.searchsorted(inner, position.contiguous(), right=True)
@@ -62,7 +102,7 @@ class CellAxis:
         return torch.maximum(starts, before + self.separation)
 
     def feasible(self, earliest: Tensor, left: Tensor, edges: Tensor) -> Tensor:
-        """Tell which anchors a component may take.
+        """Tell which cells a component may take.
 
         Args:
             earliest: Earliest position of the component before, -inf for none, shape

@@ -14,7 +14,9 @@ from ..sets.layout import ThetaParts
 from .charts import Chart
 from .encoders import Encoding
 from .flows import ConditionalFlow, RowContext
+from .heads import SharedGivenX
 from .matching import hungarian, log_permanent
+from .set_distribution import SetsGivenK
 from .slots import Slots
 from .spec import Matching
 
@@ -39,85 +41,105 @@ class ComponentHead(nn.Module):
         """Independent slots do not know of each other."""
         return False
 
-    def log_prob(
-        self, parts: ThetaParts, encoding: Encoding, owner: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Evaluate the log density of N sets.
+    def given(
+        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+    ) -> SetsGivenK:
+        """Return q(Theta, s | x, K) of B observations.
+
+        The density is exact up to K = 12, see :func:`log_permanent`.
 
         Args:
-            parts: The sets, taken apart.
-            encoding: Embeddings of B observations.
-            owner: Observation of each set, shape ``(N,)``.
-
-        Returns:
-            Log densities, shape ``(N,)``, with respect to Lebesgue measure on the
-            canonical region; exact up to K = 12, see :func:`log_permanent`. And the
-            log level of each set's residual, shape ``(N,)``, or None where no signal is
-            fitted, as here.
+            encoding: Their embeddings.
+            data: The observations themselves, which slots do not read.
+            shared: The shared parameters' density; None if there are none.
         """
-        u, log_det = self._coordinates(parts)
-        contexts = self._contexts(parts.mask, encoding, owner)
-        pairs = self._pairwise_log_density(u, parts.mask, contexts)
-        return log_permanent(pairs, parts.cardinality) + log_det.sum(-1), None
+        return _SlotSets(self, encoding, shared, "permanent")
 
-    def matched_log_prob(
-        self, parts: ThetaParts, encoding: Encoding, owner: Tensor, matching: Matching
-    ) -> tuple[Tensor, Tensor | None]:
-        """Evaluate what training maximises; see :meth:`log_prob`.
+    def in_training(
+        self,
+        encoding: Encoding,
+        data: Tensor,
+        shared: SharedGivenX | None,
+        matching: Matching,
+    ) -> SetsGivenK:
+        """Return what training maximises; see :meth:`given`.
 
         Args:
-            parts: The sets, in canonical order.
             encoding: Embeddings of B observations.
-            owner: Observation of each set, shape ``(N,)``.
-            matching: ``"permanent"`` is :meth:`log_prob`; ``"hungarian"`` and
+            data: The observations themselves.
+            shared: The shared parameters' density.
+            matching: ``"permanent"`` is the density itself; ``"hungarian"`` and
                 ``"ordered"`` take the log density of one assignment.
-
-        Returns:
-            As :meth:`log_prob`.
         """
-        if matching == "permanent":
-            return self.log_prob(parts, encoding, owner)
-        u, log_det = self._coordinates(parts)
-        contexts = self._contexts(parts.mask, encoding, owner)
-        matched = torch.arange(u.shape[-2], device=u.device).expand_as(parts.mask)
-        if matching == "hungarian":
-            with torch.no_grad():
-                pairs = self._pairwise_log_density(u, parts.mask, contexts)
-            matched = hungarian(pairs, parts.cardinality)
-        row, slot = parts.mask.nonzero(as_tuple=True)
-        value = self.flow.log_prob(u[row, matched[row, slot]], contexts)
-        return log_det.sum(-1).index_add(0, row, value), None
+        return _SlotSets(self, encoding, shared, matching)
+
+    def coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
+        """Coordinates ``(N, Kmax, F)`` and log-Jacobians ``(N, Kmax)``.
+
+        The latter are 0 if inactive and -inf outside the support.
+        """
+        components, mask = parts.components, parts.mask
+        # Padding may lie outside the support: put a point of it there instead.
+        point = self.chart.some_point(components)
+        inside = self.chart.contains(components)
+        u, log_det = self.chart.forward(
+            torch.where((mask & inside).unsqueeze(-1), components, point)
+        )
+        log_det = torch.where(inside, log_det, log_det.new_full((), -torch.inf))
+        return u, torch.where(mask, log_det, log_det.new_zeros(()))
+
+
+class _SlotSets(SetsGivenK):
+    """Sets of slots given B observations."""
+
+    def __init__(
+        self,
+        head: ComponentHead,
+        encoding: Encoding,
+        shared: SharedGivenX | None,
+        matching: Matching,
+    ) -> None:
+        self.head, self.encoding = head, encoding
+        self.shared, self.matching = shared, matching
+
+    def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
+        u, log_det = self.head.coordinates(parts)
+        contexts = self._contexts(parts.mask, owner)
+        if self.matching == "permanent":
+            pairs = self._pairwise_log_density(u, parts.mask, contexts)
+            value = log_permanent(pairs, parts.cardinality) + log_det.sum(-1)
+        else:
+            matched = torch.arange(u.shape[-2], device=u.device).expand_as(parts.mask)
+            if self.matching == "hungarian":
+                with torch.no_grad():
+                    pairs = self._pairwise_log_density(u, parts.mask, contexts)
+                matched = hungarian(pairs, parts.cardinality)
+            row, slot = parts.mask.nonzero(as_tuple=True)
+            each = self.head.flow.log_prob(u[row, matched[row, slot]], contexts)
+            value = log_det.sum(-1).index_add(0, row, each)
+        log_shared = torch.zeros_like(value)
+        if self.shared is not None:
+            log_shared = self.shared.log_prob(parts.shared, owner, parts.cardinality)
+        return value, log_shared
 
     @torch.no_grad()
     def sample(
-        self,
-        mask: Tensor,
-        encoding: Encoding,
-        owner: Tensor,
-        generator: torch.Generator | None = None,
+        self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw the components of N sets.
+        """Draw sets; see :meth:`SetsGivenK.sample`."""
+        contexts, shared = self._contexts(mask, owner), None
+        drawn = self.head.chart.inverse(self.head.flow.sample(contexts, generator))
+        components = drawn.new_zeros(*mask.shape, drawn.shape[-1])
+        components[mask] = drawn
+        if self.shared is not None:
+            shared = self.shared.sample(owner, mask.sum(-1), generator)
+        return components, shared
 
-        Args:
-            mask: Active components of each set, shape ``(N, Kmax)``.
-            encoding: Embeddings of B observations.
-            owner: Observation of each set, shape ``(N,)``.
-            generator: Source of randomness.
-
-        Returns:
-            Components in slot order, shape ``(N, Kmax, D)``, zero where inactive, and
-            the log level of each set's residual; see :meth:`log_prob`.
-        """
-        contexts = self._contexts(mask, encoding, owner)
-        components = self.chart.inverse(self.flow.sample(contexts, generator))
-        padded = components.new_zeros(*mask.shape, components.shape[-1])
-        padded[mask] = components
-        return padded, None
-
-    def _contexts(self, mask: Tensor, encoding: Encoding, owner: Tensor) -> RowContext:
+    def _contexts(self, mask: Tensor, owner: Tensor) -> RowContext:
         """Contexts of the active slots, in the order of ``mask.nonzero()``."""
         row, slot = mask.nonzero(as_tuple=True)
-        return self.slots(encoding, owner[row], mask.sum(-1)[row], slot)
+        return self.head.slots(self.encoding, owner[row], mask.sum(-1)[row], slot)
 
     def _pairwise_log_density(
         self, u: Tensor, mask: Tensor, contexts: RowContext
@@ -133,20 +155,5 @@ class ComponentHead(nn.Module):
             mask, contexts.which
         )
         pairs = RowContext(contexts.values, which[row, slot])
-        values = self.flow.log_prob(u[row, component], pairs)
+        values = self.head.flow.log_prob(u[row, component], pairs)
         return values.new_zeros(block.shape).masked_scatter(block, values)
-
-    def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
-        """Coordinates ``(N, Kmax, F)`` and log-Jacobians ``(N, Kmax)``.
-
-        The latter are 0 if inactive and -inf outside the support.
-        """
-        components, mask = parts.components, parts.mask
-        # Padding may lie outside the support: put a point of it there instead.
-        point = self.chart.some_point(components)
-        inside = self.chart.contains(components)
-        u, log_det = self.chart.forward(
-            torch.where((mask & inside).unsqueeze(-1), components, point)
-        )
-        log_det = torch.where(inside, log_det, log_det.new_full((), -torch.inf))
-        return u, torch.where(mask, log_det, log_det.new_zeros(()))

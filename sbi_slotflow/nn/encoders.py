@@ -38,8 +38,6 @@ class Encoding(NamedTuple):
             encoder keeps no tokens.
         edges: Positions of the edges of the location axis's cells, float64, shape
             ``(B, L + 1)``; None for cells of width one.
-        data: The observations themselves, shape ``(B, T)``, as the estimator hands
-            them on; None from an encoder on its own.
     """
 
     context: Tensor
@@ -47,12 +45,6 @@ class Encoding(NamedTuple):
     shared: Tensor
     tokens: Tensor | None = None
     edges: Tensor | None = None
-    data: Tensor | None = None
-
-    def rows(self, index: Tensor) -> "Encoding":
-        """Embeddings of some of the observations."""
-        parts = (None if part is None else part[index] for part in self)
-        return Encoding(*parts)  # pyright: ignore[reportArgumentType]
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:

@@ -10,7 +10,7 @@ assignments, so that it is the density of the *set*).
 
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
@@ -24,7 +24,13 @@ from .charts import Chart, chart_from_spec
 from .encoders import Encoding, encode
 from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
-from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedHead
+from .heads import (
+    CardinalityHead,
+    NoiseHead,
+    PriorSharedHead,
+    SharedGivenX,
+    SharedHead,
+)
 from .registry import build
 from .set_distribution import NetworkSets
 from .spec import EstimatorSpec
@@ -42,11 +48,6 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         spec: The estimator's description.
         encoder: The encoder, if ``spec.encoder`` does not describe one.
         fit: The signal that refined slots fit, if the spec does not describe it.
-
-    Attributes:
-        anchors_only: Whether the loss leaves out all densities but those of the
-            cardinality and of joint anchored slots' anchors: a first stage of training
-            that needs no fits.
 
     Raises:
         ValueError: If neither gives an encoder, or a fit where one is needed.
@@ -74,7 +75,6 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         )
         self.spec = spec
         self.layout = layout
-        self.anchors_only = False
         with torch.no_grad():
             probe = encode(encoder, torch.zeros(2, spec.num_data))
         weights = torch.tensor(spec.cardinality_weights)
@@ -124,13 +124,25 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         pairs = zip(self.spec.loss_weights, names, strict=True)
         return torch.stack([weight * terms[name] for weight, name in pairs]).sum(0)
 
-    def loss_terms(self, input: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    def loss_terms(
+        self, input: Tensor, condition: Tensor, part: Literal["all", "cells"] = "all"
+    ) -> dict[str, Tensor]:
         """Return the unweighted terms of the loss, each of shape ``(B,)``.
 
         ``cardinality`` is the cross-entropy, ``flow`` the matched components' negative
         log density in the chart's coordinates where the chart is no density, else in
         theta; ``shared`` the shared parameters' negative log density. ``correct`` is 1
         where the most probable K is the true one; it carries no gradient.
+
+        Args:
+            input: Theta rows, shape ``(B, E)``.
+            condition: Data, shape ``(B, T)``.
+            part: ``"cells"`` leaves out all densities but those of the cardinality and
+                of the components' cells: a first stage of training without fits.
+
+        Raises:
+            TypeError, ValueError: If theta or x is malformed, the training prior
+                excludes a row's K, or there are no cells to train.
         """
         self.layout.validate(input, "input")
         self.check_condition(condition)
@@ -149,19 +161,17 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         encoding = self.encode(condition)
         log_k = self.cardinality_head(encoding.cardinality)
         owner = torch.arange(len(input), device=input.device)
-        shared = log_k.new_zeros(len(input))
-        if self.anchors_only:
-            assert isinstance(self.component_head, AutoregressiveHead)
-            flow = -self.component_head.anchor_log_prob(parts, encoding, owner)
+        head, shared_head = self.component_head, self.shared_given(encoding)
+        if part == "all":
+            matching = self.spec.matching
+            sets = head.in_training(encoding, condition, shared_head, matching)
+            log_flow, log_shared = sets.log_terms(parts, owner)
+        elif isinstance(head, AutoregressiveHead):
+            log_flow = head.log_prob_cells(parts, encoding)
+            log_shared = torch.zeros_like(log_flow)
         else:
-            log_prob, noise = self.component_head.matched_log_prob(
-                parts, encoding, owner, self.spec.matching
-            )
-            flow = -log_prob
-            if self.shared_head is not None:
-                shared = -self.shared_head.log_prob(
-                    parts.shared, encoding.shared, owner, parts.cardinality, noise
-                )
+            raise ValueError("part='cells' needs slots that stand in cells, jointly.")
+        flow, shared = -log_flow, -log_shared
         if self.spec.mean_flow_loss:
             flow = flow / parts.cardinality.clamp(min=1)
         chosen = log_k.gather(-1, parts.cardinality.unsqueeze(-1)).squeeze(-1)
@@ -272,8 +282,14 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
-        encoding = encode(self.net, (condition - self.x_shift) / self.x_scale)
-        return encoding._replace(data=condition)
+        return encode(self.net, (condition - self.x_shift) / self.x_scale)
+
+    def shared_given(self, encoding: Encoding) -> SharedGivenX | None:
+        """Return the shared parameters' density given x; None if there are none."""
+        if self.shared_head is None:
+            return None
+        sizes = self.layout.max_cardinality + 1
+        return SharedGivenX(self.shared_head, encoding.shared, sizes)
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.

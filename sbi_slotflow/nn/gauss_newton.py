@@ -1,4 +1,4 @@
-r"""Gauss-Newton: the posterior's peak and curvature near given anchors.
+r"""Gauss-Newton: the posterior's mode and curvature above given cells.
 
 The minimum of
 
@@ -91,8 +91,8 @@ class FittedMode(NamedTuple):
     """A Gaussian approximation of the posterior of N sets.
 
     Attributes:
-        mode: Coordinates of the peak, shape ``(N, K, D)``.
-        pull: The gradient that is left there, shape ``(N, K D)``: of coordinates at
+        mode: Coordinates of the mode, shape ``(N, K, D)``.
+        gradient: The gradient that is left there, shape ``(N, K D)``: of coordinates at
             their bounds, or of a fit that has not converged.
         precision: Curvature, shape ``(N, K D, K D)``, positive definite.
         variance: Mean squared residual, shape ``(N,)``.
@@ -100,7 +100,7 @@ class FittedMode(NamedTuple):
     """
 
     mode: Tensor
-    pull: Tensor
+    gradient: Tensor
     precision: Tensor
     variance: Tensor
     decrement: Tensor
@@ -111,7 +111,7 @@ class _State(NamedTuple):
 
     w: Tensor
     cost: Tensor
-    pull: Tensor
+    gradient: Tensor
     precision: Tensor
     variance: Tensor
     damping: Tensor
@@ -158,26 +158,28 @@ def fit_mode(
         diagonal = blocks.view(len(w), *2 * w.shape[-2:]).diagonal(dim1=1, dim2=3)
         diagonal.copy_(jacobian.permute(0, 2, 3, 1))
         scaled = blocks / variance[:, None, None]
-        pull = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(-1) - w.flatten(1)
+        gradient = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(
+            -1
+        ) - w.flatten(1)
         precision = blocks.mT @ equations.curvature @ scaled + identity
         cost = 0.5 * num_data * variance.log() + 0.5 * w.square().sum((-2, -1))
-        return cost, pull, precision, variance
+        return cost, gradient, precision, variance
 
     def free(state: _State, index: Tensor) -> tuple[Tensor, Tensor]:
         """Pull and precision of what is not held at its bound."""
         w = state.w.flatten(1)
-        held = (w >= high[index].flatten(1)) & (state.pull > 0)
-        held |= (w <= low[index].flatten(1)) & (state.pull < 0)
+        held = (w >= high[index].flatten(1)) & (state.gradient > 0)
+        held |= (w <= low[index].flatten(1)) & (state.gradient < 0)
         held |= inactive[index]
         both = held.unsqueeze(-1) | held.unsqueeze(-2)
         precision = torch.where(both, identity, state.precision)
-        return torch.where(held, 0.0, state.pull), precision
+        return torch.where(held, 0.0, state.gradient), precision
 
     def step(state: _State, index: Tensor) -> _State:
-        pull, precision = free(state, index)
+        gradient, precision = free(state, index)
         diagonal = precision.diagonal(dim1=-2, dim2=-1)
         damped = precision + torch.diag_embed(state.damping.unsqueeze(-1) * diagonal)
-        tried = state.w + torch.linalg.solve(damped, pull).reshape(state.w.shape)
+        tried = state.w + torch.linalg.solve(damped, gradient).reshape(state.w.shape)
         tried = torch.maximum(torch.minimum(tried, high[index]), low[index])
         new = _State(tried, *linearise(tried, index), 0.1 * state.damping)
         old = state._replace(damping=10 * state.damping)
@@ -191,8 +193,8 @@ def fit_mode(
         return kept._replace(damping=kept.damping.clamp(_LEAST_DAMPING, _MOST_DAMPING))
 
     def promise(state: _State, index: Tensor) -> Tensor:
-        pull, precision = free(state, index)
-        return 0.5 * (pull * torch.linalg.solve(precision, pull)).sum(-1)
+        gradient, precision = free(state, index)
+        return 0.5 * (gradient * torch.linalg.solve(precision, gradient)).sum(-1)
 
     every = torch.arange(len(start), device=start.device)
     start = torch.maximum(torch.minimum(start, high), low)
@@ -212,7 +214,9 @@ def fit_mode(
         for part, moved in zip(state, some, strict=True):
             part[left] = moved
         decrement[left] = promise(some, left)
-    return FittedMode(state.w, state.pull, state.precision, state.variance, decrement)
+    return FittedMode(
+        state.w, state.gradient, state.precision, state.variance, decrement
+    )
 
 
 def _with_jacobian(

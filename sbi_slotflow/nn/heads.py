@@ -8,8 +8,16 @@ The cardinality head is a classifier over K = 0..Kmax (eq. 10 of the paper),
 whose logits are trained with the training prior p(K) in place, so that another prior
 can be put there afterwards. The shared head is a density of the shared parameters
 given x and K, trained by likelihood (the paper instead regresses a sampled sigma).
-Where slots are refined by a fit, :class:`NoiseHead` reads the noise level from what the
-fit leaves.
+Where components are found by least squares, :class:`NoiseHead` reads the noise level
+from the residual.
+
+Example:
+    >>> head = CardinalityHead(4, torch.tensor([0.5, 0.5]).log())
+    >>> head(torch.zeros(3, 4)).exp().sum(-1).tolist()
+    [1.0, 1.0, 1.0]
+
+See Also:
+    :class:`.set_distribution.NetworkSets`, which multiplies the heads' densities.
 """
 
 import math
@@ -22,11 +30,13 @@ from .charts import Chart
 from .flows import ConditionalFlow, RowContext
 from .local_density import LocalDensity
 
-__all__ = ["CardinalityHead", "NoiseHead", "PriorSharedHead", "SharedHead"]
-
-
-# Noise levels below are not told apart.
-_LEAST_NOISE = 1e-12
+__all__ = [
+    "CardinalityHead",
+    "NoiseHead",
+    "PriorSharedHead",
+    "SharedGivenX",
+    "SharedHead",
+]
 
 
 class CardinalityHead(nn.Module):
@@ -77,56 +87,44 @@ class SharedHead(nn.Module):
     ) -> None:
         super().__init__()
         self.chart = chart
-        self.num_cardinalities = max_cardinality + 1
         self.flow = ConditionalFlow(
             chart.num_features,
-            embedding_features + self.num_cardinalities,
+            embedding_features + max_cardinality + 1,
             hidden_features=hidden_features,
             num_layers=num_layers if chart.num_features == 1 else 2 * num_layers,
             num_bins=num_bins,
         )
 
     def log_prob(
-        self,
-        shared: Tensor,
-        embedding: Tensor,
-        owner: Tensor,
-        cardinality: Tensor,
-        noise: Tensor | None = None,
+        self, shared: Tensor, context: RowContext, level: Tensor | None = None
     ) -> Tensor:
         """Evaluate the log density of N rows.
 
         Args:
             shared: Shared parameters, shape ``(N, S)``.
-            embedding: Shared embeddings of the observations, shape ``(B, C)``.
-            owner: Observation of each row, shape ``(N,)``.
-            cardinality: K of each row, shape ``(N,)``.
-            noise: Log level of the residual of each row's fit, shape ``(N,)``, where
-                there is a fit; not used here.
+            context: Contexts of the rows: embeddings and K.
+            level: Log of the residual's standard deviation in each row, shape
+                ``(N,)``; read by :class:`NoiseHead` alone.
 
         Returns:
             Log densities, shape ``(N,)``.
         """
         u, log_det = self.chart.forward(shared)
-        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
         value = self.flow.log_prob(u, context) + log_det
         return torch.where(self.chart.contains(shared), value, -torch.inf)
 
     def sample(
         self,
-        embedding: Tensor,
-        owner: Tensor,
-        cardinality: Tensor,
+        context: RowContext,
         generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         """Draw the shared parameters ``(N, S)`` of N rows; see :meth:`log_prob`."""
-        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
         return self.chart.inverse(self.flow.sample(context, generator))
 
 
 class NoiseHead(nn.Module):
-    r"""Density of the noise level sigma given x, K and what a fit of K leaves.
+    r"""Density of the noise level sigma given x, K and the residual of K components.
 
     .. math::
         v = \sqrt{2T}\,(\log\sigma - \log\hat\sigma)
@@ -158,59 +156,47 @@ class NoiseHead(nn.Module):
                 f"{chart.num_features} of them."
             )
         self.chart = chart
-        self.num_cardinalities = max_cardinality + 1
         self.scale = 1 / math.sqrt(2 * num_data)
         self.local = LocalDensity(
             1,
-            embedding_features + self.num_cardinalities,
+            embedding_features + max_cardinality + 1,
             own_features=0,
             num_layers=1,
             from_identity=True,
         )
 
     def log_prob(
-        self,
-        shared: Tensor,
-        embedding: Tensor,
-        owner: Tensor,
-        cardinality: Tensor,
-        noise: Tensor | None = None,
+        self, shared: Tensor, context: RowContext, level: Tensor | None = None
     ) -> Tensor:
         """Evaluate the log density of N rows; see :meth:`SharedHead.log_prob`."""
-        assert noise is not None
-        inside = self.chart.contains(shared)
-        level = shared.double().clamp(min=_LEAST_NOISE).log()
-        v = (level - noise.unsqueeze(-1)) / self.scale
-        ends = self._ends(noise)
+        assert level is not None
+        inside = self.chart.contains(shared) & (shared > 0).all(-1)
+        log_sigma = torch.where(inside.unsqueeze(-1), shared.double(), 1.0).log()
+        v = (log_sigma - level.unsqueeze(-1)) / self.scale
+        ends = self._ends(level)
         v = torch.maximum(torch.minimum(v, ends[1]), ends[0])
-        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
         value = self.local.log_prob(v, *_unit(v), ends, context)
-        log_det = (-math.log(self.scale) - level.squeeze(-1)).to(value)
+        log_det = (-math.log(self.scale) - log_sigma.squeeze(-1)).to(value)
         return torch.where(inside, value + log_det, -torch.inf)
 
     def sample(
         self,
-        embedding: Tensor,
-        owner: Tensor,
-        cardinality: Tensor,
+        context: RowContext,
         generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         """Draw sigma ``(N, 1)`` of N rows; see :meth:`SharedHead.log_prob`."""
-        assert noise is not None
-        context = _every_pair(embedding, owner, cardinality, self.num_cardinalities)
-        zero = torch.zeros_like(noise).unsqueeze(-1)
-        v, _ = self.local.sample(*_unit(zero), self._ends(noise), context, generator)
-        shared = (noise.unsqueeze(-1) + self.scale * v).exp().float()
+        assert level is not None
+        zero = torch.zeros_like(level).unsqueeze(-1)
+        v, _ = self.local.sample(*_unit(zero), self._ends(level), context, generator)
+        shared = (level.unsqueeze(-1) + self.scale * v).exp().float()
         return self.chart.marginals.clamp(shared)
 
-    def _ends(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _ends(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest v, each of shape ``(N, 1)``."""
-        low, high = (
-            math.log(max(end, _LEAST_NOISE)) for end in self.chart.marginals[0].bounds
-        )
-        noise = noise.double().unsqueeze(-1)
-        return (low - noise) / self.scale, (high - noise) / self.scale
+        bounds = level.new_tensor(self.chart.marginals[0].bounds, dtype=torch.float64)
+        low, high = (bounds.log() - level.double().unsqueeze(-1)).div(self.scale).mT
+        return low.unsqueeze(-1), high.unsqueeze(-1)
 
 
 class PriorSharedHead(nn.Module):
@@ -227,12 +213,7 @@ class PriorSharedHead(nn.Module):
         self.chart = chart
 
     def log_prob(
-        self,
-        shared: Tensor,
-        embedding: Tensor,
-        owner: Tensor,
-        cardinality: Tensor,
-        noise: Tensor | None = None,
+        self, shared: Tensor, context: RowContext, level: Tensor | None = None
     ) -> Tensor:
         """Evaluate the prior's log density; see :meth:`SharedHead.log_prob`."""
         u, log_det = self.chart.forward(shared)
@@ -242,30 +223,57 @@ class PriorSharedHead(nn.Module):
 
     def sample(
         self,
+        context: RowContext,
+        generator: torch.Generator | None = None,
+        level: Tensor | None = None,
+    ) -> Tensor:
+        """Draw from the prior; see :meth:`SharedHead.sample`."""
+        u = torch.empty(len(context.which), self.chart.num_features)
+        return self.chart.inverse(u.to(context.values).normal_(generator=generator))
+
+
+class SharedGivenX:
+    """The shared parameters' density given B observations.
+
+    Args:
+        head: The head.
+        embedding: Shared embeddings of the observations, shape ``(B, C)``.
+        num_cardinalities: Number Kmax + 1 of cardinalities.
+    """
+
+    def __init__(
+        self,
+        head: SharedHead | NoiseHead | PriorSharedHead,
         embedding: Tensor,
+        num_cardinalities: int,
+    ) -> None:
+        self.head, self._sizes = head, num_cardinalities
+        every = torch.eye(num_cardinalities).to(embedding).repeat(len(embedding), 1)
+        repeated = embedding.repeat_interleave(num_cardinalities, dim=0)
+        self._values = torch.cat([repeated, every], dim=-1)
+
+    def log_prob(
+        self,
+        shared: Tensor,
+        owner: Tensor,
+        cardinality: Tensor,
+        level: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate N rows of observations ``(N,)`` and K; see :class:`SharedHead`."""
+        return self.head.log_prob(shared, self._context(owner, cardinality), level)
+
+    def sample(
+        self,
         owner: Tensor,
         cardinality: Tensor,
         generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
-        """Draw from the prior; see :meth:`SharedHead.sample`."""
-        u = torch.empty(len(owner), self.chart.num_features).to(embedding)
-        return self.chart.inverse(u.normal_(generator=generator))
+        """Draw N rows; see :meth:`log_prob`."""
+        return self.head.sample(self._context(owner, cardinality), generator, level)
 
-
-def _every_pair(
-    embedding: Tensor, owner: Tensor, cardinality: Tensor, num_cardinalities: int
-) -> RowContext:
-    """Contexts of rows: every pair (observation, K) once."""
-    every = torch.eye(num_cardinalities).to(embedding)
-    values = torch.cat(
-        [
-            embedding.repeat_interleave(num_cardinalities, dim=0),
-            every.repeat(len(embedding), 1),
-        ],
-        dim=-1,
-    )
-    return RowContext(values, owner * num_cardinalities + cardinality)
+    def _context(self, owner: Tensor, cardinality: Tensor) -> RowContext:
+        return RowContext(self._values, owner * self._sizes + cardinality)
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:

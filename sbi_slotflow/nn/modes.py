@@ -1,4 +1,20 @@
-"""The posterior's peaks above sets of anchors, by Gauss-Newton."""
+r"""Modes of the posterior above sets of cells, and Laplace approximations there.
+
+Given the cells of all K components, the posterior of their local coordinates w is
+approximated by a Gaussian at its mode,
+
+.. math::
+    p(w | a, x, K) \approx \mathcal{N}(w; m, \Sigma), \qquad
+    \Sigma^{-1} = -\nabla^2 \log p(x | w)\big|_m + 1, \qquad \Sigma = C C^\top,
+
+found by Gauss-Newton steps (:mod:`.gauss_newton`) for all components together. As C is
+lower triangular, component k given those before it is again Gaussian, with a mean that
+is linear in their deviations and the k-th diagonal block of C as its factor.
+
+See Also:
+    :mod:`.evidence`, the integral over the cells; :mod:`.local_density`, which turns
+    each conditional Gaussian into a density inside the cell.
+"""
 
 from typing import NamedTuple
 
@@ -7,37 +23,35 @@ from torch import Tensor
 
 from ..sets.circular import wrapped
 from ..sets.transforms import solve_lower
+from .cells import OccupiedCells
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
 from .local_transform import LocalTransform
-from .unique_rows import unique_rows
 
 __all__ = ["ModeFinder", "Modes"]
 
 # Bounds the memory of fitting and of whitening.
 _MAX_SETS = 512
 # Deviations beyond which a component moves those after it no further: what is linear
-# near a peak is not far from it.
+# near a mode is not far from it.
 _FAR = 4.0
 # Cells that a component may leave its own by while it is fitted.
 _MARGIN = 0.1
-# Bound on what is remembered.
-_MEMO_BYTES = 2**26
 
 
 class Modes(NamedTuple):
-    """Gaussian approximations of the posterior above S sets of anchors.
+    """Gaussian approximations of the posterior above S sets of cells.
 
     Attributes:
         mode: Local coordinates, shape ``(S, K, D)``, angles zero.
-        centre: Angles of the P circular ones, shape ``(S, K, P)``.
+        centre: The P angles of the modes, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
-        features: What a network is told of each peak, shape ``(S, K, 3 D + 2)``: mode,
+        features: What a network is told of each mode, shape ``(S, K, 3 D + 2)``: mode,
             deviations, their share that is left once the components before are known,
-            the noise level, and how far from converged the fit is.
-        noise: Log of the residuals' standard deviation, shape ``(S,)``.
-        height: Log of likelihood times prior at the peak, but for a constant of each
+            the residual level, and how far from converged the fit is.
+        level: Log of the residuals' standard deviation, shape ``(S,)``.
+        height: Log of likelihood times prior at the mode, but for a constant of each
             observation and K, shape ``(S,)``.
     """
 
@@ -45,7 +59,7 @@ class Modes(NamedTuple):
     centre: Tensor
     factor: Tensor
     features: Tensor
-    noise: Tensor
+    level: Tensor
     height: Tensor
 
     def rows(self, index: Tensor) -> "Modes":
@@ -114,7 +128,7 @@ class Modes(NamedTuple):
 
 
 class ModeFinder:
-    """Finds peaks above anchors.
+    """Finds modes above sets of cells.
 
     Args:
         chart: Chart of a component, for its support.
@@ -128,7 +142,6 @@ class ModeFinder:
     ) -> None:
         self.chart, self.local_chart = chart, local_chart
         self.fit, self.num_steps = fit, num_steps
-        self._memo = _Memo()
 
     @property
     def num_features(self) -> int:
@@ -136,97 +149,42 @@ class ModeFinder:
         return 3 * self.local_chart.num_features + 2
 
     @torch.no_grad()
-    def __call__(
-        self,
-        data: Tensor,
-        owner: Tensor,
-        anchors: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        mask: Tensor,
-        remember: bool = False,
-    ) -> Modes:
-        """Fit S sets.
-
-        Args:
-            data: Observations, shape ``(B, T)``.
-            owner: Observation of each set, shape ``(S,)``.
-            anchors: Anchors in ascending order, shape ``(S, Kmax)``.
-            starts: Where their cells start, same shape.
-            ends: Where they end, same shape.
-            mask: Active ones, shape ``(S, Kmax)``.
-            remember: Whether sets of the last observations are not fitted again.
-        """
-        cells = owner, anchors, starts, ends, mask
-        if not remember:
-            return self._fit_all(data, *cells)
-        count = mask.sum(-1, keepdim=True)
-        keys = torch.cat([owner.unsqueeze(-1), count, anchors * mask], -1)
-        index = self._memo.find(data, keys)
-        new = (index < 0).nonzero().squeeze(-1)
-        fitted = self._fit_all(data, *(part[new] for part in cells))
-        known = self._memo.peaks
-        if known is None:
-            self._memo.add(data, keys, fitted)
-            return fitted
-        found = known.rows(index.clamp(min=0))
-        for part, fresh in zip(found, fitted, strict=True):
-            part[new] = fresh
-        self._memo.add(data, keys[new], fitted)
-        return found
-
-    def _fit_all(
-        self,
-        data: Tensor,
-        owner: Tensor,
-        anchors: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        mask: Tensor,
-    ) -> Modes:
-        fit = self.fit.given(data)
-        num, size, width = *anchors.shape, self.local_chart.num_features
+    def __call__(self, data: Tensor, sets: OccupiedCells) -> Modes:
+        """Find the modes above S sets of cells, given data ``(B, T)``."""
+        fit, (num, size) = self.fit.given(data), sets.cells.shape
+        width = self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         features = zeros.new_zeros(num, size, self.num_features)
+        level, height = zeros.new_zeros(2, num)
         centre = zeros.new_zeros(num, size, self.local_chart.num_circular)
-        noise, height = zeros.new_zeros(2, num)
-        peaks = Modes(zeros, centre, factor, features, noise, height)
+        modes = Modes(zeros, centre, factor, features, level, height)
         for start in range(0, num, _MAX_SETS):
             here = slice(start, start + _MAX_SETS)
             # Only as many components as the largest of these sets has.
-            most = max(1, int(mask[here].sum(-1).max()))
-            parts = (part[here, :most] for part in (anchors, starts, ends, mask))
-            found = self._fit(fit, owner[here], *parts)
-            peaks.mode[here, :most] = found.mode
-            peaks.centre[here, :most] = found.centre
-            peaks.factor[here, : most * width, : most * width] = found.factor
-            peaks.features[here, :most] = found.features
-            peaks.noise[here] = found.noise
-            peaks.height[here] = found.height
-        return peaks
+            most = max(1, int(sets.mask[here].sum(-1).max()))
+            found = self._fit(fit, sets.part(here, most))
+            modes.mode[here, :most] = found.mode
+            modes.centre[here, :most] = found.centre
+            modes.factor[here, : most * width, : most * width] = found.factor
+            modes.features[here, :most] = found.features
+            modes.level[here] = found.level
+            modes.height[here] = found.height
+        return modes
 
-    def _fit(
-        self,
-        fit: LeastSquares,
-        owner: Tensor,
-        anchors: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        mask: Tensor,
-    ) -> Modes:
-        chart = self.local_chart
-        start = self._start(fit, owner, anchors, starts, ends, mask)
+    def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
+        chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
+        start = self._start(fit, sets)
         # Angles are counted from those of the start.
         start, centre = chart.without_angles(start)
         high = chart.farthest().to(start).expand_as(start).clone()
         low = -high
-        low[..., 0] = starts - anchors - 0.5 - _MARGIN
-        high[..., 0] = ends - anchors - 0.5 + _MARGIN
-        peak = fit_mode(
+        low[..., 0] = starts - cells - 0.5 - _MARGIN
+        high[..., 0] = ends - cells - 0.5 + _MARGIN
+        found = fit_mode(
             fit,
             lambda w, index: chart.components(
-                chart.absolute(w, anchors[index], centre[index])
+                chart.absolute(w, cells[index], centre[index])
             ),
             owner,
             start,
@@ -234,44 +192,40 @@ class ModeFinder:
             self.num_steps,
             (low, high),
         )
-        # Where a bound holds a coordinate, the parabola's peak lies beyond it.
-        beyond = torch.linalg.solve(peak.precision, peak.pull)
-        # The prior, near there, in place of the fit's penalty.
-        log_prior, slope = chart.log_prior(peak.mode, centre)
-        slope = (mask.unsqueeze(-1) * (slope + peak.mode)).flatten(1)
-        shift = torch.linalg.solve(peak.precision, slope)
-        mode = peak.mode + (beyond + shift).reshape(peak.mode.shape)
-        # What is promised beyond bounds counts; what a fit still owes does not.
-        height = (0.5 * peak.pull * beyond + slope * (beyond + 0.5 * shift)).sum(-1)
-        height = height + torch.where(mask, log_prior, 0.0).sum(-1) - peak.decrement
-        height = height - 0.5 * fit.data.shape[-1] * peak.variance.log()
+        # Where a bound holds a coordinate, the parabola's maximum lies beyond it.
+        beyond = torch.linalg.solve(found.precision, found.gradient)
+        # The prior's slope there takes the place of the penalty on w.
+        log_prior, slope = chart.log_prior(found.mode, centre)
+        slope = (mask.unsqueeze(-1) * (slope + found.mode)).flatten(1)
+        shift = torch.linalg.solve(found.precision, slope)
+        mode = found.mode + (beyond + shift).reshape(found.mode.shape)
+        # The height of the parabola's maximum, beyond bounds too; but not what another
+        # step would gain within the bounds, where the fit has not converged.
+        height = (0.5 * found.gradient * beyond + slope * (beyond + 0.5 * shift)).sum(
+            -1
+        )
+        height = height + torch.where(mask, log_prior, 0.0).sum(-1) - found.decrement
+        height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
         mode, moved = chart.without_angles(mode)
         centre = wrapped(centre + moved)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(peak.precision))
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(found.precision))
         factor = torch.linalg.cholesky(covariance)
         deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(mode.shape)
         left = factor.diagonal(dim1=-2, dim2=-1).reshape(mode.shape) / deviation
-        noise = 0.5 * (peak.variance + 1e-12).log()
-        whole = torch.stack([noise, peak.decrement.log1p()], -1)
+        level = 0.5 * found.variance.log()
+        whole = torch.stack([level, found.decrement.log1p()], -1)
         features = [
             mode.clamp(-2.0, 2.0),
             0.3 * deviation.log(),
             left.log().clamp(min=-5.0),
             whole.unsqueeze(1).expand(-1, mode.shape[1], -1),
         ]
-        return Modes(mode, centre, factor, torch.cat(features, -1), noise, height)
+        return Modes(mode, centre, factor, torch.cat(features, -1), level, height)
 
-    def _start(
-        self,
-        fit: LeastSquares,
-        owner: Tensor,
-        anchors: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
         """Local coordinates to start from, angles absolute."""
-        same = anchors.unsqueeze(-1) == anchors.unsqueeze(-2)
+        owner, cells, starts, ends, mask = sets
+        same = cells.unsqueeze(-1) == cells.unsqueeze(-2)
         same &= mask.unsqueeze(-1) & mask.unsqueeze(-2)
         # Components in one cell share it evenly.
         width = (ends - starts) / same.sum(-1).clamp(min=1)
@@ -287,39 +241,5 @@ class ModeFinder:
         )
         components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
-        start[..., 0] = start[..., 0] - anchors - 0.5
+        start[..., 0] = start[..., 0] - cells - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)
-
-
-class _Memo:
-    """Modes of sets that were fitted before, of one batch of observations."""
-
-    def __init__(self) -> None:
-        self.peaks: Modes | None = None
-        self._data, self._keys = torch.zeros(0), torch.zeros(0, 0, dtype=torch.int64)
-
-    def find(self, data: Tensor, keys: Tensor) -> Tensor:
-        """Places ``(S,)`` of sets with keys ``(S, P)``; -1 for unknown ones."""
-        same = data.shape == self._data.shape and data.device == self._data.device
-        if not same or not torch.equal(data, self._data):
-            self.peaks = None
-        if self.peaks is None:
-            return torch.full_like(keys[:, 0], -1)
-        old = len(self._keys)
-        _, which = unique_rows(*torch.cat([self._keys, keys]).unbind(-1))
-        place = torch.full_like(which, -1)
-        place[which[:old]] = torch.arange(old, device=keys.device)
-        return place[which[old:]]
-
-    def add(self, data: Tensor, keys: Tensor, peaks: Modes) -> None:
-        """Remember more sets; where they are too many, these alone or none."""
-        each = peaks.factor[:1].numel() * peaks.factor.element_size()
-        most = _MEMO_BYTES // max(1, each)
-        if self.peaks is None or len(self._keys) + len(keys) > most:
-            self._data, self._keys, self.peaks = data.clone(), keys, peaks
-        else:
-            self._keys = torch.cat([self._keys, keys])
-            pairs = zip(self.peaks, peaks, strict=True)
-            self.peaks = Modes(*(torch.cat(pair) for pair in pairs))
-        if len(self._keys) > most:
-            self.peaks = None

@@ -10,6 +10,7 @@ See Also:
     :meth:`SlotDensityEstimator.given`, which builds it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,45 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..sets.distribution import SetDistribution
+from ..sets.layout import ThetaParts
 
 if TYPE_CHECKING:
     from .estimator import SlotDensityEstimator
 
-__all__ = ["NetworkSets"]
+__all__ = ["NetworkSets", "SetsGivenK"]
+
+
+class SetsGivenK(ABC):
+    """q(Theta, s | x, K) of B observations: what a component head makes of them."""
+
+    @abstractmethod
+    def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate log q(Theta | x, K) and log q(s | Theta, x, K) of N sets.
+
+        Args:
+            parts: The sets, taken apart.
+            owner: Observation of each set, shape ``(N,)``.
+
+        Returns:
+            Both of shape ``(N,)``, the first with respect to Lebesgue measure on the
+            canonical region.
+        """
+
+    @abstractmethod
+    def sample(
+        self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw N sets.
+
+        Args:
+            mask: Active components of each set, shape ``(N, Kmax)``.
+            owner: Observation of each set, shape ``(N,)``.
+            generator: Source of randomness.
+
+        Returns:
+            Components ``(N, Kmax, D)`` in any order, zero where inactive, and shared
+            parameters ``(N, S)``, None if there are none.
+        """
 
 
 class NetworkSets(SetDistribution):
@@ -41,11 +76,12 @@ class NetworkSets(SetDistribution):
     """
 
     def __init__(self, estimator: "SlotDensityEstimator", x: Tensor) -> None:
-        self._encoding = estimator.encode(x)
-        self._estimator = estimator
+        encoding, self._chart = estimator.encode(x), estimator.chart
         self.layout, self.num_observations = estimator.layout, len(x)
         self.keeps_separation = estimator.keeps_separation
-        self.log_cardinality = estimator.cardinality_head(self._encoding.cardinality)
+        self.log_cardinality = estimator.cardinality_head(encoding.cardinality)
+        shared = estimator.shared_given(encoding)
+        self._sets = estimator.component_head.given(encoding, x, shared)
 
     def cardinality(self) -> Categorical:
         """Return q(K | x); see :meth:`SetDistribution.cardinality`."""
@@ -77,7 +113,7 @@ class NetworkSets(SetDistribution):
             NotImplementedError: If the chart's image is a surface, as in
                 ``slot_nn.paper()``: its likelihood is no density of theta.
         """
-        chart = self._estimator.chart
+        chart = self._chart
         if not chart.is_density:
             raise NotImplementedError(
                 f"log_prob does not exist in the {chart.kind!r} chart: it puts "
@@ -91,14 +127,9 @@ class NetworkSets(SetDistribution):
         owner = torch.arange(observations, device=theta.device).expand(batch)
         owner = owner.expand(len(theta), batch).reshape(-1)
         parts = self.layout.unpack(theta.reshape(-1, self.layout.size))
-        estimator, encoding = self._estimator, self._encoding
         value = self.log_cardinality[owner, parts.cardinality]
-        components, noise = estimator.component_head.log_prob(parts, encoding, owner)
-        value = value + components
-        if estimator.shared_head is not None:
-            value = value + estimator.shared_head.log_prob(
-                parts.shared, encoding.shared, owner, parts.cardinality, noise
-            )
+        for term in self._sets.log_terms(parts, owner):
+            value = value + term
         return value.reshape(len(theta), batch)
 
     def owners(self, num: int) -> Tensor:
@@ -133,13 +164,6 @@ class NetworkSets(SetDistribution):
         Returns:
             Rows of shape ``(N, E)``.
         """
-        layout, estimator, encoding = self.layout, self._estimator, self._encoding
-        components, noise = estimator.component_head.sample(
-            layout.mask(cardinality), encoding, owner, generator
-        )
-        shared = None
-        if estimator.shared_head is not None:
-            shared = estimator.shared_head.sample(
-                encoding.shared, owner, cardinality, generator, noise
-            )
-        return layout.canonical(layout.pack(cardinality, components, shared))
+        mask = self.layout.mask(cardinality)
+        components, shared = self._sets.sample(mask, owner, generator)
+        return self.layout.canonical(self.layout.pack(cardinality, components, shared))

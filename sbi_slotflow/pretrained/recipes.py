@@ -50,7 +50,7 @@ RECIPES: dict[str, PretrainingRecipe] = {
         "tiny",
         {"refine_slots": 3},
         (
-            Stage(128_000, 1e-3, 3.0, part="anchors"),
+            Stage(128_000, 1e-3, 3.0, part="cells"),
             Stage(51_200, 1e-3, 3.0, part="local"),
         ),
     ),
@@ -59,7 +59,7 @@ RECIPES: dict[str, PretrainingRecipe] = {
         # The fitted Gaussians leave a flow nothing to learn.
         {"refine_slots": 3, "flow_layers": 0},
         (
-            Stage(256_000, 1e-3, 3.0, part="anchors"),
+            Stage(256_000, 1e-3, 3.0, part="cells"),
             Stage(32_000, 1e-3, 3.0, part="local"),
         ),
     ),
@@ -73,7 +73,7 @@ RECIPES: dict[str, PretrainingRecipe] = {
             "flow_layers": 0,
         },
         (
-            Stage(384_000, 1e-3, 3.0, part="anchors"),
+            Stage(384_000, 1e-3, 3.0, part="cells"),
             Stage(32_000, 1e-3, 3.0, part="local"),
         ),
     ),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class OnlineSettings:
         seed: Seed of everything random.
         num_validation: Simulations of the fixed validation bank.
         validate_every: Steps between validations.
+        part: What is trained, see :meth:`SlotDensityEstimator.loss_terms`.
     """
 
     num_simulations: int
@@ -66,6 +67,7 @@ class OnlineSettings:
     seed: int = 0
     num_validation: int = 2_000
     validate_every: int = 500
+    part: Literal["all", "cells"] = "all"
 
     def __post_init__(self) -> None:
         for name in (
@@ -220,7 +222,7 @@ class OnlineTraining:
         theta, x = self._simulate(_STEPS, self._step, num=self.settings.batch_size)
         self.estimator.train()
         try:
-            terms = self.estimator.loss_terms(theta, x)
+            terms = self.estimator.loss_terms(theta, x, self.settings.part)
             loss = self.estimator.weigh(terms).mean()
         except NonFiniteDensityError as error:
             raise self._divergence("NaN") from error
@@ -248,9 +250,9 @@ class OnlineTraining:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         estimator = self.averaged.eval()
-        size = self.settings.batch_size
-        pairs = zip(*(part.split(size) for part in self._validation), strict=True)
-        batches = [estimator.loss_terms(theta, x) for theta, x in pairs]
+        size, part = self.settings.batch_size, self.settings.part
+        pairs = zip(*(each.split(size) for each in self._validation), strict=True)
+        batches = [estimator.loss_terms(theta, x, part) for theta, x in pairs]
         terms = {name: torch.cat([b[name] for b in batches]) for name in _TERMS}
         entry = {
             "step": float(self._step),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
 from ..problems import Problem
-from .trainer import SlotNPE
+from .online import OnlineSettings, OnlineTraining
 
 __all__ = ["Part", "Stage", "StageBuilder", "train_stages"]
 
@@ -27,7 +27,7 @@ _LOCAL = tuple(
 )
 
 
-Part = Literal["all", "anchors", "local"]
+Part = Literal["all", "cells", "local"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Stage:
         num_simulations: Simulations to train on.
         learning_rate: Peak learning rate, which falls to zero over the stage.
         cardinality_weight: Weight of the cardinality in the loss.
-        part: ``"anchors"``: the encoder, the cardinality and the anchors, which needs
-            no fits; ``"local"``: the densities in the anchors' cells and of the shared
+        part: ``"cells"``: the encoder, the cardinality and the components' cells, which
+            needs no fits; ``"local"``: the densities in the cells and of the shared
             parameters, with the rest kept from the stage before; ``"all"``.
     """
 
@@ -79,15 +79,22 @@ def train_stages(
             weights,
             stage.part,
         )
-        estimator = SlotNPE(problem.prior, build, device=device).train_online(
-            problem.simulator,
+        settings = OnlineSettings(
             num_simulations=stage.num_simulations,
             learning_rate=stage.learning_rate,
             num_validation=1_024,
             validate_every=100,
             seed=i,
-            checkpoint=stem.with_name(f"{stem.name}-{i + 1}.safetensors"),
+            part="cells" if stage.part == "cells" else "all",
         )
+        estimator = OnlineTraining(
+            build,
+            problem.prior,
+            problem.simulator,
+            settings,
+            device=device,
+            checkpoint=stem.with_name(f"{stem.name}-{i + 1}.safetensors"),
+        ).run()
         weights = estimator.state_dict()
     if estimator is None:
         raise ValueError("stages must hold at least one stage, got none.")
@@ -111,7 +118,6 @@ class StageBuilder:
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         """Build the estimator; see :class:`~sbi_slotflow.slot_nn`."""
         estimator = self.build(theta, x)
-        estimator.anchors_only = self.part == "anchors"
         kept = self.weights or {}
         if self.part == "local":
             kept = {n: w for n, w in kept.items() if not n.startswith(_LOCAL)}

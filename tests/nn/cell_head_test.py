@@ -24,7 +24,13 @@ from torch.distributions import StudentT
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn import Encoding, RowContext, SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
-from sbi_slotflow.nn.cell_chain import CellChain, CellMarginals, Tilt
+from sbi_slotflow.nn.cell_chain import (
+    CellChain,
+    CellMarginals,
+    FlooredCells,
+    PrunedChain,
+    UniformCells,
+)
 from sbi_slotflow.nn.cell_head import CellHead
 from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.independent_head import IndependentHead
@@ -109,6 +115,7 @@ class Sets:
 
     head: CellHead
     encoding: Encoding
+    data: Tensor
     k: int
 
     @classmethod
@@ -119,7 +126,7 @@ class Sets:
         assert isinstance(head, CellHead)
         if seed is not None:
             shake(head, 0.02, seed)
-        return cls(head, estimator.encode(observation()), k)
+        return cls(head, estimator.encode(observation()), observation(), k)
 
     def mask(self, num: int) -> Tensor:
         return tiny.layout.mask(torch.full((num,), self.k))
@@ -128,7 +135,8 @@ class Sets:
         """Components in ascending order, shape ``(num, 3, 3)``."""
         owner = torch.zeros(num, dtype=torch.int64)
         mask = self.mask(num)
-        rows, _ = self.head.sample(mask, self.encoding, owner, seeded(seed))
+        given = self.head.given(self.encoding, self.data, None)
+        rows, _ = given.sample(mask, owner, seeded(seed))
         key = rows[..., 2].masked_fill(~mask, torch.inf)
         return rows.gather(1, key.argsort(-1)[..., None].expand_as(rows))
 
@@ -143,10 +151,11 @@ class Sets:
             components=components,
             mask=self.mask(num),
         )
-        args = parts, self.encoding, owner
-        if matching is None:
-            return self.head.log_prob(*args)[0]
-        return self.head.matched_log_prob(*args, matching)[0]
+        args = self.encoding, self.data, None
+        given = self.head.given(*args)
+        if matching is not None:
+            given = self.head.in_training(*args, matching)
+        return given.log_terms(parts, owner)[0]
 
 
 def assert_mean_is_one(ratio: Tensor, largest_error: float) -> None:
@@ -176,7 +185,7 @@ def test_mass_is_one_and_that_of_the_draws(name: str, k: int) -> None:
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "plain"])  # one density
 def test_draws_of_one_density_give_the_mass_of_another(name: str, k: int) -> None:
     first, second = Sets.of(name, k), Sets.of(name, k, seed=7)
-    rows = first.sample(6_000)
+    rows = first.sample(6_000, seed=1)
     log_ratio = second.log_prob(rows) - first.log_prob(rows)
     assert log_ratio.std() > 0.02
     assert_mean_is_one(log_ratio.exp(), 0.05)
@@ -252,17 +261,17 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
     tokens, edges = sets.encoding.tokens, sets.head.edges(sets.encoding)
     assert tokens is not None
     with torch.no_grad():
-        chance = sets.head.pointer.log_prob(
-            tokens, edges, torch.tensor([0]), fixed, sets.mask(1), prune=True
-        )
+        chain = PrunedChain(sets.head.pointer, tokens, edges)
+        cells = FlooredCells(chain, UniformCells(sets.head.axis, edges))
+        chance = cells.log_prob(torch.tensor([0]), fixed, sets.mask(1))
     monkeypatch.setattr(
-        sets.head.pointer, "sample", lambda *_, **__: fixed.expand(num, -1).clone()
+        FlooredCells, "sample", lambda *_, **__: fixed.expand(num, -1).clone()
     )
     draws = sets.sample(num)[:, :k]
 
     def log_q(components: Tensor) -> Tensor:
         position = sets.head.local_chart.coordinates(components)[0][..., 0]
-        cells = sets.head.axis.anchors(position, edges.expand(len(position), -1))
+        cells = sets.head.axis.cells(position, edges.expand(len(position), -1))
         here = (cells == torch.tensor(anchors)).all(-1)
         padded = nn.functional.pad(components, (0, 0, 0, 3 - k))
         return torch.where(here, sets.log_prob(padded) - chance, -torch.inf)
@@ -301,7 +310,7 @@ def test_factorised_density_is_the_sum_over_all_assignments(k: int) -> None:
     rows = sets.sample(20)
     slots = head.pointer(sets.encoding.tokens)[0, k - 1]
     position = head.local_chart.coordinates(rows[:, :k])[0][..., 0]
-    anchors = head.axis.anchors(position, head.edges(sets.encoding).expand(20, -1))
+    anchors = head.axis.cells(position, head.edges(sets.encoding).expand(20, -1))
     assigned = torch.stack(
         [
             sum((slots[p[j], anchors[:, j]] for j in range(k)), torch.zeros(20))
@@ -371,7 +380,7 @@ def test_ends_of_anchors_are_those_of_all_placements(six: Axis, k: int) -> None:
     assert torch.equal(axis.upper(ends, mask), most + 0.25)
     for cells, y in found.items():
         rows = torch.tensor(cells).expand(len(y), -1)
-        assert torch.equal(axis.anchors(y, six.edges.expand(len(y), -1)), rows)
+        assert torch.equal(axis.cells(y, six.edges.expand(len(y), -1)), rows)
         for i in range(1, k):
             # the least place of a component, given the one before
             low = axis.lower(six.edges[0, rows[:, i]], y[:, i - 1])
@@ -383,7 +392,7 @@ def test_ends_of_anchors_are_those_of_all_placements(six: Axis, k: int) -> None:
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_feasible_anchors_are_those_with_a_placement(six: Axis, left: int) -> None:
     every = torch.cat(list(six.placements(left + 1).values()))[:, :1]
-    cells = six.axis.anchors(every, six.edges.expand(len(every), -1))
+    cells = six.axis.cells(every, six.edges.expand(len(every), -1))
     for earliest in (-math.inf, 0.0, 0.5, 1.0, 2.5, 5.0):
         given = torch.tensor([earliest]).double(), torch.tensor([left])
         found = six.axis.feasible(*given, six.edges)[0].nonzero().flatten()
@@ -400,7 +409,7 @@ def test_upper_ends_take_no_notice_of_inactive_anchors() -> None:
 
 def test_both_ends_of_the_axis_lie_in_a_cell(edges: Tensor) -> None:
     ends = torch.tensor([[-0.1, 0.0, 5.99, 6.0, 6.1]]).double()
-    assert CellAxis(0, 6).anchors(ends, edges).tolist() == [[0, 0, 5, 5, 5]]
+    assert CellAxis(0, 6).cells(ends, edges).tolist() == [[0, 0, 5, 5, 5]]
 
 
 # --- distributions over anchors
@@ -426,13 +435,13 @@ def test_anchor_chain_sums_to_one_over_the_feasible(six: Axis, k: int) -> None:
     edges = six.edges.expand(2, -1)
     anchors, mask = table(k)
     for b in range(2):
-        rows = tokens, edges, torch.full((len(anchors),), b), anchors, mask
-        log_q = pointer.log_prob(*rows)
+        rows = torch.full((len(anchors),), b), anchors, mask
+        log_q = pointer.given(tokens, edges).log_prob(*rows)
         assert float(log_q.double().exp().sum()) == pytest.approx(1, abs=1e-5)
         finite = {tuple(a[:k].tolist()) for a in anchors[log_q.isfinite()]}
         assert finite == set(six.placements(k))
         with torch.enable_grad():  # where equal states are not merged
-            again = pointer.log_prob(*rows).detach()
+            again = pointer.given(tokens, edges).log_prob(*rows).detach()
         torch.testing.assert_close(again, log_q)
 
 
@@ -443,18 +452,19 @@ def test_a_tilted_chain_is_the_chain_times_its_shifts(six: Axis, k: int) -> None
     edges = six.edges.expand(2, -1)
     anchors, mask = table(k)
     shift = torch.randn(2, 6, generator=seeded(2))
-    ahead = pointer.look_ahead(tokens, edges, torch.tensor([k, k]), shift)
-    tilt = Tilt(torch.tensor([[0] * 4, [1] * 4]), shift, ahead)
     there = (anchors.unsqueeze(-1) == torch.arange(6)) & mask.unsqueeze(-1)
+    rows, every = torch.zeros(len(anchors)).long(), pointer.given(tokens, edges)
     for b in range(2):
-        rows = tokens, edges, torch.full((len(anchors),), b), anchors, mask
-        log_q = pointer.log_prob(*rows, tilt=tilt).double()
+        one = PrunedChain(pointer, tokens, edges).one(b).tilted(shift[b : b + 1], k)
+        log_q = one.log_prob(rows, anchors, mask).double()
         assert float(log_q.exp().sum()) == pytest.approx(1, abs=1e-5)
         if six.axis.separation == 0:  # or looking ahead is an approximation
             # a cell's shift counts once, however many components it holds
-            value = pointer.log_prob(*rows) + (there.any(1) * shift[b]).sum(-1)
-            expected = value.log_softmax(-1).double()
-            torch.testing.assert_close(log_q, expected, rtol=0, atol=1e-4)
+            value = every.log_prob(rows + b, anchors, mask)
+            value = value + (there.any(1) * shift[b]).sum(-1)
+            expected, kept = value.log_softmax(-1).double(), log_q.isfinite()
+            assert expected[~kept].exp().sum() < 1e-4  # pruned
+            torch.testing.assert_close(log_q[kept], expected[kept], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("separation", [0.0, 1.5])
@@ -467,13 +477,12 @@ def test_anchor_chain_draws_what_it_says(separation: float, k: int) -> None:
     anchors, mask = table(k)
     num, power = 10_000, torch.tensor([36, 6, 1])
     owner = torch.arange(2).repeat(num)
-    drawn = pointer.sample(
-        tokens, edges, owner, mask[:1].expand(2 * num, -1), seeded(1)
-    )
+    given = pointer.given(tokens, edges)
+    drawn = given.sample(owner, mask[:1].expand(2 * num, -1), seeded(1))
     codes, drawn_codes = (anchors * power).sum(-1), (drawn * power).sum(-1)
     for b in range(2):
         owners = torch.full((len(codes),), b)
-        log_q = pointer.log_prob(tokens, edges, owners, anchors, mask)
+        log_q = given.log_prob(owners, anchors, mask)
         own = drawn_codes[owner == b].unsqueeze(-1)
         # false alarm in 1 of 10^6 for each of 12 tests
         assert_counts_follow((own == codes).sum(0), log_q.double().exp(), num)
@@ -549,18 +558,20 @@ def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
         lambda cut, y: torch.where(y > 0, cut.high, cut.low),
     )
     seen: list[Tensor] = []
-    sample = head.pointer.sample
+    sample = FlooredCells.sample
     monkeypatch.setattr(
-        head.pointer, "sample", lambda *a, **b: seen.append(sample(*a, **b)) or seen[-1]
+        FlooredCells,
+        "sample",
+        lambda *a, **b: seen.append(sample(*a, **b)) or seen[-1],
     )
     encoding = untrained(name).encode(observation())
     mask = (torch.arange(3) < 2).expand(500, -1)
     owner = torch.zeros(500, dtype=torch.int64)
-    drawn, _ = head.sample(mask, encoding, owner, seeded(1))
+    drawn, _ = head.given(encoding, observation(), None).sample(mask, owner, seeded(1))
     position = head.local_chart.coordinates(
         torch.where(mask.unsqueeze(-1), drawn, head.chart.some_point(drawn))
     )[0][..., 0]
-    found = head.axis.anchors(position, head.edges(encoding)[owner])
+    found = head.axis.cells(position, head.edges(encoding)[owner])
     assert (found == seen[0])[mask].double().mean() > 0.995
 
 
@@ -845,9 +856,10 @@ def test_negligible_anchors_are_ruled_out_where_asked() -> None:
     anchors = torch.zeros(6, 3, dtype=torch.int64)
     anchors[:, 0] = torch.arange(6)
     mask = torch.tensor([True, False, False]).expand(6, -1)
-    rows = (tokens, edges, torch.zeros(6, dtype=torch.int64), anchors, mask)
+    rows = (torch.zeros(6, dtype=torch.int64), anchors, mask)
     with torch.no_grad():
-        whole, pruned = pointer.log_prob(*rows), pointer.log_prob(*rows, prune=True)
+        whole = pointer.given(tokens, edges).log_prob(*rows)
+        pruned = PrunedChain(pointer, tokens, edges).log_prob(*rows)
     assert torch.isfinite(whole).all()
     assert torch.isfinite(pruned).tolist() == [False, False, True, False, False, False]
     assert pruned[2] == pytest.approx(0.0, abs=1e-6)

@@ -505,10 +505,10 @@ def brute_force_log_prob(
     owner, count = torch.zeros(1, dtype=torch.int64), torch.tensor([k])
     encoding = estimator.encode(x)
     result = estimator.log_prob_cardinality(x)[0, k]
-    if estimator.shared_head is not None:
-        result = result + estimator.shared_head.log_prob(
-            parts.shared.unsqueeze(0), encoding.shared, owner, count
-        ).squeeze(0)
+    shared = estimator.shared_given(encoding)
+    if shared is not None:
+        value = shared.log_prob(parts.shared.unsqueeze(0), owner, count)
+        result = result + value.squeeze(0)
     table = torch.zeros(k, k)
     for i in range(k):
         context = head(estimator).slots(encoding, owner, count, torch.tensor([i]))
@@ -676,19 +676,19 @@ def test_a_slot_sees_k_exactly_if_it_was_asked_to(name: str) -> None:
 @torch.no_grad()
 def test_shared_parameters_depend_on_k_and_on_x() -> None:
     variant = variant_named("tiny")
-    head = variant.estimator.shared_head
+    head = variant.estimator.shared_given(variant.estimator.encode(variant.x[:2]))
+    other = variant.estimator.shared_given(variant.estimator.encode(variant.x[1:2]))
     assert head is not None
-    embedding = variant.estimator.encode(variant.x[:2]).shared
+    assert other is not None
     shared = torch.full((4, 1), 0.4)
     owner, k = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 3, 0])
-    values = head.log_prob(shared, embedding, owner, k)
+    values = head.log_prob(shared, owner, k)
     assert values.unique().numel() == 4
     # a pair (x, K) has one density, whatever the other rows are
-    alone = head.log_prob(shared[:1], embedding[1:], owner[:1], k[3:])
+    alone = other.log_prob(shared[:1], owner[:1], k[3:])
     torch.testing.assert_close(alone, values[3:])
     draws = [
-        head.sample(embedding, owner[i].expand(500), k[i].expand(500), seeded())
-        for i in range(4)
+        head.sample(owner[i].expand(500), k[i].expand(500), seeded()) for i in range(4)
     ]
     assert torch.stack(draws).mean((1, 2)).unique().numel() == 4
 
@@ -696,16 +696,16 @@ def test_shared_parameters_depend_on_k_and_on_x() -> None:
 @torch.no_grad()
 def test_a_shared_head_that_is_off_is_the_prior() -> None:
     variant = variant_named("no-shared-head")
-    head, prior = variant.estimator.shared_head, variant.prior.shared
+    head = variant.estimator.shared_given(variant.estimator.encode(variant.x[:1]))
+    prior = variant.prior.shared
     assert head is not None
     assert prior is not None
-    embedding = variant.estimator.encode(variant.x[:1]).shared
     owner, k = torch.zeros(2, 2_000, dtype=torch.int64)
     shared = prior.sample((2_000,))
-    log_q = head.log_prob(shared, embedding, owner, k)
+    log_q = head.log_prob(shared, owner, k)
     expected = prior.log_prob(shared).reshape(-1)
     torch.testing.assert_close(log_q, expected, rtol=1e-4, atol=1e-4)
-    draws = head.sample(embedding, owner, k, seeded()).squeeze(-1)
+    draws = head.sample(owner, k, seeded()).squeeze(-1)
     marginal = variant.prior.shared_marginals[0]
     test = stats.kstest(marginal.fraction(draws.double()).numpy(), "uniform")
     assert test.pvalue > 1e-6

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import problems
+from sbi_slotflow.nn.cells import OccupiedCells
 from sbi_slotflow.nn.gauss_newton import (
     FittedMode,
     NormalEquations,
@@ -14,7 +15,7 @@ from sbi_slotflow.nn.gauss_newton import (
     fit_mode,
 )
 from sbi_slotflow.nn.local_transform import LocalTransform
-from sbi_slotflow.nn.modes import ModeFinder, Modes
+from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.registry import build, describe
 from sbi_slotflow.problems.sinusoids.fit import SineFit
 from sbi_slotflow.sets.transforms import solve_lower
@@ -150,15 +151,15 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
         # at the peak the likelihood's pull is the prior's
         pull = design.T @ residual / variance
         torch.testing.assert_close(pull, w, rtol=0, atol=1e-4)
-        torch.testing.assert_close(peak.pull[i], pull - w)
+        torch.testing.assert_close(peak.gradient[i], pull - w)
     assert (peak.decrement < 1e-6).all()
     # held at its bounds, it says which way it would go
     near = fitted(high / 1e3)
     assert (near.mode.abs() <= 0.01).all()
     held = near.mode.flatten(1).abs() == 0.01
     assert held.any(-1).all()
-    assert (near.pull * near.mode.flatten(1) >= 0)[held].all()
-    assert (near.pull[held].abs() > 1).any()
+    assert (near.gradient * near.mode.flatten(1) >= 0)[held].all()
+    assert (near.gradient[held].abs() > 1).any()
     assert (near.decrement < 1e-6).all()
 
 
@@ -226,8 +227,9 @@ def test_truths_are_standard_normal_about_the_peaks() -> None:
     anchors = torch.where(parts.mask, coordinates[..., 0].floor().long(), 0)
     starts = anchors.double()
     finder = ModeFinder(chart, local, tiny.build_fit(), num_steps=8)
-    cells = anchors, starts, starts + 1, parts.mask
-    peaks = finder(data, torch.arange(num), *cells)
+    owner = torch.arange(len(starts))
+    cells = OccupiedCells(owner, anchors, starts, starts + 1, parts.mask)
+    peaks = finder(data, cells)
     assert peaks.features.shape == (num, 3, finder.num_features)
     assert peaks.features.isfinite().all()
     w = local.relative(coordinates, anchors, peaks.centre)
@@ -252,11 +254,8 @@ def tiny_finder() -> ModeFinder:
     return ModeFinder(chart, LocalTransform(chart, axis), tiny.build_fit(), num_steps=2)
 
 
-Cells = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def random_sets(num: int, seed: int = 3) -> tuple[Tensor, Cells]:
-    """Observations, and owners, anchors, starts, ends and masks of sets."""
+def random_sets(num: int, seed: int = 3) -> tuple[Tensor, OccupiedCells]:
+    """Observations, and sets of cells."""
     data = tiny.simulator(tiny.prior.sample((30,), seeded(1)), seeded(2))
     count = torch.randint(0, 4, (num,), generator=seeded(seed))
     mask = torch.arange(3) < count.unsqueeze(-1)
@@ -264,107 +263,22 @@ def random_sets(num: int, seed: int = 3) -> tuple[Tensor, Cells]:
     anchors = torch.where(mask, anchors, 0)
     edges = torch.tensor([-0.1, 0.9]) + 0.2 * torch.rand(num, 3, 1, generator=seeded(5))
     starts, ends = (anchors.unsqueeze(-1) + edges).double().unbind(-1)
-    return data, (torch.arange(num) % 30, anchors, starts, ends, mask)
+    return data, OccupiedCells(torch.arange(num) % 30, anchors, starts, ends, mask)
 
 
 def test_peaks_do_not_depend_on_the_other_sets() -> None:
     finder = tiny_finder()
-    data, (owner, anchors, starts, ends, mask) = random_sets(600)
-    whole = finder(data, owner, anchors, starts, ends, mask)
+    data, sets = random_sets(600)
+    whole = finder(data, sets)
     # more sets than are fitted at once
     for i in (0, 300, 599):
         part = slice(i, i + 1)
-        alone = finder(
-            data, owner[part], anchors[part], starts[part], ends[part], mask[part]
-        )
-        here = mask[i]
+        alone = finder(data, sets.part(part))
+        here = sets.mask[i]
         for several, one in zip(whole, alone, strict=True):
             if several.ndim > 1 and several.shape[1] == len(here):  # by component
                 several, one = several[:, here], one[:, here]
             torch.testing.assert_close(several[part], one, rtol=1e-6, atol=1e-6)
-
-
-class CountingFit:
-    """Counts the sets that a fit starts on."""
-
-    def __init__(self, fit: SineFit) -> None:
-        self.fit, self.count = fit, 0
-
-    def given(self, data: Tensor) -> "Counted":
-        return Counted(self, data)
-
-
-class Counted:
-    def __init__(self, owner: CountingFit, data: Tensor) -> None:
-        self.owner, self.data = owner, data
-        self.fit = owner.fit.given(data)
-        self.normal_equations = self.fit.normal_equations
-
-    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        self.owner.count += len(owner)
-        return self.fit.start(owner, low, high, mask)
-
-
-def test_sets_of_one_batch_are_fitted_once() -> None:
-    fit = CountingFit(tiny.build_fit())
-    finder = tiny_finder()
-    finder.fit = fit
-    data, cells = random_sets(300)
-
-    def ask(data: Tensor, some: slice, fitted: int) -> Modes:
-        before = fit.count
-        found = finder(data, *_part(cells, some), remember=True)
-        assert fit.count - before == fitted
-        return found
-
-    def assert_same(found: Modes, expected: Modes) -> None:
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-    first = ask(data, slice(0, 100), 100)
-    assert_close_but_for_ties(first, data, _part(cells, slice(0, 100)))
-    assert_same(ask(data, slice(0, 100), 0), first)
-    owner, anchors, _, _, mask = cells
-    keys = [(int(owner[i]), *anchors[i][mask[i]].tolist()) for i in range(len(owner))]
-    new = sum(key not in keys[:100] for key in keys[50:200])
-    assert 50 < new <= 100
-    second = ask(data, slice(50, 200), new)
-    assert_same(second.rows(torch.arange(50)), first.rows(torch.arange(50, 100)))
-    assert_close_but_for_ties(second, data, _part(cells, slice(50, 200)))
-    # other observations are not mistaken for these
-    other = data.flip(0).contiguous()
-    assert_close_but_for_ties(
-        ask(other, slice(0, 100), 100), other, _part(cells, slice(0, 100))
-    )
-    # without the wish to remember nothing is
-    before = fit.count
-    finder(other, *_part(cells, slice(0, 100)))
-    assert fit.count - before == 100
-
-
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, cells = random_sets(300)
-    finder, each = tiny_finder(), 9 * 9 * 8
-    monkeypatch.setattr("sbi_slotflow.nn.modes._MEMO_BYTES", 150 * each)
-    for some in (slice(0, 100), slice(80, 180), slice(0, 300), slice(0, 100)):
-        here = _part(cells, some)
-        found = finder(data, *here, remember=True)
-        assert_close_but_for_ties(found, data, here)
-
-
-def _part(cells: Cells, some: slice) -> Cells:
-    owner, anchors, starts, ends, mask = cells
-    return owner[some], anchors[some], starts[some], ends[some], mask[some]
-
-
-def assert_close_but_for_ties(found: Modes, data: Tensor, cells: Cells) -> None:
-    """As a fresh fit finds them, but for sets where rounding decides a tie."""
-    expected = tiny_finder()(data, *cells)
-    for part, wanted in zip(found, expected, strict=True):
-        assert part.shape == wanted.shape
-    mask = cells[-1].unsqueeze(-1)
-    gap = ((found.mode - expected.mode) * mask).abs().amax((-2, -1))
-    assert (gap < 1e-6).double().mean() > 0.97
-    assert ((found.noise - expected.noise).abs() < 1e-6).double().mean() > 0.97
 
 
 def test_fits_are_rebuilt_from_their_specs() -> None:

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from sbi_slotflow.nn.charts import WhiteningChart
-from sbi_slotflow.nn.heads import NoiseHead
+from sbi_slotflow.nn.heads import NoiseHead, SharedGivenX
 from sbi_slotflow.sets.marginals import UniformMarginal
 
 NUM_DATA, LARGEST = 200, 3
@@ -34,9 +34,13 @@ def rows(level: float, num: int, k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return one, k * one, torch.full((num,), math.log(level), dtype=torch.float64)
 
 
+def given(head: NoiseHead) -> SharedGivenX:
+    return SharedGivenX(head, EMBEDDING, LARGEST + 1)
+
+
 def log_density(head: NoiseHead, sigma: Tensor, level: float, k: int = 2) -> Tensor:
     owner, count, noise = rows(level, len(sigma), k)
-    return head.log_prob(sigma.unsqueeze(-1), EMBEDDING, owner, count, noise)
+    return given(head).log_prob(sigma.unsqueeze(-1), owner, count, noise)
 
 
 @pytest.mark.parametrize("shaken", [0.0, 0.1])
@@ -71,7 +75,7 @@ def test_draws_follow_it(level: float) -> None:
     head, num = noise_head(shaken=0.1), 5_000
     owner, count, noise = rows(level, num)
     generator = torch.Generator().manual_seed(0)
-    draws = head.sample(EMBEDDING, owner, count, generator, noise)
+    draws = given(head).sample(owner, count, generator, noise)
     assert head.chart.contains(draws).all()
     sigma = torch.linspace(0.1, 1.0, 100_001)
     density = log_density(head, sigma, level).double().exp()
@@ -90,7 +94,7 @@ def test_it_depends_on_x_and_on_k() -> None:
     sigma = torch.full((3,), 0.5)
     owner, count = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 2])
     noise = torch.full((3,), math.log(0.5)).double()
-    values = head.log_prob(sigma.unsqueeze(-1), EMBEDDING, owner, count, noise)
+    values = given(head).log_prob(sigma.unsqueeze(-1), owner, count, noise)
     assert values.unique().numel() == 3
 
 
@@ -105,7 +109,7 @@ def test_a_support_from_zero_is_no_trouble() -> None:
     head = noise_head(low=0.0)
     owner, count, noise = rows(1e-3, 1_000)
     generator = torch.Generator().manual_seed(0)
-    draws = head.sample(EMBEDDING, owner, count, generator, noise).squeeze(-1)
+    draws = given(head).sample(owner, count, generator, noise).squeeze(-1)
     assert (draws > 0).all()
     assert draws.log().std() == pytest.approx(1 / math.sqrt(2 * NUM_DATA), rel=0.1)
     assert log_density(head, draws, 1e-3).isfinite().all()

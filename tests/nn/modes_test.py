@@ -1,4 +1,4 @@
-"""Modes above anchors: where they are, how high, and what lies below them."""
+"""Modes above cells: where they are, how high, and what lies below them."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbi_slotflow import slot_nn
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.cells import OccupiedCells
 from sbi_slotflow.nn.evidence import log_evidence
 from sbi_slotflow.nn.modes import Modes
 from sbi_slotflow.problems import sinusoids
@@ -23,7 +24,7 @@ DEVIATION = SIGMA * math.sqrt(2 / NUM_DATA)
 
 @pytest.fixture(scope="module")
 def head() -> AutoregressiveHead:
-    """What an untrained estimator finds peaks with."""
+    """What an untrained estimator finds modes with."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theta = crowded.prior.sample((8,))
@@ -33,29 +34,29 @@ def head() -> AutoregressiveHead:
     return head
 
 
-def cells_of(*anchors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors, starts, ends and mask of one set on even cells."""
+def cells_of(*cells: int) -> OccupiedCells:
+    """One set on even cells."""
     row = torch.zeros(1, SIZE).long()
-    row[0, : len(anchors)] = torch.tensor(anchors)
-    mask = torch.arange(SIZE)[None] < len(anchors)
-    return row, row.double(), row + 1.0, mask
+    row[0, : len(cells)] = torch.tensor(cells)
+    mask = torch.arange(SIZE)[None] < len(cells)
+    return OccupiedCells(torch.zeros(1).long(), row, row.double(), row + 1.0, mask)
 
 
-def found(head: AutoregressiveHead, x: Tensor, anchor: int) -> Modes:
+def found(head: AutoregressiveHead, x: Tensor, cell: int) -> Modes:
     assert head.find_modes is not None
-    return head.find_modes(x, torch.zeros(1).long(), *cells_of(anchor))
+    return head.find_modes(x, cells_of(cell))
 
 
 def best(
-    head: AutoregressiveHead, x: Tensor, anchor: int, peaks: Modes
+    head: AutoregressiveHead, x: Tensor, cell: int, modes: Modes
 ) -> tuple[Tensor, float]:
     """Coordinates where likelihood times prior is highest, and its log there."""
     chart, amplitude = head.local_chart, crowded.prior.component_marginals[0]
-    scale = peaks.factor[0, :3, :3].diagonal().numpy()
+    scale = modes.factor[0, :3, :3].diagonal().numpy()
 
     def cost(steps: np.ndarray) -> float:
-        w = peaks.mode[0, :1] + torch.from_numpy(steps * scale)
-        where = chart.absolute(w, torch.tensor([anchor]), peaks.centre[0, :1])
+        w = modes.mode[0, :1] + torch.from_numpy(steps * scale)
+        where = chart.absolute(w, torch.tensor([cell]), modes.centre[0, :1])
         rows = torch.zeros(1, SIZE, 3)
         rows[:, 0] = chart.components(where)
         theta = crowded.layout.pack(torch.ones(1).long(), rows, torch.ones(1, 1))
@@ -70,7 +71,7 @@ def best(
     return torch.from_numpy(result.x), -float(result.fun)
 
 
-def test_peaks_are_those_of_likelihood_times_prior(head: AutoregressiveHead) -> None:
+def test_modes_are_those_of_likelihood_times_prior(head: AutoregressiveHead) -> None:
     # tones in the middles of cells 20 and 40, of 12 and of 6 deviations
     width = head.axis.num_anchors
     low, high = crowded.prior.component_marginals[2].bounds
@@ -80,13 +81,13 @@ def test_peaks_are_those_of_likelihood_times_prior(head: AutoregressiveHead) -> 
     rows[0, :2] = torch.tensor(tones)
     theta = crowded.layout.pack(torch.tensor([2]), rows, torch.tensor([[SIGMA]]))
     x = crowded.simulator(theta, torch.Generator().manual_seed(0))
-    peaks = [found(head, x, cell) for cell in (20, 40)]
+    modes = [found(head, x, cell) for cell in (20, 40)]
     true = [
-        best(head, x, cell, peak) for cell, peak in zip((20, 40), peaks, strict=True)
+        best(head, x, cell, peak) for cell, peak in zip((20, 40), modes, strict=True)
     ]
     for off, _ in true:  # in deviations; the prior moves the weak one by 0.2
         assert float(off.abs().max()) < 0.1
-    difference = float(peaks[0].height - peaks[1].height)
+    difference = float(modes[0].height - modes[1].height)
     assert difference == pytest.approx(true[0][1] - true[1][1], abs=0.1)
 
 
@@ -95,8 +96,8 @@ def test_evidence_is_the_integral_over_the_cells(head: AutoregressiveHead) -> No
     # edge, and of two in one cell: the mass between the ends by counting draws. 200,000
     # draws and 16 points: 10 % of the mass is about four standard errors.
     generator = torch.Generator().manual_seed(2)
-    for anchors, offsets in (((7, 8), (0.35, 0.0)), ((7, 7), (-0.1, 0.1))):
-        cells = cells_of(*anchors)
+    for places, offsets in (((7, 8), (0.35, 0.0)), ((7, 7), (-0.1, 0.1))):
+        cells = cells_of(*places)
         chart, width = head.local_chart, head.local_chart.num_features
         size = SIZE * width
         factor = torch.eye(size).double()
@@ -108,16 +109,16 @@ def test_evidence_is_the_integral_over_the_cells(head: AutoregressiveHead) -> No
         mode[0, :2, 0] = torch.tensor(offsets)
         height = torch.tensor([3.0]).double()
         zero = torch.zeros(1, SIZE).double()
-        peaks = Modes(mode, zero, factor[None], zero[..., None], height, height)
+        modes = Modes(mode, zero, factor[None], zero[..., None], height, height)
         noise = torch.randn(200_000, 6, generator=generator).double()
         w = (noise @ factor[:6, :6].mT).unflatten(-1, (2, width)) + mode[0, :2]
         low, high = chart.ends()
         low[0], high[0] = -0.5, 0.5
         inside = ((w >= low) & (w <= high)).all(-1).all(-1)
-        place = w[..., 0] + torch.tensor(anchors)
+        place = w[..., 0] + torch.tensor(places)
         inside &= place[:, 1] > place[:, 0]
         mass = float(inside.double().mean())
         assert 0.05 < mass < 0.8
         expected = 3.0 + 0.5 * float(torch.logdet(covariance)) + math.log(mass)
-        value = float(log_evidence(peaks, *cells, chart))
+        value = float(log_evidence(modes, cells, chart))
         assert value == pytest.approx(expected, abs=0.1)

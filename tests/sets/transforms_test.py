@@ -148,6 +148,14 @@ def test_a_cut_normal_variable_is_normal() -> None:
     torch.testing.assert_close(ndtr(y), shares)
 
 
+def test_a_turning_shear_stays_on_one_turn() -> None:
+    x = torch.tensor([[1.5, 10.0], [1.5, -10.0]]).double()
+    shear = Shear(0, 1, 0.25, 1.0, low=1.0)
+    y, _ = shear.forward(x)
+    torch.testing.assert_close(y, torch.tensor([[1.0, 10.0], [1.0, -10.0]]).double())
+    torch.testing.assert_close(shear.inverse(y), x)
+
+
 def test_a_bent_tail_grows_as_a_logarithm() -> None:
     y, _ = Bend(2.5).forward(torch.tensor([-2.5, 2.0, 2.5 + math.e - 1, 1e6 + 1.5]))
     expected = torch.tensor([-2.5, 2.0, 3.5, 2.5 + math.log(1e6)])

@@ -44,51 +44,50 @@ def is_local(name: str) -> bool:
 
 
 @pytest.mark.parametrize("refine_slots", [0, 1])
-@pytest.mark.parametrize("part", ["anchors", "local", "all"])
+@pytest.mark.parametrize("part", ["cells", "local", "all"])
 def test_a_stage_changes_its_part_alone(part: str, refine_slots: int) -> None:
     estimator = build(part, refine_slots=refine_slots)
     before = {name: p.detach().clone() for name, p in estimator.named_parameters()}
     optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
     for _ in range(2):  # last layers that start at zero hold back the first
         optimizer.zero_grad()
-        estimator.loss(*pairs()).mean().backward()
+        terms = estimator.loss_terms(*pairs(), "cells" if part == "cells" else "all")
+        estimator.weigh(terms).mean().backward()
         optimizer.step()
     for name, parameter in estimator.named_parameters():
         trained = part == "all" or is_local(name) == (part == "local")
         assert torch.equal(parameter, before[name]) != trained, name
 
 
-def test_anchors_need_no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    estimator = build("anchors", refine_slots=1)
+def test_cells_need_no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = build("cells", refine_slots=1)
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("fitted")
 
     monkeypatch.setattr("sbi_slotflow.nn.modes.fit_mode", refuse)
-    terms = estimator.loss_terms(*pairs())
+    terms = estimator.loss_terms(*pairs(), "cells")
     assert (terms["shared"] == 0).all()
-    estimator.anchors_only = False
     with pytest.raises(AssertionError, match="fitted"):
         estimator.loss_terms(*pairs())
 
 
-def test_the_anchors_loss_is_a_part_of_the_whole() -> None:
+def test_the_loss_of_cells_is_a_part_of_the_whole() -> None:
     """What is left of the components' loss is that of the local densities."""
     estimator = build("all")
     whole = estimator.loss_terms(*pairs())["flow"]
-    estimator.anchors_only = True
-    anchors = estimator.loss_terms(*pairs())["flow"]
+    cells = estimator.loss_terms(*pairs(), "cells")["flow"]
     theta, _ = pairs()
     empty = tiny.layout.cardinality(theta) == 0
     assert empty.any()
-    assert (anchors[empty] == 0).all()
-    assert (anchors[~empty] > 0).all()
-    torch.testing.assert_close(whole[empty], anchors[empty])
-    assert not torch.isclose(whole[~empty], anchors[~empty]).any()
+    assert (cells[empty] == 0).all()
+    assert (cells[~empty] > 0).all()
+    torch.testing.assert_close(whole[empty], cells[empty])
+    assert not torch.isclose(whole[~empty], cells[~empty]).any()
 
 
 def test_a_stage_keeps_the_rest_from_the_one_before() -> None:
-    first = build("anchors", refine_slots=1)
+    first = build("cells", refine_slots=1)
     weights = {
         name: value + 0.1 if value.is_floating_point() else value
         for name, value in first.state_dict().items()
@@ -105,7 +104,7 @@ def test_a_stage_keeps_the_rest_from_the_one_before() -> None:
 
 
 def test_a_whole_stage_wants_all_weights() -> None:
-    weights = build("anchors", refine_slots=1).state_dict()
+    weights = build("cells", refine_slots=1).state_dict()
     del weights["net.lift.0.weight"]
     with pytest.raises(RuntimeError, match=r"net\.lift\.0\.weight"):
         build("all", weights, refine_slots=1)
