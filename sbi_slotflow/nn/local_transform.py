@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..sets.circular import wrapped
 from ..sets.transforms import (
     Affine,
     Columns,
@@ -30,7 +31,7 @@ from ..sets.transforms import (
 from .cells import CellAxis
 from .charts import Chart
 
-__all__ = ["LocalTransform", "wrapped"]
+__all__ = ["LocalTransform"]
 
 _TWO_PI = 2 * math.pi
 # Cells within which a fit looks for a component: its own, and what lies about it.
@@ -175,8 +176,3 @@ class LocalTransform:
         if math.isfinite(self.marginals.periods[d]):
             return self.marginals[d].bounds[0], self.marginals.periods[d] / _TWO_PI
         return self.marginals[d].natural_scale
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    """An angle's representative in [-pi, pi)."""
-    return (angle + math.pi) % _TWO_PI - math.pi

@@ -110,7 +110,8 @@ def test_the_log_prior_is_the_priors_but_for_a_constant(case) -> None:
     components = draws(made)
     whole, log_det = local.coordinates(components)
     anchors = torch.full((len(whole),), 3)
-    centre = whole[:, 1 : 1 + local.num_circular] - 0.2
+    # on another turn of the circle
+    centre = whole[:, 1 : 1 + local.num_circular] - 0.2 - TWO_PI
     w = local.relative(whole, anchors, centre)
     found, slope = local.log_prior(w, centre)
     # from the marginals' own densities, those of the coordinates
