@@ -21,7 +21,7 @@ from .cell_chain import CellMarginals
 from .cell_head import CellHead, trunk_network
 from .cells import CellAxis
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
@@ -74,7 +74,7 @@ class IndependentHead(CellHead):
         return False
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         return _IndependentSets(self, encoding, shared, "permanent")
@@ -82,7 +82,7 @@ class IndependentHead(CellHead):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:

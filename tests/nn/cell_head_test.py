@@ -33,6 +33,7 @@ from sbi_slotflow.nn.cell_chain import (
 )
 from sbi_slotflow.nn.cell_head import CellHead
 from sbi_slotflow.nn.cells import CellAxis
+from sbi_slotflow.nn.encoders import Observations
 from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.nn.local_density import LocalDensity, _cut, _uncut
 from sbi_slotflow.nn.registry import build
@@ -99,6 +100,10 @@ def observation(sigma: float = 0.8) -> Tensor:
     return tiny.simulator(theta, seeded(3))
 
 
+def given_data() -> Observations:
+    return Observations(observation(), torch.ones(()))
+
+
 def components_prior(k: int, separated: bool) -> VariableKPrior:
     """The prior of K components and nothing else."""
     return VariableKPrior(
@@ -115,7 +120,7 @@ class Sets:
 
     head: CellHead
     encoding: Encoding
-    data: Tensor
+    data: Observations
     k: int
 
     @classmethod
@@ -126,7 +131,7 @@ class Sets:
         assert isinstance(head, CellHead)
         if seed is not None:
             shake(head, 0.02, seed)
-        return cls(head, estimator.encode(observation()), observation(), k)
+        return cls(head, estimator.encode(observation()), given_data(), k)
 
     def mask(self, num: int) -> Tensor:
         return tiny.layout.mask(torch.full((num,), self.k))
@@ -581,7 +586,7 @@ def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
     encoding = untrained(name).encode(observation())
     mask = (torch.arange(3) < 2).expand(500, -1)
     owner = torch.zeros(500, dtype=torch.int64)
-    drawn, _ = head.given(encoding, observation(), None).sample(mask, owner, seeded(1))
+    drawn, _ = head.given(encoding, given_data(), None).sample(mask, owner, seeded(1))
     position = head.local_chart.coordinates(
         torch.where(mask.unsqueeze(-1), drawn, head.chart.some_point(drawn))
     )[0][..., 0]
