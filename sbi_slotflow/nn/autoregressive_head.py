@@ -120,7 +120,7 @@ class AutoregressiveHead(CellHead):
         self.find_modes: ModeFinder | None = None
         self.gaussian: LocalGaussian | None = None
         seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
-        self.pointer = CellChain(axis, token_features, max_cardinality)
+        self.cells = CellChain(axis, token_features, max_cardinality)
         if refine_steps:
             if fit is None:
                 raise ValueError(
@@ -162,11 +162,11 @@ class AutoregressiveHead(CellHead):
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        finder, cells = self.find_modes, PrunedChain(self.pointer, tokens, edges)
+        finder, cells = self.find_modes, PrunedChain(self.cells, tokens, edges)
         find_modes = None if finder is None else partial(finder, data.x)
         if finder is not None and self.weighed_sets:
             with torch.no_grad():
-                chain = PrunedChain(self.pointer, tokens, edges)
+                chain = PrunedChain(self.cells, tokens, edges)
             cells = CellSets(chain, finder, self.weighed_sets, data.x)
             find_modes = cells.modes
         floored = FlooredCells(cells, UniformCells(self.axis, edges))
@@ -181,7 +181,7 @@ class AutoregressiveHead(CellHead):
     ) -> SetsGivenK:
         """Return what training maximises; see :meth:`CellHead.in_training`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        cells, finder = self.pointer.given(tokens, edges), self.find_modes
+        cells, finder = self.cells.given(tokens, edges), self.find_modes
         find_modes = None if finder is None else partial(finder, data.x)
         return _JointSets(self, tokens, edges, cells, find_modes, data, shared)
 
@@ -191,7 +191,7 @@ class AutoregressiveHead(CellHead):
         position = self.coordinates(parts)[0][..., 0]
         cells = torch.where(mask, self.axis.cells(position, edges), 0)
         owner = torch.arange(len(mask), device=mask.device)
-        chain = self.pointer.given(_tokens(encoding), edges)
+        chain = self.cells.given(_tokens(encoding), edges)
         return chain.log_prob(owner, cells, mask)
 
 

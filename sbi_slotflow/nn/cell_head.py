@@ -132,7 +132,7 @@ class CellHead(nn.Module, ABC):
         """Edges of the cells, shape ``(B, L + 1)``."""
         if encoding.edges is not None:
             return encoding.edges
-        edges = torch.arange(self.axis.num_anchors + 1.0, dtype=torch.float64)
+        edges = torch.arange(self.axis.num_cells + 1.0, dtype=torch.float64)
         return edges.to(encoding.context.device).expand(len(encoding.context), -1)
 
 

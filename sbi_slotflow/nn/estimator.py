@@ -38,7 +38,7 @@ from .spec import EstimatorSpec
 __all__ = ["SlotDensityEstimator"]
 
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
-_VERSION = 1
+_VERSION = 2
 # Standard deviations of the training data beyond which x is refused: powers of it would
 # overflow.
 _FARTHEST = 1e12

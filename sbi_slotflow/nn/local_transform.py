@@ -74,7 +74,7 @@ class LocalTransform:
         """
         values = components.double().unbind(-1)
         location = values[self.axis.parameter]
-        cells = self.axis.num_anchors
+        cells = self.axis.num_cells
         columns = [cells * self._location.fraction(location)]
         log_det = self._location.log_density(location) + math.log(cells)
         if self._phase is not None:
@@ -88,7 +88,7 @@ class LocalTransform:
 
     def components(self, coordinates: Tensor) -> Tensor:
         """Inverse of :meth:`coordinates`; values may leave the support."""
-        fraction = coordinates[..., 0] / self.axis.num_anchors
+        fraction = coordinates[..., 0] / self.axis.num_cells
         if self._location.family == "normal":
             fraction = fraction.clamp(_INSIDE, 1 - _INSIDE)
         location = self._location.quantile(fraction)

@@ -251,7 +251,7 @@ class ModeFinder:
         first = starts + same.tril(-1).sum(-1) * width
         axis = self.local_chart.axis
         low, high = (
-            self.chart.marginals[axis.parameter].quantile(end / axis.num_anchors)
+            self.chart.marginals[axis.parameter].quantile(end / axis.num_cells)
             for end in (first, first + width)
         )
         components = fit.start(owner, low, high, mask)

@@ -266,7 +266,7 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
     tokens, edges = sets.encoding.tokens, sets.head.edges(sets.encoding)
     assert tokens is not None
     with torch.no_grad():
-        chain = PrunedChain(sets.head.pointer, tokens, edges)
+        chain = PrunedChain(sets.head.cells, tokens, edges)
         cells = FlooredCells(chain, UniformCells(sets.head.axis, edges))
         chance = cells.log_prob(torch.tensor([0]), fixed, sets.mask(1))
     monkeypatch.setattr(
@@ -313,7 +313,7 @@ def test_factorised_density_is_the_sum_over_all_assignments(k: int) -> None:
     assert isinstance(head, IndependentHead)
     assert sets.encoding.tokens is not None
     rows = sets.sample(20)
-    slots = head.pointer(sets.encoding.tokens)[0, k - 1]
+    slots = head.cells(sets.encoding.tokens)[0, k - 1]
     position = head.local_chart.coordinates(rows[:, :k])[0][..., 0]
     anchors = head.axis.cells(position, head.edges(sets.encoding).expand(20, -1))
     assigned = torch.stack(
