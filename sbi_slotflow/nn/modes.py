@@ -44,7 +44,7 @@ class Modes(NamedTuple):
 
     Attributes:
         mode: Local coordinates, shape ``(S, K, D)``, angles zero.
-        centre: The P angles of the modes, shape ``(S, K, P)``.
+        centre: Angles of the P circular ones, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
         features: What a network is told of each mode, shape ``(S, K, 3 D + 2)``: mode,
@@ -174,9 +174,8 @@ class ModeFinder:
 
     def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
         chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
-        start = self._start(fit, sets)
         # Angles are counted from those of the start.
-        start, centre = chart.without_angles(start)
+        start, centre = chart.without_angles(self._start(fit, sets))
         high = chart.farthest().to(start).expand_as(start).clone()
         low = -high
         low[..., 0] = starts - cells - 0.5 - _MARGIN
