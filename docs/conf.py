@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"sbi_slotflow\..*\._\w+"),
 ]
 
+doctest_test_doctest_blocks = ""  # docstrings have a test, tests/examples_test.py
 doctest_global_setup = """
 import torch
 torch.manual_seed(0)

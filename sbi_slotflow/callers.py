@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from types import FrameType
 
 __all__ = ["caller_stacklevel"]
 
@@ -15,6 +16,13 @@ def caller_stacklevel() -> int:
     asks.
     """
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and _is_ours(frame):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether it runs the package, or ``torch.no_grad`` around a function of it."""
+    if frame.f_globals.get("__name__") == "torch.utils._contextlib":
+        return True
+    return frame.f_code.co_filename.startswith(_PACKAGE)

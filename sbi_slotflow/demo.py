@@ -41,7 +41,7 @@ PRESETS: tuple[Literal["paper", "tiny"], ...] = ("paper", "tiny")
 # Seeds of the signals and of the draws: five components in noise of 0.93, and two in
 # noise of 0.69.
 SEEDS = {"sinusoids-paper": 2, "sinusoids-tiny": 61}
-TRAINING_SEED, TEST_SEED, REFINE_SLOTS = 0, 1, 3
+TRAINING_SEED, TEST_SEED = 0, 1
 CHECKPOINT_EVERY = 100  # steps
 
 
@@ -122,7 +122,7 @@ def read_signal(problems: Sequence[Problem], path: Path) -> Tensor:
 
 def train(problem: Problem, checkpoint: Path, num_simulations: int) -> Model:
     """Train a posterior, or take up the training that the checkpoint holds."""
-    build = slot_nn(problem, refine_slots=REFINE_SLOTS)
+    build = slot_nn(problem)
     settings = OnlineSettings(num_simulations, seed=TRAINING_SEED, validate_every=250)
     data, prior = problem.simulator, problem.prior
     try:
@@ -130,13 +130,13 @@ def train(problem: Problem, checkpoint: Path, num_simulations: int) -> Model:
     except ValueError as error:
         advice = "To train anew, delete the file or give another --out."
         raise InputError(f"{error} {advice}") from error
-    step, total = training.resumed_from, settings.num_steps
+    step, state = training.resumed_from, f"on {num_simulations:,} fresh simulations"
+    if step:
+        state = f"at step {step:,} of {settings.num_steps:,} from {checkpoint}"
     if training.finished:
-        print(f"reusing the trained network in {checkpoint} ({step:,} steps)")
-    elif step:
-        print(f"resuming at step {step:,} of {total:,} from {checkpoint}", flush=True)
-    else:
-        print(f"training on {num_simulations:,} fresh simulations", flush=True)
+        state = f"the trained network in {checkpoint} ({step:,} steps)"
+    word = "reusing" if training.finished else "resuming" if step else "training"
+    print(f"{word} {state}", flush=True)
     estimator = training.run(checkpoint_every=CHECKPOINT_EVERY)
     posterior = SlotPosterior(estimator, prior, data)
     posterior.set_training_reference(training_reference(problem.name))

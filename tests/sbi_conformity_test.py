@@ -12,6 +12,7 @@ from sbi.inference import (
     ImportanceSamplingPosterior,
     simulate_for_sbi,
 )
+from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding
 from sbi.utils.user_input_checks import (
     check_sbi_inputs,
@@ -114,6 +115,69 @@ def test_other_samplers_say_why_not(sample_with):
 def test_a_foreign_prior_is_refused():
     with pytest.raises(TypeError, match="prior must be a VariableKPrior, got Normal"):
         SlotNPE(torch.distributions.Normal(0.0, 1.0))  # type: ignore[arg-type]
+
+
+def test_estimators_without_slots_are_refused_before_they_are_trained():
+    with pytest.raises(TypeError, match=r"must build a SlotDensity.* got 'maf'"):
+        SlotNPE(linear.prior, "maf")  # type: ignore[arg-type]
+    trainer = SlotNPE(
+        linear.prior,
+        posterior_nn("mdn"),  # type: ignore[arg-type]
+        tracker=SilentTracker(),
+        show_progress_bars=False,
+    )
+    theta, x = simulations(linear, 100)
+    with pytest.raises(TypeError, match="got one of MixtureDensityEstimator"):
+        trainer.append_simulations(theta, x).train(max_num_epochs=1)
+    with pytest.raises(TypeError, match="got one of MixtureDensityEstimator"):
+        trainer.train_online(linear.simulator, num_simulations=128, num_validation=50)
+
+
+def test_sbis_own_estimators_warn_that_they_draw_no_sets():
+    trainer = NPE(
+        linear.prior,
+        density_estimator="mdn",
+        tracker=SilentTracker(),
+        show_progress_bars=False,
+    )
+    theta, x = simulations(linear, 200)
+    trainer.append_simulations(theta, x).train(max_num_epochs=1)
+    posterior = trainer.build_posterior()
+    with (
+        pytest.warns(UserWarning, match="use SlotNPE"),
+        pytest.raises(RuntimeError, match="max_sampling_time"),
+    ):
+        posterior.sample((3,), x[0], max_sampling_time=0.2, show_progress_bars=False)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "double", "big-endian"])
+def test_simulators_may_return_any_array_of_numbers(kind):
+    def other(theta):
+        x = linear.simulator(theta)
+        if kind == "double":
+            return x.double()
+        return x.numpy().astype("f8" if kind == "numpy" else ">f4")
+
+    weights = []
+    for simulator in (linear.simulator, other):
+        trainer = SlotNPE(
+            linear.prior, tracker=SilentTracker(), show_progress_bars=False
+        )
+        trainer.train_online(simulator, num_simulations=256, num_validation=50)
+        weights.append(trainer.build_posterior().posterior_estimator.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_simulators_of_the_wrong_shape_are_named():
+    trainer = SlotNPE(linear.prior, tracker=SilentTracker(), show_progress_bars=False)
+    with pytest.raises(
+        ValueError, match=r"simulator's x must have shape \(50, \*event"
+    ):
+        trainer.train_online(
+            lambda theta: linear.simulator(theta)[:-1],
+            num_simulations=256,
+            num_validation=50,
+        )
 
 
 @pytest.mark.parametrize("problem", [linear, tiny], ids=lambda p: p.name)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sbi_slotflow import rjmcmc
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.problems.sinusoids.laplace import sinusoid_statistics
 from sbi_slotflow.problems.sinusoids.pursuit import matching_pursuit
 from sbi_slotflow.seeding import generator_for
 
@@ -51,7 +50,7 @@ class PursuitLaplace(Rival):
         prior = self.problem.prior
         fits = matching_pursuit(
             x.double().numpy(),
-            sinusoid_statistics(self.problem, x),
+            self.problem.statistics(x),
             prior.component_marginals[2].bounds,
             prior.max_cardinality,
             prior.min_separation or 0.0,

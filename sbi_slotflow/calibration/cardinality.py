@@ -163,6 +163,9 @@ def cardinality_reliability(
             f"probs must have shape {tuple(draws.probs.shape)}, got "
             f"{tuple(probs.shape)}."
         )
+    # Written so that NaN fails too.
+    if not ((probs >= 0).all() and ((probs.sum(-1) - 1).abs() < 1e-6).all()):
+        raise ValueError("probs must be probabilities that add up to 1 in each row.")
     counts = draws.cardinality
     prior = torch.bincount(counts, minlength=probs.shape[-1]).double()
     prior = prior / prior.sum()
@@ -264,7 +267,13 @@ def _reweighted(
         raise ValueError(
             f"weights must have shape {tuple(prior.shape)}, got {tuple(weights.shape)}."
         )
-    new, prior = weights.double() / weights.sum(), prior.double()
+    total = weights.sum()
+    if not ((weights >= 0).all() and 0 < total < torch.inf):
+        raise ValueError(
+            "weights must be finite, not negative and not all zero, got "
+            f"{weights.tolist()}."
+        )
+    new, prior = weights.double() / total, prior.double()
     if ((new > 0) & (prior == 0)).any():
         raise ValueError("weights must be zero where the problem excludes a K.")
     ratio = torch.where(prior > 0, new / prior, 0.0)

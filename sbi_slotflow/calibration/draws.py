@@ -20,6 +20,7 @@ from torch.distributions import Categorical
 
 from ..problems.base import Problem
 from ..seeding import generator_for
+from ..sets.checks import as_count
 from ..sets.layout import ThetaLayout
 
 __all__ = [
@@ -27,8 +28,7 @@ __all__ = [
     "CalibrationDraws",
     "cardinality_probs",
     "draw",
-    "draw_blocks",
-    "join",
+    "one_thread",
 ]
 
 BLOCK = 50
@@ -59,7 +59,6 @@ class CalibrationDraws:
 
     Attributes:
         layout: Layout of theta.
-        periods: Periods of the parameters that are angles, by name.
         cardinality_prior: p(K) of the pairs, shape ``(Kmax + 1,)``.
         theta: True rows, shape ``(n, E)``.
         x: Data, shape ``(n, T)``.
@@ -72,7 +71,6 @@ class CalibrationDraws:
     """
 
     layout: ThetaLayout
-    periods: dict[str, float]
     cardinality_prior: Tensor
     theta: Tensor
     x: Tensor
@@ -124,59 +122,30 @@ def draw(
         TypeError: If the posterior lacks a method.
         ValueError: If a number is too small, or draws don't fit the problem's layout.
     """
-    blocks = draw_blocks(
-        posterior, problem, n, num_draws, num_guides, seed, num_workers
-    )
-    if show_progress:
-        from tqdm.auto import tqdm
-
-        blocks = tqdm(blocks, total=-(-n // BLOCK), desc="drawing", unit="block")
-    return join(list(blocks), problem, seed)
-
-
-def draw_blocks(
-    posterior: BatchedPosterior,
-    problem: Problem,
-    n: int,
-    num_draws: int,
-    num_guides: int,
-    seed: int,
-    num_workers: int,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the blocks of :func:`draw` in their order; see there."""
     from joblib import Parallel, delayed
+    from tqdm.auto import tqdm
 
     for name in ("sample_batched", "cardinality"):
         if not callable(getattr(posterior, name, None)):
             raise TypeError(
                 f"posterior must have a method {name}, got {type(posterior).__name__}."
             )
-    for name, value, least in (
-        ("n", n, 20),
-        ("num_draws", num_draws, 20),
-        ("num_guides", num_guides, 2),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    n, num_draws = as_count(n, "n", 20), as_count(num_draws, "num_draws", 20)
+    num_guides = as_count(num_guides, "num_guides", 2)
+    if num_workers != -1:
+        num_workers = as_count(num_workers, "num_workers")
     jobs = [
         delayed(_block)(posterior, problem, size, num_draws, num_guides, seed, start)
         for start, size in _ranges(n)
     ]
-    return Parallel(n_jobs=num_workers, return_as="generator")(jobs)  # pyright: ignore[reportReturnType]
-
-
-def join(
-    blocks: Sequence[tuple[Tensor, ...]], problem: Problem, seed: int
-) -> CalibrationDraws:
-    """Put blocks together."""
-    columns = list(zip(*blocks, strict=True))
+    blocks: Any = Parallel(n_jobs=num_workers, return_as="generator")(jobs)
+    bar = {"desc": "draws", "unit": "block", "disable": not show_progress}
+    columns = list(zip(*tqdm(blocks, total=len(jobs), **bar), strict=True))
     theta, x, probs = (torch.cat(part) for part in columns[:3])
     draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[3:])
-    prior = problem.prior.cardinality_probs.double().cpu()
     return CalibrationDraws(
         layout=problem.layout,
-        periods=dict(problem.layout.periods),
-        cardinality_prior=prior,
+        cardinality_prior=problem.prior.cardinality_probs.double().cpu(),
         theta=theta,
         x=x,
         draws=draws,
@@ -201,7 +170,7 @@ def _block(
     start: int,
 ) -> tuple[Tensor, ...]:
     """Theta, x, q(K | x), draws, draws given K, guides, all on the CPU."""
-    with _one_thread():
+    with one_thread():
         simulate = generator_for(seed, 0, start, 0)
         theta = problem.prior.sample((size,), simulate).cpu()
         x = problem.simulator(theta, simulate)
@@ -237,7 +206,7 @@ def by_cardinality(
 def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
     """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
     device = getattr(posterior, "_device", "cpu")
-    with _one_thread():
+    with one_thread():
         parts = [
             torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
             for part in x.split(BLOCK)
@@ -247,7 +216,7 @@ def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to one thread: sums in another order round differently."""
     before: Any = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ the posterior's own draws, spoilt by the other faults. Moments of draws given K 
 taken in canonical order.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,6 @@ from ..sets.circular import circular_mean, near
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
-from .matched import periods_of
 
 __all__ = [
     "FaultyPosterior",
@@ -175,7 +175,7 @@ def narrowed(
     Args:
         posterior: The posterior.
         factor: What standard deviations are multiplied by; above 1 they grow.
-        periods: Periods of parameters that are angles, by name.
+        periods: Periods of circular parameters by name; the layout's if None.
 
     Raises:
         ValueError: If the factor is not positive.
@@ -196,7 +196,7 @@ def shifted(
     Args:
         posterior: The posterior.
         by: The share.
-        periods: Periods of parameters that are angles, by name.
+        periods: Periods of circular parameters by name; the layout's if None.
     """
     return FaultyPosterior(posterior, _Moved(posterior.prior, periods, 1.0, by))
 
@@ -252,11 +252,12 @@ class _Moved:
     ) -> None:
         self.prior, self.factor, self.by = prior, factor, by
         layout = prior.layout
+        periods = layout.periods if periods is None else periods
         known = (*layout.component_names, *layout.shared_names)
-        if unknown := sorted(set(periods or {}) - set(known)):
+        if unknown := sorted(set(periods) - set(known)):
             raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
-        self.component_periods = periods_of(layout.component_names, periods or {})
-        self.shared_periods = periods_of(layout.shared_names, periods or {})
+        self.component_periods = _periods(layout.component_names, periods)
+        self.shared_periods = _periods(layout.shared_names, periods)
 
     def __call__(
         self, rows: Tensor, k: int, generator: torch.Generator | None
@@ -327,6 +328,13 @@ class _Independent:
         components = torch.stack(columns, dim=-2)
         assert components.shape[:2] == (num, batch)
         return layout.canonical(layout.pack(parts.cardinality, components, shared))
+
+
+def _periods(names: tuple[str, ...], periods: Mapping[str, float]) -> Tensor:
+    """Periods ``(C,)`` of named parameters, float64, infinite without one."""
+    return torch.tensor(
+        [periods.get(name, math.inf) for name in names], dtype=torch.float64
+    )
 
 
 def _shuffled(values: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..seeding import generator_for
+from ..sets.checks import as_count
 from .check import Check
 from .draws import BatchedPosterior, CalibrationDraws
 from .reductions import reduce_fns
@@ -119,6 +120,13 @@ def local_c2st(
             f"x must be one observation of length {draws.x.shape[-1]}, got shape "
             f"{tuple(x.shape)}."
         )
+    if not torch.isfinite(x).all():
+        raise ValueError("x must be finite, got NaN or Inf.")
+    num_null = as_count(num_null, "num_null")
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(
+            f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}."
+        )
     if (num_null + 1) * false_alarm_rate < 1:
         raise ValueError(
             f"num_null must be at least {int(np.ceil(1 / false_alarm_rate)) - 1} for a "
@@ -180,7 +188,7 @@ def _numbers(draws: CalibrationDraws, rows: Tensor) -> list[Tensor]:
     """Numbers of sets, each ``(M, n)``."""
     flat = rows.flatten(0, -2)
     found = [f(flat, None).reshape(rows.shape[:-1]) for f in reduce_fns(draws.layout)]
-    others = set_numbers(draws.layout.unpack(rows), draws.layout, draws.periods)
+    others = set_numbers(draws.layout.unpack(rows), draws.layout)
     return found + [value for value, _ in others.values()]
 
 

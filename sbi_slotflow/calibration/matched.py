@@ -15,8 +15,6 @@ The match of the components of a row minimises
 with points m and the posterior's standard deviations s, by the Hungarian method.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +25,7 @@ from ..nn.matching import hungarian
 from ..sets.circular import circular_mean, near
 from .draws import CalibrationDraws
 
-__all__ = ["MatchedComponents", "above_rounding", "periods_of"]
+__all__ = ["MatchedComponents", "above_rounding"]
 
 # Matrices of costs handled at once.
 _CHUNK = 20_000
@@ -58,23 +56,21 @@ class MatchedComponents:
         """True where there is a component, shape ``(n, Kmax)``."""
         return self.source.layout.mask(self.source.cardinality)
 
-    @cached_property
-    def periods(self) -> Tensor:
+    @property
+    def periods(self) -> tuple[float, ...]:
         """Periods of the component's parameters, infinite without one."""
-        return periods_of(self.source.layout.component_names, self.source.periods)
+        return self.source.layout.component_periods
 
     @cached_property
     def shared(self) -> tuple[Tensor, Tensor, Tensor]:
         """Shared parameters of truth ``(n, S)``, draws and guides ``(L, n, S)``."""
         layout, source = self.source.layout, self.source
-        periods = periods_of(layout.shared_names, source.periods)
+        periods = layout.shared_periods
         guides = layout.unpack(source.guides).shared.double()
         centre = circular_mean(guides, periods)
         found = (layout.unpack(r).shared for r in (source.theta, source.given_k))
-        truth, draws = (
-            near(values.double(), centre, periods.tolist()) for values in found
-        )
-        return truth, draws, near(guides, centre, periods.tolist())
+        truth, draws = (near(values.double(), centre, periods) for values in found)
+        return truth, draws, near(guides, centre, periods)
 
     @cached_property
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +90,7 @@ class MatchedComponents:
         """Reference points ``(n, Kmax, D)`` and scales ``(n, 1, D)``."""
         guides = self.source.layout.unpack(self.source.guides).components.double()
         centre = circular_mean(guides, self.periods)
-        offset = near(guides, centre, self.periods.tolist()) - centre
+        offset = near(guides, centre, self.periods) - centre
         mask = self.mask.unsqueeze(-1)
         square = torch.where(mask, offset.square(), 0.0)
         count = mask.sum(-2, keepdim=True).clamp(min=1) * len(guides)
@@ -114,7 +110,7 @@ class MatchedComponents:
         return torch.cat(parts)
 
     def _match(self, components: Tensor, points: Tensor, scale: Tensor) -> Tensor:
-        periods = self.periods.tolist()
+        periods = self.periods
         pairs = near(components.unsqueeze(-3), points.unsqueeze(-2), periods)
         pairs = (pairs - points.unsqueeze(-2)) / scale.unsqueeze(-2)
         cost = pairs.square().sum(-1).flatten(0, 1)
@@ -122,13 +118,6 @@ class MatchedComponents:
         order = hungarian(-cost, counts).reshape(components.shape[:-1])
         index = order.unsqueeze(-1).expand_as(components)
         return near(components.gather(-2, index), points, periods)
-
-
-def periods_of(names: tuple[str, ...], periods: Mapping[str, float]) -> Tensor:
-    """Periods ``(C,)`` of named parameters, float64, infinite without one."""
-    return torch.tensor(
-        [periods.get(name, math.inf) for name in names], dtype=torch.float64
-    )
 
 
 def above_rounding(scale: Tensor, size: Tensor) -> Tensor:

@@ -232,13 +232,15 @@ class TrainingReference:
         """How unusual observations are, float64, shape ``(B,)``.
 
         Raises:
-            ValueError: If x has the wrong shape.
+            ValueError: If x has the wrong shape, or is not finite.
         """
         x = torch.atleast_2d(x)
         if x.ndim != 2 or x.shape[-1] != self.num_data:
             raise ValueError(
                 f"x must have shape (B, {self.num_data}), got {tuple(x.shape)}."
             )
+        if not torch.isfinite(x).all():
+            raise ValueError("x must be finite, got NaN or Inf.")
         return _largest(self.groups, summarise(x))
 
     def p_values(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ dimension can be ranked together::
     run_sbc(thetas, xs, posterior, reduce_fns=reduce_fns(prior.layout))
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,10 @@ __all__ = [
 
 
 class Reduction:
-    """Base of the reductions: a layout and a seeded source of tie-breaking jitter.
+    """Base: a number of each row, ``(N, E)`` to ``(N,)``.
 
     Attributes:
+        layout: Layout of theta.
         name: What the number is.
     """
 
@@ -40,13 +43,9 @@ class Reduction:
         """Reduce rows ``(N, E)`` to ``(N,)``."""
         raise NotImplementedError
 
-    def _jitter(self, num: int) -> Tensor:
-        """Uniform numbers in [0, 1), new ones at every call."""
-        return torch.rand(num, generator=self._generator)
-
-    def _parameter(self, theta: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        parts = self.layout.unpack(theta)
-        return parts.components[..., index], parts.mask
+    def _jitter(self, theta: Tensor) -> Tensor:
+        """A number in [0, 1) for each row, new ones at every call."""
+        return torch.rand(len(theta), generator=self._generator)
 
 
 class JitteredCardinality(Reduction):
@@ -59,56 +58,66 @@ class JitteredCardinality(Reduction):
 
     def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
         """Reduce rows ``(N, E)`` to ``(N,)``."""
-        return self.layout.cardinality(theta) + self._jitter(len(theta))
+        return self.layout.cardinality(theta) + self._jitter(theta)
 
 
-class TotalPower(Reduction):
-    r"""Sum of squares of one component parameter, :math:`\sum_k \theta_{k,d}^2`.
+class _OfParameter(Reduction):
+    """Base: a number of one component parameter.
 
     Rows with K = 0 come below all others, in random order.
 
     Args:
         layout: Layout of theta.
-        parameter: Name of the parameter, the amplitude say.
-        seed: Seed of the order among empty rows.
+        parameter: Name of the parameter.
+        seed: Seed of the order among rows that would tie.
+
+    Raises:
+        ValueError: If there is no such parameter.
     """
 
+    _name: ClassVar[str]
+
     def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
-        super().__init__(layout, seed, f"power of {parameter}")
-        self._index = _index_of(layout, parameter)
+        if parameter not in layout.component_names:
+            raise ValueError(
+                f"parameter must be one of {list(layout.component_names)}, got "
+                f"{parameter!r}."
+            )
+        super().__init__(layout, seed, self._name.format(parameter))
+        self._index = layout.component_names.index(parameter)
 
     def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
         """Reduce rows ``(N, E)`` to ``(N,)``."""
-        values, mask = self._parameter(theta, self._index)
+        parts = self.layout.unpack(theta)
+        return self._number(parts.components[..., self._index], parts.mask, theta)
+
+    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TotalPower(_OfParameter):
+    r"""Sum of squares of one component parameter, :math:`\sum_k \theta_{k,d}^2`."""
+
+    _name = "power of {}"
+
+    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
         power = torch.where(mask, values.double().square(), 0.0).sum(-1)
-        return torch.where(mask.any(-1), power, self._jitter(len(theta)) - 1.0)
+        return torch.where(mask.any(-1), power, self._jitter(theta) - 1.0)
 
 
-class Lowest(Reduction):
-    """Smallest value of one component parameter.
+class Lowest(_OfParameter):
+    """Smallest value of one component parameter."""
 
-    Rows with K = 0 come below all others, in random order.
+    _name = "lowest {}"
 
-    Args:
-        layout: Layout of theta.
-        parameter: Name of the parameter, the frequency say.
-        seed: Seed of the order among empty rows.
-    """
-
-    def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
-        super().__init__(layout, seed, f"lowest {parameter}")
-        self._index = _index_of(layout, parameter)
-
-    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reduce rows ``(N, E)`` to ``(N,)``."""
-        values, mask = self._parameter(theta, self._index)
+    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
         least = torch.where(mask, values, torch.inf).amin(-1)
         lowest = torch.finfo(values.dtype).min
-        below = lowest * (0.5 + 0.5 * self._jitter(len(theta)))
+        below = lowest * (0.5 + 0.5 * self._jitter(theta))
         return torch.where(mask.any(-1), least, below)
 
 
-class CountInBand(Reduction):
+class CountInBand(_OfParameter):
     """Number of components with a parameter in [low, high), jittered like K.
 
     Args:
@@ -119,6 +128,8 @@ class CountInBand(Reduction):
         seed: Seed of the jitter.
     """
 
+    _name = "number with {} in a band"
+
     def __init__(
         self,
         layout: ThetaLayout,
@@ -127,15 +138,12 @@ class CountInBand(Reduction):
         high: float,
         seed: int = 0,
     ) -> None:
-        super().__init__(layout, seed, f"number with {parameter} in a band")
-        self._index = _index_of(layout, parameter)
+        super().__init__(layout, parameter, seed)
         self.low, self.high = low, high
 
-    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reduce rows ``(N, E)`` to ``(N,)``."""
-        values, mask = self._parameter(theta, self._index)
+    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
         inside = mask & (values >= self.low) & (values < self.high)
-        return inside.sum(-1) + self._jitter(len(theta))
+        return inside.sum(-1) + self._jitter(theta)
 
 
 class SharedParameter(Reduction):
@@ -182,12 +190,3 @@ def reduce_fns(
         functions.append(CountInBand(layout, order, *band))
     functions += [SharedParameter(layout, name) for name in layout.shared_names]
     return functions
-
-
-def _index_of(layout: ThetaLayout, parameter: str) -> int:
-    if parameter not in layout.component_names:
-        raise ValueError(
-            f"parameter must be one of {list(layout.component_names)}, got "
-            f"{parameter!r}."
-        )
-    return layout.component_names.index(parameter)

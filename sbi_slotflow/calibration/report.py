@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -22,12 +22,11 @@ from .cardinality import cardinality_reliability
 from .check import Check
 from .coverage import coverage
 from .draws import (
-    BLOCK,
     BatchedPosterior,
     CalibrationDraws,
     cardinality_probs,
-    draw_blocks,
-    join,
+    draw,
+    one_thread,
 )
 from .local_c2st import local_c2st
 from .misspecification import TrainingReference
@@ -167,19 +166,23 @@ def report(
         x = x.unsqueeze(0) if x.ndim == 1 else x
         if x.ndim != 2 or len(x) != 1:
             raise ValueError(f"x must be one observation, got shape {tuple(x.shape)}.")
-    blocks = draw_blocks(
-        posterior, problem, n, num_draws, _NUM_GUIDES, seed, num_workers
+    draws = draw(
+        posterior,
+        problem,
+        n,
+        num_draws=num_draws,
+        num_guides=_NUM_GUIDES,
+        seed=seed,
+        num_workers=num_workers,
+        show_progress=show_progress,
     )
-    with tqdm(total=-(-n // BLOCK), disable=not show_progress, desc="draws") as bar:
-        draws = join(list(_counted(blocks, bar)), problem, seed)
-        jobs, skipped = _jobs(posterior, problem, draws, x, cardinality_weights)
-        rate = false_alarm_rate / len(jobs)
-        bar.set_description("checks")
-        bar.total += len(jobs)
-        results = Parallel(n_jobs=num_workers, return_as="generator")(
-            delayed(_run)(job, rate) for job in jobs.values()
-        )
-        checks = list(_counted(results, bar))
+    jobs, skipped = _jobs(posterior, problem, draws, x, cardinality_weights)
+    rate = false_alarm_rate / len(jobs)
+    results: Any = Parallel(n_jobs=num_workers, return_as="generator")(
+        delayed(_run)(job, rate) for job in jobs.values()
+    )
+    bar = {"desc": "checks", "total": len(jobs), "disable": not show_progress}
+    checks = list(tqdm(results, **bar))
     settings = {
         "problem": problem.name,
         "posterior": type(posterior).__name__,
@@ -323,12 +326,8 @@ def _is_report(path: Path) -> bool:
 
 
 def _run(job: Job, rate: float) -> Check:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return job(false_alarm_rate=rate)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _local(
@@ -367,12 +366,6 @@ def _log_likelihood(
     except NotImplementedError:
         return None
     return problem.log_likelihood
-
-
-def _counted(items: Any, bar: Any) -> Iterator[Any]:
-    for item in items:
-        bar.update()
-        yield item
 
 
 def _versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
+from ..sets.checks import as_count
 from .check import Check
 from .uniformity import Array, pit, rank_p_value
 
@@ -160,6 +161,9 @@ def residuals(
             "theta and x must have shapes (n, E) and (n, T), n >= 1, got "
             f"{tuple(theta.shape)} and {tuple(x.shape)}."
         )
+    num_noise = as_count(num_noise, "num_noise")
+    if not (torch.isfinite(theta).all() and torch.isfinite(x).all()):
+        raise ValueError("theta and x must be finite, got NaN or Inf.")
     lengths = _lengths(problem, x.shape[-1], streams)
     generator = torch.Generator().manual_seed(seed)
     theta, x = theta.detach().cpu(), x.detach().cpu()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..sets.checks import as_count
 from ..sets.layout import ThetaLayout, ThetaParts
 from ..sets.separation import smallest_gap
 from .check import Check
@@ -115,6 +116,7 @@ def sbc(
     Returns:
         Ranks and verdict.
     """
+    num_likelihood_draws = as_count(num_likelihood_draws, "num_likelihood_draws")
     generator = draws.generator(0)
     layout, theta = draws.layout, draws.theta
     ranks: dict[str, Array] = {}
@@ -130,8 +132,8 @@ def sbc(
         pieces = zip(rows.split(step, dim=1), draws.x.split(step), strict=True)
         values = torch.cat([log_likelihood(*piece) for piece in pieces], dim=1)
         ranks["log-likelihood"] = pit(values[0], values[1:], generator)
-    truth = set_numbers(layout.unpack(theta), layout, draws.periods)
-    values = set_numbers(layout.unpack(draws.given_k), layout, draws.periods)
+    truth = set_numbers(layout.unpack(theta), layout)
+    values = set_numbers(layout.unpack(draws.given_k), layout)
     for name, (value, least) in truth.items():
         counted = draws.cardinality >= least
         if counted.sum() >= FEWEST_RANKS:
@@ -202,7 +204,7 @@ def _tested(ranks: Mapping[str, Array]) -> dict[str, float]:
 
 
 def set_numbers(
-    parts: ThetaParts, layout: ThetaLayout, periods: Mapping[str, float]
+    parts: ThetaParts, layout: ThetaLayout
 ) -> dict[str, tuple[Tensor, int]]:
     """Numbers of sets of one size, and the least K for which they mean something."""
     mask = parts.mask.unsqueeze(-1)
@@ -211,7 +213,7 @@ def set_numbers(
     numbers = {
         f"mean {name}": (mean[..., d], 2)
         for d, name in enumerate(layout.component_names)
-        if name not in periods
+        if name not in layout.periods
     }
     if layout.max_cardinality > 1:
         key = parts.components[..., layout.order_by]

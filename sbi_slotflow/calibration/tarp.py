@@ -133,10 +133,11 @@ def set_distance(
     if len(active) < 2:
         raise ValueError("theta must hold at least two components to give a scale.")
     shared = parts.shared.flatten(0, -2)
+    spread = shared.std(0) if layout.num_shared else shared.new_zeros(0)
     return SetDistance(
         layout,
         above_rounding(active.std(0), active.abs().amax(0)),
-        above_rounding(shared.std(0), shared.abs().amax(0)),
+        above_rounding(spread, shared.abs().amax(0)),
         cutoff,
         jitter=1e-5,
         generator=generator_for(seed),

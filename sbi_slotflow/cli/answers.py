@@ -70,7 +70,7 @@ def check_refinable(model: Model) -> None:
             "--refine needs a likelihood: expected --problem to name a Problem, got a "
             "VariableKPrior"
         )
-    if not model.posterior.posterior_estimator.chart.is_density:
+    if not model.posterior.has_density:
         raise InputError(
             f"--refine needs a density, which the samples of {model.name} have not "
             "(slot_nn.paper's chart is a surface)"
@@ -82,6 +82,7 @@ def check_refinable(model: Model) -> None:
         raise InputError(f"--refine needs a likelihood: {error}") from error
 
 
+@torch.no_grad()
 def answer(
     model: Model,
     x: Tensor,
@@ -105,15 +106,16 @@ def answer(
     if settings.refine:
         return _refined(model, x, settings, batch, statistics, true_theta)
     generator = generator_for(settings.seed, _DRAWS, batch)
-    draws = posterior.sample_batched((settings.num_samples,), x, generator=generator)
+    given = posterior.given(x)
+    draws = given.sample((settings.num_samples,), generator=generator)
     log_prob = None
-    if posterior.posterior_estimator.chart.is_density:
+    if posterior.has_density:
         rows = max(1, _MOST_ROWS // len(x))
-        parts = [posterior.log_prob_batched(part, x) for part in draws.split(rows)]
+        parts = [given.log_prob(part) for part in draws.split(rows)]
         log_prob = torch.cat(parts).T
     draws = draws.transpose(0, 1)
     return Answers(
-        torch.atleast_2d(posterior.cardinality(x).probs),
+        given.cardinality().probs,
         draws,
         log_prob,
         [posterior.catalogue(samples=rows, true_theta=true_theta) for rows in draws],

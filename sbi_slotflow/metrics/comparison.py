@@ -1,6 +1,5 @@
 """All distances between two posteriors at once, beside the run-to-run floor."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +9,6 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..seeding import generator_for
-from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .distances import (
     FEWEST_DRAWS,
@@ -21,7 +19,7 @@ from .distances import (
     total_variation,
     wasserstein2,
 )
-from .labels import ReferencePoints
+from .labels import Frame
 
 __all__ = ["Comparison", "ParameterDistance", "Samples", "compare"]
 
@@ -156,9 +154,9 @@ def compare(
     """Compare a posterior over sets with a reference.
 
     Marginals and correlations are compared after labelling the components of all draws
-    by the reference's :class:`ReferencePoints`, joint distributions (``sliced_w2``,
-    ``c2st``) in canonical order, which needs no labels. Circular parameters are cut
-    opposite to the reference's circular mean.
+    by the reference's :class:`~sbi_slotflow.metrics.ReferencePoints`, joint
+    distributions (``sliced_w2``, ``c2st``) in canonical order, which needs no labels.
+    Circular parameters are cut opposite to the reference's circular mean.
 
     Args:
         draws: Theta rows of one observation's posterior, shape ``(S, E)``, or a
@@ -196,8 +194,14 @@ def compare(
         name: _rows(source, probs[name], name, layout, k, num_samples, generator)
         for name, source in given.items()
     }
-    periods = layout.periods if periods is None else periods
-    frame = _Frame(rows["reference"], layout, k, periods)
+    frame = Frame(rows["reference"], layout, k, periods)
+    names = [f"{name}_{i}" if i else name for name, i in frame.names]
+    spread = frame.ordered(rows["reference"]).std(0)
+    if still := [name for name, s in zip(names, spread, strict=True) if not s > 0]:
+        raise ValueError(
+            "reference must vary in every parameter, got one value of "
+            f"{', '.join(still)}."
+        )
 
     def measured(name: str, floor: Comparison | None = None) -> Comparison:
         ordered, target = frame.ordered(rows[name]), frame.ordered(rows["reference"])
@@ -216,84 +220,13 @@ def compare(
             sliced_w2=sliced_wasserstein2(ordered, target, generator=generator),
             c2st=c2st(ordered, target, generator=generator),
             correlation_error=error,
-            parameters=_parameters(frame.names, labelled, target_labelled),
+            parameters=_parameters(names, labelled, target_labelled),
             num_draws=len(ordered),
             num_reference=len(target),
             floor=floor,
         )
 
     return measured("draws", None if floor is None else measured("floor"))
-
-
-class _Frame:
-    """Reads rows of k components as vectors, in a way that the reference fixes.
-
-    A vector holds the shared parameters, then the components, circular parameters cut
-    opposite to the reference's mean.
-
-    Args:
-        reference: Rows of the reference, float64, shape ``(M, E)``.
-        layout: Layout of theta.
-        k: Number of components in every row.
-        periods: Periods of circular parameters by name.
-    """
-
-    def __init__(
-        self,
-        reference: Tensor,
-        layout: ThetaLayout,
-        k: int,
-        periods: Mapping[str, float],
-    ) -> None:
-        known = (*layout.shared_names, *layout.component_names)
-        if unknown := sorted(set(periods) - set(known)):
-            raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
-        for name, period in periods.items():
-            if not period > 0:
-                raise ValueError(f"period must be positive, got {period} of {name}.")
-        self._layout, self._k = layout, k
-        component_names = [
-            f"{name}_{i}" for i in range(1, k + 1) for name in layout.component_names
-        ]
-        self.names = (*layout.shared_names, *component_names)
-        shared_periods = [periods.get(name, math.inf) for name in layout.shared_names]
-        component_periods = [
-            periods.get(name, math.inf) for name in layout.component_names
-        ]
-        self._periods = shared_periods + component_periods * k
-        shared, components = self._parts(reference)
-        vectors = torch.cat([shared, components.flatten(1)], dim=-1)
-        self._cut = circular_mean(vectors, self._periods)
-        for name, column in zip(self.names, vectors.unbind(-1), strict=True):
-            if not column.std() > 0:
-                raise ValueError(
-                    f"reference must vary in every parameter, got {name} = "
-                    f"{column[0].item():g} in all draws."
-                )
-        self._points = ReferencePoints.of(
-            components, component_periods, layout.order_by
-        )
-
-    def ordered(self, rows: Tensor) -> Tensor:
-        """Vectors ``(S, C)`` with components in canonical order."""
-        shared, components = self._parts(rows)
-        vectors = torch.cat([shared, components.flatten(1)], dim=-1)
-        return near(vectors, self._cut, self._periods)
-
-    def labelled(self, rows: Tensor) -> Tensor:
-        """Vectors ``(S, C)`` with components in the order of the reference points."""
-        shared, components = self._parts(rows)
-        num = shared.shape[-1]
-        shared = near(shared, self._cut[:num], self._periods[:num])
-        return torch.cat([shared, self._points.label(components).flatten(1)], dim=-1)
-
-    def components(self, vectors: Tensor) -> Tensor:
-        """Components ``(S, K, D)`` of vectors."""
-        return vectors[:, self._layout.num_shared :].unflatten(-1, (self._k, -1))
-
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        parts = self._layout.unpack(self._layout.canonical(rows))
-        return parts.shared, parts.components[:, : self._k]
 
 
 def _probs(source: Tensor | Samples, layout: ThetaLayout, name: str) -> Tensor:

@@ -16,14 +16,13 @@ bound need nothing special, and no draw leaves the prior's support. A flow over 
 then learns what is not Gaussian.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from ..sets.transforms import Bend, Cut, solve_lower
 from .flows import ConditionalFlow, RowContext
 
-__all__ = ["LocalDensity", "LocalGaussian", "solve_lower"]
+__all__ = ["LocalDensity", "LocalGaussian"]
 
 # A Gaussian this many deviations off the interval is moved that near, so that what is
 # left of it is not steeper than the flow can mend.
@@ -31,10 +30,9 @@ _FARTHEST = 3.0
 # Draws keep that far from the ends: rounded to float32 they must not be in another
 # cell, nor at the other end of the phases.
 _SLACK = 2e-4
-_EDGE, _LEAST_MASS = 1e-30, 1e-300
-# Deviations beyond which tails are those of a log-normal: a peak that was fitted too
+# Deviations beyond which tails are those of a log-normal: a mode that was fitted too
 # narrow, or at the wrong place, costs the logarithm of the distance, not its square.
-_BEND = 2.5
+_BEND = Bend(2.5)
 _LEAST_WIDTH = 1e-9
 _LEAST_SCALE = 1e-6
 
@@ -85,9 +83,9 @@ class LocalDensity(nn.Module):
         # Each coordinate's mean given those before it.
         centre = w - scale * z
         shift, alpha, beta = _interval(centre, scale, ends)
-        y, slope = _compress(z)
-        zeta, log_det = _cut(y + shift, alpha, beta)
-        log_det = (log_det + slope.log() - scale.log()).sum(-1)
+        y, log_slope = _BEND.forward(z)
+        zeta, log_det = Cut(alpha, beta).forward(y + shift)
+        log_det = (log_det + log_slope - scale.log()).sum(-1)
         return self.flow.log_prob(zeta.float(), context) + log_det.float()
 
     @torch.no_grad()
@@ -108,7 +106,7 @@ class LocalDensity(nn.Module):
             w[:, d] += (factor[:, d, :d] * z[:, :d]).sum(-1)
             limits = low[:, d], high[:, d]
             shift, alpha, beta = _interval(w[:, d], scale, limits)
-            z[:, d] = _expand(_uncut(zeta[:, d], alpha, beta) - shift)
+            z[:, d] = _BEND.inverse(Cut(alpha, beta).inverse(zeta[:, d]) - shift)
             w[:, d] += scale * z[:, d]
         slack = (0.25 * (high - low)).clamp(0.0, _SLACK)
         return torch.maximum(torch.minimum(w, high - slack), low + slack), z
@@ -120,13 +118,13 @@ class LocalGaussian(nn.Module):
     .. math::
         m = \mu(c) + B(c)\,p, \qquad C = \mathrm{diag}(e^{s(c)})\, L(c)
 
-    p are the local coordinates of the component before, zero if it is far. A phase's
-    centre, about which it is unwrapped, is predicted as a direction.
+    p are the local coordinates of the component before, zero if it is far. The centres
+    about which angles are unwrapped are predicted as directions.
 
     Args:
         features: Number D of coordinates.
         context_features: Length of a context.
-        has_phase: Whether the second coordinate is a phase.
+        num_circular: Number P of coordinates, after the first, that are angles.
         hidden_features: Width of the network.
     """
 
@@ -134,13 +132,14 @@ class LocalGaussian(nn.Module):
         self,
         features: int,
         context_features: int,
-        has_phase: bool,
+        num_circular: int,
         hidden_features: int = 128,
     ) -> None:
         super().__init__()
-        self.features, self.has_phase = features, has_phase
+        self.features, self.num_circular = features, num_circular
         below = features * (features - 1) // 2
-        self._sizes = [features, features, below, features * features, 2]
+        self._sizes = [features, features, below, features * features]
+        self._sizes.append(2 * max(1, num_circular))
         last = nn.Linear(hidden_features, sum(self._sizes))
         nn.init.normal_(last.weight, std=1e-2)
         nn.init.zeros_(last.bias)
@@ -164,16 +163,10 @@ class LocalGaussian(nn.Module):
         return shift, factor * scale.unsqueeze(-1)
 
     def centre(self, contexts: Tensor) -> Tensor:
-        """Centres of the phases, shape ``(n,)``, of contexts ``(n, C)``."""
-        direction = self.network(contexts)[:, -2:].double()
-        return torch.atan2(direction[:, 1], direction[:, 0] + 1e-9)
-
-
-def solve_lower(factor: Tensor, values: Tensor) -> Tensor:
-    """Solve C z = v for lower triangular C ``(N, D, D)``, v ``(N, D)``."""
-    return torch.linalg.solve_triangular(
-        factor, values.unsqueeze(-1), upper=False
-    ).squeeze(-1)
+        """Centres of the angles, shape ``(n, P)``, of contexts ``(n, C)``."""
+        direction = self.network(contexts)[:, -self._sizes[-1] :].double()
+        x, y = direction.unflatten(-1, (-1, 2))[:, : self.num_circular].unbind(-1)
+        return torch.atan2(y, x + 1e-9)
 
 
 def _interval(
@@ -182,55 +175,7 @@ def _interval(
     """Shift that brings the Gaussian near the interval, and the interval's ends."""
     low, high = ends
     high = torch.maximum(high, low + _LEAST_WIDTH)
-    alpha, _ = _compress((low - mean) / scale)
-    beta, _ = _compress((high - mean) / scale)
+    alpha, _ = _BEND.forward((low - mean) / scale)
+    beta, _ = _BEND.forward((high - mean) / scale)
     shift = (_FARTHEST - alpha).clamp(max=0.0) + (-_FARTHEST - beta).clamp(min=0.0)
     return shift, alpha + shift, beta + shift
-
-
-def _compress(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the logarithm of what goes beyond :data:`_BEND`; the slope beside it."""
-    beyond = (z.abs() - _BEND).clamp(min=0.0)
-    bent = z.sign() * (_BEND + beyond.log1p())
-    return torch.where(beyond > 0, bent, z), 1 / (1 + beyond)
-
-
-def _expand(y: Tensor) -> Tensor:
-    """Inverse of :func:`_compress`."""
-    beyond = (y.abs() - _BEND).clamp(min=0.0)
-    return torch.where(beyond > 0, y.sign() * (_BEND + beyond.expm1()), y)
-
-
-def _cut(z: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Map a truncated normal variable to a normal one; log derivative beside it."""
-    # Worked in the tail on z's side of zero, where shares keep their digits.
-    flip = torch.where(z > 0, -1.0, 1.0).to(z)
-    here, low, high = (_ndtr(flip * end) for end in (z, alpha, beta))
-    mass = _mass(alpha, beta)
-    below, above = ((share - here).abs() / mass for share in (low, high))
-    nearer = torch.special.ndtri(torch.minimum(below, above).clamp(_EDGE, 0.5))
-    cut = torch.where(below < above, nearer, -nearer)
-    log_det = 0.5 * (cut.square() - z.square()) - mass.log()
-    return cut, log_det
-
-
-def _uncut(cut: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Inverse of :func:`_cut`."""
-    mass = _mass(alpha, beta)
-    below = _ndtr(alpha) + mass * _ndtr(cut)
-    above = _ndtr(-beta) + mass * _ndtr(-cut)
-    nearer = torch.special.ndtri(torch.minimum(below, above))
-    z = torch.where(below < above, nearer, -nearer)
-    return torch.minimum(torch.maximum(z, alpha), beta)
-
-
-def _ndtr(z: Tensor) -> Tensor:
-    """Share of a normal variable below z; torch's own is zero below -8.3."""
-    return 0.5 * torch.special.erfc(-math.sqrt(0.5) * z)
-
-
-def _mass(alpha: Tensor, beta: Tensor) -> Tensor:
-    """Share of a normal variable between two ends."""
-    flip = torch.where(alpha + beta > 0, -1.0, 1.0).to(alpha)
-    share = _ndtr(flip * beta) - _ndtr(flip * alpha)
-    return share.abs().clamp(min=_LEAST_MASS)

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sets.transforms import solve_lower
 from .cells import OccupiedCells
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_density import solve_lower
 from .local_transform import LocalTransform, wrapped
 
 __all__ = ["ModeFinder", "Modes"]
@@ -42,8 +42,8 @@ class Modes(NamedTuple):
     """Gaussian approximations of the posterior above S sets of cells.
 
     Attributes:
-        mode: Local coordinates, shape ``(S, K, D)``, phases zero.
-        centre: Phases of the modes, shape ``(S, K)``.
+        mode: Local coordinates, shape ``(S, K, D)``, angles zero.
+        centre: Angles of the P circular ones, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
         summary: Mode, log deviations and the log of their share that is left once the
@@ -168,7 +168,7 @@ class ModeFinder:
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
         modes = Modes(
             zeros,
-            zeros[..., 0].clone(),
+            zeros.new_zeros(num, size, self.local_chart.num_circular),
             factor,
             zeros.new_zeros(num, size, 3 * width),
             *zeros.new_zeros(3, num),
@@ -189,16 +189,12 @@ class ModeFinder:
 
     def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
         chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
-        start = self._start(fit, sets)
-        # Phases are counted from those of the start.
-        centre = torch.zeros_like(start[..., 0])
+        # Angles are counted from those of the start.
+        start, centre = chart.without_angles(self._start(fit, sets))
         high = chart.farthest().to(start).expand_as(start).clone()
         low = -high
         low[..., 0] = starts - cells - 0.5 - _MARGIN
         high[..., 0] = ends - cells - 0.5 + _MARGIN
-        if chart.has_phase:
-            centre = start[..., 1].clone()
-            start[..., 1] = 0.0
         found = fit_mode(
             fit,
             lambda w, index: chart.components(
@@ -213,7 +209,7 @@ class ModeFinder:
         # Where a bound holds a coordinate, the parabola's maximum lies beyond it.
         beyond = torch.linalg.solve(found.precision, found.gradient)
         # The prior's slope there takes the place of the penalty on w.
-        log_prior, slope = chart.log_prior(found.mode)
+        log_prior, slope = chart.log_prior(found.mode, centre)
         slope = (mask.unsqueeze(-1) * (slope + found.mode)).flatten(1)
         shift = torch.linalg.solve(found.precision, slope)
         mode = found.mode + (beyond + shift).reshape(found.mode.shape)
@@ -224,9 +220,8 @@ class ModeFinder:
         )
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - found.decrement
         height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
-        if chart.has_phase:
-            centre = wrapped(centre + mode[..., 1])
-            mode[..., 1] = 0.0
+        mode, moved = chart.without_angles(mode)
+        centre = wrapped(centre + moved)
         factor = _covariance_factor(found.precision)
         deviation = factor.square().sum(-1).sqrt().reshape(mode.shape)
         left = factor.diagonal(dim1=-2, dim2=-1).reshape(mode.shape) / deviation
@@ -242,7 +237,7 @@ class ModeFinder:
         )
 
     def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
-        """Local coordinates to start from, phases absolute."""
+        """Local coordinates to start from, angles absolute."""
         owner, cells, starts, ends, mask = sets
         same = cells.unsqueeze(-1) == cells.unsqueeze(-2)
         same &= mask.unsqueeze(-1) & mask.unsqueeze(-2)

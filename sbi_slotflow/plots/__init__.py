@@ -5,10 +5,9 @@ Every function returns a ``matplotlib.figure.Figure`` of its own, to save with
 """
 
 from .cardinality import plot_cardinality
-from .corner import plot_corner
+from .corner import plot_corner, plot_source_corners
 from .scaling import plot_width_scaling, posterior_widths
 from .signals import plot_reconstruction, plot_spectrum
-from .sources import plot_source_corners
 from .training import plot_training
 
 __all__ = [

@@ -1,26 +1,28 @@
 """Marginals of the parameters, jointly given one cardinality or for each source."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from matplotlib.artist import Artist
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..metrics.labels import ReferencePoints
+from ..catalogue import fit_sources
+from ..metrics.labels import Frame
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .checks import checked_row, checked_samples, thinned
 from .corner_panels import Column, draw_corner
 from .style import FONT, REFERENCE, SHADES, SMALL, TRUTH, Figure
 
-__all__ = ["plot_corner"]
+__all__ = ["plot_corner", "plot_source_corners"]
 
 _MOST_DRAWS = 10_000
-# Fewer draws are left in canonical order.
-_FEWEST_TO_MATCH = 50
+# Of a source: fewest draws to show, and inches.
+_FEWEST_DRAWS = 20
+_PANEL, _LEFT, _BOTTOM, _TOP = 0.85, 1.05, 0.85, 0.35
 
 
 def plot_corner(
@@ -73,113 +75,137 @@ def plot_corner(
             reference) has cardinality k, or there is nothing to plot (K = 0 without
             shared parameters).
     """
-    known = (*layout.component_names, *layout.shared_names)
     periods = layout.periods if periods is None else periods
-    unknown = sorted({*(names or ()), *(units or ()), *periods} - set(known))
-    if unknown:
-        raise ValueError(f"unknown parameter(s) {unknown}; there are {list(known)}.")
+    _check_names(layout, names or (), units or (), periods)
     samples = checked_samples(samples, layout)
     cardinality = layout.cardinality(samples)
     k = int(cardinality.mode().values) if k is None else k
-    frame = _Frame(_given(samples, layout, k, "sample"), layout, k, periods, match)
+    rows = _given(samples, layout, k, "sample")
+    frame = Frame(rows, layout, k, periods, match)
     other = None
     if reference is not None:
-        rows = checked_samples(reference, layout, "reference")
-        other = _given(rows, layout, k, "row of the reference")
-    truth = None if true_theta is None else checked_row(true_theta, layout)
-    columns = frame.columns(other, truth, names, units or {})
+        other = checked_samples(reference, layout, "reference")
+        other = _given(other, layout, k, "row of the reference")
+    true: list[float | None] = [None] * len(frame.names)
+    if true_theta is not None:
+        row = checked_row(true_theta, layout).unsqueeze(0)
+        same = int(layout.cardinality(row)) == k
+        # On the turn of the circle on which the draws are.
+        turns = [periods.get(name, math.inf) for name, _ in frame.names]
+        middle = frame.labelled(rows).median(0).values
+        values = near(frame.labelled(row)[0], middle, turns).tolist()
+        pairs = zip(frame.names, values, strict=True)
+        true = [v if same or not number else None for (_, number), v in pairs]
+    columns = _columns(frame, rows, other, true, names, units or {})
     if not columns:
         raise ValueError(f"nothing to plot: K = {k} and no shared parameter.")
     shown = None if other is None else labels
-    title = f"Posterior given K = {k} ({len(frame.rows):,} draws)"
+    title = f"Posterior given K = {k} ({len(rows):,} draws)"
     return _corner(columns, title, shown)
 
 
-class _Frame:
-    """Reads rows of k components as named columns, in a way that the samples fix."""
+def plot_source_corners(
+    samples: Tensor,
+    layout: ThetaLayout,
+    true_theta: Tensor | None = None,
+    *,
+    min_probability: float = 0.1,
+    columns: int = 2,
+    units: Mapping[str, str] | None = None,
+) -> Figure:
+    """Plot the parameters of each source, given that it is there.
 
-    def __init__(
-        self,
-        rows: Tensor,
-        layout: ThetaLayout,
-        k: int,
-        periods: Mapping[str, float],
-        match: bool,
-    ) -> None:
-        self.rows, self.layout, self.k = rows, layout, k
-        self._shared_periods = [periods.get(n, math.inf) for n in layout.shared_names]
-        self._periods = [periods.get(n, math.inf) for n in layout.component_names]
-        shared, components = self._parts(rows)
-        self._shared_centre = circular_mean(shared, self._shared_periods)
-        self._points: ReferencePoints | None = None
-        self._centre = circular_mean(components, self._periods)
-        varies = k > 0 and bool((components.std(0, correction=0) > 0).all())
-        if match and varies and len(rows) >= _FEWEST_TO_MATCH:
-            found = ReferencePoints.of(components, self._periods, layout.order_by)
-            if (found.scale > 0).all():
-                self._points, self._centre = found, found.centre
+    Sources are those of :func:`~sbi_slotflow.catalogue.fit_sources`, found in draws of
+    all cardinalities; their titles tell their existence probabilities. At most 10,000
+    draws are used, evenly spaced.
 
-    def columns(
-        self,
-        reference: Tensor | None,
-        truth: Tensor | None,
-        names: Sequence[str] | None,
-        units: Mapping[str, str],
-    ) -> list[Column]:
-        """The parameters to show, with draws, truth and reference."""
-        own = self._vectors(self.rows)
-        other = None if reference is None else self._vectors(reference)
-        true: list[float | None] = [None] * own.shape[-1]
-        if truth is not None:
-            true = self._truth(truth, own)
-        columns = []
-        for index, (name, number) in enumerate(self._entries()):
-            if names is not None and name not in names:
-                continue
-            unit = f"\n({units[name]})" if name in units else ""
-            against = None if other is None else other[:, index].numpy()
-            values = own[:, index].numpy()
-            columns.append(
-                Column(f"{name}{number}{unit}", values, true[index], against)
-            )
-        return columns
+    Args:
+        samples: Theta rows, shape ``(S, E)``.
+        layout: Layout of theta.
+        true_theta: The true row if known. Its components are marked in the sources that
+            they belong to.
+        min_probability: Sources that are less probable are left out.
+        columns: Sources in a row.
+        units: Units of parameters by name, for the labels.
 
-    def _entries(self) -> list[tuple[str, str]]:
-        components = [
-            (name, f" {slot}")
-            for slot in range(1, self.k + 1)
-            for name in self.layout.component_names
-        ]
-        return components + [(name, "") for name in self.layout.shared_names]
+    Returns:
+        A figure with D (D + 1) / 2 axes for each source of at least 20 draws.
 
-    def _vectors(self, rows: Tensor) -> Tensor:
-        """Components, then shared parameters, shape ``(S, C)``."""
-        shared, components = self._parts(rows)
-        shared = near(shared, self._shared_centre, self._shared_periods)
-        if self._points is not None:
-            components = self._points.label(components)
-        components = near(components, self._centre, self._periods)
-        return torch.cat([components.flatten(1), shared], dim=-1)
+    Raises:
+        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
+        ValueError: If a shape does not fit, a number is out of range, or there is no
+            source.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    _check_names(layout, units or {})
+    samples = thinned(checked_samples(samples, layout), _MOST_DRAWS)
+    sources = fit_sources(samples, layout, min_probability=min_probability)
+    owner = sources.assign(samples)
+    shown = ((owner >= 0).sum(0) >= _FEWEST_DRAWS).nonzero().flatten().tolist()
+    if not shown:
+        raise ValueError("nothing to plot: the samples have no source.")
+    components = layout.unpack(layout.canonical(samples)).components
+    truth = None
+    if true_theta is not None:
+        row = checked_row(true_theta, layout).unsqueeze(0)
+        true_owner = sources.assign(row)[0]
+        true_components = layout.unpack(layout.canonical(row)).components[0]
+        truth = [true_components[j] if j >= 0 else None for j in true_owner.tolist()]
+    size = layout.num_component_params
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    width = columns * (_LEFT + size * _PANEL) + 0.25
+    height = rows * (_BOTTOM + size * _PANEL + _TOP) + 0.35
+    figure = Figure(figsize=(width, height))
+    for number, i in enumerate(shown):
+        there = owner[:, i] >= 0
+        values = components[there, owner[there, i]]
+        true = None if truth is None else truth[i]
+        parameters = _source_columns(values, true, layout, units or {})
+        left = (number % columns) * (_LEFT + size * _PANEL) + _LEFT
+        top = height - 0.35 - (number // columns) * (_BOTTOM + size * _PANEL + _TOP)
+        top -= _TOP
+        place = (left, top - size * _PANEL, left + size * _PANEL, top)
+        draw_corner(figure, _grid(figure, size, place), parameters, small=False)
+        title = f"Source {i + 1}: there with probability {there.double().mean():.2f}"
+        figure.text(
+            left / width, (top + 0.08) / height, title, fontsize=FONT, va="bottom"
+        )
+    handles = _shades() + ([] if truth is None else [_truth_line()])
+    figure.legend(
+        handles=handles,
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=SMALL,
+        borderpad=0.2,
+    )
+    return figure
 
-    def _truth(self, truth: Tensor, own: Tensor) -> list[float | None]:
-        row = self.layout.canonical(truth).unsqueeze(0)
-        same = int(self.layout.cardinality(row)) == self.k
-        values: list[float | None] = [*self._vectors(row)[0].tolist()]
-        num = self.k * len(self.layout.component_names)
-        if not same:
-            values[:num] = [None] * num
-        # On the turn of the circle on which the draws are.
-        turns = self._periods * self.k + self._shared_periods
-        middle = own.median(0).values.tolist()
-        for i, period in enumerate(turns):
-            value = values[i]
-            if value is not None and math.isfinite(period):
-                values[i] = value + period * round((middle[i] - value) / period)
-        return values
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        parts = self.layout.unpack(self.layout.canonical(rows).double())
-        return parts.shared, parts.components[:, : self.k]
+def _columns(
+    frame: Frame,
+    rows: Tensor,
+    reference: Tensor | None,
+    true: list[float | None],
+    names: Sequence[str] | None,
+    units: Mapping[str, str],
+) -> list[Column]:
+    """The parameters to show: components, then shared ones."""
+    own = frame.labelled(rows).numpy()
+    other = None if reference is None else frame.labelled(reference).numpy()
+    order = sorted(enumerate(frame.names), key=lambda entry: entry[1][1] == 0)
+    return [
+        Column(
+            (f"{name} {number}" if number else name) + _unit(name, units),
+            own[:, index],
+            true[index],
+            None if other is None else other[:, index],
+        )
+        for index, (name, number) in order
+        if names is None or name in names
+    ]
 
 
 def _given(rows: Tensor, layout: ThetaLayout, k: int, name: str) -> Tensor:
@@ -199,30 +225,20 @@ def _corner(
     width, height = left + num * size + 0.35, bottom + num * size + top
     width = max(width, 3.9)
     figure = Figure(figsize=(width, height))
-    grid = figure.add_gridspec(
-        num,
-        num,
-        left=left / width,
-        right=(left + num * size) / width,
-        bottom=bottom / height,
-        top=1 - top / height,
-        wspace=0.08,
-        hspace=0.08,
-    )
-    draw_corner(figure, grid, columns, small)
+    place = (left, bottom, left + num * size, bottom + num * size)
+    draw_corner(figure, _grid(figure, num, place), columns, small)
     edge = left / width
     figure.text(edge, 1 - 0.12 / height, title, fontsize=FONT + 1, va="top")
     handles: list[Artist] = []
     if num > 1:
-        of = "" if labels is None else f"{labels[0]}, "
-        handles = [
-            Patch(color=shade, label=of + f"{share:.0%}".replace("%", " %"))
-            for share, shade in reversed(SHADES.items())
-        ]
+        handles = _shades()
+        for handle in handles:
+            of = "" if labels is None else f"{labels[0]}, "
+            handle.set_label(f"{of}{handle.get_label()}")
     if labels is not None:
         handles.append(Line2D([], [], color=REFERENCE, label=labels[1]))
     if any(column.truth is not None for column in columns):
-        handles.append(Line2D([], [], color=TRUTH, linestyle="--", label="truth"))
+        handles.append(_truth_line())
     if handles:
         figure.legend(
             handles=handles,
@@ -235,3 +251,62 @@ def _corner(
             borderaxespad=0,
         )
     return figure
+
+
+def _source_columns(
+    values: Tensor,
+    truth: Tensor | None,
+    layout: ThetaLayout,
+    units: Mapping[str, str],
+) -> list[Column]:
+    periods = layout.component_periods
+    values = values.double()
+    values = near(values, circular_mean(values, periods), periods)
+    true: list[float | None] = [None] * len(periods)
+    if truth is not None:
+        true = [*near(truth.double(), values.median(0).values, periods).tolist()]
+    columns = zip(layout.component_names, values.unbind(-1), true, strict=True)
+    return [
+        Column(name + _unit(name, units), draws.numpy(), value)
+        for name, draws, value in columns
+    ]
+
+
+def _check_names(layout: ThetaLayout, *named: Iterable[str]) -> None:
+    known = (*layout.component_names, *layout.shared_names)
+    if unknown := sorted(set().union(*named) - set(known)):
+        raise ValueError(f"unknown parameter(s) {unknown}; there are {list(known)}.")
+
+
+def _unit(name: str, units: Mapping[str, str]) -> str:
+    return f"\n({units[name]})" if name in units else ""
+
+
+def _grid(
+    figure: Figure, num: int, place: tuple[float, float, float, float]
+) -> GridSpec:
+    """A square grid of panels at (left, bottom, right, top) in inches."""
+    width, height = figure.get_size_inches()
+    left, bottom, right, top = place
+    return figure.add_gridspec(
+        num,
+        num,
+        left=left / width,
+        right=right / width,
+        bottom=bottom / height,
+        top=top / height,
+        wspace=0.08,
+        hspace=0.08,
+    )
+
+
+def _shades() -> list[Artist]:
+    """Legend of the contours."""
+    return [
+        Patch(color=shade, label=f"{share:.0%}".replace("%", " %"))
+        for share, shade in reversed(SHADES.items())
+    ]
+
+
+def _truth_line() -> Line2D:
+    return Line2D([], [], color=TRUTH, linestyle="--", label="truth")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..posterior.network import SlotPosterior
+from ..sets.checks import as_count
 from ..sets.circular import circular_mean, near
 from .style import DATA, POSTERIOR, SMALL, Figure, dress
 
@@ -54,8 +55,7 @@ def posterior_widths(
             f"theta and x must be batches of one size, got {tuple(theta.shape)} and "
             f"{tuple(x.shape)}."
         )
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}.")
+    num_samples = as_count(num_samples, "num_samples", 2)
     truth = layout.unpack(layout.canonical(theta).cpu())
     if (truth.cardinality < 1).any():
         raise ValueError("theta must hold rows with K >= 1, got K = 0.")

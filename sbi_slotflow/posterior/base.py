@@ -2,9 +2,10 @@ r"""The interface of all posteriors.
 
 A posterior p(K, Theta, s | x) is made of one method, :meth:`Posterior.given`: it takes
 observations and returns their :class:`~sbi_slotflow.sets.distribution.SetDistribution`.
-Everything else (``sample``, ``log_prob``, ``cardinality``, ``map``, ``refine``,
-``catalogue``, ``to_datatree``) is written here, and builds that distribution once. A
-posterior remembers nothing of the observations that it was asked about.
+Everything else (``sample``, ``log_prob``, ``cardinality``, ``map``, ``catalogue``,
+``to_datatree``) is written here, and builds that distribution once. A posterior
+remembers nothing of the observations that it was asked about. Those with a density are
+:class:`~sbi_slotflow.posterior.refine.Refinable` too.
 
 Example:
     >>> from sbi_slotflow import problems
@@ -19,7 +20,7 @@ Example:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -27,18 +28,18 @@ from torch.distributions import Categorical
 
 from ..nn.charts import Chart, WhiteningChart
 from ..seeding import draw_seed, generator_for
-from ..sets.checks import Numbers, Shape, as_cardinality, as_floats, as_shape
+from ..sets.checks import Numbers, Shape, as_cardinality, as_count, as_floats, as_shape
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
+from .datatree import SignalModel, to_datatree
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
     from ..problems.base import Problem
-    from .refined import LogLikelihood, RefinedPosterior
 
-__all__ = ["Posterior", "PosteriorOfOne", "SignalModel"]
+__all__ = ["Posterior", "PosteriorOfOne", "check_sampling"]
 
 # sbi's keywords of sampling: the values that ask for what is done anyway (None for
 # all), and what to say of the others.
@@ -66,14 +67,6 @@ _MAXIMISING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "learning_rate": ((), _NO_ASCENT),
 }
 _NUM_SAMPLES = 4_000
-
-
-class SignalModel(Protocol):
-    """What :meth:`Posterior.reconstruct` needs of a simulator."""
-
-    def signal(self, theta: Tensor) -> Tensor:
-        """Return the noise-free signals of theta rows."""
-        ...
 
 
 class Posterior(ABC):
@@ -177,7 +170,7 @@ class Posterior(ABC):
             TypeError: If an argument is of a wrong type or a keyword unknown.
             ValueError: If x is a batch or malformed, or k out of range.
         """
-        _check_keywords("sample", kwargs, _SAMPLING)
+        check_sampling("sample", kwargs)
         distribution, _ = self._given_one(x, "sample", "; use .sample_batched()")
         return self._rows(distribution, sample_shape, k, generator)[..., 0, :]
 
@@ -193,7 +186,7 @@ class Posterior(ABC):
 
         See :meth:`sample`.
         """
-        _check_keywords("sample_batched", kwargs, _SAMPLING)
+        check_sampling("sample_batched", kwargs)
         with torch.no_grad():
             distribution = self.given(self.observations(x))
         return self._rows(distribution, sample_shape, k, generator)
@@ -286,29 +279,6 @@ class Posterior(ABC):
             draws = distribution.sample((num_init_samples,), k, generator)
             return draws[distribution.log_prob(draws).argmax(), 0].unsqueeze(0)
 
-    def refine(
-        self,
-        log_likelihood: "LogLikelihood",
-        x: Numbers | None = None,
-        num_samples: int = 10_000,
-        **options: Any,
-    ) -> "RefinedPosterior | list[RefinedPosterior]":
-        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`.
-
-        Args:
-            log_likelihood: Maps rows ``(..., E)`` and observations ``(..., *event)``
-                that broadcast to log p(x | theta).
-            x: One observation, or a batch; the default x if None.
-            num_samples: Draws for each observation.
-            options: ``method``, ``defensive``, ``generator``.
-
-        Returns:
-            The refined posterior, or a list of them for a batch of more than one.
-        """
-        from .refine import refine
-
-        return refine(self, log_likelihood, x, num_samples, **options)
-
     def reconstruct(
         self, samples: Tensor, simulator: SignalModel | None = None
     ) -> Tensor:
@@ -367,8 +337,6 @@ class Posterior(ABC):
             ValueError: If x is a batch, or samples or the problem do not fit the
                 layout.
         """
-        from .datatree import to_datatree
-
         if problem is not None and problem.layout != self._layout:
             raise ValueError(
                 f"problem must have the layout {self._layout}, got {problem.layout}."
@@ -480,9 +448,8 @@ class Posterior(ABC):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Draws ``(chains, draws, E)`` and their weights ``(chains, draws)``."""
-        shape = as_shape(num_samples or _NUM_SAMPLES, "num_samples")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        num = _NUM_SAMPLES if num_samples is None else num_samples
+        shape = (as_count(num, "num_samples"),)
         draws = distribution.sample(shape, generator=generator)
         return draws[:, 0].unsqueeze(0), None
 
@@ -577,6 +544,16 @@ class PosteriorOfOne(Posterior):
     @abstractmethod
     def _distribution(self) -> SetDistribution:
         """The distribution given the observation."""
+
+
+def check_sampling(method: str, keywords: Mapping[str, Any]) -> None:
+    """Raise unless keywords of sampling are sbi's and ask for what is done anyway.
+
+    Raises:
+        NotImplementedError: If one asks for something else.
+        TypeError: If one is unknown.
+    """
+    _check_keywords(method, keywords, _SAMPLING)
 
 
 def _check_keywords(

@@ -43,13 +43,17 @@ from .resampling import systematic
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
-__all__ = ["to_datatree"]
+__all__ = ["SignalModel", "to_datatree"]
 
 _PACKAGES = ("sbi-slotflow", "sbi", "torch", "arviz-base")
 
 
-class _SignalModel(Protocol):
-    def signal(self, theta: Tensor) -> Tensor: ...
+class SignalModel(Protocol):
+    """A simulator that knows its signal without noise."""
+
+    def signal(self, theta: Tensor) -> Tensor:
+        """Return the noise-free signals of theta rows."""
+        ...
 
 
 def to_datatree(
@@ -61,7 +65,7 @@ def to_datatree(
     weights: Tensor | None = None,
     log_prob: Tensor | None = None,
     statistics: Mapping[str, float] | None = None,
-    simulator: _SignalModel | None = None,
+    simulator: SignalModel | None = None,
     num_predictive: int = 100,
     prior_samples: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -222,7 +226,7 @@ def _statistics(
 
 
 def _predictive(
-    rows: Tensor, simulator: _SignalModel, generator: torch.Generator
+    rows: Tensor, simulator: SignalModel, generator: torch.Generator
 ) -> dict[str, np.ndarray]:
     """Signals and replicates of x, each ``(draws, T)``."""
     rows = rows.float()

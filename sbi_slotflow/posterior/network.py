@@ -16,7 +16,8 @@ from ..nn.charts import Chart
 from ..nn.estimator import SlotDensityEstimator
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
-from .base import Posterior, SignalModel
+from .datatree import SignalModel
+from .refine import Refinable
 from .separated import SeparatedSets
 
 __all__ = ["SlotPosterior"]
@@ -30,7 +31,7 @@ class ObservationWarning(Protocol):
         ...
 
 
-class SlotPosterior(Posterior, DirectPosterior):  # pyright: ignore[reportIncompatibleMethodOverride]
+class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Posterior over the cardinality and the components.
 
     Args:

@@ -12,13 +12,13 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 
 import math
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..callers import caller_stacklevel
-from ..sets.checks import Numbers
+from ..sets.checks import Numbers, as_count
 from .base import Posterior
 from .importance import WithExtraComponent
 from .psis import pareto_smoothed
@@ -32,7 +32,7 @@ from .refined import (
 )
 from .smc import temper
 
-__all__ = ["refine"]
+__all__ = ["Refinable", "refine"]
 
 Method = Literal["importance", "smc"]
 
@@ -77,8 +77,7 @@ def refine(
         raise ValueError(
             f"method must be one of {list(get_args(Method))}, got {method!r}."
         )
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    num_samples = as_count(num_samples, "num_samples")
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
     if not posterior.has_density:
@@ -103,6 +102,31 @@ def refine(
                 stacklevel=caller_stacklevel(),
             )
     return results[0] if len(batch) == 1 else results
+
+
+class Refinable(Posterior):
+    """A posterior with a density, which can be refined."""
+
+    def refine(
+        self,
+        log_likelihood: LogLikelihood,
+        x: Numbers | None = None,
+        num_samples: int = 10_000,
+        **options: Any,
+    ) -> RefinedPosterior | list[RefinedPosterior]:
+        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`.
+
+        Args:
+            log_likelihood: Maps rows ``(..., E)`` and observations ``(..., *event)``
+                that broadcast to log p(x | theta).
+            x: One observation, or a batch; the default x if None.
+            num_samples: Draws for each observation.
+            options: ``method``, ``defensive``, ``generator``.
+
+        Returns:
+            The refined posterior, or a list of them for a batch of more than one.
+        """
+        return refine(self, log_likelihood, x, num_samples, **options)
 
 
 def _weigh(

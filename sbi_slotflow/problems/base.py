@@ -25,6 +25,7 @@ from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
 from ..nn.token_encoder import TokenEncoder, TraceTokens
+from ..sets.checks import Numbers
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
@@ -41,7 +42,6 @@ __all__ = [
     "Problem",
     "Stream",
     "Trace",
-    "likelihood_given",
     "log_uniform",
     "uniform",
 ]
@@ -80,11 +80,11 @@ class Likelihood:
 
     simulator: AdditiveSimulator
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
         return self.simulator.log_likelihood(theta, x)
 
-    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
         """Log p(x | theta) as a function of theta alone.
 
         Args:
@@ -94,14 +94,6 @@ class Likelihood:
             A function of rows ``(..., E)`` that broadcast with x.
         """
         return lambda theta: self(theta, x)
-
-
-def likelihood_given(
-    log_likelihood: Callable[[Tensor, Tensor], Tensor], x: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Bind a function of (theta, x) to x, by its method ``given`` if it has one."""
-    given = getattr(log_likelihood, "given", None)
-    return (lambda theta: log_likelihood(theta, x)) if given is None else given(x)
 
 
 @dataclass(frozen=True)
@@ -292,7 +284,7 @@ class Trace(Problem):
         separation = self.prior.min_separation or 0.0
         return CellAxis(order_by, self.cells, separation * self.cells / (high - low))
 
-    def build_fit(self) -> SignalFit | None:
+    def build_fit(self) -> AdditiveFit | None:
         """Return the least squares of the component signal, by its derivatives.
 
         None if the signal is no torch tensor, which has none.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 
-from ..posterior.base import Posterior
+from ..posterior.refine import Refinable
 from ..seeding import forked_rng
 from ..sets.checks import Numbers
 from ..sets.distribution import SetDistribution
@@ -98,7 +98,7 @@ def linear_gaussian(max_cardinality: int = 3) -> LinearGaussian:
     return LinearGaussian("linear_gaussian", prior, simulator, design, mean, tau, sigma)
 
 
-class ExactLinearGaussianPosterior(Posterior):
+class ExactLinearGaussianPosterior(Refinable):
     """Closed-form posterior.
 
     Args:
@@ -183,8 +183,9 @@ class LinearGaussianSets(SetDistribution):
         """Draw rows ``(*sample_shape, B, E)`` in canonical order."""
         layout, problem = self.layout, self.problem
         shape = torch.Size(sample_shape)
+        num = shape.numel()
         with forked_rng(generator):
-            counts = self.cardinality().sample(torch.Size((shape.numel(),)))
+            counts = self.cardinality().sample(torch.Size((max(1, num),)))[:num]
             if k is not None:
                 counts = torch.full_like(counts, k)
             size = (*counts.shape, layout.max_cardinality, layout.num_component_params)

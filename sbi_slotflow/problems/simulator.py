@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sets.checks import Numbers, as_floats
 from ..sets.layout import ThetaLayout
 from .noise import NoiseModel
 
@@ -115,7 +116,7 @@ class AdditiveSimulator:
         signals = self._each(parts.components)
         return torch.where(parts.mask.unsqueeze(-1), signals, signals.new_zeros(()))
 
-    def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
+    def log_likelihood(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta) exactly.
 
         Args:
@@ -128,11 +129,11 @@ class AdditiveSimulator:
             a long record's log-likelihood only to about 1e-3.
 
         Raises:
-            TypeError: If theta or x is not a floating-point tensor.
+            TypeError: If theta is not a floating-point tensor or x holds no numbers.
             ValueError: If theta is malformed or x has NaN, Inf or the wrong length.
         """
         self.layout.validate(theta)
-        self.check_data(x)
+        x = self.checked_data(x)
         batch = np.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
         rows = theta.double().expand(*batch, -1).reshape(-1, self.layout.size)
         data = x.double().expand(*batch, -1)
@@ -154,15 +155,19 @@ class AdditiveSimulator:
             return rows.new_zeros(batch)
         return torch.cat(values).reshape(batch)
 
-    def check_data(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError unless x is finite and of floats."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, got {kind}.")
+    def checked_data(self, x: Numbers) -> Tensor:
+        """Return data as a floating-point tensor.
+
+        Raises:
+            TypeError: If x holds no real numbers.
+            ValueError: If x has no axis, NaN or Inf.
+        """
+        x = as_floats(x, "x")
         if x.ndim < 1:
             raise ValueError("x must have at least one axis, got a scalar.")
         if not torch.isfinite(x).all():
             raise ValueError("x must be finite, got NaN or Inf.")
+        return x
 
     def noise_log_prob(
         self, residual: Tensor, signal: Tensor, shared: Tensor
@@ -190,9 +195,7 @@ class AdditiveSimulator:
 
     def _each(self, components: Tensor) -> Tensor:
         """Signals ``(..., T)`` of components ``(..., D)``, in their dtype."""
-        signals = self.component_signal(components)
-        if not isinstance(signals, Tensor):
-            signals = torch.from_numpy(np.array(signals, dtype=np.float64))
+        signals = as_floats(self.component_signal(components), "component_signal")
         if signals.shape[:-1] != components.shape[:-1] or not signals.ndim:
             raise ValueError(
                 "component_signal must map components of shape "

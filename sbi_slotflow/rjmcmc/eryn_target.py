@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..problems.base import Problem, likelihood_given
+from ..posterior.refined import likelihood_of
+from ..problems.base import Problem
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 
@@ -139,10 +140,10 @@ def joint_log_likelihood(problem: Problem, x: Tensor) -> LogLikelihood:
 
 
 def _by_problem(problem: Problem, x: Tensor) -> Evaluate:
-    log_likelihood = likelihood_given(problem.log_likelihood, x.double())
+    log_likelihood = likelihood_of(problem.log_likelihood, x.double())
 
     def evaluate(components: Floats, counts: NDArray[Any], shared: Floats) -> Floats:
         parts = [torch.from_numpy(array) for array in (counts, components, shared)]
-        return log_likelihood(problem.layout.pack(*parts)).double().numpy()
+        return log_likelihood(problem.layout.pack(*parts)).numpy()
 
     return evaluate

@@ -2,6 +2,7 @@
 
 Example:
     >>> import numpy as np
+    >>> from sbi_slotflow.sets.checks import as_cardinality, as_floats, as_shape
     >>> as_floats(np.array([1, 2], dtype=">i2"), "x")
     tensor([1., 2.], dtype=torch.float64)
     >>> as_shape(3), as_cardinality(np.int64(2), 5)
@@ -9,6 +10,7 @@ Example:
 """
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -17,6 +19,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..callers import caller_stacklevel
+
 __all__ = [
     "Numbers",
     "Shape",
@@ -24,12 +28,17 @@ __all__ = [
     "as_count",
     "as_floats",
     "as_shape",
+    "warn_without_slots",
 ]
 
 Numbers: TypeAlias = Tensor | ArrayLike
 """Tensors, numpy arrays, numbers, sequences, pandas objects."""
 Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 """An integer, or a sequence of integers."""
+
+
+# Rows from which a fault of all of them is no chance.
+_MANY = 20
 
 
 def as_floats(value: Numbers, name: str) -> Tensor:
@@ -119,6 +128,23 @@ def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}.")
     return size
+
+
+def warn_without_slots(theta: Tensor) -> None:
+    """Warn if no row of many has a whole number of components.
+
+    That is what the draws of a density estimator without slots look like; sbi's
+    rejection sampling asks whether they are in the prior's support, and never ends.
+    """
+    k = theta.reshape(-1, theta.shape[-1])[:, 0]
+    if len(k) >= _MANY and (k != k.round()).all():
+        warnings.warn(
+            f"not one of {len(k)} theta rows starts with a whole number K. A density "
+            "estimator without slots, as sbi's NPE(prior) trains by default, cannot "
+            "draw sets: use SlotNPE(prior), or "
+            "NPE(prior, density_estimator=slot_nn(problem)).",
+            stacklevel=caller_stacklevel(),
+        )
 
 
 def _index(value: Any) -> int | None:

@@ -4,6 +4,7 @@ A distribution of torch or sbi is its class name with its parameters as lists; t
 distributions inside another are described likewise. Nothing is unpickled.
 
 Example:
+    >>> from torch.distributions import Gamma
     >>> spec = describe_distribution(Gamma(torch.tensor([2.0]), torch.tensor([0.5])))
     >>> spec
     {'name': 'Gamma', 'concentration': [2.0], 'rate': [0.5]}
@@ -106,7 +107,7 @@ def distribution_from(spec: Mapping[str, Any]) -> Distribution:
     if not (isinstance(kind, type) and issubclass(kind, Distribution)):
         raise ValueError(f"torch has no distribution {name!r}.")
     values = {key: _tensor(value) for key, value in options.items()}
-    return kind(**values, validate_args=False)  # pyright: ignore[reportCallIssue]
+    return kind(**values, validate_args=False)  # pyright: ignore
 
 
 def _independent(distribution: Independent) -> dict[str, Any]:

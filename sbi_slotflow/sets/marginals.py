@@ -532,7 +532,8 @@ class Marginals(Sequence[Marginal], Transform):
     ) -> None:
         self._marginals = tuple(marginals)
         if isinstance(marginals, Marginals):
-            periods, whitening = marginals.periods, marginals.whitening
+            periods = marginals.periods if periods is None else periods
+            whitening = marginals.whitening
         whole = periods or len(self._marginals) * [math.inf]
         pairs = zip(self._marginals, whole, strict=True)
         self.periods = tuple(p if _covers(m, p) else math.inf for m, p in pairs)

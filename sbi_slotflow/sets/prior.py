@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
 from ..seeding import forked_rng, generator_for
+from .checks import warn_without_slots
 from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, Marginals, in_double, marginals_of
 from .separation import log_separation_constant, sample_separated, smallest_gap
@@ -383,6 +384,7 @@ class _SetSupport(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return a boolean for every row, shape ``value.shape[:-1]``."""
+        warn_without_slots(value)
         densities = self.prior._log_densities(self.prior.layout.unpack(value))
         return self.prior._inside(value, densities)
 

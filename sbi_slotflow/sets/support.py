@@ -18,6 +18,7 @@ Example:
 """
 
 import math
+from typing import TypeGuard
 
 import torch
 from sbi.utils import MultipleIndependent
@@ -92,28 +93,23 @@ def _log_density_of_image(
 ) -> Tensor:
     """As torch's own, but -inf outside the images of the transforms."""
     event = len(distribution.event_shape)
-    log_p, inside = 0.0, None
+    log_p = torch.zeros((), dtype=values.dtype, device=values.device)
+    inside = torch.ones((), dtype=torch.bool, device=values.device)
     for transform in reversed(distribution.transforms):
         codomain = transform.codomain
         here = codomain.check(values)
-        here = (
-            here.flatten(here.ndim - event + codomain.event_dim).all(-1)
-            if (event > codomain.event_dim)
-            else here
-        )
-        inside = here if inside is None else inside & here
-        before = transform.inv(values)
+        if event > codomain.event_dim:
+            here = here.flatten(codomain.event_dim - event).all(-1)
+        inside = inside & here
+        before: Tensor = transform.inv(values)  # pyright: ignore[reportAssignmentType]
         event += transform.domain.event_dim - codomain.event_dim
         slope = transform.log_abs_det_jacobian(before, values)
         log_p = log_p - _sum_last(slope, event - transform.domain.event_dim)
         values = before
     base = distribution.base_dist
-    log_p = log_p + _sum_last(
-        column_log_density(base, values), event - len(base.event_shape)
-    )
-    if inside is not None:
-        log_p = torch.where(inside & ~log_p.isnan(), log_p, -math.inf)
-    return log_p
+    inner = column_log_density(base, values)
+    log_p = log_p + _sum_last(inner, event - len(base.event_shape))
+    return torch.where(inside & ~log_p.isnan(), log_p, -math.inf)
 
 
 def bounds_of(distribution: Distribution) -> tuple[Tensor, Tensor]:
@@ -204,7 +200,7 @@ def _image(
         shape = transform.forward_shape(low.shape)
         ends = (_double(end).expand(shape) for end in (least, most))
         return next(ends), next(ends)
-    images = torch.stack([single(low), single(high)]).double()
+    images = torch.stack([single(low), single(high)]).double()  # pyright: ignore
     if images.isnan().any():
         raise ValueError(
             f"{type(transform).__name__} does not map the support of "
@@ -278,7 +274,9 @@ def _elementwise(transform: Transform) -> Transform | None:
     return transform if single else None
 
 
-def _is_plainly_transformed(distribution: Distribution) -> bool:
+def _is_plainly_transformed(
+    distribution: Distribution,
+) -> TypeGuard[TransformedDistribution]:
     """Whether it has the density and the support of ``TransformedDistribution``."""
     kind = type(distribution)
     return (

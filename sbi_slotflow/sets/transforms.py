@@ -101,6 +101,10 @@ class Scored(Protocol):
         """Inverse of F."""
         ...
 
+    def continued_quantile(self, fraction: Tensor) -> Tensor:
+        """Inverse of F, for numbers beyond [0, 1] too."""
+        ...
+
     def log_density(self, value: Tensor) -> Tensor:
         """Log of the derivative of F."""
         ...
@@ -209,7 +213,10 @@ class ExponentialScore(Transform):
 
 @dataclass(frozen=True)
 class Place(Transform):
-    """y = length F(x), uniform on [0, length] where x has the law F."""
+    """y = length F(x), uniform on [0, length] where x has the law F.
+
+    The inverse also takes y beyond its ends, where a fit may end.
+    """
 
     law: Scored
     length: float = 1.0
@@ -221,7 +228,7 @@ class Place(Transform):
 
     def inverse(self, y: Tensor) -> Tensor:
         """Map y back to x."""
-        return self.law.quantile(y / self.length)
+        return self.law.continued_quantile(y / self.length)
 
 
 class StraightTails(Transform):
@@ -406,13 +413,15 @@ class Shear(Transform):
         column: The number that is moved.
         by: The number that moves it.
         rate: By how much.
-        period: Where the number is circular, so that both lie in [0, period).
+        period: Where the number is circular, so that both lie in one turn.
+        low: Where the turn starts.
     """
 
     column: int
     by: int
     rate: float
     period: float = math.inf
+    low: float = 0.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x to y; see :meth:`Transform.forward`."""
@@ -426,7 +435,8 @@ class Shear(Transform):
         columns = list(x.unbind(-1))
         columns[self.column] = columns[self.column] + shift
         if math.isfinite(self.period):
-            columns[self.column] = columns[self.column] % self.period
+            turned = (columns[self.column] - self.low) % self.period
+            columns[self.column] = self.low + turned
         return torch.stack(columns, -1)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sbi.inference import NPE
@@ -17,12 +18,20 @@ from torch.distributions import Distribution
 
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
+from ..posterior.base import check_sampling
 from ..posterior.network import SlotPosterior
+from ..sets.checks import Numbers, as_floats
 from ..sets.prior import VariableKPrior
 from .online import OnlineSettings, OnlineTraining
 from .recipes import RecipeName
 
 __all__ = ["SlotNPE"]
+
+
+_NO_SLOTS = (
+    "density_estimator must build a SlotDensityEstimator, as slot_nn(problem) does, "
+    "got {}: a density of rows of fixed length cannot learn sets of varying size."
+)
 
 
 class SlotNPE(NPE):
@@ -45,7 +54,8 @@ class SlotNPE(NPE):
         history: Entries of the last :meth:`train_online`, one a validation.
 
     Raises:
-        TypeError: If the prior is not a :class:`~sbi_slotflow.VariableKPrior`.
+        TypeError: If the prior is not a :class:`~sbi_slotflow.VariableKPrior`, or the
+            builder makes, or names, an estimator without slots.
     """
 
     def __init__(
@@ -64,22 +74,24 @@ class SlotNPE(NPE):
                 "from the distribution of one component."
             )
         builder = slot_nn() if density_estimator is None else density_estimator
+        if not callable(builder):
+            raise TypeError(_NO_SLOTS.format(repr(builder)))
         if isinstance(builder, slot_nn) and builder.problem is None:
             builder = replace(builder, problem=prior)
+        self._builder = builder
         super().__init__(
             prior=prior,
-            density_estimator=builder,
+            density_estimator=self._build,  # pyright: ignore[reportArgumentType]
             device=device,
             logging_level=logging_level,
             tracker=tracker,
             show_progress_bars=show_progress_bars,
         )
-        self._builder = builder
         self.history: list[dict[str, float]] = []
 
     def train_online(
         self,
-        simulator: Callable[[Tensor], Tensor],
+        simulator: Callable[[Tensor], Numbers],
         *,
         num_simulations: int,
         batch_size: int = 128,
@@ -97,8 +109,9 @@ class SlotNPE(NPE):
         """Train on fresh simulations, a new batch every step.
 
         Args:
-            simulator: Maps theta ``(B, E)`` to x ``(B, T)``. Its randomness must come
-                from torch's global generator, which is seeded for every step.
+            simulator: Maps theta ``(B, E)`` to x ``(B, *event)``, a tensor or an array
+                of any real numbers. Its randomness must come from torch's global
+                generator, which is seeded for every step.
             num_simulations: Simulations to train on, in whole batches.
             batch_size: Simulations a step.
             recipe: ``"adamw"`` (warm-up and cosine) or ``"paper"`` (Adam, halved on
@@ -125,9 +138,9 @@ class SlotNPE(NPE):
                 stands.
         """
         training = OnlineTraining(
-            self._builder,  # pyright: ignore[reportArgumentType]
+            self._build,
             self._prior,  # pyright: ignore[reportArgumentType]
-            simulator,
+            partial(_simulated, simulator),
             OnlineSettings(
                 num_simulations=num_simulations,
                 batch_size=batch_size,
@@ -174,13 +187,7 @@ class SlotNPE(NPE):
             NotImplementedError: If ``sample_with`` is not ``"direct"``.
             RuntimeError: If nothing was trained yet.
         """
-        if sample_with != "direct":
-            raise NotImplementedError(
-                f"sample_with={sample_with!r} is not available: theta has a discrete "
-                "entry and a dimension that varies, on which sbi's MCMC and VI do not "
-                "work. Draw directly; to correct the draws with a likelihood, use "
-                "sbi's ImportanceSamplingPosterior with the posterior as proposal."
-            )
+        check_sampling("build_posterior", {"sample_with": sample_with})
         estimator = self._neural_net if density_estimator is None else density_estimator
         if estimator is None:
             raise RuntimeError("no estimator: call train() or train_online() first.")
@@ -194,6 +201,24 @@ class SlotNPE(NPE):
         self._posterior = posterior
         return posterior
 
+    def _build(self, batch_theta: Tensor, batch_x: Tensor) -> SlotDensityEstimator:
+        """Build the estimator before it is trained, and refuse one without slots."""
+        estimator = self._builder(batch_theta, batch_x)
+        if not isinstance(estimator, SlotDensityEstimator):
+            raise TypeError(_NO_SLOTS.format(f"one of {type(estimator).__name__}"))
+        return estimator
+
     def _log(self, entry: dict[str, float]) -> None:
         metrics = {name: value for name, value in entry.items() if name != "step"}
         self._tracker.log_metrics(metrics, step=int(entry["step"]))
+
+
+def _simulated(simulator: Callable[[Tensor], Numbers], theta: Tensor) -> Tensor:
+    """Simulate float32 data, one row for each of theta."""
+    x = as_floats(simulator(theta), "the simulator's x").float()
+    if x.ndim < 2 or len(x) != len(theta):
+        raise ValueError(
+            f"the simulator's x must have shape ({len(theta)}, *event) for theta of "
+            f"shape {tuple(theta.shape)}, got {tuple(x.shape)}."
+        )
+    return x

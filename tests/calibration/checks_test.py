@@ -5,7 +5,9 @@ are exact, so the false-alarm rate of a test is the rate that it passes to the c
 """
 
 import math
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,35 @@ def test_exact_posterior_passes(name):
     assert check.passed
     assert check.failures == ()
     assert 0 < check.p_value <= 1
+
+
+# A power of two, so that rounding is the same in either unit.
+UNIT = 2.0**-80  # 1e-24
+
+
+@pytest.mark.parametrize("name", ["components", "coverage", "sets"])
+@pytest.mark.parametrize("fault", ["exact", "shifted"])
+def test_checks_do_not_depend_on_the_unit(fault, name):
+    def in_unit(rows):
+        return torch.cat([rows[..., :1], UNIT * rows[..., 1:]], dim=-1)
+
+    check = {**CHECKS, "sets": lambda d, r: calibration.sbc(d, false_alarm_rate=r)}[
+        name
+    ]
+    draws = drawn(fault)
+    parts = {n: in_unit(getattr(draws, n)) for n in ("theta", "draws", "given_k")}
+    small = replace(draws, x=UNIT * draws.x, guides=in_unit(draws.guides), **parts)
+    assert check(small, RATE).p_values == check(draws, RATE).p_values
+
+
+def test_distances_do_not_depend_on_the_unit():
+    rows = drawn("exact").theta
+    scaled = torch.cat([rows[:, :1], UNIT * rows[:, 1:]], dim=-1)
+    found = []
+    for theta in (rows, scaled):
+        distance = calibration.set_distance(problem.layout, theta)
+        found.append(distance(theta[:-1], theta[1:]))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(("fault", "name"), CAUGHT)
@@ -374,3 +405,76 @@ def test_local_c2st_refuses_what_it_cannot_do():
         calibration.local_c2st(
             exact, draws.x[0], draws, num_null=99, false_alarm_rate=1e-3
         )
+
+
+NAN = torch.tensor([[float("nan")] * 6])
+HALF: Any = 20.5
+NO_NUMBER: Any = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda d: calibration.draw(exact, problem, 19), ValueError, "n must be at"),
+        (
+            lambda d: calibration.draw(exact, problem, HALF),
+            TypeError,
+            "n must be an in",
+        ),
+        (
+            lambda d: calibration.draw(exact, problem, 20, num_draws=NO_NUMBER),
+            TypeError,
+            "num_draws must be an integer, got nan",
+        ),
+        (
+            lambda d: calibration.report(exact, problem, 20, num_workers=0),
+            ValueError,
+            "num_workers must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.report(exact, problem, false_alarm_rate=float("nan")),
+            ValueError,
+            "false_alarm_rate must lie between 0 and 1, got nan",
+        ),
+        (
+            lambda d: calibration.sbc(d, num_likelihood_draws=0),
+            ValueError,
+            "num_likelihood_draws must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.residuals(d.draws[0], d.x, problem, num_noise=0),
+            ValueError,
+            "num_noise must be at least 1, got 0",
+        ),
+        (
+            lambda d: calibration.residuals(d.draws[0, :1], NAN, problem),
+            ValueError,
+            "must be finite",
+        ),
+        (
+            lambda d: calibration.local_c2st(exact, NAN, d),
+            ValueError,
+            "x must be finite",
+        ),
+        (
+            lambda d: calibration.local_c2st(exact, d.x[:1], d, num_null=HALF),
+            TypeError,
+            "num_null must be an integer, got 20.5",
+        ),
+        (
+            lambda d: calibration.cardinality_reliability(d, probs=d.probs * torch.nan),
+            ValueError,
+            "probs must be probabilities",
+        ),
+        (
+            lambda d: calibration.cardinality_reliability(
+                d, weights=torch.tensor([1.0, 1.0, -1.0, 1.0])
+            ),
+            ValueError,
+            "weights must be finite, not negative",
+        ),
+    ],
+)
+def test_bad_settings_are_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call(drawn("exact", 300))

@@ -56,6 +56,15 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("unit", [2.0**-70, 2.0**70])  # 1e-21, 1e+21
+def test_p_values_do_not_depend_on_the_unit(reference, unit):
+    scaled = TrainingReference.fit(unit * simulate(3_000, 0))
+    for x in (simulate(50, 1), loud(simulate(50, 1))):
+        # Logarithms of scaled numbers round in another place.
+        found, expected = scaled.p_values(unit * x), reference.p_values(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_foreign_data_are_noticed_one_by_one(reference, change):
     # Signals that swamp the change may hide it: nine in ten must have p below 0.01.
@@ -121,3 +130,10 @@ def test_malformed_data_are_refused(reference):
         TrainingReference.fit(simulate(200, 7), level=1e-3)
     with pytest.raises(ValueError, match=r"x must have shape \(B, 300\)"):
         reference.p_values(torch.zeros(1, 7))
+
+
+def test_an_observation_with_nan_is_refused(reference):
+    x = simulate(2, 1)
+    x[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="x must be finite"):
+        reference.p_values(x)

@@ -16,6 +16,7 @@ from sbi_slotflow import (
     load_pretrained,
     problems,
 )
+from sbi_slotflow.calibration import faults
 from sbi_slotflow.catalogue import fit_sources
 from sbi_slotflow.catalogue.sources import best_matching
 from sbi_slotflow.seeding import generator_for
@@ -64,6 +65,27 @@ def test_matchings_are_the_best_partial_ones(sources):
         assert len(set(taken.tolist())) == len(taken)
         total = matrix[np.flatnonzero(chosen >= 0), taken].sum()
         assert total == pytest.approx(brute(matrix))
+
+
+@pytest.mark.parametrize("unit", [2.0**-110, 2.0**70])  # 1e-33, 1e+21
+def test_sources_do_not_depend_on_the_unit(unit):
+    rows, _ = made(1_000)
+    parts = LAYOUT.unpack(rows)
+    factor = torch.tensor([unit, 1.0, 1.0])
+    scaled = LAYOUT.pack(parts.cardinality, factor * parts.components, parts.shared)
+    found, expected = fit_sources(scaled, LAYOUT), fit_sources(rows, LAYOUT)
+    torch.testing.assert_close(found.existence, expected.existence)
+    torch.testing.assert_close(found.centre / factor.double(), expected.centre)
+
+
+def test_one_value_has_a_source_in_any_unit():
+    for value in (0.0, 1e-33, 1e21):
+        components = torch.full((100, 4, 3), value)
+        rows = LAYOUT.pack(torch.ones(100), components, torch.ones(100, 1))
+        sources = fit_sources(rows, LAYOUT)
+        assert len(sources) == 1
+        assert float(sources.existence) > 0.99
+        assert float(sources.centre[0, 0]) == pytest.approx(value, rel=1e-6)
 
 
 def test_sources_are_found_with_their_probabilities():
@@ -218,16 +240,13 @@ def judged(num: int, shrink: float = 1.0) -> tuple[list[float], dict[str, list[b
     """
     problem = problems.linear_gaussian()
     exact, layout = problem.exact_posterior(), problem.layout
+    posterior = exact if shrink == 1 else faults.narrowed(exact, shrink)
     theta = problem.prior.sample((num,), generator_for(0))
     x = problem.simulator(theta, generator_for(1))
     differences: list[float] = []
     covered: dict[str, list[bool]] = {name: [] for name in layout.component_names}
     for i in range(num):
-        rows = exact.sample((200,), x[i], generator=generator_for(2, i))
-        parts = layout.unpack(rows)
-        mean = exact._moments(x[i : i + 1].double(), parts.cardinality[:, None])[0]
-        components = mean + shrink * (parts.components - mean)
-        rows = layout.canonical(layout.pack(parts.cardinality, components.float()))
+        rows = posterior.sample((200,), x[i], generator=generator_for(2, i))
         table = build_catalogue(rows, layout, true_theta=theta[i])
         there = np.isfinite(table["true_level"].values)
         differences.append(float((there - table["existence"].values).sum()))

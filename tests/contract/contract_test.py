@@ -72,6 +72,11 @@ TOLERANCES: tuple[tuple[str, Rule | None], ...] = (
     ("weights-*rows_*", None),
     ("weights-*bounds", None),
     ("weights-*samples*", None),
+    # A set's evidence is an average over 16 points. They depended on which other K were
+    # asked for at the same time, which changed the weights of blended sets by 0.5 nats.
+    ("weights-crowded.*moments", Within(7.0)),
+    ("weights-crowded.*density_*", Close(0.7)),
+    ("weights-crowded.*log_prob_*", Close(0.7)),
     ("weights-*catalogue_*", Close(1e-6, 1e-5)),
     ("weights-*refined_ess", Close(relative=0.25)),
     ("weights-*refined_pareto_k", Close(absolute=0.6)),

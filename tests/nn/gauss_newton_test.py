@@ -14,11 +14,11 @@ from sbi_slotflow.nn.gauss_newton import (
     SignalFit,
     fit_mode,
 )
-from sbi_slotflow.nn.local_density import solve_lower
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.registry import build, describe
 from sbi_slotflow.problems.sinusoids.fit import SineFit
+from sbi_slotflow.sets.transforms import solve_lower
 
 tiny, paper = problems.sinusoids("tiny"), problems.sinusoids("paper")
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
+from sbi_slotflow.plots.corner_panels import Column
 from sbi_slotflow.problems import linear_gaussian, sinusoids
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.circular import unwrap
@@ -251,7 +252,7 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         plots.plot_corner(torch.zeros(5, 3), ThetaLayout(2, ("a",)), k=0)
     linear = linear_gaussian()
-    with pytest.raises(ValueError, match="time grids"):
+    with pytest.raises(ValueError, match="problem with a spectrum"):
         plots.plot_spectrum(linear, torch.zeros(1, linear.layout.size), torch.zeros(6))
     with pytest.raises(ValueError, match="add up to 1"):
         plots.plot_cardinality([0.2, 0.2])
@@ -404,3 +405,12 @@ def test_figures_show_themselves_in_a_notebook() -> None:
     assert picture.startswith(b"\x89PNG")
     width, height = (int.from_bytes(picture[i : i + 4]) for i in (16, 20))
     assert 100 < height < width < 1_000
+
+
+@pytest.mark.parametrize("value", [1e-21, 3e21, -2.0])
+def test_a_corner_shows_a_constant_in_its_own_unit(value: float) -> None:
+    low, high = Column("a", np.full(100, value), None).range
+    assert low == pytest.approx(value - 0.5 * abs(value))
+    assert high == pytest.approx(value + 0.5 * abs(value))
+    narrow = Column("a", value * np.linspace(1, 1.01, 100), None)
+    assert np.ptp(narrow.range) < 0.02 * abs(value)

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -28,6 +28,7 @@ from sbi_slotflow.problems.linear_gaussian import (
     LinearGaussian,
 )
 from sbi_slotflow.seeding import forked_rng, generator_for
+from sbi_slotflow.sets.distribution import SetDistribution
 from sbi_slotflow.sets.prior import VariableKPrior
 
 LINEAR = problems.linear_gaussian()
@@ -276,6 +277,72 @@ class Relabelled(ByHand):
 
     def density(self, theta: Tensor, x: Tensor) -> Tensor:
         return self.posterior.log_prob_batched(theta, x)
+
+
+@dataclass(frozen=True)
+class Counted(Transformed):
+    """The exact posterior, which counts how often it is asked for a distribution."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def given(self, x: Tensor) -> SetDistribution:
+        self.asked.append(len(x))
+        return super().given(x)
+
+
+class Tabulated:
+    """The exact likelihood, which only answers for the x that it was given."""
+
+    def __init__(self) -> None:
+        self.asked: list[torch.Size] = []
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        raise AssertionError("given(x) is there")
+
+    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        self.asked.append(x.shape)
+        return lambda theta: LINEAR.log_likelihood(theta, x)
+
+
+@pytest.mark.filterwarnings("ignore::sbi_slotflow.posterior.refine.UnreliableWeights")
+@pytest.mark.parametrize(
+    ("method", "sizes", "shapes"),
+    [("importance", [2], [(2, 6)]), ("smc", [1, 1], [(6,), (6,)])],
+)
+def test_one_distribution_and_one_likelihood_serve_all_steps(
+    method, sizes, shapes, observation
+):
+    posterior, likelihood = Counted(), Tabulated()
+    x = observation[:2]
+    results = refine(
+        posterior,
+        likelihood,
+        x,
+        500,
+        method=method,
+        generator=generator_for(0),
+    )
+    assert posterior.asked == sizes
+    assert likelihood.asked == shapes
+    plain = refine(
+        Transformed(),
+        LINEAR.log_likelihood,
+        x,
+        500,
+        method=method,
+        generator=generator_for(0),
+    )
+    assert isinstance(results, list)
+    assert isinstance(plain, list)
+    for one, other in zip(results, plain, strict=True):
+        torch.testing.assert_close(one.theta, other.theta)
+        assert one.log_evidence == pytest.approx(other.log_evidence)
+
+
+def test_draws_alone_cannot_be_refined(observation):
+    draws = refined(EXACT, observation[0], 500)
+    with pytest.raises(NotImplementedError, match="RefinedPosterior has no density"):
+        refine(draws, LINEAR.log_likelihood, observation[0])
 
 
 def test_labels_do_not_matter(observation):

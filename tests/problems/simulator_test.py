@@ -298,13 +298,21 @@ def test_x_of_one_number_is_not_stretched(
         problem.log_likelihood(problem.prior.sample((2,)), torch.zeros(shape))
 
 
-def test_x_must_be_a_floating_point_tensor(problem: Problem) -> None:
+def test_x_holds_numbers_of_any_kind(problem: Problem) -> None:
     theta = problem.prior.sample((2,))
-    integers = torch.zeros(problem.num_data, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"x must be a floating.*got torch\.int64"):
-        problem.log_likelihood(theta, integers)
-    with pytest.raises(TypeError, match=r"x must be a floating.*got ndarray"):
-        problem.log_likelihood(theta, integers.numpy())  # pyright: ignore[reportArgumentType]
+    integers = torch.arange(problem.num_data) % 3
+    expected = problem.log_likelihood(theta, integers.double())
+    for x in (
+        integers,
+        integers.numpy(),
+        integers.tolist(),
+        integers.numpy().astype(">f8"),
+        integers.flip(0).numpy()[::-1],
+    ):
+        torch.testing.assert_close(problem.log_likelihood(theta, x), expected)
+    for bad in (integers > 0, 1j * integers, ["a"] * problem.num_data):
+        with pytest.raises(TypeError, match="x must hold real numbers, got"):
+            problem.log_likelihood(theta, bad)
 
 
 def test_malformed_theta_is_rejected_everywhere(problem: Problem) -> None:

@@ -15,13 +15,13 @@ from sbi_slotflow import SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
-from sbi_slotflow.nn.local_density import solve_lower
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.registry import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes
 from sbi_slotflow.problems import least_squares as additive_fit
 from sbi_slotflow.sets.marginals import NormalMarginal, UniformMarginal
+from sbi_slotflow.sets.transforms import solve_lower
 
 RANGES: dict[str, Any] = {
     "time": stats.uniform(0.0, 1.0),
@@ -40,6 +40,12 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def problem() -> Trace:
     return spikes()
+
+
+def least_squares(problem: Trace) -> AdditiveFit:
+    fit = problem.build_fit()
+    assert fit is not None
+    return fit
 
 
 def far_apart(problem: Trace, num: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,7 @@ def test_normal_equations_are_those_of_autograd(
     x = problem.simulator(theta)
     parts = problem.layout.unpack(theta)
     owner = torch.arange(8).flip(0)
-    fit = problem.build_fit()
+    fit = least_squares(problem)
     found = fit.given(x).normal_equations(owner, parts.components, parts.mask)
     for i in range(8):
         active = parts.components[i][parts.mask[i]].double()
@@ -168,7 +174,7 @@ def test_sinusoids_have_the_normal_equations_of_their_closed_forms() -> None:
 def test_the_start_explains_most_of_the_signal(problem: Trace) -> None:
     theta, x = far_apart(problem, 32)
     parts = problem.layout.unpack(theta)
-    owner, fit = torch.arange(32), problem.build_fit()
+    owner, fit = torch.arange(32), least_squares(problem)
     cells = (64 * parts.components[..., 0]).floor()
     low, high = cells / 64, (cells + 1) / 64
     start = fit.given(x).start(owner, low, high, parts.mask)
@@ -191,7 +197,7 @@ def test_overlapping_pulses_are_started_together(problem: Trace) -> None:
     x = problem.simulator.component_signal(pair).sum(1)
     ends = torch.tensor([[31.0, 32.0]]) / 64, torch.tensor([[32.0, 33.0]]) / 64
     mask, owner = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
-    fit = problem.build_fit()
+    fit = least_squares(problem)
     start = fit.given(x).start(owner, *ends, mask)
     residual = fit.given(x).normal_equations(owner, start, mask).residual
     assert residual.item() < 0.02 * x.square().sum().item()
@@ -201,7 +207,7 @@ def test_a_peak_is_a_calibrated_gaussian_about_the_truth(problem: Trace) -> None
     theta, x = far_apart(problem, 64)
     parts = problem.layout.unpack(theta)
     mask, owner = parts.mask, torch.arange(64)
-    finder = peak_finder(problem, problem.build_fit(), num_steps=5)
+    finder = peak_finder(problem, least_squares(problem), num_steps=5)
     chart = finder.local_chart
     inside = torch.where(mask.unsqueeze(-1), parts.components, torch.tensor(0.01))
     coordinates, _ = chart.coordinates(inside)
@@ -273,7 +279,7 @@ def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
 
 
 def test_the_fit_survives_json(problem: Trace) -> None:
-    fit = problem.build_fit()
+    fit = least_squares(problem)
     assert build("fit", json.loads(json.dumps(fit.spec))) == fit
     with pytest.raises(
         ValueError, match=r"one of \['additive', 'sinusoids'\], got 'x'"

@@ -1,3 +1,4 @@
+import math
 from itertools import permutations
 
 import pytest
@@ -260,3 +261,33 @@ def test_periods_are_checked_and_do_not_tell_layouts_apart():
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="periods must be positive and finite"):
             ThetaLayout(2, ("a",), periods={"a": wrong})
+
+
+@pytest.mark.parametrize(
+    ("components", "shared", "message"),
+    [
+        (("a", "a"), (), r"must differ.*'a'"),
+        (("a", "b"), ("a",), r"must differ.*'a'"),
+        (("a",), ("s", "s"), r"must differ.*'s'"),
+        (("K",), (), r"must differ.*'K'"),
+        (("a",), ("K",), r"must differ.*'K'"),
+        (("a",), ("a_1",), r"must differ.*'a_1'"),
+        (("a", "a_2"), (), r"must differ.*'a_2'"),
+        (("a", ""), (), "must be strings that are not empty"),
+        (("a",), (3,), "must be strings that are not empty"),
+    ],
+)
+def test_names_that_collide_are_rejected(components, shared, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThetaLayout(3, components, shared)
+
+
+def test_names_that_only_look_alike_are_accepted() -> None:
+    layout = ThetaLayout(3, ("theta_1", "theta_2"), ("a_1", "theta"))
+    assert len(set(layout.names)) == layout.size
+
+
+def test_periods_are_told_by_position() -> None:
+    layout = ThetaLayout(2, ("a", "b"), ("s", "t"), periods={"b": 2.0, "s": 3.0})
+    assert layout.component_periods == (math.inf, 2.0)
+    assert layout.shared_periods == (3.0, math.inf)

@@ -17,18 +17,25 @@ from sbi.utils.user_input_checks import (
 from scipy import stats
 from torch import Tensor
 from torch.distributions import (
+    Bernoulli,
+    Binomial,
     Categorical,
     Distribution,
+    Exponential,
     ExpTransform,
     Gamma,
+    Geometric,
     Independent,
+    LogNormal,
     Normal,
+    Poisson,
     TransformedDistribution,
     Uniform,
 )
 
 from sbi_slotflow import VariableKPrior
 from sbi_slotflow.problems import linear_gaussian, sinusoids
+from sbi_slotflow.sets.prior import cardinality_weights
 
 
 def box(*bounds: tuple[float, float]) -> BoxUniform:
@@ -487,6 +494,86 @@ def test_weights_and_a_categorical_mean_the_same() -> None:
         torch.testing.assert_close(prior.cardinality_probs, expected)
 
 
+def test_weights_come_in_any_form() -> None:
+    expected = torch.tensor([1.0, 2.0, 5.0]) / 8
+    for weights in (
+        [1, 2, 5],
+        (1.0, np.float32(2.0), 5),
+        np.array([1, 2, 5]),
+        np.array([5.0, 2.0, 1.0], dtype=">f4")[::-1],
+        torch.tensor([1, 2, 5]),
+        torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64),
+    ):
+        torch.testing.assert_close(cardinality_weights(weights), expected)
+
+
+def test_a_distribution_of_whole_numbers_up_to_a_largest_gives_weights() -> None:
+    found = cardinality_weights(Binomial(3, torch.tensor(0.25)))
+    expected = torch.from_numpy(stats.binom(3, 0.25).pmf(range(4))).float()
+    torch.testing.assert_close(found, expected)
+    found = cardinality_weights(Bernoulli(torch.tensor(0.25)))
+    torch.testing.assert_close(found, torch.tensor([0.75, 0.25]))
+
+
+@pytest.mark.parametrize(
+    "cardinality",
+    [Poisson(2.0), Geometric(torch.tensor(0.3)), Normal(0.0, 1.0)],
+    ids=lambda cardinality: type(cardinality).__name__,
+)
+def test_a_distribution_without_a_largest_number_is_refused(
+    cardinality: Distribution,
+) -> None:
+    name = type(cardinality).__name__
+    with pytest.raises(ValueError, match=f"got {name}, which has no largest K"):
+        VariableKPrior(box((0.0, 1.0)), cardinality)
+
+
+@pytest.mark.parametrize("cardinality", ["many", {0: 1.0}, [[1.0], [1.0, 2.0]]])
+def test_what_are_no_weights_is_refused(cardinality: Any) -> None:
+    with pytest.raises(TypeError, match="cardinality must be weights for K"):
+        VariableKPrior(box((0.0, 1.0)), cardinality)
+
+
+# double precision
+
+
+@pytest.mark.parametrize("component", ["uniform", "log-normal", "gamma"])
+def test_torchs_default_precision_may_be_double(component: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        low, high = torch.tensor([0.7, 0.3]), torch.tensor([1.3, 2.1])
+        law = {
+            "uniform": Uniform(low, high),
+            "log-normal": LogNormal(low, high),
+            "gamma": Gamma(low, high),
+        }[component]
+        prior = VariableKPrior(
+            Independent(law, 1), [1, 1, 1], shared=BoxUniform(low, high)
+        )
+        theta = prior.sample((20_000,))
+        assert theta.dtype == torch.float32
+        assert prior.log_prob(theta).isfinite().all()
+        assert prior.mean.dtype == prior.stddev.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# outside the support
+
+
+def test_an_exponential_height_is_positive() -> None:
+    component = MultipleIndependent(
+        [
+            Uniform(torch.zeros(1), torch.ones(1)),
+            Exponential(torch.ones(1)),
+        ]
+    )
+    prior = VariableKPrior(component, [1, 1])
+    assert prior.log_prob(torch.tensor([1, 0.5, -0.5])).item() == -math.inf
+    inside = prior.log_prob(torch.tensor([1, 0.5, 0.5])).item()
+    assert inside == pytest.approx(math.log(0.5) - 0.5)
+
+
 # sbi
 
 
@@ -519,7 +606,7 @@ def test_bad_weights_are_rejected(weights: list[float]) -> None:
         one_parameter().with_cardinality(weights)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [], [[1.0, 1.0]]])
+@pytest.mark.parametrize("weights", [[1.0], [], [[1.0, 1.0]], 3, math.nan])
 def test_weights_must_be_a_vector_of_two_or_more(weights: Any) -> None:
     with pytest.raises(ValueError, match=r"vector of weights for K = 0\.\.Kmax"):
         VariableKPrior(box((0.0, 1.0)), weights)

@@ -120,6 +120,22 @@ def test_a_step_on_vectors(step: Transform) -> None:
     torch.testing.assert_close(step.inverse(y), x, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "reach"),
+    [(-12, 12, 10), (-2, 9, 6), (-9, 2, 6), (3, 9, 6), (-9, -3, 6)],
+)
+def test_cuts_keep_their_digits_in_both_tails(
+    low: float, high: float, reach: float
+) -> None:
+    y = torch.linspace(-reach, reach, 300, dtype=torch.float64)
+    cut = Cut(torch.full_like(y, low), torch.full_like(y, high))
+    x = cut.inverse(y).requires_grad_()
+    back, log_det = cut.forward(x)
+    torch.testing.assert_close(back, y, rtol=0, atol=1e-3)
+    (slope,) = torch.autograd.grad(back.sum(), x)
+    torch.testing.assert_close(log_det, slope.log(), rtol=0, atol=2e-2)
+
+
 def test_a_cut_normal_variable_is_normal() -> None:
     low, high = -0.5, 1.0
     shares = torch.linspace(0.01, 0.99, 99).double()

@@ -10,6 +10,7 @@ sampling package is involved: this is what others are judged by.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from ...posterior.chains import CollapsedDraws
 from ...sets.checks import as_floats
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
-from .. import Sinusoids
 from .frequencies import SpectralDensity
-from .laplace import sinusoid_statistics
 from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
+
+if TYPE_CHECKING:
+    from .problem import Sinusoids
 
 __all__ = ["CollapsedSampler", "collapsed"]
 
@@ -44,7 +46,7 @@ _WORST_START = 60.0
 
 
 def collapsed(
-    problem: Sinusoids,
+    problem: "Sinusoids",
     x: Tensor,
     *,
     seed: int = 0,
@@ -115,7 +117,7 @@ class CollapsedSampler:
         ImportError, TypeError, ValueError: See :func:`collapsed`.
     """
 
-    def __init__(self, problem: Sinusoids, x: Tensor) -> None:
+    def __init__(self, problem: "Sinusoids", x: Tensor) -> None:
         try:
             from . import collapsed_kernel as _kernel
         except ImportError as error:
@@ -123,7 +125,7 @@ class CollapsedSampler:
                 "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
             ) from error
         self._kernel = _kernel
-        self.statistics = statistics = sinusoid_statistics(problem, x)
+        self.statistics = statistics = problem.statistics(x)
         self.prior = problem.prior
         _check_families(self.prior)
         band = self.prior.component_marginals[2].bounds

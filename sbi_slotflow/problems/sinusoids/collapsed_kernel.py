@@ -125,14 +125,10 @@ def _remove(f, gram, right, k, num):
     last = num - 1
     if k != last:
         f[k] = f[last]
-        for d in range(2):
-            right[2 * k + d] = right[2 * last + d]
-        for d in range(2):
-            for j in range(2 * num):
-                gram[2 * k + d, j] = gram[2 * last + d, j]
-        for d in range(2):
-            for j in range(2 * num):
-                gram[j, 2 * k + d] = gram[j, 2 * last + d]
+        here, there = slice(2 * k, 2 * k + 2), slice(2 * last, 2 * last + 2)
+        right[here] = right[there]
+        gram[here, : 2 * num] = gram[there, : 2 * num]
+        gram[: 2 * num, here] = gram[: 2 * num, there]
 
 
 @njit(cache=True, nogil=True)
@@ -264,12 +260,8 @@ def _draw_birth(rng, target, births):
 @njit(cache=True, nogil=True)
 def _step_size(rng, target):
     """A scale between a thousandth of and thrice the resolution, log-uniform."""
-    return (
-        target.resolution
-        * 3.0
-        * math.exp(-8.0 * rng.random())
-        * (rng.standard_normal())
-    )
+    scale = 3.0 * target.resolution * math.exp(-8.0 * rng.random())
+    return scale * rng.standard_normal()
 
 
 @njit(cache=True, nogil=True)

@@ -11,7 +11,7 @@ so that all inner products follow from
     M_p(f) = \sum_n \tau_n^p\, e^{2\pi i f \tau_n}, \qquad
     Z_p(f) = \sum_n x_n \tau_n^p\, e^{-2\pi i f \tau_n} .
 
-M has a closed form (:mod:`.sums`), Z is evaluated on the time grid split in two (see
+M has a closed form (:mod:`.grid`), Z is evaluated on the time grid split in two (see
 :mod:`.grid`): no Jacobian of the length of the record is ever built. Arithmetic is
 float64.
 """
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ...nn.gauss_newton import NormalEquations
 from ...nn.registry import register
-from .grid import Grid, SineSignal, near_square_root
+from .grid import Grid, SineSignal, moments, near_square_root, unit_circle
 from .statistics import SineStatistics
-from .sums import moments, unit_circle
 
 __all__ = ["SineFit", "SineLeastSquares"]
 
@@ -119,7 +118,7 @@ class SineFit:
         return gram if self.analytic else 0.5 * gram
 
     def moments(self, frequency: Tensor, count: int = 3) -> list[Tensor]:
-        """The first ``count`` of the sums M_0, M_1 and M_2; see :mod:`.sums`."""
+        """The first ``count`` of the sums M_0, M_1 and M_2; see :mod:`.grid`."""
         return moments(self.grids, self.reference_time, frequency, count)
 
 

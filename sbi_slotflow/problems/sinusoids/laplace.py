@@ -14,7 +14,7 @@ posterior, so that it can be refined, and be the classical rival of a trained on
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,17 +23,20 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ...posterior.base import PosteriorOfOne
+from ...posterior.refine import Refinable
 from ...seeding import draw_seed
 from ...sets.checks import Numbers, as_floats
 from ...sets.distribution import SetDistribution
 from ...sets.prior import VariableKPrior
-from .. import Sinusoids
 from ..noise import WhiteNoise
 from .frequencies import FrequencyProposal
 from .pursuit import SinusoidFit, matching_pursuit
 from .statistics import Floats, SineStatistics
 
-__all__ = ["LaplaceProposal", "laplace_proposal", "sinusoid_statistics"]
+if TYPE_CHECKING:
+    from .problem import Sinusoids
+
+__all__ = ["LaplaceProposal", "laplace_proposal"]
 
 _PILOT_DRAWS = 1_000
 # Noise level that counts as none, relative to the prior's largest.
@@ -41,7 +44,7 @@ _LEAST = 1e-12
 
 
 def laplace_proposal(
-    problem: Sinusoids,
+    problem: "Sinusoids",
     x: Numbers,
     cardinalities: Sequence[int] | None = None,
     seed: int = 0,
@@ -59,7 +62,7 @@ def laplace_proposal(
         ValueError: If x is malformed or a cardinality impossible.
     """
     x = as_floats(x, "x")
-    statistics = sinusoid_statistics(problem, x)
+    statistics = problem.statistics(x)
     prior = problem.prior
     possible = prior.cardinality_probs.nonzero().flatten().tolist()
     wanted = possible if cardinalities is None else sorted(set(cardinalities))
@@ -76,38 +79,7 @@ def laplace_proposal(
     return LaplaceProposal(problem, x.reshape(-1), statistics, fits, fitted, seed)
 
 
-def sinusoid_statistics(problem: Sinusoids, x: Tensor) -> SineStatistics:
-    """Tabulate the statistics of one observation of a sinusoid problem.
-
-    Raises:
-        TypeError: If the problem is no sinusoid problem with white noise.
-        ValueError: If x is malformed or the frequencies have no bounds.
-    """
-    if not isinstance(problem, Sinusoids) or not isinstance(
-        problem.simulator.noise, WhiteNoise
-    ):
-        raise TypeError(
-            "problem must be a sinusoid problem with white noise, got "
-            f"{getattr(problem, 'name', type(problem).__name__)!r}."
-        )
-    if x.numel() != problem.num_data or x.ndim not in (1, 2):
-        raise ValueError(
-            f"x must have shape ({problem.num_data},) or (1, {problem.num_data}), got "
-            f"{tuple(x.shape)}."
-        )
-    if not torch.isfinite(x).all():
-        raise ValueError("x must be finite, got NaN or Inf.")
-    frequency = problem.prior.component_marginals[2]
-    if not all(math.isfinite(bound) for bound in frequency.bounds):
-        raise ValueError(
-            f"the prior's frequency must have bounds, got a {frequency.family}."
-        )
-    return SineStatistics.of(
-        x.reshape(-1).double().numpy(), problem.grids, frequency.bounds
-    )
-
-
-class LaplaceProposal(PosteriorOfOne):
+class LaplaceProposal(Refinable, PosteriorOfOne):
     """Laplace approximation for each K; make it with :func:`laplace_proposal`.
 
     Rows are float64: at low noise a frequency is known better than float32 resolves.
@@ -123,7 +95,7 @@ class LaplaceProposal(PosteriorOfOne):
 
     def __init__(
         self,
-        problem: Sinusoids,
+        problem: "Sinusoids",
         x: Tensor,
         statistics: SineStatistics,
         fits: list[SinusoidFit],
@@ -154,16 +126,7 @@ class LaplaceProposal(PosteriorOfOne):
         """
         if x is not None:
             self._check(x)
-        parts = self.prior.layout.unpack(theta.double())
-        most = int(parts.cardinality.max()) if len(theta) else 0
-        # Padding lies outside the band; with no amplitude any frequency will do.
-        low = self.prior.component_marginals[2].bounds[0]
-        padding = parts.components.new_tensor([0.0, 0.0, low])
-        components = torch.where(parts.mask.unsqueeze(-1), parts.components, padding)
-        values = self.statistics.log_likelihood(
-            components[..., :most, :].numpy(), parts.shared[..., 0].numpy()
-        )
-        return torch.from_numpy(np.asarray(values))
+        return self.statistics.log_likelihood_of(theta, self.prior.layout, WhiteNoise())
 
     @property
     def _log_q_k(self) -> Tensor:
@@ -336,7 +299,7 @@ class _Mode:
     def _conditional(self, frequency: Floats) -> tuple[Floats, Floats, Floats]:
         """Best amplitudes, root of the Gram matrix and residual energy."""
         statistics = self.owner.statistics
-        gram = statistics.gram(frequency)
+        gram = statistics.gram(frequency, frequency)
         size = gram.shape[-1]
         ridge = 1e-9 * statistics.num_data * np.eye(size)
         root = torch.linalg.cholesky(torch.from_numpy(gram + ridge))

@@ -25,14 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sbi.utils import BoxUniform, MultipleIndependent
+from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import (
     AffineTransform,
-    Distribution,
     HalfNormal,
+    Independent,
     TransformedDistribution,
-    Uniform,
 )
 
 from ...nn.cells import CellAxis
@@ -40,7 +39,7 @@ from ...nn.charts import Chart
 from ...nn.token_encoder import TokenEncoder
 from ...seeding import forked_rng
 from ...sets.prior import VariableKPrior
-from ..base import Problem
+from ..base import Problem, uniform
 from ..noise import white_log_prob
 from ..simulator import AdditiveSimulator
 from .fit import SineFit
@@ -185,17 +184,14 @@ def line_spectrum(*, num_samples: int = 50, max_cardinality: int = 10) -> LineSp
             f"max_cardinality must lie in 1..{num_samples - 1}, where lines fit their "
             f"separation, got {max_cardinality}."
         )
-    parts: list[Distribution] = [
-        TransformedDistribution(
-            HalfNormal(torch.ones(1)), [AffineTransform(_FLOOR, 1.0)]
-        ),
-        Uniform(torch.zeros(1), torch.tensor([2 * math.pi])),
-        Uniform(torch.tensor([-0.5]), torch.tensor([0.5])),
-    ]
+    amplitude = TransformedDistribution(
+        HalfNormal(torch.ones(1)), [AffineTransform(_FLOOR, 1.0)]
+    )
+    parts = [amplitude, uniform(0.0, 2 * math.pi), uniform(-0.5, 0.5)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),
         [0.0] + [1.0] * max_cardinality,
-        shared=BoxUniform(torch.tensor([_SNR[0]]), torch.tensor([_SNR[1]])),
+        shared=Independent(uniform(*_SNR), 1),
         min_separation=1 / num_samples,
         order_by=2,
         component_names=("amplitude", "phase", "frequency"),

@@ -7,7 +7,7 @@ from typing import Any
 from ...nn.charts import StepChart, check_phase
 from ...nn.registry import register
 from ...sets.layout import ThetaLayout
-from ...sets.marginals import Marginal
+from ...sets.marginals import Marginal, Marginals
 from ...sets.transforms import (
     Columns,
     Compose,
@@ -72,6 +72,8 @@ class PolarChart(StepChart):
             )
         self.amplitude, self.phase, self.frequency = amplitude, phase, frequency
         self.reference_time = reference_time
+        periods = list(Marginals(marginals).periods)
+        periods[phase] = _TWO_PI
         scores = [marginal.score for marginal in marginals]
         scores[amplitude] = ExponentialScore(marginals[amplitude])
         scores[phase] = Identity()
@@ -79,7 +81,7 @@ class PolarChart(StepChart):
         # Without a frequency the phase is only brought back to its turn.
         by, rate = (0, 0.0) if frequency is None else (frequency, reference_time)
         steps.insert(0, Shear(phase, by, _TWO_PI * rate, _TWO_PI))
-        super().__init__(marginals, Compose(steps))
+        super().__init__(Marginals(marginals, periods), Compose(steps))
 
     def extra_moves(self, layout: ThetaLayout) -> list[Any]:
         """Splits of one oscillation and merges of two, where they are ordered so."""

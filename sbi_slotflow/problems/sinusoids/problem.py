@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from sbi.utils import MultipleIndependent
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.paper.dual_stream import DualStreamEncoder
 from ...nn.token_encoder import TokenEncoder
+from ...sets.checks import Numbers
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform
 from ..noise import NoiseModel, WhiteNoise
@@ -102,10 +102,26 @@ class Sinusoids(Problem):
             return SineLikelihood(self.simulator, self)
         return Likelihood(self.simulator)
 
-    def statistics(self, x: Tensor) -> SineStatistics:
-        """Tabulate the statistics of one observation ``(T,)``."""
-        band = self.prior.component_marginals[2].bounds
-        return SineStatistics.of(x.detach().cpu().double().numpy(), self.grids, band)
+    def statistics(self, x: Numbers) -> SineStatistics:
+        """Tabulate the statistics of one observation, ``(T,)`` or ``(1, T)``.
+
+        Raises:
+            TypeError: If x holds no real numbers.
+            ValueError: If x is malformed or the frequencies have no bounds.
+        """
+        x = self.simulator.checked_data(x)
+        if x.numel() != self.num_data or x.ndim > 2:
+            raise ValueError(
+                f"x must have shape ({self.num_data},) or (1, {self.num_data}), got "
+                f"{tuple(x.shape)}."
+            )
+        frequency = self.prior.component_marginals[2]
+        if not all(math.isfinite(bound) for bound in frequency.bounds):
+            raise ValueError(
+                f"the prior's frequency must have bounds, got a {frequency.family}."
+            )
+        data = x.detach().reshape(-1).cpu().double().numpy()
+        return SineStatistics.of(data, self.grids, frequency.bounds)
 
     @property
     def units(self) -> dict[str, str]:
@@ -128,13 +144,22 @@ class Sinusoids(Problem):
         """Draw from the exact posterior; see :mod:`.collapsed`."""
         from .collapsed import collapsed
 
+        self._check_noise()
         return collapsed(self, x, **options)
 
     def laplace_proposal(self, x: Tensor, **options: Any) -> "LaplaceProposal":
         """Approximate the posterior without a network; see :mod:`.laplace`."""
         from .laplace import laplace_proposal
 
+        self._check_noise()
         return laplace_proposal(self, x, **options)
+
+    def _check_noise(self) -> None:
+        if self.noise_level is None:
+            raise TypeError(
+                "problem must be a sinusoid problem with white noise of unknown level, "
+                f"got {self.name!r} with {self.simulator.noise}."
+            )
 
     def plot_spectrum(
         self, samples: Tensor, x: Tensor, true_theta: Tensor | None = None
@@ -227,42 +252,32 @@ class SineLikelihood(Likelihood):
 
     problem: Sinusoids
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
-        self.simulator.check_data(x)
+        x = self.simulator.checked_data(x)
         num = theta.shape[:-1].numel() // max(1, x.shape[:-1].numel())
         if num < _MANY_ROWS or not _match(theta, x):
             return self.simulator.log_likelihood(theta, x)
         return self.given(x)(theta)
 
-    def given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
         """Log p(x | theta) as a function of theta alone; see :class:`Likelihood`."""
-        self.simulator.check_data(x)
+        x = self.simulator.checked_data(x)
+        layout, noise = self.problem.layout, self.simulator.noise
         tables = [self.problem.statistics(one) for one in torch.atleast_2d(x)]
+        assert isinstance(noise, WhiteNoise)
 
         def log_likelihood(theta: Tensor) -> Tensor:
             if not _match(theta, x):
                 return self.simulator.log_likelihood(theta, x)
-            each = theta.unbind(1) if len(tables) > 1 else (theta,)
-            values = [self._of(*pair) for pair in zip(each, tables, strict=True)]
-            return torch.stack(values, 1) if len(tables) > 1 else values[0]
+            layout.validate(theta)
+            if len(tables) == 1:
+                return tables[0].log_likelihood_of(theta, layout, noise)
+            pairs = zip(tables, theta.unbind(1), strict=True)
+            values = [one.log_likelihood_of(rows, layout, noise) for one, rows in pairs]
+            return torch.stack(values, 1)
 
         return log_likelihood
-
-    def _of(self, theta: Tensor, statistics: SineStatistics) -> Tensor:
-        layout, noise = self.problem.layout, self.simulator.noise
-        layout.validate(theta)
-        parts = layout.unpack(theta.double().cpu())
-        # Padding has an amplitude of zero, at some frequency of the band.
-        most = max(1, int(parts.cardinality.max())) if parts.cardinality.numel() else 1
-        components = parts.components[..., :most, :].clone()
-        low, _ = self.problem.prior.component_marginals[2].bounds
-        components[..., 2][~parts.mask[..., :most]] = low
-        assert isinstance(noise, WhiteNoise)
-        sigma = noise.scale(parts.shared)
-        found = statistics.log_likelihood(components.numpy(), sigma.numpy())
-        found = torch.from_numpy(np.asarray(found)).to(theta.device)
-        return torch.where(sigma.to(found) > 0, found, -math.inf)
 
 
 def _match(theta: Tensor, x: Tensor) -> bool:
@@ -358,6 +373,8 @@ def sinusoids(
     }
     if noise not in models:
         raise ValueError(f"noise must be one of {sorted(models)}, got {noise!r}.")
+    if known and noise == "resampled":
+        raise ValueError(f"sigma must be a range if noise is {noise!r}, got {sigma}.")
     simulator = AdditiveSimulator(SineSignal(setup.grids), models[noise], prior.layout)
     own = bool(changes) or cardinality is not None
     name = "sinusoids" if own else f"sinusoids-{preset}"
@@ -413,10 +430,10 @@ def _interval(name: str, value: Any) -> tuple[float, float] | None:
     try:
         low, high = (float(end) for end in value)
     except (TypeError, ValueError):
-        kinds = (
-            "a number or (least, largest)" if name == "sigma" else "(least, largest)"
-        )
-        raise TypeError(f"{name} must be {kinds}, got {value!r}.") from None
+        kinds = "a number or " if name == "sigma" else ""
+        raise TypeError(
+            f"{name} must be {kinds}(least, largest), got {value!r}."
+        ) from None
     return low, high
 
 

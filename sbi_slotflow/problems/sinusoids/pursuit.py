@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .fit import SineFit, SineLeastSquares
-from .statistics import Floats, SineStatistics
+from .statistics import Complexes, Floats, SineStatistics
 
 __all__ = [
     "Pursued",
@@ -251,7 +251,7 @@ def residual_power(
     Returns:
         Shape ``(J,)``.
     """
-    cross = statistics.cross_gram(frequency, fit.frequency)
+    cross = statistics.gram(frequency, fit.frequency)
     left = statistics.projections(frequency).ravel() - cross @ fit.amplitudes.ravel()
     return 2 * np.square(left.reshape(-1, 2)).sum(-1) / statistics.num_data
 
@@ -260,7 +260,7 @@ class _Profile(NamedTuple):
     """The least squares about the best phasors at given frequencies."""
 
     frequency: Floats
-    phasor: np.ndarray
+    phasor: Complexes
     energy: float
     information: Floats
     step: Floats
@@ -301,8 +301,8 @@ def _profiled(given: SineLeastSquares, frequency: Floats) -> _Profile:
     here = np.ix_(linear, linear)
     amplitudes = _solve(gram[here], inner[linear])
     phasor = amplitudes[::2] + 1j * amplitudes[1::2]
-    energy = float(given.data.square().sum())
-    energy -= amplitudes @ (2 * inner[linear] - gram[here] @ amplitudes)
+    explained = amplitudes @ (2 * inner[linear] - gram[here] @ amplitudes)
+    energy = float(given.data.square().sum()) - float(explained)
     around = _linearised(given, torch.from_numpy(phasor)[None], places)
     gram, inner = (part[0].numpy() for part in around)
     cross = gram[np.ix_(linear, which)]
@@ -338,7 +338,8 @@ def _linearised(
 def _solve(matrix: Floats, right: Floats) -> Floats:
     """Solve with a ridge, relative to the matrix."""
     scale = np.trace(matrix) / len(matrix) or 1.0
-    return np.linalg.solve(matrix + _RIDGE * scale * np.eye(len(matrix)), right)
+    ridge = _RIDGE * scale * np.eye(len(matrix))
+    return np.asarray(np.linalg.solve(matrix + ridge, right), dtype=np.float64)
 
 
 def _keep_apart(

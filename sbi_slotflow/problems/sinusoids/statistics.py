@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.signal import zoom_fft
+from torch import Tensor
 
-from .grid import Grid
-from .sums import dirichlet, moments
+from ...sets.layout import ThetaLayout
+from ..noise import WhiteNoise
+from .grid import Grid, dirichlet, moments
 
-__all__ = ["Floats", "SineStatistics"]
+__all__ = ["Complexes", "Floats", "SineStatistics"]
 
 Floats = NDArray[np.float64]
 Complexes = NDArray[np.complex128]
@@ -157,19 +159,16 @@ class SineStatistics:
             first += turn * (offset * share + slope * (0.5j / (math.pi * step)))
         return zeroth, first
 
-    def gram(self, frequency: Floats) -> Floats:
-        """Inner products of the cosines and sines of K frequencies with each other.
+    def gram(self, rows: Floats, columns: Floats) -> Floats:
+        """Inner products of the cosines and sines of J and K frequencies.
 
         Args:
-            frequency: Shape ``(..., K)``.
+            rows: Shape ``(..., J)``.
+            columns: Shape ``(..., K)``.
 
         Returns:
-            Shape ``(..., 2K, 2K)``, in the order cos 1, sin 1, cos 2, ...
+            Shape ``(..., 2J, 2K)``, in the order cos 1, sin 1, cos 2, ...
         """
-        return self.cross_gram(frequency, frequency)
-
-    def cross_gram(self, rows: Floats, columns: Floats) -> Floats:
-        """As :meth:`gram`, between J and K frequencies: ``(..., 2J, 2K)``."""
         first, second = rows[..., :, None], columns[..., None, :]
         below, above = self._sum(first - second), self._sum(first + second)
         blocks = np.empty((*below.shape, 2, 2))
@@ -197,6 +196,18 @@ class SineStatistics:
         residual = self.energy - 2 * inner + self._signal_energy(amplitudes, frequency)
         norm = self.num_data * (np.log(sigma) + 0.5 * math.log(2 * math.pi))
         return -norm - 0.5 * residual / sigma**2
+
+    def log_likelihood_of(
+        self, theta: Tensor, layout: ThetaLayout, noise: WhiteNoise
+    ) -> Tensor:
+        """Evaluate log p(x | theta) of rows ``(..., E)``; -inf where sigma is zero."""
+        parts = layout.unpack(theta.double().cpu())
+        most = int(parts.mask.sum(-1).max()) if parts.mask.numel() else 0
+        components = torch.where(parts.mask.unsqueeze(-1), parts.components, 0.0)
+        sigma = noise.scale(parts.shared)
+        found = self.log_likelihood(components[..., :most, :].numpy(), sigma.numpy())
+        values = torch.where(sigma > 0, torch.from_numpy(np.asarray(found)), -math.inf)
+        return values.to(theta.device)
 
     def linear_amplitudes(self, components: Floats) -> Floats:
         """Map (A, phi, f) ``(..., 3)`` to the amplitudes (a, b) ``(..., 2)``."""
@@ -245,7 +256,7 @@ def _kernel(frequency: Floats, length: int, interval: float) -> Floats:
     return dirichlet(_tensor(math.pi * interval * frequency), length).numpy()
 
 
-def _tensor(values: Floats) -> torch.Tensor:
+def _tensor(values: Floats) -> Tensor:
     # torch's sines are several times faster than NumPy's
     return torch.from_numpy(np.asarray(values))
 

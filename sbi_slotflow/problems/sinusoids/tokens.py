@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ...nn.registry import register
 from .fit import SineFit
-from .grid import Grid
+from .grid import Grid, unit_circle
 from .pursuit import SinePursuit
-from .sums import unit_circle
 
 __all__ = ["BandTokens", "ChirpTransform"]
 

@@ -80,7 +80,7 @@ class Broad:
         outside = ((frequency < 0.5) | (frequency > 2.0)).any(-1)
         log_r[outside] = np.inf
         frequency = np.clip(frequency, 0.5, 2.0)
-        gram = statistics.gram(frequency) + 1e-6 * np.eye(2 * k)
+        gram = statistics.gram(frequency, frequency) + 1e-6 * np.eye(2 * k)
         right = statistics.projections(frequency).reshape(NUM, 2 * k, 1)
         mean = np.linalg.solve(gram, right)
         energy = statistics.energy - (right * mean).sum((-2, -1))

@@ -347,6 +347,7 @@ def test_networks_read_any_number_of_records(num: int, slots: Any) -> None:
         ({"sigma": (-1.0, 1.0)}, "sigma must be"),
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"sigma": math.nan}, "sigma must be positive"),
+        ({"sigma": 0.5, "noise": "resampled"}, "sigma must be a range if noise"),
         ({"amplitude": (1.0, math.nan)}, "amplitude must be"),
         ({"separation": -0.1}, "separation"),
         ({"grids": []}, "grids must hold at least one"),

@@ -1,0 +1,147 @@
+"""Local coordinates: any number of circular parameters, whose seams do not matter."""
+
+import math
+
+import pytest
+import torch
+from sbi.utils import MultipleIndependent
+from torch import Tensor
+from torch.distributions import Exponential, Gamma, Normal, Uniform, VonMises
+
+from sbi_slotflow import VariableKPrior
+from sbi_slotflow.nn.cells import CellAxis
+from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.nn.local_density import LocalGaussian
+from sbi_slotflow.nn.local_transform import LocalTransform
+
+TWO_PI = 2 * math.pi
+
+
+def uniform(low: float, high: float) -> Uniform:
+    return Uniform(torch.tensor([float(low)]), torch.tensor([float(high)]))
+
+
+def prior(periods: dict[str, float]) -> VariableKPrior:
+    component = MultipleIndependent(
+        [
+            Gamma(torch.tensor([2.0]), torch.tensor([1.0])),
+            uniform(-1.0, 2.0),
+            uniform(5.0, 9.0),
+            VonMises(torch.tensor([3.0]), torch.tensor([2.0])),
+            Normal(torch.tensor([1.0]), torch.tensor([2.0])),
+            Exponential(torch.tensor([1.0])),
+        ]
+    )
+    return VariableKPrior(
+        component,
+        [0.0, 1.0],
+        order_by=1,
+        component_names=["height", "place", "turn", "angle", "tilt", "wait"],
+        periods=periods,
+    )
+
+
+CIRCULAR = {
+    "none": {},
+    "one": {"turn": 4.0},
+    "two": {"turn": 4.0, "angle": TWO_PI},
+    # half a circle has no seam, and the location keeps its own
+    "part": {"turn": 8.0, "angle": TWO_PI, "place": 3.0},
+}
+COUNT = {"none": 0, "one": 1, "two": 2, "part": 1}
+
+
+@pytest.fixture(params=CIRCULAR, name="case")
+def _case(request: pytest.FixtureRequest) -> tuple[str, VariableKPrior, LocalTransform]:
+    made = prior(CIRCULAR[request.param])
+    chart = WhiteningChart(made.component_marginals)
+    return request.param, made, LocalTransform(chart, CellAxis(1, 8))
+
+
+def draws(made: VariableKPrior) -> Tensor:
+    rows = made.sample((500,), generator=torch.Generator().manual_seed(0))
+    return made.layout.unpack(rows).components[:, 0].double()
+
+
+def test_the_periods_of_the_layout_decide_what_is_circular(case) -> None:
+    name, _, local = case
+    assert local.num_circular == COUNT[name]
+
+
+def test_coordinates_invert_and_have_autograds_log_jacobian(case) -> None:
+    _, made, local = case
+    components = draws(made).requires_grad_()
+    w, log_det = local.coordinates(components)
+    torch.testing.assert_close(local.components(w), components)
+    slopes = [
+        torch.autograd.grad(column.sum(), components, retain_graph=True)[0]
+        for column in w.unbind(-1)
+    ]
+    _, expected = torch.linalg.slogdet(torch.stack(slopes, -2))
+    torch.testing.assert_close(log_det, expected)
+
+
+def test_relative_coordinates_do_not_feel_a_seam(case) -> None:
+    """Moving both a component and the centre around the circle changes nothing."""
+    _, made, local = case
+    components = draws(made)
+    anchors = torch.full((len(components),), 3)
+    w, _ = local.coordinates(components)
+    num = local.num_circular
+    centre = w[:, 1 : 1 + num] + 0.3
+    found = local.relative(w, anchors, centre)
+    torch.testing.assert_close(
+        found[:, 1 : 1 + num], torch.full((len(w), num), -0.3).double()
+    )
+    turned = components.clone()
+    for d, period in enumerate(made.component_marginals.periods):
+        low, _ = made.component_marginals[d].bounds
+        if math.isfinite(period) and d != 1:
+            turned[:, d] = low + (components[:, d] - low + 0.4 * period) % period
+    again, _ = local.coordinates(turned)
+    moved = local.relative(again, anchors, centre + 0.4 * TWO_PI)
+    torch.testing.assert_close(moved, found, rtol=1e-6, atol=1e-6)
+    back = local.components(local.absolute(found, anchors, centre))
+    torch.testing.assert_close(back, components, rtol=1e-6, atol=1e-6)
+
+
+def test_the_log_prior_is_the_priors_but_for_a_constant(case) -> None:
+    _, made, local = case
+    components = draws(made)
+    whole, log_det = local.coordinates(components)
+    anchors = torch.full((len(whole),), 3)
+    centre = whole[:, 1 : 1 + local.num_circular] - 0.2
+    w = local.relative(whole, anchors, centre)
+    found, slope = local.log_prior(w, centre)
+    # from the marginals' own densities, those of the coordinates
+    marginals = made.component_marginals
+    columns = zip(marginals, components.unbind(-1), strict=True)
+    expected = sum(m.log_density(column) for m, column in columns) - log_det
+    difference = found - expected
+    torch.testing.assert_close(difference, difference[:1].expand(len(w)))
+    step = 1e-6 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    ahead, _ = local.log_prior(w + step, centre)
+    behind, _ = local.log_prior(w - step, centre)
+    slopes = (slope * step).sum(-1)
+    torch.testing.assert_close(slopes, (ahead - behind) / 2, rtol=1e-3, atol=1e-9)
+
+
+def test_ends_hold_all_of_the_prior(case) -> None:
+    _, made, local = case
+    whole, _ = local.coordinates(draws(made))
+    low, high = local.ends()
+    inner = slice(1 + local.num_circular, None)
+    assert (whole[:, inner] >= low[inner]).all()
+    assert (whole[:, inner] <= high[inner]).all()
+    assert (low[1 : 1 + local.num_circular] == -math.pi).all()
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_each_circular_coordinate_has_a_predicted_centre(num: int) -> None:
+    torch.manual_seed(0)
+    gaussian = LocalGaussian(5, 7, num)
+    centre = gaussian.centre(torch.randn(4, 7))
+    assert centre.shape == (4, num)
+    assert (centre.abs() <= math.pi).all()
+    # of directions of their own
+    assert centre.flatten().unique().numel() == 4 * num
