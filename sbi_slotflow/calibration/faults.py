@@ -47,19 +47,10 @@ class Spoil(Protocol):
 
 
 class FaultyPosterior(Posterior):
-    """A posterior made wrong; it has no density.
-
-    Args:
-        posterior: The posterior.
-        spoil: What happens to its draws given K; nothing if None.
-        sharpness: Power to which q(K | x) is raised.
-    """
+    """A posterior made wrong; it has no density."""
 
     def __init__(
-        self,
-        posterior: Posterior,
-        spoil: Spoil | None = None,
-        sharpness: float = 1.0,
+        self, posterior: Posterior, spoil: Spoil | None = None, sharpness: float = 1.0
     ) -> None:
         self.posterior, self.prior = posterior, posterior.prior
         self.simulator = posterior.simulator
@@ -83,11 +74,7 @@ class FaultyPosterior(Posterior):
     def with_cardinality_prior(
         self, weights: Sequence[float] | Tensor
     ) -> "FaultyPosterior":
-        """Return the posterior under another prior of K, with the same fault.
-
-        Args:
-            weights: Weights of K = 0..Kmax.
-        """
+        """Return the posterior under another prior of K, with the same fault."""
         other: Any = self.posterior
         return FaultyPosterior(
             other.with_cardinality_prior(weights), self._spoil, self._sharpness
@@ -95,14 +82,7 @@ class FaultyPosterior(Posterior):
 
 
 class FaultySets(SetDistribution):
-    """A faulty posterior given B observations.
-
-    Args:
-        posterior: The posterior that is spoilt.
-        x: Observations, shape ``(B, *event)``.
-        spoil: What happens to its draws given K.
-        sharpness: Power to which q(K | x) is raised.
-    """
+    """A faulty posterior given B observations."""
 
     def __init__(
         self, posterior: Posterior, x: Tensor, spoil: Spoil | None, sharpness: float
@@ -146,11 +126,7 @@ class FaultySets(SetDistribution):
         return rows.reshape(*shape, len(x), self.layout.size)
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """Raise: a spoilt posterior's density is not known.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise: a spoilt posterior's density is not known."""
         raise NotImplementedError("log_prob does not exist for a faulty posterior.")
 
     def _of_size(
@@ -170,47 +146,21 @@ def narrowed(
     *,
     periods: Mapping[str, float] | None = None,
 ) -> FaultyPosterior:
-    """Pull all parameters towards their mean given K.
-
-    Args:
-        posterior: The posterior.
-        factor: What standard deviations are multiplied by; above 1 they grow.
-        periods: Periods of circular parameters by name; the layout's if None.
-
-    Raises:
-        ValueError: If the factor is not positive.
-    """
+    """Pull all parameters towards their mean given K."""
     if not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
     return FaultyPosterior(posterior, _Moved(posterior.prior, periods, factor, 0.0))
 
 
 def shifted(
-    posterior: Posterior,
-    by: float = 0.5,
-    *,
-    periods: Mapping[str, float] | None = None,
+    posterior: Posterior, by: float = 0.5, *, periods: Mapping[str, float] | None = None
 ) -> FaultyPosterior:
-    """Move all parameters by a share of their standard deviation given K.
-
-    Args:
-        posterior: The posterior.
-        by: The share.
-        periods: Periods of circular parameters by name; the layout's if None.
-    """
+    """Move all parameters by a share of their standard deviation given K."""
     return FaultyPosterior(posterior, _Moved(posterior.prior, periods, 1.0, by))
 
 
 def oversharp(posterior: Posterior, power: float = 2.0) -> FaultyPosterior:
-    r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`.
-
-    Args:
-        posterior: The posterior.
-        power: The power; below 1 it is too unsure.
-
-    Raises:
-        ValueError: If the power is not positive.
-    """
+    r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`."""
     if not power > 0:
         raise ValueError(f"power must be positive, got {power}.")
     return FaultyPosterior(posterior, sharpness=power)
@@ -222,9 +172,6 @@ def unmixed(posterior: Posterior) -> FaultyPosterior:
     Each component stays between the midpoints of its own and its neighbours' mean
     ``order_by`` parameter, as where slots own a range each, or a sampler's labels never
     mix. Where components are well apart nothing changes.
-
-    Args:
-        posterior: The posterior.
     """
     return FaultyPosterior(posterior, _Unmixed(posterior.prior.layout))
 
@@ -233,9 +180,6 @@ def independent(posterior: Posterior) -> FaultyPosterior:
     """Remove all dependence between components, and with shared parameters.
 
     Each component of a draw is taken from a draw of its own.
-
-    Args:
-        posterior: The posterior.
     """
     return FaultyPosterior(posterior, _Independent(posterior.prior.layout))
 
