@@ -22,10 +22,10 @@ from sbi_slotflow.nn.cell_head import CellHead
 from sbi_slotflow.nn.component_head import ComponentHead
 from sbi_slotflow.nn.encoders import Observations
 from sbi_slotflow.nn.independent_head import IndependentHead
-from sbi_slotflow.nn.matching import hungarian
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
+from sbi_slotflow.sets.matching import hungarian
 
 __all__ = ["SlotMatches", "match_slots", "slot_stability"]
 

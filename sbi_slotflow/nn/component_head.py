@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
+from ..sets.matching import hungarian, log_permanent
 from .charts import Chart
 from .encoders import Encoding, Observations
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
-from .matching import hungarian, log_permanent
 from .set_distribution import SetsGivenK
 from .slots import Slots
 from .spec import Matching

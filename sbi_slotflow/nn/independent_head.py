@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..sets.layout import ThetaParts
+from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
 from .cell_head import CellHead, trunk_network
 from .cells import CellAxis
@@ -25,7 +26,6 @@ from .encoders import Encoding, Observations
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
-from .matching import hungarian, log_permanent
 from .set_distribution import SetsGivenK
 from .spec import Matching
 

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..sets.circular import wrapped
 from ..sets.transforms import solve_lower
 from .cells import OccupiedCells
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_transform import LocalTransform, wrapped
+from .local_transform import LocalTransform
 
 __all__ = ["ModeFinder", "Modes"]
 
