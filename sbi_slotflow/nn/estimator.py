@@ -31,6 +31,7 @@ from .heads import (
     SharedGivenX,
     SharedHead,
 )
+from .precision import single_precision
 from .registry import build
 from .set_distribution import NetworkSets
 from .spec import EstimatorSpec
@@ -59,6 +60,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     x_shift: Tensor
     x_scale: Tensor
 
+    @single_precision()
     def __init__(
         self,
         spec: EstimatorSpec,
