@@ -135,7 +135,7 @@ def _encoded(
     estimator = posterior.posterior_estimator.eval()
     layout = posterior.prior.layout
     layout.validate(theta)
-    estimator.check_condition(x)
+    estimator.checked(x)
     if theta.ndim != 2 or len(theta) != len(x) or not len(theta):
         raise ValueError(
             f"theta and x must be batches of one size, got {tuple(theta.shape)} and "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
 from .matching import hungarian, log_permanent
@@ -42,7 +42,7 @@ class ComponentHead(nn.Module):
         return False
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return q(Theta, s | x, K) of B observations.
 
@@ -58,7 +58,7 @@ class ComponentHead(nn.Module):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:

@@ -21,7 +21,7 @@ from .cell_chain import CellMarginals
 from .cell_head import CellHead, trunk_network
 from .cells import CellAxis
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
@@ -59,7 +59,7 @@ class IndependentHead(CellHead):
         super().__init__(chart, axis)
         self.max_cardinality = max_cardinality
         features, self.own_features = self.local_chart.num_features, 0
-        self.pointer = CellMarginals(axis, token_features, max_cardinality)
+        self.cells = CellMarginals(axis, token_features, max_cardinality)
         self.trunk = trunk_network(token_features + max_cardinality + 1, trunk_features)
         self.gaussian = LocalGaussian(
             features, trunk_features, self.local_chart.num_circular
@@ -74,7 +74,7 @@ class IndependentHead(CellHead):
         return False
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         return _IndependentSets(self, encoding, shared, "permanent")
@@ -82,7 +82,7 @@ class IndependentHead(CellHead):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
@@ -103,7 +103,7 @@ class _IndependentSets(SetsGivenK):
         assert encoding.tokens is not None
         self.head, self.shared, self.matching = head, shared, matching
         self.tokens, self.edges = encoding.tokens, head.edges(encoding)
-        self.log_cells = head.pointer(self.tokens)
+        self.log_cells = head.cells(self.tokens)
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -167,7 +167,7 @@ class _IndependentSets(SetsGivenK):
 
     def _contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
         """Contexts of M components, each distinct one once."""
-        sizes, num = self.head.max_cardinality + 1, self.head.axis.num_anchors
+        sizes, num = self.head.max_cardinality + 1, self.head.axis.num_cells
         code = (owner * sizes + count) * num + cells
         distinct, which = torch.unique(code, return_inverse=True)
         rest, cells = distinct // num, distinct % num

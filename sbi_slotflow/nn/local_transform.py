@@ -74,7 +74,7 @@ class LocalTransform:
             shears.append(Shear(d, place, rate, period, low))
         self._scales = [self._scale(d) for d in self._parameters]
         columns = [Affine(middle, half) for middle, half in self._scales]
-        position = Place(self.marginals[place], axis.num_anchors)
+        position = Place(self.marginals[place], axis.num_cells)
         self._steps = Compose(
             [*shears, Permutation(order), Columns([position, *columns])]
         )
