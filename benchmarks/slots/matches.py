@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
-from sbi_slotflow.nn.component_head import ComponentHead
-from sbi_slotflow.nn.encoders import Encoding
-from sbi_slotflow.nn.estimator import SlotDensityEstimator
-from sbi_slotflow.nn.independent_head import IndependentHead
+from sbi_slotflow.nn.autoregressive_head import _JointSets
+from sbi_slotflow.nn.component_head import _SlotSets
+from sbi_slotflow.nn.independent_head import _IndependentSets
 from sbi_slotflow.nn.matching import hungarian
+from sbi_slotflow.nn.set_distribution import SetsGivenK
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
@@ -71,18 +70,15 @@ def match_slots(
         TypeError: If theta or x is not a floating-point tensor.
         ValueError: If theta or x is malformed, or K is not the same throughout.
     """
-    estimator, parts, encoding = _encoded(posterior, theta, x)
+    sets, parts = _given(posterior, theta, x)
     k = int(parts.cardinality[0])
     owner = torch.arange(len(theta), device=theta.device)
-    head = estimator.component_head
-    drawn = head.sample(parts.mask, encoding, owner, generator)[0][:, :k]
+    drawn = sets.sample(parts.mask, owner, generator)[0][:, :k]
     truth = parts.components[:, :k]
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
-    contexts = _contexts(head, parts, encoding, owner)[:, :k]
-    if isinstance(
-        head, AutoregressiveHead | IndependentHead
-    ):  # contexts of true components
+    contexts = _contexts(sets, parts, owner)[:, :k]
+    if not isinstance(sets, _SlotSets):  # contexts of true components
         index = matched.unsqueeze(-1).expand_as(contexts)
         contexts = contexts.gather(1, index)
     return SlotMatches(posterior.prior.layout, components, contexts)
@@ -118,24 +114,23 @@ def slot_stability(
     theta, x = torch.atleast_2d(theta), torch.atleast_2d(x)
     if len(theta) != 1 or len(x) != 1:
         raise ValueError("theta and x must be of one signal.")
-    estimator, parts, encoding = _encoded(posterior, theta, x)
+    sets, parts = _given(posterior, theta, x)
     k = int(parts.cardinality)
     mask = parts.mask.expand(num_draws, -1)
     owner = torch.zeros(num_draws, dtype=torch.int64, device=theta.device)
-    drawn, _ = estimator.component_head.sample(mask, encoding, owner, generator)
-    drawn = drawn[:, :k]
+    drawn = sets.sample(mask, owner, generator)[0][:, :k]
     truth = parts.components[:, :k].expand_as(drawn)
     matched = _matched(posterior, drawn, truth)
     return torch.nn.functional.one_hot(matched, k).double().mean(0)
 
 
-def _encoded(
+def _given(
     posterior: SlotPosterior, theta: Tensor, x: Tensor
-) -> tuple[SlotDensityEstimator, ThetaParts, Encoding]:
-    estimator = posterior.posterior_estimator.eval()
+) -> tuple[SetsGivenK, ThetaParts]:
+    """What the component head makes of x, and the true rows taken apart."""
     layout = posterior.prior.layout
     layout.validate(theta)
-    estimator.checked(x)
+    sets = posterior.posterior_estimator.eval().given(x)._sets
     if theta.ndim != 2 or len(theta) != len(x) or not len(theta):
         raise ValueError(
             f"theta and x must be batches of one size, got {tuple(theta.shape)} and "
@@ -147,7 +142,7 @@ def _encoded(
         raise ValueError(
             f"theta must hold one cardinality, at least 1, got K = {values}."
         )
-    return estimator, parts, estimator.encode(x)
+    return sets, parts
 
 
 def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
@@ -162,31 +157,27 @@ def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
     return hungarian(-gaps.square().sum(-1), counts)
 
 
-def _contexts(
-    head: torch.nn.Module, parts: ThetaParts, encoding: Encoding, owner: Tensor
-) -> Tensor:
+def _contexts(sets: SetsGivenK, parts: ThetaParts, owner: Tensor) -> Tensor:
     """Contexts ``(B, Kmax, C)`` of slots, or of components where slots have cells."""
-    row, slot = parts.mask.nonzero(as_tuple=True)
-    if isinstance(head, ComponentHead):
-        found = head.slots(encoding, owner[row], parts.cardinality[row], slot)
+    mask = parts.mask
+    row, slot = mask.nonzero(as_tuple=True)
+    if isinstance(sets, _SlotSets):
+        found = sets._contexts(mask, owner)
         values = found.values[found.which]
-    elif isinstance(head, AutoregressiveHead | IndependentHead):
-        point = head.chart.some_point(parts.components)
-        active = parts.mask.unsqueeze(-1)
-        components = torch.where(active, parts.components, point)
-        position = head.local_chart.coordinates(components)[0][..., 0]
-        anchors = head.axis.anchors(position, head.edges(encoding)[owner])
-        anchors = torch.where(parts.mask, anchors, 0)
-        if isinstance(head, AutoregressiveHead):
-            sets = head.sets(encoding, owner, anchors, parts.mask)
-            each = sets.contexts.unflatten(0, sets.anchors.shape)[sets.which]
-            values = each[row, slot]
+    elif isinstance(sets, _JointSets | _IndependentSets):
+        position = sets.head.coordinates(parts)[0][..., 0]
+        cells = sets.head.axis.cells(position, sets.edges[owner])
+        cells = torch.where(mask, cells, 0)
+        if isinstance(sets, _JointSets):
+            joint = sets._conditioned(owner, cells, mask)
+            values = joint.contexts.unflatten(0, joint.near.shape)[joint.which]
+            values = values[row, slot]
         else:
-            count = parts.cardinality[row]
-            found = head.contexts(encoding, owner[row], count, anchors[row, slot])
+            here = cells[row, slot]
+            found = sets._contexts(owner[row], parts.cardinality[row], here)
             values = found.values[found.which]
     else:
-        raise TypeError(f"no slot contexts in a {type(head).__name__}.")
-    padded = values.new_full((*parts.mask.shape, values.shape[-1]), math.nan)
+        raise TypeError(f"no slot contexts in {type(sets).__name__}.")
+    padded = values.new_full((*mask.shape, values.shape[-1]), math.nan)
     padded[row, slot] = values
     return padded
