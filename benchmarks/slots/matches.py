@@ -12,18 +12,20 @@ their location: there slot k is the k-th component by construction.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sbi_slotflow.nn.autoregressive_head import _JointSets
-from sbi_slotflow.nn.component_head import _SlotSets
-from sbi_slotflow.nn.independent_head import _IndependentSets
-from sbi_slotflow.nn.matching import hungarian
-from sbi_slotflow.nn.set_distribution import SetsGivenK
+from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.cell_head import CellHead
+from sbi_slotflow.nn.component_head import ComponentHead
+from sbi_slotflow.nn.encoders import Observations
+from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
+from sbi_slotflow.sets.matching import hungarian
 
 __all__ = ["SlotMatches", "match_slots", "slot_stability"]
 
@@ -70,15 +72,17 @@ def match_slots(
         TypeError: If theta or x is not a floating-point tensor.
         ValueError: If theta or x is malformed, or K is not the same throughout.
     """
-    sets, parts = _given(posterior, theta, x)
+    head, parts, given = _given(posterior, theta, x)
     k = int(parts.cardinality[0])
     owner = torch.arange(len(theta), device=theta.device)
-    drawn = sets.sample(parts.mask, owner, generator)[0][:, :k]
+    drawn = given.sample(parts.mask, owner, generator)[0][:, :k]
     truth = parts.components[:, :k]
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
-    contexts = _contexts(sets, parts, owner)[:, :k]
-    if not isinstance(sets, _SlotSets):  # contexts of true components
+    contexts = _contexts(head, parts, given, owner)[:, :k]
+    if isinstance(
+        head, AutoregressiveHead | IndependentHead
+    ):  # contexts of true components
         index = matched.unsqueeze(-1).expand_as(contexts)
         contexts = contexts.gather(1, index)
     return SlotMatches(posterior.prior.layout, components, contexts)
@@ -114,11 +118,12 @@ def slot_stability(
     theta, x = torch.atleast_2d(theta), torch.atleast_2d(x)
     if len(theta) != 1 or len(x) != 1:
         raise ValueError("theta and x must be of one signal.")
-    sets, parts = _given(posterior, theta, x)
+    _, parts, given = _given(posterior, theta, x)
     k = int(parts.cardinality)
     mask = parts.mask.expand(num_draws, -1)
     owner = torch.zeros(num_draws, dtype=torch.int64, device=theta.device)
-    drawn = sets.sample(mask, owner, generator)[0][:, :k]
+    drawn, _ = given.sample(mask, owner, generator)
+    drawn = drawn[:, :k]
     truth = parts.components[:, :k].expand_as(drawn)
     matched = _matched(posterior, drawn, truth)
     return torch.nn.functional.one_hot(matched, k).double().mean(0)
@@ -126,11 +131,12 @@ def slot_stability(
 
 def _given(
     posterior: SlotPosterior, theta: Tensor, x: Tensor
-) -> tuple[SetsGivenK, ThetaParts]:
-    """What the component head makes of x, and the true rows taken apart."""
+) -> tuple[ComponentHead | CellHead, ThetaParts, Any]:
+    """The head, true sets taken apart, and the head's distribution given x."""
+    estimator = posterior.posterior_estimator.eval()
     layout = posterior.prior.layout
     layout.validate(theta)
-    sets = posterior.posterior_estimator.eval().given(x)._sets
+    x = estimator.checked(x)
     if theta.ndim != 2 or len(theta) != len(x) or not len(theta):
         raise ValueError(
             f"theta and x must be batches of one size, got {tuple(theta.shape)} and "
@@ -142,7 +148,9 @@ def _given(
         raise ValueError(
             f"theta must hold one cardinality, at least 1, got K = {values}."
         )
-    return sets, parts
+    data = Observations(x, estimator.x_scale)
+    head = estimator.component_head
+    return head, parts, head.given(estimator.encode(x), data, None)
 
 
 def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
@@ -157,27 +165,28 @@ def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
     return hungarian(-gaps.square().sum(-1), counts)
 
 
-def _contexts(sets: SetsGivenK, parts: ThetaParts, owner: Tensor) -> Tensor:
+def _contexts(
+    head: torch.nn.Module, parts: ThetaParts, given: Any, owner: Tensor
+) -> Tensor:
     """Contexts ``(B, Kmax, C)`` of slots, or of components where slots have cells."""
-    mask = parts.mask
-    row, slot = mask.nonzero(as_tuple=True)
-    if isinstance(sets, _SlotSets):
-        found = sets._contexts(mask, owner)
+    row, slot = parts.mask.nonzero(as_tuple=True)
+    if isinstance(head, ComponentHead):
+        found = given.contexts(parts.mask, owner)
         values = found.values[found.which]
-    elif isinstance(sets, _JointSets | _IndependentSets):
-        position = sets.head.coordinates(parts)[0][..., 0]
-        cells = sets.head.axis.cells(position, sets.edges[owner])
-        cells = torch.where(mask, cells, 0)
-        if isinstance(sets, _JointSets):
-            joint = sets._conditioned(owner, cells, mask)
-            values = joint.contexts.unflatten(0, joint.near.shape)[joint.which]
-            values = values[row, slot]
+    elif isinstance(head, AutoregressiveHead | IndependentHead):
+        position = head.coordinates(parts)[0][..., 0]
+        cells = head.axis.cells(position, given.edges[owner])
+        cells = torch.where(parts.mask, cells, 0)
+        if isinstance(head, AutoregressiveHead):
+            sets = given.conditioned(owner, cells, parts.mask)
+            each = sets.contexts.unflatten(0, sets.cells.cells.shape)[sets.which]
+            values = each[row, slot]
         else:
-            here = cells[row, slot]
-            found = sets._contexts(owner[row], parts.cardinality[row], here)
+            count = parts.cardinality[row]
+            found = given.contexts(owner[row], count, cells[row, slot])
             values = found.values[found.which]
     else:
-        raise TypeError(f"no slot contexts in {type(sets).__name__}.")
-    padded = values.new_full((*mask.shape, values.shape[-1]), math.nan)
+        raise TypeError(f"no slot contexts in a {type(head).__name__}.")
+    padded = values.new_full((*parts.mask.shape, values.shape[-1]), math.nan)
     padded[row, slot] = values
     return padded

@@ -23,9 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .check import Check
+from .check import Array, Check
 from .draws import CalibrationDraws
-from .uniformity import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

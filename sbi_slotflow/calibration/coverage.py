@@ -2,7 +2,7 @@ r"""Coverage of credible intervals (the paper's figure 6).
 
 The central interval of probability :math:`\alpha` of a matched component's parameter
 holds the truth if :math:`|2u - 1| \le \alpha` with u the truth's normalised rank (see
-:mod:`~sbi_slotflow.calibration.matched`). So the coverage at all levels at once,
+:mod:`~sbi_slotflow.calibration.draws`). So the coverage at all levels at once,
 
 .. math::
     C(\alpha) = \Pr\big(|2u - 1| \le \alpha\big),
@@ -27,11 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Check
-from .draws import CalibrationDraws
-from .matched import MatchedComponents, above_rounding
+from .check import Array, Check, pit, rank_p_value
+from .draws import CalibrationDraws, MatchedComponents, above_rounding
 from .sbc import FEWEST_RANKS, component_ranks, picked_component
-from .uniformity import Array, pit, rank_p_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,18 +158,7 @@ class Coverage(Check):
 
 
 def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Coverage:
-    """Measure the coverage of credible intervals given the true K.
-
-    Args:
-        draws: Pairs and draws.
-        false_alarm_rate: Of the check.
-
-    Returns:
-        Curves by parameter and by K, with bias, and the verdict.
-
-    Raises:
-        ValueError: If too few pairs have a parameter.
-    """
+    """Measure the coverage of credible intervals given the true K."""
     generator = draws.generator(2)
     matched = MatchedComponents(draws)
     counts = draws.cardinality

@@ -29,11 +29,9 @@ from torch import Tensor
 
 from ..seeding import generator_for
 from ..sets.checks import as_count
-from .check import Check
+from .check import Array, Check, pit
 from .draws import BatchedPosterior, CalibrationDraws
-from .reductions import reduce_fns
-from .sbc import set_numbers
-from .uniformity import Array, pit
+from .sbc import reduce_fns, set_numbers
 
 if TYPE_CHECKING:
     from ..plots.style import Figure

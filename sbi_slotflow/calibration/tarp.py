@@ -9,7 +9,7 @@ is uniform if q is right, for any r that does not know the truth. With the dista
 between sets of :func:`set_distance` it tests K, components
 and shared parameters together. ``sbi.diagnostics.run_tarp`` takes that distance too and
 gives the same curve for the same draws and references; here ties are randomised and the
-verdict is that of :mod:`~sbi_slotflow.calibration.uniformity`.
+verdict is that of :mod:`~sbi_slotflow.calibration.check`.
 
 References are draws from the prior, a draw from the posterior itself that is used for
 nothing else, and one given the true K, ranked with draws given K. The closer the
@@ -28,10 +28,8 @@ from torch import Tensor
 from ..seeding import generator_for
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
-from .check import Check
-from .draws import CalibrationDraws
-from .matched import above_rounding
-from .uniformity import Array, pit, plot_ecdf_differences, rank_p_value
+from .check import Array, Check, pit, plot_ecdf_differences, rank_p_value
+from .draws import CalibrationDraws, above_rounding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,13 +73,6 @@ class SetDistance:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return distances of rows.
 
-        Args:
-            a: Rows ``(..., E)``.
-            b: Rows ``(..., E)`` of a batch shape that broadcasts with ``a``'s.
-
-        Returns:
-            Distances of the broadcast batch shape.
-
         Raises:
             ValueError: If ``b`` holds a fractional K: sbi's ``run_tarp`` rescales
                 theta unless ``z_score_theta=False``. The references ``a`` may hold
@@ -116,13 +107,6 @@ def set_distance(
     layout: ThetaLayout, theta: Tensor, cutoff: float = 2.0, seed: int = 0
 ) -> SetDistance:
     """Make a set distance for ``run_tarp(..., distance=..., z_score_theta=False)``.
-
-    Args:
-        layout: Layout of theta.
-        theta: Rows (of the prior, say) whose active entries' standard deviations become
-            the scales.
-        cutoff: Penalty of a missing component, in standard deviations.
-        seed: Seed of the tie-breaking jitter, which is at most 1e-5.
 
     Raises:
         ValueError: If theta is malformed or holds fewer than two components.
@@ -186,15 +170,7 @@ def tarp(
     distance: SetDistance | None = None,
     false_alarm_rate: float = 0.01,
 ) -> TARP:
-    """Test the coverage of balls around random references.
-
-    Args:
-        draws: Pairs and draws.
-        prior: Source of the references, and of the distance's scales.
-        distance: Distance between sets; :func:`set_distance` with the prior's scales if
-            None.
-        false_alarm_rate: Of the check.
-    """
+    """Test the coverage of balls around random references."""
     generator = draws.generator(5)
     if distance is None:
         rows = prior.sample((_NUM_SCALE_DRAWS,), generator).cpu()

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
-from .fit import checked_weights, fit_sources
-from .sources import Sources
+from .sources import Sources, checked_weights, fit_sources
 
 if TYPE_CHECKING:
     from xarray import Dataset

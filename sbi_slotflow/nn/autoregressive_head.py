@@ -230,7 +230,7 @@ class _JointSets(SetsGivenK):
         position = coordinates[..., 0]
         cells = torch.where(mask, head.axis.cells(position, self.edges[owner]), 0)
         value = self.cells.log_prob(owner, cells, mask)
-        sets = self._conditioned(owner, cells, mask)
+        sets = self.conditioned(owner, cells, mask)
         w = head.local_chart.relative(coordinates, cells, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
@@ -264,7 +264,7 @@ class _JointSets(SetsGivenK):
         """Draw sets; see :meth:`SetsGivenK.sample`."""
         head, count = self.head, mask.sum(-1)
         cells = self.cells.sample(owner, mask, generator)
-        sets = self._conditioned(owner, cells, mask)
+        sets = self.conditioned(owner, cells, mask)
         shape = (*mask.shape, head.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
         noise = torch.zeros_like(w)
@@ -290,7 +290,7 @@ class _JointSets(SetsGivenK):
             shared = self.shared.sample(owner, count, generator, sets.level)
         return components, shared
 
-    def _conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
+    def conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
         """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
         head, count = self.head, mask.sum(-1)
         which = torch.arange(len(owner), device=owner.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..sets.layout import ThetaParts
+from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
 from .cell_head import CellHead, trunk_network
 from .cells import CellAxis
@@ -25,7 +26,6 @@ from .encoders import Encoding, Observations
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
-from .matching import hungarian, log_permanent
 from .set_distribution import SetsGivenK
 from .spec import Matching
 
@@ -112,7 +112,7 @@ class _IndependentSets(SetsGivenK):
         cells = head.axis.cells(coordinates[..., 0], edges)
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
-        contexts = self._contexts(owner[row], count[row], here)
+        contexts = self.contexts(owner[row], count[row], here)
         centre = head.gaussian.centre(contexts.values)[contexts.which]
         w = head.local_chart.relative(coordinates[row, column], here, centre)
         mean, factor = head.gaussian(contexts)
@@ -154,7 +154,7 @@ class _IndependentSets(SetsGivenK):
         if len(row):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-            contexts = self._contexts(here, count[row], cells)
+            contexts = self.contexts(here, count[row], cells)
             centre = head.gaussian.centre(contexts.values)[contexts.which]
             mean, factor = head.gaussian(contexts)
             limits = head.limits(cells, edges[here, cells], edges[here, cells + 1])
@@ -165,7 +165,7 @@ class _IndependentSets(SetsGivenK):
             shared = self.shared.sample(owner, count, generator)
         return components, shared
 
-    def _contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
+    def contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
         """Contexts of M components, each distinct one once."""
         sizes, num = self.head.max_cardinality + 1, self.head.axis.num_cells
         code = (owner * sizes + count) * num + cells

@@ -167,10 +167,9 @@ class ModeFinder:
         width = self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
-        centre = zeros.new_zeros(num, size, self.local_chart.num_circular)
         modes = Modes(
             zeros,
-            centre,
+            zeros.new_zeros(num, size, self.local_chart.num_circular),
             factor,
             zeros.new_zeros(num, size, 3 * width),
             *zeros.new_zeros(3, num),

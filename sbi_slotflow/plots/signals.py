@@ -9,8 +9,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from .checks import checked_data, checked_row, checked_samples, thinned
-from .style import DATA, POSTERIOR, SHADES, TRUTH, Figure, dress, legend_above, padded
+from .style import (
+    DATA,
+    POSTERIOR,
+    SHADES,
+    TRUTH,
+    Figure,
+    checked_data,
+    checked_row,
+    checked_samples,
+    dress,
+    legend_above,
+    padded,
+    thinned,
+)
 
 if TYPE_CHECKING:
     from ..problems.base import Problem
@@ -87,10 +99,7 @@ def plot_reconstruction(
 
 
 def plot_spectrum(
-    problem: "Problem",
-    samples: Tensor,
-    x: Tensor,
-    true_theta: Tensor | None = None,
+    problem: "Problem", samples: Tensor, x: Tensor, true_theta: Tensor | None = None
 ) -> MatplotlibFigure:
     """Plot the spectrum of x with the posterior of frequency and amplitude.
 

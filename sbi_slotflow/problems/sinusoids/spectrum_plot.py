@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ...catalogue import fit_sources
-from ...plots.checks import checked_data, checked_row, checked_samples, thinned
 from ...plots.style import (
     CYCLE,
     DATA,
@@ -18,9 +17,13 @@ from ...plots.style import (
     SMALL,
     TRUTH,
     Figure,
+    checked_data,
+    checked_row,
+    checked_samples,
     dress,
     legend_above,
     padded,
+    thinned,
 )
 from ...sets.layout import ThetaLayout
 
