@@ -399,16 +399,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {num}), got {tuple(condition.shape)}."
             )
-        if not torch.isfinite(condition).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
         condition = condition.to(self.x_scale.dtype)
-        if condition.numel():
-            far = float((condition.double() - self.x_shift).abs().max())
-            if not far < _FARTHEST * float(self.x_scale):
-                raise ValueError(
-                    f"x must be on the scale of the training data, {self.x_scale:.3g}, "
-                    f"got values as far as {far:.3g} from their mean."
-                )
+        far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
+        if not far < _FARTHEST * self.x_scale:  # nor is NaN
+            if not torch.isfinite(condition).all():
+                raise ValueError("x must be finite, got NaN or Inf.")
+            raise ValueError(
+                f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
+                f"values as far as {far:.3g} from their mean."
+            )
         return condition
 
     def _checked_cardinality(self, cardinality: Tensor) -> Tensor:
