@@ -16,7 +16,10 @@ leaves, those not in use included, and its factor z^(n - 1) counts the dimension
 all, so that the leaves in use do not keep their distribution.
 """
 
+import importlib
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -30,14 +33,42 @@ from ..posterior.component_proposals import ComponentProposal, PooledComponents
 from ..seeding import generator_for
 from ..sets.checks import Numbers
 from ..sets.prior import VariableKPrior
-from .eryn_import import require_eryn
-from .eryn_target import COMPONENTS, SHARED, Arrays, Floats
+
+
+def require_eryn() -> None:
+    """Import Eryn, an optional dependency, into today's surroundings.
+
+    Eryn 1.2.6 calls ``numpy.in1d``, which numpy 2.4 no longer has, and imports ArviZ,
+    whose plots use ``matplotlib.style.core`` without importing it, which matplotlib
+    3.11 no longer does by itself. Both names are put back where they are missing.
+
+    Raises:
+        ImportError: If Eryn is not installed.
+    """
+    if not hasattr(np, "in1d"):
+        setattr(np, "in1d", np.isin)  # noqa: B010  numpy's stubs know no such name
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore")  # the module is deprecated
+        importlib.import_module("matplotlib.style.core")
+    try:
+        importlib.import_module("eryn.ensemble")
+    except ImportError as error:
+        raise ImportError(
+            "Eryn is needed for this sampler: pip install sbi-slotflow[rjmcmc]."
+        ) from error
+
 
 require_eryn()
 
 from eryn.moves import MHMove, ReversibleJumpMove  # noqa: E402
 
-__all__ = ["ComponentStretchMove", "SlotFlowMove", "leaf_limits"]
+__all__ = ["ComponentStretchMove", "SlotFlowMove", "leaf_limits", "require_eryn"]
+
+# Names of the branches.
+COMPONENTS, SHARED = "components", "shared"
+
+Floats = NDArray[np.float64]
+Arrays = dict[str, NDArray[Any]]
 
 
 def leaf_limits(prior: VariableKPrior) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,6 +8,7 @@ import torch
 
 from sbi_slotflow import problems
 from sbi_slotflow.problems import Sinusoids
+from sbi_slotflow.problems.sinusoids.fit import Floats, SineStatistics
 from sbi_slotflow.problems.sinusoids.pursuit import (
     Pursued,
     SinePursuit,
@@ -15,7 +16,6 @@ from sbi_slotflow.problems.sinusoids.pursuit import (
     matching_pursuit,
     residual_power,
 )
-from sbi_slotflow.problems.sinusoids.statistics import Floats, SineStatistics
 from sbi_slotflow.seeding import generator_for
 
 paper, crowded = problems.sinusoids("paper"), problems.sinusoids("crowded")
