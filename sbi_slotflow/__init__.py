@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .posterior.draws import PosteriorDraws
     from .posterior.network import SlotPosterior
     from .posterior.refined import RefinedPosterior
-    from .pretrained.load import load_pretrained, model_card
+    from .pretrained.recipes import load_pretrained, model_card
     from .problems import Problem
     from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart

@@ -20,13 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .cli.answers import Settings
 from .cli.arguments import InputError, at_least
-from .cli.infer import analyse, open_checked
-from .cli.models import Model, load_model, sha256
+from .cli.infer import analyse, open_checked, read_checked
+from .cli.models import Model, Settings, load_model, sha256
 from .cli.report import print_accuracy
 from .cli.results_file import MARK, check_apart, check_out
-from .cli.stream import read_checked
 from .nn.builder import slot_nn
 from .posterior.network import SlotPosterior
 from .pretrained.recipes import training_reference

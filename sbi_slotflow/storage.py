@@ -31,16 +31,7 @@ _KEY = "sbi_slotflow"
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: dict[str, Any]
 ) -> None:
-    """Write tensors and their description to one file, atomically.
-
-    Args:
-        path: Where to write; parent folders are made.
-        tensors: Tensors by name.
-        meta: JSON description with ``format`` and ``version``.
-
-    Raises:
-        FileExistsError: If there is a file that is not of this format.
-    """
+    """Write tensors and their description to one file, atomically."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     header = {_KEY: json.dumps(meta, sort_keys=True)}
     format = meta["format"]
@@ -65,20 +56,7 @@ def _format(path: Path) -> str | None:
 def read_tensors(
     path: str | os.PathLike[str], format: str, version: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file that :func:`write_tensors` wrote.
-
-    Args:
-        path: The file.
-        format: The format that the description must name.
-        version: The newest version that is understood.
-
-    Returns:
-        Tensors by name and the description.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is corrupt, foreign, or of a newer version.
-    """
+    """Read a file that :func:`write_tensors` wrote."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
@@ -113,14 +91,6 @@ def check_replaceable(
     """Raise unless a path is free, or holds what the package itself wrote there.
 
     An empty file may be replaced too: nothing is lost with it.
-
-    Args:
-        path: Where something is to be written.
-        kind: What is written there, for the message.
-        is_ours: Whether an existing file or folder is such a thing.
-
-    Raises:
-        FileExistsError: If there is something else.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -140,17 +110,7 @@ def write_atomically(
     kind: str,
     is_ours: Callable[[Path], bool],
 ) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Args:
-        path: Where to write; parent folders are made, a link is followed.
-        content: What to write.
-        kind: See :func:`check_replaceable`.
-        is_ours: See :func:`check_replaceable`.
-
-    Raises:
-        FileExistsError: If there is a file that the package did not write.
-    """
+    """Write a file so that a reader sees the old content or the new, never a part."""
     check_replaceable(path, kind, is_ours)
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,11 @@ class ByHand(Posterior):
 
     @abstractmethod
     def draw(
-        self, shape: torch.Size, x: Tensor, k: int | None, generator: torch.Generator
+        self,
+        shape: torch.Size,
+        x: Tensor,
+        k: int | None,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """Rows (*shape, B, E)."""
 

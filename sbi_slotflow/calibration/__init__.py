@@ -35,26 +35,27 @@ from .cardinality import (
     ReliabilityBins,
     cardinality_reliability,
 )
-from .check import Check
+from .check import Check, ecdf_band, pit, rank_p_value, uniformity_p_value
 from .coverage import Coverage, CoverageCurve, coverage
-from .draws import BatchedPosterior, CalibrationDraws, draw
+from .draws import BatchedPosterior, CalibrationDraws, MatchedComponents, draw
 from .local_c2st import LocalC2ST, local_c2st
-from .matched import MatchedComponents
 from .misspecification import Misspecification, TrainingReference, UnlikeTrainingWarning
-from .reductions import (
+from .report import Report, report
+from .residuals import Residuals, ResidualStream, residuals
+from .sbc import (
+    ComponentSBC,
     CountInBand,
     JitteredCardinality,
     Lowest,
     Reduction,
+    SetSBC,
     SharedParameter,
     TotalPower,
     reduce_fns,
+    sbc,
+    sbc_components,
 )
-from .report import Report, report
-from .residuals import Residuals, ResidualStream, residuals
-from .sbc import ComponentSBC, SetSBC, sbc, sbc_components
 from .tarp import TARP, SetDistance, set_distance, tarp
-from .uniformity import ecdf_band, pit, rank_p_value, uniformity_p_value
 
 __all__ = [
     "TARP",

@@ -2,7 +2,7 @@ r"""Coverage of credible intervals (the paper's figure 6).
 
 The central interval of probability :math:`\alpha` of a matched component's parameter
 holds the truth if :math:`|2u - 1| \le \alpha` with u the truth's normalised rank (see
-:mod:`~sbi_slotflow.calibration.matched`). So the coverage at all levels at once,
+:mod:`~sbi_slotflow.calibration.draws`). So the coverage at all levels at once,
 
 .. math::
     C(\alpha) = \Pr\big(|2u - 1| \le \alpha\big),
@@ -20,18 +20,16 @@ with the posterior's means m and standard deviations s given K.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Check
-from .draws import CalibrationDraws
-from .matched import MatchedComponents, above_rounding
+from .check import Array, Check, pit, rank_p_value
+from .draws import CalibrationDraws, MatchedComponents, above_rounding
 from .sbc import FEWEST_RANKS, component_ranks, picked_component
-from .uniformity import Array, pit, rank_p_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,14 +96,10 @@ class Coverage(Check):
         """Bias of every curve, and its interval."""
         return {
             name: {
-                "num": curve.num,
+                **asdict(curve),
                 "coverage": dict(
                     zip(LEVELS.round(2).tolist(), curve.coverage.tolist(), strict=True)
                 ),
-                "bias": curve.bias,
-                "bias_interval": list(curve.bias_interval),
-                "absolute_bias": curve.absolute_bias,
-                "absolute_bias_interval": list(curve.absolute_bias_interval),
             }
             for name, curve in {**self.parameters, **self.cardinalities}.items()
         }
@@ -117,19 +111,12 @@ class Coverage(Check):
         figure = Figure(figsize=(8.0, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         self._draw(left, self.parameters)
-        dress(
-            left,
-            "probability of the interval",
-            "coverage - probability",
-            "by parameter",
-        )
+        x_label = "probability of the interval"
+        dress(left, x_label, "coverage - probability", "by parameter")
         self._draw(right, self.cardinalities)
-        dress(right, "probability of the interval", "", "by number of components")
-        bound = max(
-            0.06,
-            1.1
-            * max(np.abs(line.get_ydata()).max() for line in left.lines + right.lines),
-        )
+        dress(right, x_label, "", "by number of components")
+        lines = left.lines + right.lines
+        bound = max(0.06, *(1.1 * np.abs(line.get_ydata()).max() for line in lines))
         left.set_ylim(-bound, bound)
         return figure
 
@@ -146,32 +133,18 @@ class Coverage(Check):
                 axes.fill_between(
                     LEVELS, low - LEVELS, high - LEVELS, color=colour, alpha=0.15, lw=0
                 )
-            axes.plot(
-                LEVELS,
-                curve.coverage - LEVELS,
-                color=colour,
-                ls=dashes,
-                lw=2.2 if name == "mixed" else 1.3,
-                label=name,
-            )
-        axes.legend(
-            fontsize=SMALL, frameon=False, ncols=2 if len(curves) > 3 else 1, loc="best"
-        )
+            style = {
+                "color": colour,
+                "ls": dashes,
+                "lw": 2.2 if name == "mixed" else 1.3,
+            }
+            axes.plot(LEVELS, curve.coverage - LEVELS, label=name, **style)
+        ncols = 2 if len(curves) > 3 else 1
+        axes.legend(fontsize=SMALL, frameon=False, ncols=ncols, loc="best")
 
 
 def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Coverage:
-    """Measure the coverage of credible intervals given the true K.
-
-    Args:
-        draws: Pairs and draws.
-        false_alarm_rate: Of the check.
-
-    Returns:
-        Curves by parameter and by K, with bias, and the verdict.
-
-    Raises:
-        ValueError: If too few pairs have a parameter.
-    """
+    """Measure the coverage of credible intervals given the true K."""
     generator = draws.generator(2)
     matched = MatchedComponents(draws)
     counts = draws.cardinality

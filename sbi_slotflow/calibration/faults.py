@@ -10,8 +10,8 @@ the posterior's own draws, spoilt by the other faults. Moments of draws given K 
 taken in canonical order.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,6 @@ from torch.distributions import Categorical
 from ..posterior.base import Posterior
 from ..sets.circular import circular_mean, near
 from ..sets.distribution import SetDistribution
-from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 
 __all__ = [
@@ -40,7 +39,11 @@ class Spoil(Protocol):
     """Turns draws given K, ``(P, B, E)``, into wrong ones of the same shape."""
 
     def __call__(
-        self, rows: Tensor, k: int, generator: torch.Generator | None
+        self,
+        prior: VariableKPrior,
+        rows: Tensor,
+        k: int,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """Spoil rows, all of cardinality k."""
         ...
@@ -56,10 +59,7 @@ class FaultyPosterior(Posterior):
     """
 
     def __init__(
-        self,
-        posterior: Posterior,
-        spoil: Spoil | None = None,
-        sharpness: float = 1.0,
+        self, posterior: Posterior, spoil: Spoil | None = None, sharpness: float = 1.0
     ) -> None:
         self.posterior, self.prior = posterior, posterior.prior
         self.simulator = posterior.simulator
@@ -83,11 +83,7 @@ class FaultyPosterior(Posterior):
     def with_cardinality_prior(
         self, weights: Sequence[float] | Tensor
     ) -> "FaultyPosterior":
-        """Return the posterior under another prior of K, with the same fault.
-
-        Args:
-            weights: Weights of K = 0..Kmax.
-        """
+        """Return the posterior under another prior of K, with the same fault."""
         other: Any = self.posterior
         return FaultyPosterior(
             other.with_cardinality_prior(weights), self._spoil, self._sharpness
@@ -95,14 +91,7 @@ class FaultyPosterior(Posterior):
 
 
 class FaultySets(SetDistribution):
-    """A faulty posterior given B observations.
-
-    Args:
-        posterior: The posterior that is spoilt.
-        x: Observations, shape ``(B, *event)``.
-        spoil: What happens to its draws given K.
-        sharpness: Power to which q(K | x) is raised.
-    """
+    """A faulty posterior given B observations."""
 
     def __init__(
         self, posterior: Posterior, x: Tensor, spoil: Spoil | None, sharpness: float
@@ -136,81 +125,40 @@ class FaultySets(SetDistribution):
             most = int(here.sum(0).max())
             found = self._of_size(most, x[columns], size, generator)
             # Each column takes as many of its draws as it needs.
-            place = (here.cumsum(0) - 1)[:, columns]
-            for_column = torch.arange(len(columns), device=x.device).expand_as(place)
-            inside = here[:, columns]
-            row = inside.nonzero()[:, 0]
-            rows[row, columns[for_column[inside]]] = found[
-                place[inside], for_column[inside]
-            ]
+            row, column = here[:, columns].nonzero(as_tuple=True)
+            place = (here.cumsum(0) - 1)[row, columns[column]]
+            rows[row, columns[column]] = found[place, column]
         return rows.reshape(*shape, len(x), self.layout.size)
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """Raise: a spoilt posterior's density is not known.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise: a spoilt posterior's density is not known."""
         raise NotImplementedError("log_prob does not exist for a faulty posterior.")
 
     def _of_size(
         self, num: int, x: Tensor, k: int, generator: torch.Generator | None
     ) -> Tensor:
         """Draw rows ``(num, B, E)`` of cardinality k."""
-        pool = num if self._spoil is None else max(num, _FEWEST_DRAWS)
-        rows = self._posterior.given(x).sample((pool,), k, generator)
-        if self._spoil is not None:
-            rows = self._spoil(rows, k, generator)
-        return rows[:num]
+        given = self._posterior.given(x)
+        if self._spoil is None:
+            return given.sample((num,), k, generator)
+        rows = given.sample((max(num, _FEWEST_DRAWS),), k, generator)
+        return self._spoil(self._posterior.prior, rows, k, generator)[:num]
 
 
-def narrowed(
-    posterior: Posterior,
-    factor: float = 0.8,
-    *,
-    periods: Mapping[str, float] | None = None,
-) -> FaultyPosterior:
-    """Pull all parameters towards their mean given K.
-
-    Args:
-        posterior: The posterior.
-        factor: What standard deviations are multiplied by; above 1 they grow.
-        periods: Periods of circular parameters by name; the layout's if None.
-
-    Raises:
-        ValueError: If the factor is not positive.
-    """
+def narrowed(posterior: Posterior, factor: float = 0.8) -> FaultyPosterior:
+    """Multiply the standard deviations of all parameters given K by a factor > 0."""
     if not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
-    return FaultyPosterior(posterior, _Moved(posterior.prior, periods, factor, 0.0))
+    return FaultyPosterior(posterior, partial(_moved, factor=factor))
 
 
-def shifted(
-    posterior: Posterior,
-    by: float = 0.5,
-    *,
-    periods: Mapping[str, float] | None = None,
-) -> FaultyPosterior:
-    """Move all parameters by a share of their standard deviation given K.
-
-    Args:
-        posterior: The posterior.
-        by: The share.
-        periods: Periods of circular parameters by name; the layout's if None.
-    """
-    return FaultyPosterior(posterior, _Moved(posterior.prior, periods, 1.0, by))
+def shifted(posterior: Posterior, by: float = 0.5) -> FaultyPosterior:
+    """Move all parameters by a share of their standard deviation given K."""
+    return FaultyPosterior(posterior, partial(_moved, by=by))
 
 
 def oversharp(posterior: Posterior, power: float = 2.0) -> FaultyPosterior:
-    r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`.
-
-    Args:
-        posterior: The posterior.
-        power: The power; below 1 it is too unsure.
-
-    Raises:
-        ValueError: If the power is not positive.
-    """
+    r"""Make q(K | x) too sure, :math:`\propto q(K | x)^{power}`, power > 0."""
     if not power > 0:
         raise ValueError(f"power must be positive, got {power}.")
     return FaultyPosterior(posterior, sharpness=power)
@@ -222,129 +170,77 @@ def unmixed(posterior: Posterior) -> FaultyPosterior:
     Each component stays between the midpoints of its own and its neighbours' mean
     ``order_by`` parameter, as where slots own a range each, or a sampler's labels never
     mix. Where components are well apart nothing changes.
-
-    Args:
-        posterior: The posterior.
     """
-    return FaultyPosterior(posterior, _Unmixed(posterior.prior.layout))
+    return FaultyPosterior(posterior, _unmixed)
 
 
 def independent(posterior: Posterior) -> FaultyPosterior:
     """Remove all dependence between components, and with shared parameters.
 
     Each component of a draw is taken from a draw of its own.
-
-    Args:
-        posterior: The posterior.
     """
-    return FaultyPosterior(posterior, _Independent(posterior.prior.layout))
+    return FaultyPosterior(posterior, _independent)
 
 
-class _Moved:
-    """Scales deviations from the mean, and adds standard deviations to them."""
+def _moved(
+    prior: VariableKPrior,
+    rows: Tensor,
+    k: int,
+    generator: torch.Generator | None,
+    factor: float = 1.0,
+    by: float = 0.0,
+) -> Tensor:
+    """Scale deviations from the mean, and add standard deviations to them."""
+    layout = prior.layout
+    parts = layout.unpack(rows)
 
-    def __init__(
-        self,
-        prior: VariableKPrior,
-        periods: Mapping[str, float] | None,
-        factor: float,
-        by: float,
-    ) -> None:
-        self.prior, self.factor, self.by = prior, factor, by
-        layout = prior.layout
-        periods = layout.periods if periods is None else periods
-        known = (*layout.component_names, *layout.shared_names)
-        if unknown := sorted(set(periods) - set(known)):
-            raise ValueError(f"periods must name parameters of {known}, got {unknown}.")
-        self.component_periods = _periods(layout.component_names, periods)
-        self.shared_periods = _periods(layout.shared_names, periods)
+    def move(values: Tensor, periods: Sequence[float]) -> Tensor:
+        mean = circular_mean(values.double(), periods)
+        offset = near(values.double(), mean, periods) - mean
+        moved = (mean + factor * offset + by * offset.std(0)).to(values.dtype)
+        period = moved.new_tensor(periods)
+        # Angles lie on their first turn.
+        turned = moved.remainder(torch.where(period.isfinite(), period, 1.0))
+        return torch.where(period.isfinite(), turned, moved)
 
-    def __call__(
-        self, rows: Tensor, k: int, generator: torch.Generator | None
-    ) -> Tensor:
-        layout, prior = self.prior.layout, self.prior
-        parts = layout.unpack(rows)
-        components = self._move(parts.components, self.component_periods)
-        components = _wrapped(components, self.component_periods)
-        components = prior.component_marginals.clamp(components)
-        shared = parts.shared
-        if layout.num_shared:
-            shared = self._move(shared, self.shared_periods)
-            shared = prior.shared_marginals.clamp(_wrapped(shared, self.shared_periods))
-        return layout.canonical(layout.pack(parts.cardinality, components, shared))
-
-    def _move(self, values: Tensor, periods: Tensor) -> Tensor:
-        mean = circular_mean(values.double(), periods.to(values.device))
-        offset = near(values.double(), mean, periods.tolist()) - mean
-        moved = mean + self.factor * offset + self.by * offset.std(0)
-        return moved.to(values.dtype)
+    components = move(parts.components, layout.component_periods)
+    components, shared = prior.component_marginals.clamp(components), parts.shared
+    if layout.num_shared:
+        shared = prior.shared_marginals.clamp(move(shared, layout.shared_periods))
+    return layout.canonical(layout.pack(parts.cardinality, components, shared))
 
 
-class _Unmixed:
-    """Draws in which no component crosses to its neighbours' side."""
-
-    def __init__(self, layout: ThetaLayout) -> None:
-        self.layout = layout
-
-    def __call__(
-        self, rows: Tensor, k: int, generator: torch.Generator | None
-    ) -> Tensor:
-        if k < 2:
-            return rows
-        key = self.layout.unpack(rows).components[..., :k, self.layout.order_by]
-        mean = key.mean(0)
-        cuts = 0.5 * (mean[:, 1:] + mean[:, :-1])
-        crossed = (key[..., :-1] - cuts).clamp(min=0) + (cuts - key[..., 1:]).clamp(
-            min=0
-        )
-        excess = crossed.sum(-1)
-        # Without any good draw the least bad one stands in.
-        order = excess.argsort(0)
-        kept = (excess == 0).sum(0).clamp(min=1)
-        share = torch.rand(excess.shape, generator=generator, device=rows.device)
-        chosen = order.gather(0, (share * kept).long())
-        return rows.gather(0, chosen.unsqueeze(-1).expand_as(rows))
+def _unmixed(
+    prior: VariableKPrior, rows: Tensor, k: int, generator: torch.Generator | None
+) -> Tensor:
+    """Keep draws in which no component crosses to its neighbours' side."""
+    if k < 2:
+        return rows
+    key = prior.layout.unpack(rows).components[..., :k, prior.layout.order_by]
+    mean = key.mean(0)
+    cuts = 0.5 * (mean[:, 1:] + mean[:, :-1])
+    below, above = key[..., :-1] - cuts, cuts - key[..., 1:]
+    excess = (below.clamp(min=0) + above.clamp(min=0)).sum(-1)
+    # Without any good draw the least bad one stands in.
+    order = excess.argsort(0)
+    kept = (excess == 0).sum(0).clamp(min=1)
+    share = torch.rand(excess.shape, generator=generator, device=rows.device)
+    chosen = order.gather(0, (share * kept).long())
+    return rows.gather(0, chosen.unsqueeze(-1).expand_as(rows))
 
 
-class _Independent:
-    """Components of one draw come from as many draws."""
+def _independent(
+    prior: VariableKPrior, rows: Tensor, k: int, generator: torch.Generator | None
+) -> Tensor:
+    """Take the components of one draw from as many draws."""
+    layout = prior.layout
+    parts = layout.unpack(rows)
 
-    def __init__(self, layout: ThetaLayout) -> None:
-        self.layout = layout
+    def shuffled(values: Tensor) -> Tensor:
+        key = torch.rand(values.shape[:2], generator=generator, device=values.device)
+        return values.gather(0, key.argsort(0).unsqueeze(-1).expand_as(values))
 
-    def __call__(
-        self, rows: Tensor, k: int, generator: torch.Generator | None
-    ) -> Tensor:
-        layout = self.layout
-        parts = layout.unpack(rows)
-        num, batch = rows.shape[:2]
-        columns = [
-            _shuffled(parts.components[:, :, j], generator)
-            for j in range(layout.max_cardinality)
-        ]
-        shared = parts.shared
-        if layout.num_shared:
-            shared = _shuffled(shared, generator)
-        components = torch.stack(columns, dim=-2)
-        assert components.shape[:2] == (num, batch)
-        return layout.canonical(layout.pack(parts.cardinality, components, shared))
-
-
-def _periods(names: tuple[str, ...], periods: Mapping[str, float]) -> Tensor:
-    """Periods ``(C,)`` of named parameters, float64, infinite without one."""
-    return torch.tensor(
-        [periods.get(name, math.inf) for name in names], dtype=torch.float64
-    )
-
-
-def _shuffled(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Permute the first axis of ``(P, B, C)``, in each column of its own."""
-    key = torch.rand(values.shape[:2], generator=generator, device=values.device)
-    return values.gather(0, key.argsort(0).unsqueeze(-1).expand_as(values))
-
-
-def _wrapped(values: Tensor, periods: Tensor) -> Tensor:
-    """Angles on their first turn, [0, period)."""
-    periods = periods.to(values)
-    turned = values.remainder(torch.where(periods.isfinite(), periods, 1.0))
-    return torch.where(periods.isfinite(), turned, values)
+    columns = [shuffled(column) for column in parts.components.unbind(2)]
+    shared = shuffled(parts.shared) if layout.num_shared else parts.shared
+    components = torch.stack(columns, dim=-2)
+    return layout.canonical(layout.pack(parts.cardinality, components, shared))

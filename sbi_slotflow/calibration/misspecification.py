@@ -31,8 +31,7 @@ from torch import Tensor
 
 from ..callers import caller_stacklevel
 from ..storage import read_tensors, write_tensors
-from .check import Check
-from .uniformity import Array
+from .check import Array, Check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,15 +145,7 @@ class Misspecification(Check):
 
 
 class _Group(NamedTuple):
-    """Training data as one group of numbers shows them.
-
-    Attributes:
-        mean: Mean of s(x), shape ``(F,)``.
-        whitening: Matrix that whitens s(x), shape ``(F, F')``.
-        points: Whitened s(x), float32, shape ``(N, F')``.
-        scale: Mean and standard deviation of the logarithm of the distance of a point
-            from its neighbours, shape ``(2,)``.
-    """
+    """Training data as one group of numbers shows them."""
 
     mean: Tensor
     whitening: Tensor
@@ -229,11 +220,7 @@ class TrainingReference:
         return cls(groups, usual.sort().values, x.shape[-1], level)
 
     def scores(self, x: Tensor) -> Tensor:
-        """How unusual observations are, float64, shape ``(B,)``.
-
-        Raises:
-            ValueError: If x has the wrong shape, or is not finite.
-        """
+        """How unusual observations are, float64, shape ``(B,)``."""
         x = torch.atleast_2d(x)
         if x.ndim != 2 or x.shape[-1] != self.num_data:
             raise ValueError(
@@ -252,10 +239,6 @@ class TrainingReference:
 
         Up to 20 are tested one by one. More are tested all together: their scores
         against those of training data (Kolmogorov and Smirnov's test).
-
-        Args:
-            x: Observations, shape ``(B, T)``.
-            false_alarm_rate: Of the check.
         """
         scores = self.scores(x)
         each = self._ranked(scores)
@@ -298,12 +281,7 @@ class TrainingReference:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TrainingReference":
-        """Read a reference that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is corrupt or foreign.
-        """
+        """Read a reference that :meth:`save` wrote."""
         tensors, meta = read_tensors(path, _FORMAT, _VERSION)
         try:
             groups = tuple(

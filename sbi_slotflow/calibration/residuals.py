@@ -25,8 +25,7 @@ from torch import Tensor
 
 from ..problems.base import Problem
 from ..sets.checks import as_count
-from .check import Check
-from .uniformity import Array, pit, rank_p_value
+from .check import Array, Check, pit, rank_p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,36 +9,174 @@ make sense when K varies and labels are arbitrary:
   gap between components, which see whether components depend on each other as they
   should.
 - :func:`sbc_components`: each parameter of a component, matched with reference points
-  (:mod:`~sbi_slotflow.calibration.matched`). A component of each pair is picked at
+  (:mod:`~sbi_slotflow.calibration.draws`). A component of each pair is picked at
   random, so that the ranks are independent. Where K > 1 the products of different
   components' standardised deviations are ranked too, :math:`\sum_{j<k} z_j z_k`, which
   see correlations that are missing.
 
-Ranks are randomised for ties and tested by the simultaneous band of their ECDF and by
-their mean and variance (:mod:`~sbi_slotflow.calibration.uniformity`). The verdict is
-exact for any number of pairs, not asymptotic.
+Ranks are randomised for ties and tested as in :mod:`~sbi_slotflow.calibration.check`;
+the verdict is exact for any number of pairs. :func:`reduce_fns` makes the numbers that
+exist for every K for sbi's own tool::
+
+    run_sbc(thetas, xs, posterior, reduce_fns=reduce_fns(prior.layout))
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..seeding import generator_for
 from ..sets.checks import as_count
 from ..sets.layout import ThetaLayout, ThetaParts
 from ..sets.separation import smallest_gap
-from .check import Check
-from .draws import CalibrationDraws
-from .matched import MatchedComponents
-from .reductions import reduce_fns
-from .uniformity import Array, pit, plot_ecdf_differences, rank_p_value
+from .check import Array, RankCheck, pit
+from .draws import CalibrationDraws, MatchedComponents
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-__all__ = ["FEWEST_RANKS", "ComponentSBC", "SetSBC", "sbc", "sbc_components"]
+__all__ = [
+    "FEWEST_RANKS",
+    "ComponentSBC",
+    "CountInBand",
+    "JitteredCardinality",
+    "Lowest",
+    "Reduction",
+    "SetSBC",
+    "SharedParameter",
+    "TotalPower",
+    "reduce_fns",
+    "sbc",
+    "sbc_components",
+]
+
+
+class Reduction(ABC):
+    """Base: a number of each row, ``(N, E)`` to ``(N,)``, with a ``name``.
+
+    It is of one component parameter. Rows with K = 0 come below all others; what would
+    tie comes in random order.
+    """
+
+    _name: ClassVar[str]
+
+    def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
+        known = layout.component_names
+        if parameter not in known:
+            raise ValueError(
+                f"parameter must be one of {list(known)}, got {parameter!r}."
+            )
+        self.layout, self.name = layout, self._name.format(parameter)
+        self._index, self._generator = known.index(parameter), generator_for(seed)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        parts = self.layout.unpack(theta)
+        # Numbers in [0, 1), new ones at every call.
+        jitter = torch.rand(len(theta), generator=self._generator)
+        return self._number(parts.components[..., self._index], parts.mask, jitter)
+
+    @abstractmethod
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor: ...
+
+
+class JitteredCardinality(Reduction):
+    """K plus a uniform number in [0, 1): where K's would tie, ranks are random."""
+
+    _name = "K"
+
+    def __init__(self, layout: ThetaLayout, seed: int = 0) -> None:
+        super().__init__(layout, layout.component_names[0], seed)
+
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+        return mask.sum(-1) + jitter
+
+
+class TotalPower(Reduction):
+    r"""Sum of squares of one component parameter, :math:`\sum_k \theta_{k,d}^2`."""
+
+    _name = "power of {}"
+
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+        power = torch.where(mask, values.double().square(), 0.0).sum(-1)
+        return torch.where(mask.any(-1), power, jitter - 1.0)
+
+
+class Lowest(Reduction):
+    """Smallest value of one component parameter."""
+
+    _name = "lowest {}"
+
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+        least = torch.where(mask, values, torch.inf).amin(-1)
+        below = torch.finfo(values.dtype).min * (0.5 + 0.5 * jitter)
+        return torch.where(mask.any(-1), least, below)
+
+
+class CountInBand(Reduction):
+    """Number of components with a parameter in [low, high), jittered like K."""
+
+    _name = "number with {} in a band"
+
+    def __init__(
+        self,
+        layout: ThetaLayout,
+        parameter: str,
+        low: float,
+        high: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(layout, parameter, seed)
+        self.low, self.high = low, high
+
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+        inside = mask & (values >= self.low) & (values < self.high)
+        return inside.sum(-1) + jitter
+
+
+class SharedParameter:
+    """One shared parameter of each row, ``(N, E)`` to ``(N,)``."""
+
+    def __init__(self, layout: ThetaLayout, parameter: str) -> None:
+        self.layout, self.name = layout, parameter
+        self._index = layout.shared_names.index(parameter)
+
+    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reduce rows ``(N, E)`` to ``(N,)``."""
+        return self.layout.unpack(theta).shared[..., self._index]
+
+
+def reduce_fns(
+    layout: ThetaLayout,
+    power: str | None = None,
+    band: tuple[float, float] | None = None,
+) -> list[Reduction | SharedParameter]:
+    """Make a list of reductions for ``run_sbc``.
+
+    Args:
+        layout: Layout of theta.
+        power: Parameter whose total power is ranked; the first one if None.
+        band: Band of the ``order_by`` parameter in which components are counted; none
+            if None.
+
+    Returns:
+        Jittered K, total power, lowest ``order_by`` parameter, number in the band, and
+        each shared parameter, in this order.
+    """
+    order = layout.component_names[layout.order_by]
+    functions: list[Reduction | SharedParameter] = [
+        JitteredCardinality(layout),
+        TotalPower(layout, power or layout.component_names[0]),
+        Lowest(layout, order),
+    ]
+    if band is not None:
+        functions.append(CountInBand(layout, order, *band))
+    functions += [SharedParameter(layout, name) for name in layout.shared_names]
+    return functions
+
 
 FEWEST_RANKS = 20
 """Fewest pairs that a quantity is tested on."""
@@ -49,49 +187,13 @@ _CHUNK = 8_000_000
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class _SBC(Check):
-    """Ranks of truths among draws.
-
-    Attributes:
-        ranks: For each quantity the truths' normalised ranks, each ``(n,)``.
-    """
-
-    explanation: ClassVar[str] = (
-        "The line is the ECDF of the truth's rank among posterior draws, less the "
-        "diagonal. Sloping up at both ends: too narrow; down at both ends: too wide; "
-        "all on one side: shifted. Vermilion: failed, by the band or by the ranks' "
-        "mean and variance."
-    )
-
-    ranks: Mapping[str, Array]
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """Mean rank, and its variance over that of uniform ranks."""
-        return {
-            name: {
-                "num": len(u),
-                "mean_rank": float(u.mean()),
-                "variance_ratio": float(12 * ((u - 0.5) ** 2).mean()),
-            }
-            for name, u in self.ranks.items()
-        }
-
-    def plot(self) -> "Figure":
-        """Plot the ECDF of each quantity's ranks, less the diagonal."""
-        return plot_ecdf_differences(
-            self.ranks, self.level, "rank of the truth", self.failures
-        )
-
-
-class SetSBC(_SBC):
+class SetSBC(RankCheck):
     """What :func:`sbc` returns."""
 
     title: ClassVar[str] = "Simulation-based calibration of sets"
 
 
-class ComponentSBC(_SBC):
+class ComponentSBC(RankCheck):
     """What :func:`sbc_components` returns."""
 
     title: ClassVar[str] = "Simulation-based calibration of matched components"
@@ -139,24 +241,13 @@ def sbc(
         if counted.sum() >= FEWEST_RANKS:
             found = values[name][0][:, counted]
             ranks[f"{name} given K"] = pit(value[counted], found, generator)
-    return SetSBC(_tested(ranks), false_alarm_rate, ranks)
+    return SetSBC.of(ranks, false_alarm_rate)
 
 
 def sbc_components(
     draws: CalibrationDraws, *, false_alarm_rate: float = 0.01
 ) -> ComponentSBC:
-    """Rank the parameters of matched components, given the true K.
-
-    Args:
-        draws: Pairs and draws.
-        false_alarm_rate: Of the check.
-
-    Returns:
-        Ranks of one component of each pair, picked at random, and the verdict.
-
-    Raises:
-        ValueError: If too few pairs have a component.
-    """
+    """Rank the parameters of matched components, given the true K."""
     generator = draws.generator(1)
     matched = MatchedComponents(draws)
     ranks = component_ranks(matched, generator)
@@ -176,7 +267,7 @@ def sbc_components(
         products = pit(truth[several], given_k[:, several], generator)
         for d, name in enumerate(names):
             found[f"pairs of {name}"] = products[:, d]
-    return ComponentSBC(_tested(found), false_alarm_rate, found)
+    return ComponentSBC.of(found, false_alarm_rate)
 
 
 def component_ranks(matched: MatchedComponents, generator: torch.Generator) -> Tensor:
@@ -197,10 +288,6 @@ def _products(components: Tensor, matched: MatchedComponents) -> Tensor:
     mask = matched.mask.unsqueeze(-1)
     deviation = torch.where(mask, (components - mean) / std, 0.0)
     return 0.5 * (deviation.sum(-2).square() - deviation.square().sum(-2))
-
-
-def _tested(ranks: Mapping[str, Array]) -> dict[str, float]:
-    return {name: rank_p_value(u) for name, u in ranks.items()}
 
 
 def set_numbers(

@@ -5,7 +5,6 @@
 """
 
 from .build import build_catalogue
-from .fit import fit_sources
-from .sources import Sources
+from .sources import Sources, fit_sources
 
 __all__ = ["Sources", "build_catalogue", "fit_sources"]

@@ -16,9 +16,6 @@ __all__ = ["main", "script"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Args:
-        argv: Arguments; those of the command line if None.
-
     Returns:
         The exit status: 0 when done, 2 if the usage or the input is at fault, which one
         line on stderr explains, 130 if interrupted. What nobody foresaw is raised, and

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 __all__ = ["InputError", "at_least", "parse"]
@@ -39,20 +40,14 @@ examples:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse arguments; exits with status 2 if they are malformed.
-
-    Args:
-        argv: Arguments; those of the command line if None.
-    """
-    from .. import __version__
-
+    """Parse arguments; exits with status 2 if they are malformed."""
     parser = argparse.ArgumentParser(
         prog="sbi-slotflow",
         description="How many components are in a signal, and their parameters.",
         epilog=_EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version("sbi-slotflow"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_infer(commands)
     info = commands.add_parser(

@@ -1,19 +1,32 @@
-"""``sbi-slotflow infer``: from a file of signals to a file of posteriors."""
+"""``sbi-slotflow infer``: from a file of signals to a file of posteriors.
+
+Many signals are analysed in batches, whose answers are kept until all are there.
+"""
 # ruff: noqa: T201
 
 import argparse
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
 from ..problems import Problem
-from .answers import Answers, Settings, answer, check_refinable
 from .arguments import InputError
-from .models import Model, load_model
+from .models import Answers, Model, Settings, answer, check_refinable, load_model
 from .report import (
     print_cardinality,
     print_parameters,
@@ -22,34 +35,42 @@ from .report import (
     warn,
 )
 from .results_file import (
+    ASIDE,
     MARK,
     aside,
+    batch_tree,
     check_apart,
     check_out,
+    join_csv,
+    join_parts,
+    read_part,
+    signal_tree,
     write_figure,
     write_tree,
 )
 from .signal_files import SignalFile, SignalFileError, open_signals, split_name
-from .stream import infer_many, parts_folder, read_checked
-from .trees import signal_tree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["analyse", "figure_paths", "infer", "open_checked"]
+__all__ = [
+    "BATCH",
+    "Summary",
+    "analyse",
+    "figure_paths",
+    "infer",
+    "infer_many",
+    "open_checked",
+    "parts_folder",
+    "read_checked",
+]
+
 
 _SAMPLES_OF_ONE, _SAMPLES_OF_MANY = 4_000, 1_000
 
 
 def infer(args: argparse.Namespace) -> None:
-    """Run the command.
-
-    Args:
-        args: What :func:`~sbi_slotflow.cli.arguments.parse` returns.
-
-    Raises:
-        InputError: If the usage or the input is at fault.
-    """
+    """Run the command."""
     _check_outputs(args)
     signals = open_checked(args.signals, args.row)
     many = len(signals.shape) == 2 and args.row is None
@@ -106,11 +127,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def open_checked(path: str, row: int | None = None) -> SignalFile:
-    """Open a file of signals (T,) or (N, T), of which a row may be chosen.
-
-    Raises:
-        InputError: If there is no such file, array or row.
-    """
+    """Open a file of signals (T,) or (N, T), of which a row may be chosen."""
     expected = "expected an array (T,) or (N, T) of floating-point numbers"
     try:
         signals = open_signals(path)
@@ -141,19 +158,7 @@ def analyse(
     true_theta: Tensor | None = None,
     quiet: bool = False,
 ) -> None:
-    """Analyse one signal: print what is found, write the result.
-
-    Args:
-        model: The model.
-        x: The signal, shape ``(1, T)``.
-        settings: How to analyse it.
-        attrs: Attributes of the result.
-        out: The result, ``.nc`` or ``.zarr``.
-        figures: Where to write figures, by name (see :func:`figure_paths`).
-        catalogue: Where to write the sources as a table.
-        true_theta: The true row if known, shape ``(E,)``.
-        quiet: Whether to print warnings only.
-    """
+    """Analyse one signal: print what is found, write the result."""
     answers = answer(model, x, settings, true_theta=true_theta)
     rows, layout = answers.draws[0], model.posterior.prior.layout
     numbers = {name: float(v[0]) for name, v in answers.statistics.items()}
@@ -247,3 +252,151 @@ def _many(
         print(f"{num:,} signals; the most probable {counts}")
         written = [] if args.catalogue is None else [args.catalogue]
         print_written([args.out, *written])
+
+
+BATCH = 16
+"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
+
+# The file that marks a folder as a run's, and its format.
+_RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What to tell of many signals.
+
+    Attributes:
+        most_probable: How many signals have each K as the most probable one.
+        foreign: Signals that are unlike the training data (p < 0.001).
+        unreliable: Signals whose weights cannot be relied on (k-hat > 0.7).
+    """
+
+    most_probable: dict[int, int]
+    foreign: int
+    unreliable: int
+
+
+def read_checked(signals: SignalFile) -> str:
+    """Read all signals once, and return the SHA-256 of their float32 values."""
+    num = 1 if len(signals.shape) == 1 else signals.shape[0]
+    digest, bad = hashlib.sha256(), []
+    for start in range(0, num, BATCH):
+        batch = signals.read(start, min(start + BATCH, num))
+        digest.update(batch.tobytes())
+        bad += (start + np.flatnonzero(~np.isfinite(batch).all(1))).tolist()
+    if bad:
+        first = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise InputError(
+            f"expected finite numbers; {len(bad)} of {num} signals in {signals.name} "
+            f"have entries that are NaN, infinite or too large for float32: {first}"
+        )
+    return digest.hexdigest()
+
+
+def infer_many(
+    model: Model,
+    signals: SignalFile,
+    settings: Settings,
+    out: Path,
+    catalogue: Path | None,
+    attrs: dict[str, Any],
+    quiet: bool,
+) -> Summary:
+    """Analyse many signals and write one result.
+
+    The answers of each batch lie in ``OUT.parts`` until all are there, so that a run
+    can be taken up again.
+    """
+    num = signals.shape[0]
+    folder = parts_folder(out)
+    _open_run(folder, {**attrs, **asdict(settings), "num": num, "batch": BATCH})
+    starts = range(0, num, BATCH)
+    parts = [folder / f"{start:09}.nc" for start in starts]
+    done = sum(
+        min(BATCH, num - s) for s, p in zip(starts, parts, strict=True) if p.exists()
+    )
+    with tqdm(
+        total=num,
+        initial=done,
+        unit="signal",
+        desc="Signals",
+        file=sys.stderr,
+        disable=quiet,
+    ) as bar:
+        for start, part in zip(starts, parts, strict=True):
+            if part.exists():
+                continue
+            stop = min(start + BATCH, num)
+            x = torch.from_numpy(signals.read(start, stop))
+            answers = answer(model, x, settings, start // BATCH)
+            write_tree(batch_tree(model, answers, start, attrs), part)
+            bar.update(stop - start)
+    summary = _summary(parts)
+    join_parts(parts, out)
+    if catalogue is not None:
+        join_csv(parts, catalogue)
+    _close_run(folder, parts)
+    return summary
+
+
+def parts_folder(out: Path) -> Path:
+    """Folder of the parts of an unfinished result."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def _open_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of a run's parts, or check that it is this run's."""
+    settings = {"format": _FORMAT, "version": version("sbi-slotflow"), **settings}
+    if not os.path.lexists(folder):
+        # The folder appears with its mark inside: one without is none of ours.
+        new = folder.with_name(f"{ASIDE}{uuid.uuid4().hex}")
+        new.mkdir()
+        (new / _RUN).write_text(json.dumps(settings, indent=1))
+        new.rename(folder)
+        return
+    old: Any = None
+    with suppress(OSError, ValueError):
+        old = json.loads((folder / _RUN).read_text())
+    if not isinstance(old, dict) or old.get("format") != _FORMAT:
+        raise InputError(
+            f"{folder} is no folder of an unfinished run, so it is left alone: move it "
+            "away, or give another --out"
+        )
+    differ = [
+        f"{key} was {_short(old.get(key))}, now {_short(value)}"
+        for key, value in settings.items()
+        if old.get(key) != value
+    ]
+    if differ:
+        raise InputError(
+            f"{folder} holds an unfinished run of other settings "
+            f"({'; '.join(differ)}): repeat them, delete it, or give another --out"
+        )
+
+
+def _close_run(folder: Path, parts: list[Path]) -> None:
+    """Remove what the run put into its folder, and the folder if that was all."""
+    for path in [*parts, *folder.glob(f"{ASIDE}*"), folder / _RUN]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # files of somebody else lie in it
+        folder.rmdir()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."
+
+
+def _summary(parts: list[Path]) -> Summary:
+    counts: Counter[int] = Counter()
+    foreign = unreliable = 0
+    for part in parts:
+        groups = read_part(part).children
+        probs = groups["cardinality"].to_dataset()["probability"].values
+        counts.update(probs.argmax(-1).tolist())
+        stats = groups["sample_stats"].to_dataset()
+        if "training_p_value" in stats:
+            foreign += int((stats["training_p_value"].values < 1e-3).sum())
+        if "pareto_k" in stats:
+            unreliable += int((~(stats["pareto_k"].values <= 0.7)).sum())
+    return Summary(dict(sorted(counts.items())), foreign, unreliable)

@@ -1,21 +1,39 @@
-"""Models that the command line can use: shipped weights and files of the user's."""
+"""Models, shipped or of the user, and their posteriors of a batch of signals."""
 
 import hashlib
 import runpy
+import warnings
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
+from ..posterior import refine
 from ..posterior.network import SlotPosterior
-from ..pretrained.load import available_weights, load_pretrained
-from ..pretrained.recipes import RECIPES
+from ..posterior.refined import UnreliableWeights
+from ..pretrained.recipes import RECIPES, available_weights, load_pretrained
 from ..problems import Problem
+from ..seeding import generator_for
 from ..sets.prior import VariableKPrior
 from .arguments import InputError
 
-__all__ = ["Model", "load_model", "sha256"]
+if TYPE_CHECKING:
+    from xarray import Dataset
+
+__all__ = [
+    "Answers",
+    "Model",
+    "Settings",
+    "answer",
+    "check_refinable",
+    "load_model",
+    "sha256",
+]
 
 
 @dataclass(frozen=True)
@@ -41,16 +59,7 @@ class Model:
 
 
 def load_model(name: str, problem: str | None) -> Model:
-    """Load a model.
-
-    Args:
-        name: A shipped model's name, or the path of a file that
-            ``SlotDensityEstimator.save`` wrote.
-        problem: For a file: ``FILE.py:NAME``, or a shipped model's name.
-
-    Raises:
-        InputError: If there is no such model or problem, or they do not fit each other.
-    """
+    """Load a model."""
     shipped = available_weights()
     if name in shipped:
         if problem is not None:
@@ -116,3 +125,144 @@ def _line(error: Exception) -> str:
 def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Draws to weigh, of which --num-samples are resampled.
+_FEWEST_WEIGHTED = 10_000
+# Rows whose density is evaluated at once.
+_MOST_ROWS = 20_000
+# Streams of a seed.
+_DRAWS, _REFINE = range(2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How signals are analysed.
+
+    Attributes:
+        num_samples: Draws S from each posterior.
+        seed: Seed of the draws.
+        refine: Whether the posterior is made exact with the problem's likelihood.
+    """
+
+    num_samples: int
+    seed: int = 0
+    refine: bool = False
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Posteriors of B signals.
+
+    Attributes:
+        probs: p(K | x), shape ``(B, Kmax + 1)``.
+        draws: Theta rows of equal weight, shape ``(B, S, E)``.
+        log_prob: Their log posterior densities, shape ``(B, S)``; None where the
+            model's samples have no density.
+        catalogues: The sources of each signal.
+        statistics: Numbers ``(B,)`` by name: ``training_p_value``, which is small where
+            a signal is unlike the training data, and what refinement tells.
+    """
+
+    probs: Tensor
+    draws: Tensor
+    log_prob: Tensor | None
+    catalogues: "list[Dataset]"
+    statistics: dict[str, Tensor]
+
+
+def check_refinable(model: Model) -> None:
+    """Raise InputError unless a model's posterior can be refined."""
+    if model.problem is None:
+        raise InputError(
+            "--refine needs a likelihood: expected --problem to name a Problem, got a "
+            "VariableKPrior"
+        )
+    if not model.posterior.has_density:
+        raise InputError(
+            f"--refine needs a density, which the samples of {model.name} have not "
+            "(slot_nn.paper's chart is a surface)"
+        )
+    try:
+        row = model.posterior.prior.sample((1,), generator=generator_for(0))
+        model.problem.log_likelihood(row, torch.zeros(1, model.num_data))
+    except NotImplementedError as error:
+        raise InputError(f"--refine needs a likelihood: {error}") from error
+
+
+@torch.no_grad()
+def answer(
+    model: Model,
+    x: Tensor,
+    settings: Settings,
+    batch: int = 0,
+    true_theta: Tensor | None = None,
+) -> Answers:
+    """Analyse a batch of signals."""
+    posterior = model.posterior
+    statistics: dict[str, Tensor] = {}
+    if isinstance(posterior.training_reference, TrainingReference):
+        statistics["training_p_value"] = posterior.training_reference.p_values(x)
+    if settings.refine:
+        return _refined(model, x, settings, batch, statistics, true_theta)
+    generator = generator_for(settings.seed, _DRAWS, batch)
+    given = posterior.given(x)
+    draws = given.sample((settings.num_samples,), generator=generator)
+    log_prob = None
+    if posterior.has_density:
+        rows = max(1, _MOST_ROWS // len(x))
+        parts = [given.log_prob(part) for part in draws.split(rows)]
+        log_prob = torch.cat(parts).T
+    draws = draws.transpose(0, 1)
+    return Answers(
+        given.cardinality().probs,
+        draws,
+        log_prob,
+        [posterior.catalogue(samples=rows, true_theta=true_theta) for rows in draws],
+        statistics,
+    )
+
+
+def _refined(
+    model: Model,
+    x: Tensor,
+    settings: Settings,
+    batch: int,
+    statistics: dict[str, Tensor],
+    true_theta: Tensor | None,
+) -> Answers:
+    assert model.problem is not None
+    generator = generator_for(settings.seed, _REFINE, batch)
+    num = max(_FEWEST_WEIGHTED, settings.num_samples)
+    probs, draws, log_prob, catalogues, numbers = [], [], [], [], []
+    for one in x:
+        with warnings.catch_warnings():
+            # k-hat is in the result, and the command line tells of it in its own words.
+            warnings.simplefilter("ignore", UnreliableWeights)
+            found = refine(
+                model.posterior,
+                model.problem.log_likelihood,
+                one,
+                num,
+                generator=generator,
+            )
+        assert not isinstance(found, list)
+        rows = found.sample((settings.num_samples,), generator=generator)
+        values = model.posterior.prior.log_prob(rows).double()
+        values = values + model.problem.log_likelihood(rows, one)
+        probs.append(found.cardinality().probs)
+        draws.append(rows)
+        log_prob.append(values - found.log_evidence)
+        catalogues.append(found.catalogue(true_theta=true_theta))
+        numbers.append(found.statistics)
+    statistics = statistics | {
+        name: torch.tensor([row[name] for row in numbers], dtype=torch.float64)
+        for name in numbers[0]
+    }
+    return Answers(
+        torch.stack(probs),
+        torch.stack(draws),
+        torch.stack(log_prob),
+        catalogues,
+        statistics,
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..pretrained.load import available_weights, model_card
+from ..pretrained.recipes import available_weights, model_card
 from ..problems import Problem
 from ..sets.circular import near, unwrap
 from ..sets.layout import ThetaLayout
@@ -55,15 +55,7 @@ def print_parameters(
     units: Mapping[str, str],
     true_theta: Tensor | None = None,
 ) -> None:
-    """Print medians and 90 % intervals of shared parameters and sources.
-
-    Args:
-        rows: Theta rows, shape ``(S, E)``.
-        catalogue: Their sources, with the truth if there is one.
-        layout: Layout of theta.
-        units: Units of parameters by name.
-        true_theta: The true row if known, shape ``(E,)``.
-    """
+    """Print medians and 90 % intervals of shared parameters and sources."""
     print("\nmedian, 90 % interval" + ("" if true_theta is None else " and truth"))
 
     def line(name: str, values: list[float], truth: float | None) -> None:
@@ -110,14 +102,7 @@ def _shown_alike(values: list[float]) -> list[str]:
 def print_reconstruction(
     problem: Problem, rows: Tensor, x: Tensor, true_theta: Tensor | None = None
 ) -> None:
-    """Print how far the posterior mean of the signal is from the truth, or from x.
-
-    Args:
-        problem: The problem.
-        rows: Theta rows, shape ``(S, E)``.
-        x: The observation, shape ``(1, T)``.
-        true_theta: The true row if known, shape ``(E,)``.
-    """
+    """Print how far the posterior mean of the signal is from the truth, or from x."""
     signal: Any = getattr(problem.simulator, "signal", None)
     if signal is None:
         return
@@ -144,14 +129,7 @@ def print_accuracy(probs: Tensor, true: Tensor) -> None:
 
 
 def print_model(name: str | None) -> None:
-    """Print the names of the models that come with the package, or the card of one.
-
-    Args:
-        name: A model's name; None lists them.
-
-    Raises:
-        InputError: If there is no such model.
-    """
+    """Print the names of the models that come with the package, or the card of one."""
     names = available_weights()
     if name is None:
         for known in names:

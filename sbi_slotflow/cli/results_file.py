@@ -1,7 +1,8 @@
-"""Result files: written aside and moved into place, joined from parts.
+"""Answers as trees of datasets, in files that are joined from parts.
 
-Every file carries a mark by which it is known again: an attribute of a tree, the
-metadata of a figure, the columns of a table. What has no mark is never replaced.
+Files are written aside and moved into place. Every file carries a mark by which it is
+known again: an attribute of a tree, the metadata of a figure, the columns of a table.
+What has no mark is never replaced.
 """
 
 import csv
@@ -10,14 +11,20 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..posterior.datatree import to_datatree
+from ..seeding import generator_for
 from ..storage import check_replaceable
 from .arguments import InputError
-from .trees import GROUPS
+from .models import Answers, Model, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,16 +32,129 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASIDE",
+    "GROUPS",
     "MARK",
     "aside",
+    "batch_tree",
     "check_apart",
     "check_out",
     "join_csv",
     "join_parts",
     "read_part",
+    "signal_tree",
     "write_figure",
     "write_tree",
 ]
+
+GROUPS = {
+    "cardinality": "observation",
+    "posterior": "observation",
+    "sample_stats": "observation",
+    "catalogue": "source",
+}
+"""Groups of a result of many signals, and the dimension along which they grow."""
+
+_TREE = 2  # stream of a seed
+_NUM_PREDICTIVE, _NUM_PRIOR = 100, 1_000
+
+
+def signal_tree(
+    model: Model,
+    x: Tensor,
+    answers: Answers,
+    settings: Settings,
+    attrs: dict[str, Any],
+    true_theta: Tensor | None = None,
+) -> "DataTree":
+    """ArviZ tree of one signal, with the groups ``cardinality`` and ``catalogue``."""
+    from xarray import DataTree
+
+    generator = generator_for(settings.seed, _TREE)
+    log_prob = answers.log_prob
+    tree = to_datatree(
+        answers.draws,
+        model.posterior.prior.layout,
+        x=x[0],
+        true_theta=true_theta,
+        log_prob=log_prob,
+        statistics={name: float(v[0]) for name, v in answers.statistics.items()},
+        simulator=None if model.problem is None else model.problem.simulator,
+        num_predictive=_NUM_PREDICTIVE,
+        prior_samples=model.posterior.prior.sample((_NUM_PRIOR,), generator=generator),
+        generator=generator,
+        model_card=model.posterior.model_card,
+        attrs=attrs,
+    )
+    tree["cardinality"] = DataTree(_cardinality(answers).isel(observation=0, drop=True))
+    tree["catalogue"] = DataTree(answers.catalogues[0])
+    return tree
+
+
+def batch_tree(
+    model: Model, answers: Answers, start: int, attrs: Mapping[str, Any]
+) -> "DataTree":
+    """Tree of a batch of signals, with a leading dimension ``observation``.
+
+    Sources of all signals follow one another in ``catalogue``, where the variable
+    ``observation`` tells whose they are.
+    """
+    from xarray import DataTree
+
+    num = len(answers.draws)
+    observation = np.arange(start, start + num)
+    # One chain a signal, to name and mask the parameters as everywhere else.
+    tree = to_datatree(
+        answers.draws,
+        model.posterior.prior.layout,
+        log_prob=answers.log_prob,
+        generator=generator_for(0),
+        model_card=model.posterior.model_card,
+        attrs=attrs,
+    )
+    renamed = {
+        name: tree[name]
+        .to_dataset()
+        .rename(chain="observation")
+        .assign_coords(observation=observation)
+        .drop_attrs()
+        for name in ("posterior", "sample_stats")
+    }
+    statistics = {
+        name: ("observation", values.numpy())
+        for name, values in answers.statistics.items()
+    }
+    stats = renamed["sample_stats"].drop_vars("active").assign(statistics)
+    cardinality = _cardinality(answers).assign_coords(observation=observation)
+    groups = {
+        "cardinality": cardinality,
+        "posterior": renamed["posterior"],
+        "sample_stats": stats.drop_vars("draw") if "lp" not in stats else stats,
+        "catalogue": _catalogue(answers.catalogues, start),
+    }
+    result = DataTree.from_dict(groups)
+    result.attrs = dict(tree.attrs)
+    return result
+
+
+def _cardinality(answers: Answers) -> "Dataset":
+    from xarray import Dataset
+
+    probs = answers.probs.double()
+    return Dataset(
+        {"probability": (("observation", "cardinality"), probs.numpy())},
+        coords={"cardinality": np.arange(probs.shape[-1])},
+    )
+
+
+def _catalogue(catalogues: "list[Dataset]", start: int) -> "Dataset":
+    import xarray
+
+    owners = [torch.full((len(c["source"]),), i) for i, c in enumerate(catalogues)]
+    joined = xarray.concat(
+        [c.drop_vars("source").drop_attrs() for c in catalogues], dim="source"
+    )
+    return joined.assign(observation=("source", start + torch.cat(owners).numpy()))
+
 
 _SUFFIXES = (".nc", ".zarr")
 MARK = {"program": "sbi-slotflow"}
@@ -121,11 +241,7 @@ def _is_ours(path: Path) -> bool:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it replaces ``path`` if all goes well, else goes.
-
-    Raises:
-        InputError: If something that is not ours lies at ``path`` by then.
-    """
+    """Yield a path to write to; it replaces ``path`` if all goes well, else goes."""
     path = path.resolve()
     new = path.with_name(f"{ASIDE}{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -176,12 +292,7 @@ def read_part(path: Path) -> "DataTree":
 
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
-    """Join the trees of batches to one file, with one of them in memory at a time.
-
-    Args:
-        parts: NetCDF files of :func:`~sbi_slotflow.cli.trees.batch_tree`, in order.
-        path: The file to write, ``.nc`` or ``.zarr``.
-    """
+    """Join the trees of batches to one file, with one of them in memory at a time."""
     with aside(path) as new:
         if path.suffix == ".zarr":
             _join_zarr(parts, new)

@@ -42,17 +42,7 @@ class SignalFile:
 
 
 def open_signals(path: str | Path) -> SignalFile:
-    """Open a file of signals.
-
-    Args:
-        path: ``signals.npy``, ``signals.h5:name`` or ``signals.zarr:name``. The name
-            may be left out where there is only one array. A file of another ending is
-            read as ``.npy``.
-
-    Raises:
-        SignalFileError: If there is no such file, or what it holds is not an array of
-            floating-point numbers.
-    """
+    """Open a file of signals."""
     file, inner = split_name(str(path))
     if not file.exists():
         raise SignalFileError(f"there is no file {path}")

@@ -5,7 +5,7 @@ numbers between two independent runs of the reference. A value at its floor is a
 as the reference can tell.
 """
 
-from .comparison import Comparison, ParameterDistance, Samples, compare
+from .comparison import Comparison, ParameterDistance, ReferencePoints, Samples, compare
 from .distances import (
     FEWEST_DRAWS,
     c2st,
@@ -16,7 +16,6 @@ from .distances import (
     wasserstein2,
     whiten,
 )
-from .labels import ReferencePoints
 
 __all__ = [
     "FEWEST_DRAWS",

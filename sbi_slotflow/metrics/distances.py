@@ -43,12 +43,6 @@ def total_variation(
     Args:
         probs: Probabilities p, shape ``(..., Kmax + 1)``, or a categorical.
         reference: Probabilities q, likewise.
-
-    Returns:
-        Float64 tensor of shape ``(...)``.
-
-    Raises:
-        ValueError: If the lengths differ, or an argument is no probability vector.
     """
     p, q = _probabilities(probs, reference)
     return 0.5 * (p - q).abs().sum(-1)
@@ -65,12 +59,6 @@ def jensen_shannon(
     Args:
         probs: Probabilities p, shape ``(..., Kmax + 1)``, or a categorical.
         reference: Probabilities q, likewise.
-
-    Returns:
-        Float64 tensor of shape ``(...)``.
-
-    Raises:
-        ValueError: If the lengths differ, or an argument is no probability vector.
     """
     p, q = _probabilities(probs, reference)
     entropy = torch.special.entr
@@ -90,13 +78,6 @@ def wasserstein2(draws: Tensor, reference: Tensor) -> Tensor:
     Args:
         draws: Draws, shape ``(S, ...)``.
         reference: Draws of the reference, shape ``(M, ...)``.
-
-    Returns:
-        Distances in the units of the draws, float64, shape ``(...)``.
-
-    Raises:
-        ValueError: If the shapes differ in more than the number of draws, or an entry
-            is NaN or infinite.
     """
     draws, reference = _checked(draws, reference)
     num, other = len(draws), len(reference)
@@ -131,12 +112,6 @@ def sliced_wasserstein2(
         reference: Draws of the reference, shape ``(M, C)``.
         num_directions: Number of directions v.
         generator: Source of the directions.
-
-    Returns:
-        The distance.
-
-    Raises:
-        ValueError: See :func:`whiten`.
     """
     draws, reference = whiten(draws, reference)
     directions = torch.randn(
@@ -167,13 +142,6 @@ def c2st(
         max_draws: Most draws of either kind that are used, chosen at random.
         generator: Source of the choice of draws, of the folds and of the classifier's
             own seed.
-
-    Returns:
-        Mean accuracy over five folds; equal numbers of both kinds are used.
-
-    Raises:
-        ValueError: If there are fewer than 50 draws of a kind; see also
-            :func:`whiten`.
     """
     draws, reference = whiten(draws, reference)
     num = min(len(draws), len(reference), max_draws)
@@ -217,13 +185,6 @@ def correlation_error(draws: Tensor, reference: Tensor) -> float:
     Args:
         draws: Components with consistent labels, shape ``(S, K, D)``, K >= 2.
         reference: Components of the reference, shape ``(M, K, D)``.
-
-    Returns:
-        The error, in [0, 2].
-
-    Raises:
-        ValueError: If K < 2, the shapes differ in more than the number of draws, or an
-            entry is NaN or infinite.
     """
     draws, reference = _checked(draws, reference)
     if draws.ndim != 3 or draws.shape[1] < 2:
@@ -249,13 +210,6 @@ def whiten(draws: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         draws: Draws, shape ``(S, C)``.
         reference: Draws of the reference, shape ``(M, C)``.
-
-    Returns:
-        Both, float64.
-
-    Raises:
-        ValueError: If the shapes are wrong, an entry is NaN or infinite, or the
-            reference does not vary in every direction.
     """
     draws, reference = _checked(draws, reference)
     if draws.ndim != 2:

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..sets.circular import wrapped
 from ..sets.transforms import (
     Affine,
     Columns,
@@ -30,7 +31,7 @@ from ..sets.transforms import (
 from .cells import CellAxis
 from .charts import Chart
 
-__all__ = ["LocalTransform", "wrapped"]
+__all__ = ["LocalTransform"]
 
 _TWO_PI = 2 * math.pi
 # Cells within which a fit looks for a component: its own, and what lies about it.
@@ -73,7 +74,7 @@ class LocalTransform:
             shears.append(Shear(d, place, rate, period, low))
         self._scales = [self._scale(d) for d in self._parameters]
         columns = [Affine(middle, half) for middle, half in self._scales]
-        position = Place(self.marginals[place], axis.num_anchors)
+        position = Place(self.marginals[place], axis.num_cells)
         self._steps = Compose(
             [*shears, Permutation(order), Columns([position, *columns])]
         )
@@ -131,8 +132,8 @@ class LocalTransform:
     def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior densities ``(...)`` of local coordinates, and their gradients.
 
-        But for a constant; positions and most angles are uniform. Values beyond a
-        parameter's support count as at its end.
+        But for a constant; positions and most angles are uniform. Values beyond the
+        :attr:`~sbi_slotflow.sets.marginals.Marginal.core` count as at its end.
 
         Args:
             w: Coordinates, shape ``(..., D)``.
@@ -149,7 +150,7 @@ class LocalTransform:
                     if marginal.is_uniform:
                         continue
                     coordinate = coordinate % _TWO_PI
-                value = (middle + half * coordinate).clamp(*marginal.bounds)
+                value = (middle + half * coordinate).clamp(*marginal.core)
                 values = values + marginal.log_density(value)
             (slope,) = torch.autograd.grad(values.sum(), w)
         return values.detach(), slope
@@ -175,8 +176,3 @@ class LocalTransform:
         if math.isfinite(self.marginals.periods[d]):
             return self.marginals[d].bounds[0], self.marginals.periods[d] / _TWO_PI
         return self.marginals[d].natural_scale
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    """An angle's representative in [-pi, pi)."""
-    return (angle + math.pi) % _TWO_PI - math.pi

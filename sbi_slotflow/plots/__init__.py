@@ -4,9 +4,8 @@ Every function returns a ``matplotlib.figure.Figure`` of its own, to save with
 ``figure.savefig(path)``. None shows it, none touches pyplot or ``rcParams``.
 """
 
-from .cardinality import plot_cardinality
+from .cardinality import plot_cardinality, plot_width_scaling, posterior_widths
 from .corner import plot_corner, plot_source_corners
-from .scaling import plot_width_scaling, posterior_widths
 from .signals import plot_reconstruction, plot_spectrum
 from .training import plot_training
 

@@ -1,6 +1,14 @@
-"""The posterior of the number of components."""
+r"""The posterior of K, and how posteriors widen with K (the paper's figure 9).
 
-from collections.abc import Sequence
+.. math::
+    \sigma_K = \mathbb{E}_{x | K}\, \operatorname{std}\, p(\theta_k | x, K)
+
+is averaged over signals and their components.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,9 +18,14 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ..sets.checks import as_count
+from ..sets.circular import circular_mean, near
 from .style import DATA, POSTERIOR, SMALL, TRUTH, Figure, dress, legend_above
 
-__all__ = ["plot_cardinality"]
+if TYPE_CHECKING:
+    from ..posterior.network import SlotPosterior
+
+__all__ = ["plot_cardinality", "plot_width_scaling", "posterior_widths"]
 
 Probabilities = Categorical | Tensor | Sequence[float]
 
@@ -97,3 +110,116 @@ def _checked(cardinality: Probabilities, name: str) -> np.ndarray:
             f"{name} must hold probabilities that add up to 1, got {probs.tolist()}."
         )
     return probs
+
+
+def posterior_widths(
+    posterior: "SlotPosterior",
+    theta: Tensor,
+    x: Tensor,
+    *,
+    num_samples: int = 500,
+    relative: Sequence[str] = ("amplitude",),
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Measure the posterior's standard deviations given the true K.
+
+    Components are taken in canonical order.
+
+    Args:
+        posterior: The posterior.
+        theta: True rows, K >= 1, shape ``(B, E)``.
+        x: Their data, shape ``(B, T)``.
+        num_samples: Draws a signal.
+        relative: Parameters whose widths are divided by the true values.
+        generator: Source of randomness.
+
+    Returns:
+        Mean width over the components of each signal, shape ``(B,)``, by parameter.
+
+    Raises:
+        ValueError: If a row has K = 0 or a number is too small.
+    """
+    layout = posterior.prior.layout
+    layout.validate(theta)
+    if theta.ndim != 2 or len(theta) != len(x):
+        raise ValueError(
+            f"theta and x must be batches of one size, got {tuple(theta.shape)} and "
+            f"{tuple(x.shape)}."
+        )
+    num_samples = as_count(num_samples, "num_samples", 2)
+    truth = layout.unpack(layout.canonical(theta).cpu())
+    if (truth.cardinality < 1).any():
+        raise ValueError("theta must hold rows with K >= 1, got K = 0.")
+    periods = layout.component_periods
+    widths = torch.empty(len(theta), layout.num_component_params, dtype=torch.float64)
+    for i, k in enumerate(truth.cardinality.tolist()):
+        rows = posterior.sample((num_samples,), x[i], k=k, generator=generator)
+        components = layout.unpack(rows.cpu()).components[:, :k].double()
+        mean = circular_mean(components, periods)
+        std = (near(components, mean, periods) - mean).square().mean(0).sqrt()
+        for d, name in enumerate(layout.component_names):
+            unit = truth.components[i, :k, d].abs() if name in relative else 1.0
+            widths[i, d] = (std[:, d] / unit).mean()
+    return dict(zip(layout.component_names, widths.unbind(-1), strict=True))
+
+
+def plot_width_scaling(
+    cardinality: Tensor,
+    widths: Mapping[str, Tensor],
+    labels: Mapping[str, str] | None = None,
+) -> Figure:
+    r"""Plot posterior widths against the true K, a panel for each parameter.
+
+    Points are means over signals with their standard errors. The line is a power law
+    :math:`\sigma_K \propto K^b`, fitted to the logarithms of the means; its exponent
+    stands above.
+
+    Args:
+        cardinality: True K of each signal, K >= 1, shape ``(B,)``.
+        widths: Widths of each signal, shape ``(B,)``, by parameter: what
+            :func:`posterior_widths` returns.
+        labels: Labels of the axes by parameter, with units; the names if None.
+
+    Returns:
+        A figure with an axes a parameter.
+
+    Raises:
+        ValueError: If a shape is wrong, a K or a width is not positive, or there is
+            nothing to plot.
+    """
+    k = torch.as_tensor(cardinality).cpu().numpy()
+    if k.ndim != 1 or not len(k) or (k < 1).any():
+        raise ValueError("cardinality must hold K >= 1 of at least one signal, (B,).")
+    if not widths:
+        raise ValueError("widths must hold at least one parameter.")
+    distinct = np.unique(k)
+    size = (0.6 + 2.6 * len(widths), 2.9)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(widths), squeeze=False)[0]
+    for axes, (name, width) in zip(panels, widths.items(), strict=True):
+        values = torch.as_tensor(width).cpu().double().numpy()
+        if values.shape != k.shape or not (values > 0).all():
+            raise ValueError(
+                f"widths of {name!r} must be positive and of shape {k.shape}, got "
+                f"shape {values.shape}."
+            )
+        groups = [values[k == number] for number in distinct]
+        means = np.array([group.mean() for group in groups])
+        errors = [
+            g.std(ddof=1) / math.sqrt(len(g)) if len(g) > 1 else 0 for g in groups
+        ]
+        title = ""
+        if len(distinct) > 1:
+            slope, start = np.polyfit(np.log(distinct), np.log(means), 1)
+            fine = np.geomspace(distinct[0], distinct[-1], 50)
+            axes.plot(fine, np.exp(start) * fine**slope, color=DATA, linewidth=1.1)
+            title = f"proportional to K^{slope:.1f}"
+        axes.errorbar(
+            distinct, means, errors, fmt="o", ms=4, capsize=2, color=POSTERIOR
+        )
+        axes.set_ylim(0, 1.15 * (means + errors).max())
+        axes.set_xticks(distinct)
+        label = (labels or {}).get(name, name)
+        dress(axes, "true K", f"posterior width: {label}", title)
+        axes.tick_params(labelsize=SMALL)
+    return figure

@@ -1,15 +1,19 @@
-"""Colours, fonts and dress that the figures share.
+"""Colours, fonts and dress that the figures share, and thinning of draws.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart: data are grey, the
 posterior is blue, the truth is vermilion.
 """
 
+import math
 from collections.abc import Sequence
 from io import BytesIO
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
+from torch import Tensor
+
+__all__ = []
 
 DATA, POSTERIOR, TRUTH = "#7f7f7f", "#0072b2", "#d55e00"
 REFERENCE = "#000000"
@@ -59,3 +63,8 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
     """The interval, wider at either end by a share of its length."""
     margin = share * (high - low)
     return low - margin, high + margin
+
+
+def thinned(samples: Tensor, most: int) -> Tensor:
+    """At most that many rows, evenly spaced."""
+    return samples[:: math.ceil(len(samples) / most)]

@@ -1,15 +1,21 @@
-"""How the shipped weights are made: ``python -m sbi_slotflow.pretrained NAME``.
+"""Weights that come with the package: how they are made, and loaded.
 
-Each set of weights follows from its recipe and seed. A run keeps its state in
+Each set is a safetensors file with, beside it, a model card. It follows from its recipe
+and seed by ``python -m sbi_slotflow.pretrained NAME``; a run keeps its state in
 ``checkpoints/`` and may be stopped and taken up again at any moment.
 """
 
+import json
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
-from ..calibration import TrainingReference
+import torch
+
+from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
+from ..posterior.network import SlotPosterior
 from ..problems import Sinusoids, sinusoids
 from ..seeding import generator_for
 from ..training.stages import Stage, train_stages
@@ -17,6 +23,9 @@ from ..training.stages import Stage, train_stages
 __all__ = [
     "RECIPES",
     "PretrainingRecipe",
+    "available_weights",
+    "load_pretrained",
+    "model_card",
     "pretrain",
     "training_reference",
 ]
@@ -82,20 +91,9 @@ RECIPES: dict[str, PretrainingRecipe] = {
 
 
 def pretrain(
-    name: str,
-    checkpoints: Path = Path("checkpoints"),
-    device: str = "cpu",
+    name: str, checkpoints: Path = Path("checkpoints"), device: str = "cpu"
 ) -> SlotDensityEstimator:
-    """Train a set of weights, or take up its training.
-
-    Args:
-        name: Name of a recipe.
-        checkpoints: Folder of the runs' states.
-        device: Device to train on.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
+    """Train a set of weights, or take up its training."""
     if name not in RECIPES:
         raise ValueError(f"name must be one of {sorted(RECIPES)}, got {name!r}.")
     recipe = RECIPES[name]
@@ -108,11 +106,63 @@ def training_reference(name: str) -> TrainingReference:
     """Describe the training data of a set of weights.
 
     With it, the posterior warns of observations that are unlike them.
-
-    Args:
-        name: Name of a recipe.
     """
     problem = RECIPES[name].problem
     theta = problem.prior.sample((_REFERENCE_SIGNALS,), generator_for(0, _REFERENCE, 0))
     x = problem.simulator(theta, generator_for(0, _REFERENCE, 1))
     return TrainingReference.fit(x)
+
+
+def available_weights() -> tuple[str, ...]:
+    """Names of the sets of weights in this installation."""
+    folder = files("sbi_slotflow") / "weights"
+    names = {entry.name for entry in folder.iterdir()}
+    cards = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return tuple(sorted(name for name in cards if f"{name}.safetensors" in names))
+
+
+def model_card(name: str) -> dict[str, Any]:
+    """Return how a set of weights was trained and what was measured of it."""
+    _check_name(name)
+    card = files("sbi_slotflow") / "weights" / f"{name}.json"
+    return json.loads(card.read_text())
+
+
+def load_pretrained(
+    name: str, device: str | torch.device | None = None
+) -> SlotPosterior:
+    """Load a posterior that is ready to use.
+
+    Args:
+        name: ``"sinusoids-tiny"``, ``"sinusoids-paper"`` or ``"sinusoids-crowded"``,
+            for the problem of that preset, ``problems.sinusoids("tiny")`` say.
+        device: Device of the posterior; the CPU if None.
+
+    Returns:
+        The posterior; :func:`model_card` says how it was trained and how good it is.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    _check_name(name)
+    with as_file(files("sbi_slotflow") / "weights" / f"{name}.safetensors") as path:
+        estimator = SlotDensityEstimator.load(path)
+    problem = RECIPES[name].problem
+    if device is not None:
+        estimator = estimator.to(device)
+    posterior = SlotPosterior(
+        estimator, problem.prior, simulator=problem.simulator, device=device
+    )
+    reference = files("sbi_slotflow") / "weights" / f"{name}.reference.safetensors"
+    if reference.is_file():  # not every set of weights has one
+        with as_file(reference) as path:
+            posterior.set_training_reference(TrainingReference.load(path))
+    posterior.model_card = model_card(name)
+    return posterior
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError unless there are weights of this name."""
+    names = available_weights()
+    if name not in names:
+        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["circular_mean", "near", "unwrap"]
+__all__ = ["circular_mean", "near", "unwrap", "wrapped"]
 
 
 def unwrap(values: Tensor, period: float, weights: Tensor | None = None) -> Tensor:
@@ -77,3 +77,8 @@ def near(values: Tensor, centre: Tensor, periods: Sequence[float] | Tensor) -> T
     period = torch.as_tensor(periods, dtype=values.dtype, device=values.device)
     turns = ((values - centre) / period).round()
     return values - turns * torch.where(period.isfinite(), period, 0.0)
+
+
+def wrapped(angle: Tensor) -> Tensor:
+    """An angle's representative in [-pi, pi)."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi

@@ -1,4 +1,4 @@
-r"""Training on fresh simulations, every step a new batch.
+r"""Training on fresh simulations, every step a new batch, and its state in one file.
 
 All randomness of step t derives from (seed, t), so a run that was killed and resumed
 from its checkpoint ends with the same weights, bit for bit, as one that was not.
@@ -16,24 +16,82 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..nn.estimator import SlotDensityEstimator
-from ..nn.matching import NonFiniteDensityError
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import as_count
-from .checkpoint import (
-    TrainingState,
-    check_state_replaceable,
-    load_state,
-    optimizer_tensors,
-    restore_optimizer,
-    save_state,
-)
+from ..sets.matching import NonFiniteDensityError
+from ..storage import check_tensors_replaceable, read_tensors, write_tensors
 from .recipes import RecipeName, make_recipe
 
-__all__ = ["OnlineSettings", "OnlineTraining"]
+__all__ = [
+    "OnlineSettings",
+    "OnlineTraining",
+    "TrainingState",
+    "check_state_replaceable",
+    "load_state",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "save_state",
+]
+
+_FORMAT = "sbi_slotflow.TrainingState"
+_VERSION = 1
+
+
+@dataclass
+class TrainingState:
+    """What a run needs to go on."""
+
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
+    """Write a state atomically: a kill at any moment leaves a whole file."""
+    meta = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "progress": state.progress,
+        "settings": state.settings,
+    }
+    write_tensors(path, state.tensors, meta)
+
+
+def check_state_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if a file is there that is no state of a run."""
+    check_tensors_replaceable(path, _FORMAT)
+
+
+def load_state(path: str | os.PathLike[str]) -> TrainingState:
+    """Read a state."""
+    tensors, meta = read_tensors(path, _FORMAT, _VERSION)
+    return TrainingState(tensors, meta["progress"], meta["settings"])
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """List an optimizer's per-parameter state by name."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": torch.as_tensor(value)
+        for index, entries in state.items()
+        for key, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` listed."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
 
 _INIT, _VALIDATION, _STEPS = 0, 1, 2  # streams of the seed
 _TERMS = ("cardinality", "flow", "shared", "correct")
@@ -42,21 +100,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OnlineSettings:
-    """Settings of a run; a resumed run must repeat them.
-
-    Attributes:
-        num_simulations: Simulations to train on, in whole batches.
-        batch_size: Simulations a step.
-        recipe: ``"adamw"`` or ``"paper"``.
-        learning_rate: Peak learning rate; the recipe's own if None.
-        ema_decay: Decay of the running average of the weights, which is what is
-            validated and returned; None for none.
-        clip_max_norm: Bound on the gradient's norm; None for none.
-        seed: Seed of everything random.
-        num_validation: Simulations of the fixed validation bank.
-        validate_every: Steps between validations.
-        part: What is trained, see :meth:`SlotDensityEstimator.loss_terms`.
-    """
+    """Settings of a run; a resumed run must repeat them."""
 
     num_simulations: int
     batch_size: int = 128
@@ -92,29 +136,7 @@ class OnlineSettings:
 
 
 class OnlineTraining:
-    """One run of online training, fresh or resumed.
-
-    Args:
-        build: Builder of the estimator, called with a first batch (theta, x).
-        prior: Prior to draw theta from.
-        simulator: Maps theta ``(B, E)`` to x ``(B, T)``; its randomness must come from
-            torch's global generator, which is seeded for every step.
-        settings: Settings of the run.
-        device: Device of the training.
-        checkpoint: File to keep the state in; None keeps none.
-        resume: Whether to go on from the checkpoint if there is one.
-
-    Attributes:
-        estimator: The estimator in training.
-        history: One entry a validation: step, learning rate, and the mean of each term
-            over the steps since the last one (``train_*``) and over the validation
-            bank (``val_*``).
-        resumed_from: Step at which the run was taken up, 0 for a fresh one.
-
-    Raises:
-        ValueError: If the checkpoint is corrupt or was written with other settings.
-        FileExistsError: If it is not to be read, and the file is no checkpoint.
-    """
+    """One run of online training, fresh or resumed."""
 
     def __init__(
         self,
@@ -176,20 +198,7 @@ class OnlineTraining:
         show_progress_bar: bool = True,
         on_validation: Callable[[dict[str, float]], None] | None = None,
     ) -> SlotDensityEstimator:
-        """Train to the end.
-
-        Args:
-            checkpoint_every: Steps between checkpoints; every validation if None.
-            show_progress_bar: Whether to show a progress bar.
-            on_validation: Called with every new entry of :attr:`history`.
-
-        Returns:
-            The averaged estimator, in evaluation mode.
-
-        Raises:
-            FloatingPointError: If a loss is NaN or infinite; the last checkpoint
-                stands.
-        """
+        """Train to the end."""
         if checkpoint_every is None:
             checkpoint_every = self.settings.validate_every
         every = as_count(checkpoint_every, "checkpoint_every")

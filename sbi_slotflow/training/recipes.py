@@ -100,18 +100,7 @@ def make_recipe(
     learning_rate: float | None,
     num_steps: int,
 ) -> Recipe:
-    """Make the named recipe.
-
-    Args:
-        name: ``"adamw"`` or ``"paper"``.
-        parameters: Parameters to train.
-        learning_rate: Peak learning rate; 2e-3 for ``"adamw"`` and 1e-4 for
-            ``"paper"`` if None.
-        num_steps: Length of the run in optimizer steps.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+    """Make the named recipe."""
     if name == "adamw":
         rate = 2e-3 if learning_rate is None else learning_rate
         optimizer = AdamW(parameters, lr=rate, weight_decay=1e-4)

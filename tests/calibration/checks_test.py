@@ -18,11 +18,10 @@ from sklearn.metrics import confusion_matrix, log_loss
 
 from sbi_slotflow import calibration, problems
 from sbi_slotflow.calibration import faults
-from sbi_slotflow.calibration.draws import cardinality_probs
-from sbi_slotflow.calibration.matched import MatchedComponents
-from sbi_slotflow.nn.matching import hungarian
+from sbi_slotflow.calibration.draws import MatchedComponents, cardinality_probs
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.circular import circular_mean
+from sbi_slotflow.sets.matching import hungarian
 
 problem = problems.linear_gaussian()
 exact = problem.exact_posterior()
@@ -297,7 +296,7 @@ def test_tarp_curve_is_the_one_of_sbi():
         show_progress_bar=False,
     )
     ours = np.searchsorted(
-        np.sort(check.credibilities["posterior"]), levels.numpy(), side="right"
+        np.sort(check.ranks["posterior"]), levels.numpy(), side="right"
     ) / len(draws.theta)
     # They count draws, we rank among them: values differ by up to 1 / 100.
     assert np.abs(ours - coverage.numpy()).max() < 0.06

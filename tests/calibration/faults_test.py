@@ -123,7 +123,7 @@ def test_angles_are_narrowed_on_the_circle():
             return tiny.layout.pack(parts.cardinality, components, parts.shared)
 
     x = torch.zeros(1, tiny.num_data)
-    found = faults.narrowed(Phases(), periods=tiny.layout.periods)
+    found = faults.narrowed(Phases())
     rows = found.sample_batched((NUM,), x, k=1, generator=generator_for(7))
     phase = tiny.layout.unpack(rows).components[:, 0, 0, 1]
     offset = (phase + math.pi).remainder(2 * math.pi) - math.pi
@@ -145,7 +145,3 @@ def test_impossible_faults_are_refused():
         faults.narrowed(exact, 0)
     with pytest.raises(ValueError, match="power must be positive, got -1"):
         faults.oversharp(exact, -1)
-    with pytest.raises(
-        ValueError, match=r"periods must name parameters .* \['phase'\]"
-    ):
-        faults.narrowed(exact, periods={"phase": 1.0})

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from sbi_slotflow import load_pretrained, model_card, problems
 from sbi_slotflow.cli import main, stream
-from sbi_slotflow.pretrained.load import available_weights
+from sbi_slotflow.pretrained.recipes import available_weights
 from sbi_slotflow.seeding import generator_for
 
 MODEL = "sinusoids-tiny"

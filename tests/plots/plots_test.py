@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
-from sbi_slotflow.plots.corner_panels import Column
+from sbi_slotflow.plots.corner import Column
 from sbi_slotflow.problems import linear_gaussian, sinusoids
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.circular import unwrap

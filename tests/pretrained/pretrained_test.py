@@ -14,8 +14,7 @@ from sbi_slotflow import (
     problems,
     rjmcmc,
 )
-from sbi_slotflow.pretrained.load import available_weights
-from sbi_slotflow.pretrained.recipes import RECIPES, pretrain
+from sbi_slotflow.pretrained.recipes import RECIPES, available_weights, pretrain
 from sbi_slotflow.seeding import generator_for
 
 PRESETS = ("tiny", "paper", "crowded")

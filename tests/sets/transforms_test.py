@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Gumbel
+from torch.distributions import Exponential, Gumbel
 
 from sbi_slotflow.sets.marginals import LogUniformMarginal, marginals_of
 from sbi_slotflow.sets.transforms import (
@@ -30,6 +30,7 @@ from sbi_slotflow.sets.transforms import (
 
 LAW = LogUniformMarginal(0.1, 2.0)
 SKEW = marginals_of(Gumbel(torch.tensor([1.0]), torch.tensor([0.5])))[0]
+POSITIVE = marginals_of(Exponential(torch.tensor([1.0])))[0]
 FACTOR = torch.tensor([[2.0, 0, 0], [0.3, 0.5, 0], [-1.0, 0.2, 4.0]]).double()
 LOCATION = torch.tensor([0.5, -1.0, 2.0]).double()
 
@@ -58,6 +59,7 @@ NUMBERS: dict[str, tuple[Transform, Tensor]] = {
         StraightTails(NormalScore(SKEW), Identity(), (-1.0, 2.0)),
         line(-2, 9),
     ),
+    "straight tails of a positive law": (POSITIVE.score, line(1e-9, 60)),
     "bend": (Bend(2.5), line(-40, 40)),
     "cut": (Cut(*ends(-1.0, 2.0)), line(-0.99, 1.99)),
     "cut far below": (Cut(*ends(-21.0, -20.0)), line(-20.4, -20.001)),
@@ -144,6 +146,14 @@ def test_a_cut_normal_variable_is_normal() -> None:
     x = torch.special.ndtri(bottom + shares * (top - bottom))
     y, _ = Cut(*ends(low, high)).forward(x)
     torch.testing.assert_close(ndtr(y), shares)
+
+
+def test_a_turning_shear_stays_on_one_turn() -> None:
+    x = torch.tensor([[1.5, 10.0], [1.5, -10.0]]).double()
+    shear = Shear(0, 1, 0.25, 1.0, low=1.0)
+    y, _ = shear.forward(x)
+    torch.testing.assert_close(y, torch.tensor([[1.0, 10.0], [1.0, -10.0]]).double())
+    torch.testing.assert_close(shear.inverse(y), x)
 
 
 def test_a_bent_tail_grows_as_a_logarithm() -> None:

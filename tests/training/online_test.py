@@ -22,8 +22,7 @@ from torch import Tensor
 
 from sbi_slotflow import SlotNPE, problems, slot_nn
 from sbi_slotflow.nn import SlotDensityEstimator
-from sbi_slotflow.training.checkpoint import load_state
-from sbi_slotflow.training.online import OnlineSettings, OnlineTraining
+from sbi_slotflow.training.online import OnlineSettings, OnlineTraining, load_state
 from sbi_slotflow.training.recipes import RecipeName
 
 PROBLEM = problems.linear_gaussian()

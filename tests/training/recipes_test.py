@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from sbi_slotflow.training.checkpoint import optimizer_tensors, restore_optimizer
+from sbi_slotflow.training.online import optimizer_tensors, restore_optimizer
 from sbi_slotflow.training.recipes import Recipe, RecipeName, make_recipe
 
 RECIPES: tuple[RecipeName, ...] = ("adamw", "paper")

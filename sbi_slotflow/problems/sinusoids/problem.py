@@ -111,7 +111,7 @@ class Oscillations(Problem):
             [grid.num_samples for grid in self.grids],
             [grid.rate for grid in self.grids],
             self.band,
-            self.location_axis().num_anchors,
+            self.location_axis().num_cells,
             self.layout.max_cardinality if pursuit else 0,
             self.build_fit().analytic,
         )

@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ...catalogue import fit_sources
-from ...plots.checks import checked_data, checked_row, checked_samples, thinned
 from ...plots.style import (
     CYCLE,
     DATA,
@@ -21,7 +20,9 @@ from ...plots.style import (
     dress,
     legend_above,
     padded,
+    thinned,
 )
+from ...sets.checks import as_observation, as_row, as_rows
 from ...sets.layout import ThetaLayout
 from ..base import Problem
 
@@ -64,8 +65,8 @@ def plot_spectrum(
     :func:`sbi_slotflow.plots.plot_spectrum`.
     """
     layout = problem.layout
-    samples = checked_samples(samples, layout)
-    data = checked_data(x)
+    samples = as_rows(samples, layout)
+    data = as_observation(x)[0].numpy()
     if len(data) != problem.num_data:
         raise ValueError(f"x must have {problem.num_data} entries, got {len(data)}.")
     stream = problem.streams[0]
@@ -92,7 +93,7 @@ def plot_spectrum(
             Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
         )
     if true_theta is not None:
-        true = _active(layout, checked_row(true_theta, layout)[None])[:, _PLACE].numpy()
+        true = _active(layout, as_row(true_theta, layout))[:, _PLACE].numpy()
         for axes in (upper, lower):
             for value in true[:, 0]:
                 axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)

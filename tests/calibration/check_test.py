@@ -10,7 +10,7 @@ from arviz_stats.ecdf_utils import (
 from scipy.stats import beta, norm
 
 from sbi_slotflow.calibration import ecdf_band, pit, rank_p_value, uniformity_p_value
-from sbi_slotflow.calibration.uniformity import critical_level
+from sbi_slotflow.calibration.check import critical_level
 from sbi_slotflow.seeding import generator_for
 
 
