@@ -84,13 +84,6 @@ _SCATTER = 1e-3
 class ErynSampler:
     """An Eryn sampler with its walkers; made by :func:`eryn_sampler`.
 
-    Args:
-        problem: The problem.
-        x: The observation, shape ``(T,)``.
-        sampler: Eryn's ``EnsembleSampler``.
-        start: Rows at which walkers start, ``(temperatures, walkers, E)``.
-        seed: Seed of all randomness.
-
     Attributes:
         sampler: Eryn's ``EnsembleSampler``.
     """

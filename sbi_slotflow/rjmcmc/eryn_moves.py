@@ -141,9 +141,9 @@ class SlotFlowMove(ReversibleJumpMove):
         super().__init__(nleaves_max=nleaves_max, nleaves_min=nleaves_min, **kwargs)
         self.branch, self.update_share = branch, update_share
         # the distinct proposals, and which of them serves K = 0 (never asked), 1, ...
-        self._proposals = list({id(one): one for one in each}.values())
-        index = [[id(p) for p in self._proposals].index(id(one)) for one in each]
-        self._proposal_of = np.array([0, *index])
+        found = {id(one): one for one in each}
+        self._proposals = list(found.values())
+        self._proposal_of = np.array([0, *(list(found).index(id(one)) for one in each)])
 
     @classmethod
     def from_posterior(
@@ -192,9 +192,7 @@ class SlotFlowMove(ReversibleJumpMove):
     ) -> tuple[Arrays, Arrays, Floats]:
         """Propose one change for every walker; see Eryn's ``ReversibleJumpMove``.
 
-        Returns:
-            New coordinates, new ``inds`` and the logarithm of the proposals' ratio,
-            -inf where there is no component to update.
+        The log ratio of proposals is -inf where there is no component to update.
         """
         coords = all_coords[self.branch].copy()
         inds = all_inds[self.branch].copy()
@@ -222,11 +220,8 @@ class SlotFlowMove(ReversibleJumpMove):
                 coords[t, w, leaf[t, w]] = new.double().numpy()
         t, w = np.nonzero(change)
         inds[t, w, leaf[t, w]] = change[t, w] == 1
-        return (
-            all_coords | {self.branch: coords},
-            all_inds | {self.branch: inds},
-            factors,
-        )
+        new_coords = all_coords | {self.branch: coords}
+        return new_coords, all_inds | {self.branch: inds}, factors
 
 
 class ComponentStretchMove(MHMove):

@@ -114,16 +114,10 @@ class CollapsedSampler:
         self._births = _kernel.Births(
             *_birth_density(self.fits[: self.best_size + 2], statistics, band, least)
         )
+        s = statistics
+        sizes = s.offsets, s.lengths.astype(float), s.intervals
         self._data = _kernel.Data(
-            statistics.energy,
-            float(statistics.num_data),
-            statistics.starts,
-            statistics.steps,
-            statistics.offsets,
-            statistics.lengths.astype(float),
-            statistics.intervals,
-            statistics.values,
-            statistics.slopes,
+            s.energy, float(s.num_data), s.starts, s.steps, *sizes, s.values, s.slopes
         )
         low, high = band
         amplitude = self.prior.component_marginals[0]

@@ -95,17 +95,12 @@ class SineStatistics:
         tables = [_table(record, grid, band) for record, grid in records]
         starts, steps, values, slopes = zip(*tables, strict=True)
         most = max(len(row) for row in values)
-        return cls(
-            grids,
-            0.5 * grids[0].duration,
-            float(x @ x),
-            np.array(starts),
-            np.array(steps),
-            *(
-                np.stack([np.pad(row, (0, most - len(row))) for row in rows])
-                for rows in (values, slopes)
-            ),
+        values, slopes = (
+            np.stack([np.pad(row, (0, most - len(row))) for row in rows])
+            for rows in (values, slopes)
         )
+        energy, ends = float(x @ x), (np.array(starts), np.array(steps))
+        return cls(grids, 0.5 * grids[0].duration, energy, *ends, values, slopes)
 
     @property
     def num_data(self) -> int:

@@ -128,10 +128,8 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
     def _pilot(self, seed: int) -> Tensor:
         """Importance-sampling estimates of log p(x | K), -inf where K has no mode."""
         rng = np.random.default_rng([seed, 1])
-        values = torch.full(
-            (self.prior.max_cardinality + 1,), -math.inf, dtype=torch.float64
-        )
         layout = self.prior.layout
+        values = torch.full_like(self.prior.log_cardinality_probs.double(), -math.inf)
         for k, mode in self.modes.items():
             for _ in range(2):  # the second with the shares that the first asks for
                 rows = mode.sample(_PILOT_DRAWS, rng)
@@ -203,10 +201,8 @@ class LaplaceSets(SetDistribution):
         for k, mode in self.modes.items():
             chosen = parts.cardinality == k
             if chosen.any():
-                given_k = mode.log_prob(
-                    parts.components[chosen, :k].numpy(),
-                    parts.shared[chosen, 0].numpy(),
-                )
+                components = parts.components[chosen, :k].numpy()
+                given_k = mode.log_prob(components, parts.shared[chosen, 0].numpy())
                 values[chosen] = self.log_q_k[k] + torch.from_numpy(given_k)
         return values.reshape(theta.shape[:-1])
 
@@ -224,13 +220,12 @@ class _Mode:
         low, high = owner.sigma_bounds
         sigma = math.sqrt(max(fits[0].energy, 0.0) / statistics.num_data)
         self._least_energy = (_LEAST * high) ** 2 * statistics.num_data
-        self.frequencies = FrequencyProposal(
-            fits,
-            statistics,
-            self.band,
-            owner.prior.min_separation or 0.0,
+        sigma, gap = (
             min(max(sigma, low, _LEAST * high), high),
-            seed,
+            owner.prior.min_separation,
+        )
+        self.frequencies = FrequencyProposal(
+            fits, statistics, self.band, gap or 0.0, sigma, seed
         )
 
     def sample(self, size: int, rng: np.random.Generator) -> Tensor:
@@ -311,11 +306,8 @@ class _Mode:
         low, high = self.owner.sigma_bounds
         log_p = variable.logpdf(1 / sigma**2) + math.log(2) - 3 * np.log(sigma)
         mass = most - least
-        log_p = np.where(
-            mass < 1e-9,
-            -math.log(high - low),
-            log_p - np.log(np.maximum(mass, 1e-300)),
-        )
+        log_p = log_p - np.log(np.maximum(mass, 1e-300))
+        log_p = np.where(mass < 1e-9, -math.log(high - low), log_p)
         return np.where((sigma >= low) & (sigma <= high), log_p, -np.inf)
 
 
@@ -344,10 +336,8 @@ class FrequencyProposal:
             for weak, fit in enumerate(fits[: _MOST_WEAK + 1])
         ]
         rng = np.random.default_rng([seed, 2, self.num])
-        shares = [
-            self._allowed(layer.sample(_NORM_DRAWS, rng)).mean()
-            for layer in self.layers
-        ]
+        draws = [layer.sample(_NORM_DRAWS, rng) for layer in self.layers]
+        shares = [self._allowed(drawn).mean() for drawn in draws]
         self.log_accepted = np.log(np.maximum(shares, 0.5 / _NORM_DRAWS))
         # A layer whose draws are almost never allowed could not be drawn from.
         self._usable = np.array(shares) >= _LEAST_ACCEPTED
@@ -436,12 +426,10 @@ class _Layer:
             return self._log_t(frequency)
         num = frequency.shape[-1]
         log_g = self.spectrum.log_prob(frequency)
-        terms = []
-        for chosen in combinations(range(num), self.weak):
-            strong = [k for k in range(num) if k not in chosen]
-            terms.append(
-                self._log_t(frequency[:, strong]) + log_g[:, list(chosen)].sum(-1)
-            )
+        terms = [
+            self._log_t(np.delete(frequency, chosen, -1)) + log_g[:, chosen].sum(-1)
+            for chosen in map(list, combinations(range(num), self.weak))
+        ]
         return gammaln(self.weak + 1) + np.logaddexp.reduce(np.stack(terms), axis=0)
 
     def _log_t(self, frequency: Floats) -> Floats:

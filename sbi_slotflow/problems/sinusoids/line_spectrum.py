@@ -57,13 +57,11 @@ _CLUSTER_SPREAD = 0.05
 
 @dataclass(frozen=True)
 class RelativeNoise:
-    """White noise of a level relative to the signal: a shared parameter in decibels."""
-
-    shared_index: int = 0
+    """White noise of a level relative to the signal, the shared parameter, in dB."""
 
     def scale(self, signal: Tensor, shared: Tensor) -> Tensor:
         """Standard deviation ``(...)`` of the entries of x."""
-        ratio = 10 ** (-0.1 * shared[..., self.shared_index])
+        ratio = 10 ** (-0.1 * shared[..., 0])
         return (signal.square().mean(-1) * ratio).sqrt()
 
     def sample(
@@ -165,11 +163,6 @@ def clustered(
     Each line lies :math:`d + |g|` to either side of the one drawn before, d the least
     separation and g normal with a standard deviation of 0.05; those nearer than d to
     any line are drawn again. All else is as in the prior.
-
-    Args:
-        problem: The problem.
-        num: Number of rows.
-        generator: Source of randomness.
 
     Returns:
         Theta rows, shape ``(num, E)``.

@@ -195,10 +195,8 @@ class SplitMove:
         components = parts.components.clone()
         last = k.clamp(max=layout.max_cardinality - 1)
         for place, part in zip((last, chosen), pair, strict=True):
-            fresh = self._components(part)
-            components[row, place] = torch.where(
-                possible.unsqueeze(-1), fresh, components[row, place]
-            )
+            components[row, place] = self._components(part)
+        components = torch.where(possible[:, None, None], components, parts.components)
         k_new = torch.where(possible, k + 1, k)
         rows = layout.canonical(layout.pack(k_new, components, parts.shared))
         low = torch.minimum(pair[0].frequency, pair[1].frequency)
@@ -239,14 +237,10 @@ class SplitMove:
             total * self._response(ratio, gap), pair[1].frequency + gap * ratio.real
         )
         components = parts.components.clone()
-        components[row, left] = torch.where(
-            possible.unsqueeze(-1), self._components(whole), components[row, left]
-        )
+        components[row, left] = self._components(whole)
         # The last component takes the place of the other, as order does not matter.
-        last = (k - 1).clamp(min=0)
-        components[row, left + 1] = torch.where(
-            possible.unsqueeze(-1), components[row, last], components[row, left + 1]
-        )
+        components[row, left + 1] = components[row, (k - 1).clamp(min=0)]
+        components = torch.where(possible[:, None, None], components, parts.components)
         k_new = torch.where(possible, k - 1, k)
         rows = layout.canonical(layout.pack(k_new, components, parts.shared))
         log_ways = log_choice[row, left] + k_new.clamp(min=1).double().log()
@@ -278,10 +272,8 @@ class SplitMove:
         ratio = drawn / whole.z
         total = whole.z / self._response(ratio, gap)
         frequency = whole.frequency - gap * ratio.real
-        return (
-            _Phasors(ratio * total, frequency + gap),
-            _Phasors(total - ratio * total, frequency),
-        )
+        first = _Phasors(ratio * total, frequency + gap)
+        return first, _Phasors(total - first.z, frequency)
 
     def _response(self, ratio: Tensor, gap: Tensor) -> Tensor:
         """D, by which the whole is weaker than the sum."""

@@ -163,7 +163,7 @@ class Sinusoids(Oscillations):
                 f"the prior's frequency must have bounds, got a {frequency.family}."
             )
         data = x.detach().reshape(-1).cpu().double().numpy()
-        return SineStatistics.of(data, self.grids, frequency.bounds)
+        return SineStatistics.of(data, self.grids, self.band)
 
     @property
     def units(self) -> dict[str, str]:
@@ -213,11 +213,10 @@ class Sinusoids(Oscillations):
         return plot_spectrum(self, self.grids[0].rate, samples, x, true_theta)
 
     def build_encoder(self, **options: Any) -> nn.Module:
-        """Return a :class:`DualStreamEncoder` for the records.
+        """Return a :class:`DualStreamEncoder`, small unless ``options`` say otherwise.
 
-        Unless ``options`` say otherwise it is small: the longest record's spectrum is
-        cut to the band and kept at full resolution, others are read in time and strided
-        down to about 25 positions.
+        The longest record's spectrum is cut to the band and kept at full resolution,
+        others are read in time and strided down to about 25 positions.
         """
         long, *others = self.grids
         low, high = self.band
@@ -386,15 +385,11 @@ class ResampledNoise:
     standard deviation to between 0.71 and 1 sigma, depending on the sample (0.82 in
     the mean square), colours the noise and correlates the two records, so there is no
     simple likelihood. The fine grid's rate is the fastest record's over the square root
-    of two, which shares no step with either record.
-
-    Attributes:
-        grids: Time grids of the records.
-        shared_index: Which shared parameter is sigma.
+    of two, which shares no step with either record. The first shared parameter is
+    sigma.
     """
 
     grids: tuple[Grid, ...]
-    shared_index: int = 0
 
     def sample(
         self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
@@ -410,7 +405,7 @@ class ResampledNoise:
             left = position.floor().long().clamp(max=num - 2)
             weight = (position - left).to(signal)
             streams.append(fine[:, left] * (1 - weight) + fine[:, left + 1] * weight)
-        sigma = shared[..., self.shared_index].unsqueeze(-1)
+        sigma = shared[..., :1]
         return torch.cat(streams, dim=-1) * sigma
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
@@ -448,11 +443,9 @@ def _check_setup(setup: _Setup, known: bool) -> None:
                 f"{name} must be (least, largest) with 0 <= least < largest"
                 f"{' and least > 0' if positive else ''}, got {(low, high)}."
             )
-    for grid in setup.grids:
-        if not isinstance(grid, Grid):
-            raise TypeError(
-                f"grids must be a Grid or several, got {type(grid).__name__}."
-            )
+    strange = [type(g).__name__ for g in setup.grids if not isinstance(g, Grid)]
+    if strange:
+        raise TypeError(f"grids must be a Grid or several, got {strange[0]}.")
     if not setup.grids:
         raise ValueError("grids must hold at least one time grid, got none.")
     durations = [grid.duration for grid in setup.grids]

@@ -65,15 +65,9 @@ class BandTokens(nn.Module):
         analytic: bool = False,
     ) -> None:
         super().__init__()
-        self.spec: dict[str, Any] = {
-            "kind": self.kind,
-            "lengths": list(lengths),
-            "rates": list(rates),
-            "band": list(band),
-            "num_tokens": num_tokens,
-            "pursuit": pursuit,
-            "analytic": analytic,
-        }
+        lists = {"lengths": [*lengths], "rates": [*rates], "band": [*band]}
+        numbers = {"num_tokens": num_tokens, "pursuit": pursuit, "analytic": analytic}
+        self.spec: dict[str, Any] = {"kind": self.kind, **lists, **numbers}
         self.analytic = analytic
         self.circular = analytic and math.isclose(band[1] - band[0], rates[0])
         self.pursue = None
@@ -206,15 +200,9 @@ class BandTokens(nn.Module):
         found.scatter_add_(-1, cell.unsqueeze(-2).expand_as(each), each.to(x))
         # What one more component anywhere would be worth, up to a constant.
         worth = (0.5 * left[1][:, 0].exp()).clamp(max=30.0).logsumexp(-1)
-        earned = torch.cat(
-            [
-                0.3 * pursued.gain.asinh(),
-                0.1 * pursued.found.sum(-1, keepdim=True),
-                sigma.log().unsqueeze(-1),
-                0.1 * worth.unsqueeze(-1),
-            ],
-            dim=-1,
-        )
+        count = 0.1 * pursued.found.sum(-1)
+        levels = torch.stack([count, sigma.log(), 0.1 * worth], -1)
+        earned = torch.cat([0.3 * pursued.gain.asinh(), levels], -1)
         return [*left, found], earned.to(x)
 
     @torch.no_grad()
