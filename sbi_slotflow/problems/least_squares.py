@@ -95,10 +95,8 @@ class AdditiveLeastSquares:
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
 
-        The candidates are the same low-discrepancy set for every component: evenly
-        spread over its interval and over the quantiles of the other marginals. One
-        component after the other takes the candidate that leaves least residual power,
-        in two rounds; see :class:`~sbi_slotflow.nn.gauss_newton.LeastSquares`.
+        Candidates are one low-discrepancy set, spread over intervals and quantiles. One
+        component after the other takes the one that leaves least power, in two rounds.
         """
         candidates = self._candidates(low.double(), high.double())
         signals = mask.shape[-1] * _SEARCH_POINTS
@@ -148,15 +146,10 @@ class AdditiveLeastSquares:
         # The sequence's first point is the corner, where a quantile may be infinite.
         engine = SobolEngine(len(self.fit.marginals))
         points = engine.draw(_SEARCH_POINTS + 1, dtype=torch.float64)[1:].to(low.device)
-        columns = []
-        for d, marginal in enumerate(self.fit.marginals):
-            fraction = points[:, d]
-            if d == self.fit.location:
-                width = (high - low).unsqueeze(-1)
-                columns.append(low.unsqueeze(-1) + width * fraction)
-            else:
-                value = marginal.quantile(fraction)
-                columns.append(value.expand(*low.shape, -1))
+        named = zip(self.fit.marginals, points.unbind(-1), strict=True)
+        columns = [m.quantile(share).expand(*low.shape, -1) for m, share in named]
+        place = points[:, self.fit.location]
+        columns[self.fit.location] = torch.lerp(low[..., None], high[..., None], place)
         return torch.stack(columns, -1)
 
     def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:

@@ -149,10 +149,9 @@ class LinearGaussianSets(SetDistribution):
         mean = k.unsqueeze(-1) * problem.mean.double()
         miss = self._inside.unsqueeze(-2) - mean
         rest = x.square().sum(-1) - self._inside.square().sum(-1)
-        square = miss.square().sum(-1) / variance
-        square = square + rest.unsqueeze(-1) / problem.sigma**2
-        log_det = num_params * variance.log()
-        log_det = log_det + 2 * (num_data - num_params) * math.log(problem.sigma)
+        square = miss.square().sum(-1) / variance + rest[:, None] / problem.sigma**2
+        log_det = 2 * (num_data - num_params) * math.log(problem.sigma)
+        log_det = num_params * variance.log() + log_det
         log_det = log_det + num_data * math.log(2 * math.pi)
         self.log_evidence = -0.5 * (square + log_det)
 

@@ -238,6 +238,7 @@ def eryn_sampler(
         key_order={name: list(parameters) for name, parameters in branches.items()},
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)
+    ladder = np.geomspace(1, 1 / _MAX_TEMPERATURE, num_temperatures)
     sampler = EnsembleSampler(
         num_walkers,
         {name: len(parameters) for name, parameters in branches.items()},
@@ -246,7 +247,7 @@ def eryn_sampler(
         provide_groups=True,
         vectorize=True,
         tempering_kwargs=(
-            {"betas": _ladder(num_temperatures)} if num_temperatures > 1 else {}
+            {"betas": np.append(ladder[:-1], 0.0)} if num_temperatures > 1 else {}
         ),
         branch_names=list(branches),
         nleaves_max=high,  # pyright: ignore[reportArgumentType]
@@ -265,11 +266,6 @@ def eryn_sampler(
     return ErynSampler(
         problem, data, sampler, rows.reshape(num_temperatures, num_walkers, -1), seed
     )
-
-
-def _ladder(num: int) -> Any:
-    """Inverse temperatures of ``num`` > 1 rungs."""
-    return np.append(np.geomspace(1, 1 / _MAX_TEMPERATURE, num)[:-1], 0.0)
 
 
 def _numpy_state(seed: int, stream: int) -> Any:

@@ -149,15 +149,10 @@ def _write_above(axes: Axes, place: float, value: float, placed: list[float]) ->
     """Write a probability above a place, lower where it would hide another."""
     low, high = axes.get_xlim()
     level = sum(abs(place - other) < 0.05 * (high - low) for other in placed)
-    axes.annotate(
-        f"{value:.2f}",
-        (place, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, -9 - 10 * (level % 4)),
-        textcoords="offset points",
-        ha="center",
-        fontsize=SMALL,
-    )
+    where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center"}
+    where |= {"textcoords": "offset points", "fontsize": SMALL}
+    text = f"{value:.2f}"
+    axes.annotate(text, (place, 1.0), xytext=(0, -9 - 10 * (level % 4)), **where)
     placed.append(place)
 
 
