@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from .posterior.refined import RefinedPosterior
     from .pretrained.recipes import load_pretrained, model_card
     from .problems import Problem
-    from .problems.noise import WhiteNoise
-    from .problems.simulator import AdditiveSimulator
+    from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart
     from .sets.layout import ThetaLayout
     from .sets.prior import VariableKPrior
@@ -70,7 +69,7 @@ _HOMES = {
     "SlotPosterior": "posterior",
     "ThetaLayout": "sets.layout",
     "VariableKPrior": "sets.prior",
-    "WhiteNoise": "problems.noise",
+    "WhiteNoise": "problems.simulator",
     "WhiteningChart": "nn",
     "build_catalogue": "catalogue",
     "calibration": "",

@@ -93,7 +93,7 @@ def test_clustered_lines_are_neighbours_of_one_another(problem) -> None:
         "pairs",
         problem.prior.with_cardinality(weights),
         problem.simulator,
-        problem.grid,
+        problem.grids[0],
     )
     theta = clustered(pairs, 3_000, generator_for(2)).double()
     places = problem.layout.unpack(theta).components[:, :2, 2]

@@ -9,8 +9,7 @@ from scipy.stats import chisquare, kstest
 
 from sbi_slotflow import problems
 from sbi_slotflow.posterior.moves import Population, metropolis
-from sbi_slotflow.problems.sinusoids.polar import PolarChart
-from sbi_slotflow.problems.sinusoids.splits import SplitMove, _Phasors
+from sbi_slotflow.problems.sinusoids.polar import PolarChart, SplitMove, _Phasors
 from sbi_slotflow.seeding import generator_for
 
 CROWDED = problems.sinusoids("crowded")
