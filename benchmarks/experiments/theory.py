@@ -27,6 +27,7 @@ from sbi.utils import BoxUniform
 from tqdm.auto import tqdm
 
 from sbi_slotflow import VariableKPrior, problems, slot_nn
+from sbi_slotflow.nn.encoders import Observations
 from sbi_slotflow.nn.spec import Matching
 from sbi_slotflow.plots.style import DATA, FONT, POSTERIOR, SMALL, dress
 from sbi_slotflow.problems import Sinusoids
@@ -121,7 +122,9 @@ def _relabelled(matching: Matching, num: int, seed: int) -> np.ndarray:
     def log_density(rows: torch.Tensor) -> torch.Tensor:
         parts: ThetaParts = problem.layout.unpack(rows)
         head = estimator.component_head
-        sets = head.in_training(encoding, x, None, matching)
+        sets = head.in_training(
+            encoding, Observations(x, estimator.x_scale), None, matching
+        )
         return sets.log_terms(parts, owner)[0].double()
 
     here = log_density(theta)

@@ -12,19 +12,20 @@ their location: there slot k is the k-th component by construction.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.cell_head import CellHead
 from sbi_slotflow.nn.component_head import ComponentHead
-from sbi_slotflow.nn.encoders import Encoding
-from sbi_slotflow.nn.estimator import SlotDensityEstimator
+from sbi_slotflow.nn.encoders import Observations
 from sbi_slotflow.nn.independent_head import IndependentHead
-from sbi_slotflow.nn.matching import hungarian
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
+from sbi_slotflow.sets.matching import hungarian
 
 __all__ = ["SlotMatches", "match_slots", "slot_stability"]
 
@@ -71,15 +72,14 @@ def match_slots(
         TypeError: If theta or x is not a floating-point tensor.
         ValueError: If theta or x is malformed, or K is not the same throughout.
     """
-    estimator, parts, encoding = _encoded(posterior, theta, x)
+    head, parts, given = _given(posterior, theta, x)
     k = int(parts.cardinality[0])
     owner = torch.arange(len(theta), device=theta.device)
-    head = estimator.component_head
-    drawn = head.sample(parts.mask, encoding, owner, generator)[0][:, :k]
+    drawn = given.sample(parts.mask, owner, generator)[0][:, :k]
     truth = parts.components[:, :k]
     matched = _matched(posterior, drawn, truth)
     components = truth.gather(1, matched.unsqueeze(-1).expand_as(truth))
-    contexts = _contexts(head, parts, encoding, owner)[:, :k]
+    contexts = _contexts(head, parts, given, owner)[:, :k]
     if isinstance(
         head, AutoregressiveHead | IndependentHead
     ):  # contexts of true components
@@ -118,24 +118,25 @@ def slot_stability(
     theta, x = torch.atleast_2d(theta), torch.atleast_2d(x)
     if len(theta) != 1 or len(x) != 1:
         raise ValueError("theta and x must be of one signal.")
-    estimator, parts, encoding = _encoded(posterior, theta, x)
+    _, parts, given = _given(posterior, theta, x)
     k = int(parts.cardinality)
     mask = parts.mask.expand(num_draws, -1)
     owner = torch.zeros(num_draws, dtype=torch.int64, device=theta.device)
-    drawn, _ = estimator.component_head.sample(mask, encoding, owner, generator)
+    drawn, _ = given.sample(mask, owner, generator)
     drawn = drawn[:, :k]
     truth = parts.components[:, :k].expand_as(drawn)
     matched = _matched(posterior, drawn, truth)
     return torch.nn.functional.one_hot(matched, k).double().mean(0)
 
 
-def _encoded(
+def _given(
     posterior: SlotPosterior, theta: Tensor, x: Tensor
-) -> tuple[SlotDensityEstimator, ThetaParts, Encoding]:
+) -> tuple[ComponentHead | CellHead, ThetaParts, Any]:
+    """The head, true sets taken apart, and the head's distribution given x."""
     estimator = posterior.posterior_estimator.eval()
     layout = posterior.prior.layout
     layout.validate(theta)
-    estimator.check_condition(x)
+    x = estimator.checked(x)
     if theta.ndim != 2 or len(theta) != len(x) or not len(theta):
         raise ValueError(
             f"theta and x must be batches of one size, got {tuple(theta.shape)} and "
@@ -147,7 +148,9 @@ def _encoded(
         raise ValueError(
             f"theta must hold one cardinality, at least 1, got K = {values}."
         )
-    return estimator, parts, estimator.encode(x)
+    data = Observations(x, estimator.x_scale)
+    head = estimator.component_head
+    return head, parts, head.given(estimator.encode(x), data, None)
 
 
 def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
@@ -163,27 +166,24 @@ def _matched(posterior: SlotPosterior, drawn: Tensor, truth: Tensor) -> Tensor:
 
 
 def _contexts(
-    head: torch.nn.Module, parts: ThetaParts, encoding: Encoding, owner: Tensor
+    head: torch.nn.Module, parts: ThetaParts, given: Any, owner: Tensor
 ) -> Tensor:
     """Contexts ``(B, Kmax, C)`` of slots, or of components where slots have cells."""
     row, slot = parts.mask.nonzero(as_tuple=True)
     if isinstance(head, ComponentHead):
-        found = head.slots(encoding, owner[row], parts.cardinality[row], slot)
+        found = given.contexts(parts.mask, owner)
         values = found.values[found.which]
     elif isinstance(head, AutoregressiveHead | IndependentHead):
-        point = head.chart.some_point(parts.components)
-        active = parts.mask.unsqueeze(-1)
-        components = torch.where(active, parts.components, point)
-        position = head.local_chart.coordinates(components)[0][..., 0]
-        anchors = head.axis.anchors(position, head.edges(encoding)[owner])
-        anchors = torch.where(parts.mask, anchors, 0)
+        position = head.coordinates(parts)[0][..., 0]
+        cells = head.axis.cells(position, given.edges[owner])
+        cells = torch.where(parts.mask, cells, 0)
         if isinstance(head, AutoregressiveHead):
-            sets = head.sets(encoding, owner, anchors, parts.mask)
-            each = sets.contexts.unflatten(0, sets.anchors.shape)[sets.which]
+            sets = given.conditioned(owner, cells, parts.mask)
+            each = sets.contexts.unflatten(0, sets.cells.cells.shape)[sets.which]
             values = each[row, slot]
         else:
             count = parts.cardinality[row]
-            found = head.contexts(encoding, owner[row], count, anchors[row, slot])
+            found = given.contexts(owner[row], count, cells[row, slot])
             values = found.values[found.which]
     else:
         raise TypeError(f"no slot contexts in a {type(head).__name__}.")

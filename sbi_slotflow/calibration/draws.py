@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..nn.matching import hungarian
 from ..problems.base import Problem
 from ..seeding import generator_for
 from ..sets.checks import as_count
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
+from ..sets.matching import hungarian
 
 __all__ = [
     "BatchedPosterior",

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..nn.matching import hungarian
 from ..seeding import generator_for
 from ..sets.layout import ThetaLayout
+from ..sets.matching import hungarian
 from ..sets.prior import VariableKPrior
 from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, above_rounding

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..nn.matching import hungarian
 from ..seeding import generator_for
 from ..sets.checks import as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
+from ..sets.matching import hungarian
 from .distances import (
     FEWEST_DRAWS,
     c2st,

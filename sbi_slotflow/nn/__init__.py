@@ -1,5 +1,6 @@
 """The network: encoder, heads, slots, chart, flow, matching, and their builder."""
 
+from ..sets.matching import hungarian, log_permanent
 from .builder import slot_nn
 from .charts import Chart, WhiteningChart
 from .component_head import ComponentHead
@@ -7,7 +8,6 @@ from .encoders import Encoding, MLPEncoder
 from .estimator import SlotDensityEstimator
 from .flows import ConditionalFlow, RowContext
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
-from .matching import hungarian, log_permanent
 from .slots import AttentionSlots, GlobalSlots
 from .spec import EstimatorSpec
 

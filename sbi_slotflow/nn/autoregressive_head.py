@@ -34,7 +34,7 @@ from .cell_head import CellHead, trunk_network
 from .cell_sets import CellSets
 from .cells import CellAxis, OccupiedCells
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import RowContext
 from .gauss_newton import SignalFit
 from .heads import SharedGivenX
@@ -120,7 +120,7 @@ class AutoregressiveHead(CellHead):
         self.find_modes: ModeFinder | None = None
         self.gaussian: LocalGaussian | None = None
         seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
-        self.pointer = CellChain(axis, token_features, max_cardinality)
+        self.cells = CellChain(axis, token_features, max_cardinality)
         if refine_steps:
             if fit is None:
                 raise ValueError(
@@ -158,32 +158,32 @@ class AutoregressiveHead(CellHead):
         return True
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        finder, cells = self.find_modes, PrunedChain(self.pointer, tokens, edges)
-        find_modes = None if finder is None else partial(finder, data)
-        if finder is not None and self.weighed_sets:
-            with torch.no_grad():
-                chain = PrunedChain(self.pointer, tokens, edges)
-            cells = CellSets(chain, finder, self.weighed_sets, data)
+        finder, weighed = self.find_modes, self.find_modes and self.weighed_sets
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
+            cells = PrunedChain(self.cells, tokens, edges)
+        find_modes = None if finder is None else partial(finder, data.x)
+        if finder is not None and weighed:
+            cells = CellSets(cells, finder, self.weighed_sets, data.x)
             find_modes = cells.modes
         floored = FlooredCells(cells, UniformCells(self.axis, edges))
-        return _JointSets(self, tokens, edges, floored, find_modes, shared)
+        return _JointSets(self, tokens, edges, floored, find_modes, data, shared)
 
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
         """Return what training maximises; see :meth:`CellHead.in_training`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        cells, finder = self.pointer.given(tokens, edges), self.find_modes
-        find_modes = None if finder is None else partial(finder, data)
-        return _JointSets(self, tokens, edges, cells, find_modes, shared)
+        cells, finder = self.cells.given(tokens, edges), self.find_modes
+        find_modes = None if finder is None else partial(finder, data.x)
+        return _JointSets(self, tokens, edges, cells, find_modes, data, shared)
 
     def log_prob_cells(self, parts: ThetaParts, encoding: Encoding) -> Tensor:
         """Evaluate log q(a | x, K) of the cells of B sets, shape ``(B,)``."""
@@ -191,7 +191,7 @@ class AutoregressiveHead(CellHead):
         position = self.coordinates(parts)[0][..., 0]
         cells = torch.where(mask, self.axis.cells(position, edges), 0)
         owner = torch.arange(len(mask), device=mask.device)
-        chain = self.pointer.given(_tokens(encoding), edges)
+        chain = self.cells.given(_tokens(encoding), edges)
         return chain.log_prob(owner, cells, mask)
 
 
@@ -204,6 +204,7 @@ class _JointSets(SetsGivenK):
         edges: Edges of their cells, shape ``(B, L + 1)``.
         cells: Distribution over the cells.
         find_modes: Finds modes above sets of cells; None without Gauss-Newton steps.
+        data: The observations, for their scale.
         shared: The shared parameters' density; None if there are none.
     """
 
@@ -214,10 +215,12 @@ class _JointSets(SetsGivenK):
         edges: Tensor,
         cells: CellDistribution,
         find_modes: Callable[[OccupiedCells], Modes] | None,
+        data: Observations,
         shared: SharedGivenX | None,
     ) -> None:
         self.head, self.tokens, self.edges = head, tokens, edges
         self.cells, self.find_modes, self.shared = cells, find_modes, shared
+        self.scale = data.scale
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -227,7 +230,7 @@ class _JointSets(SetsGivenK):
         position = coordinates[..., 0]
         cells = torch.where(mask, head.axis.cells(position, self.edges[owner]), 0)
         value = self.cells.log_prob(owner, cells, mask)
-        sets = self._conditioned(owner, cells, mask)
+        sets = self.conditioned(owner, cells, mask)
         w = head.local_chart.relative(coordinates, cells, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
@@ -261,7 +264,7 @@ class _JointSets(SetsGivenK):
         """Draw sets; see :meth:`SetsGivenK.sample`."""
         head, count = self.head, mask.sum(-1)
         cells = self.cells.sample(owner, mask, generator)
-        sets = self._conditioned(owner, cells, mask)
+        sets = self.conditioned(owner, cells, mask)
         shape = (*mask.shape, head.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
         noise = torch.zeros_like(w)
@@ -287,7 +290,7 @@ class _JointSets(SetsGivenK):
             shared = self.shared.sample(owner, count, generator, sets.level)
         return components, shared
 
-    def _conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
+    def conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
         """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
         head, count = self.head, mask.sum(-1)
         which = torch.arange(len(owner), device=owner.device)
@@ -326,7 +329,7 @@ class _JointSets(SetsGivenK):
             *_neighbour(here.roll(-1, dims=1), to_next, has_next),
         ]
         if modes is not None:
-            seen.append(modes.features.to(here))
+            seen.append(modes.features(self.scale).to(here))
         return self.head.trunk(torch.cat(seen, -1)).flatten(0, 1)
 
     def _context(

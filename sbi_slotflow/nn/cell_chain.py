@@ -307,7 +307,7 @@ class ChainGivenX(_Steps):
         self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
     ) -> Tensor:
         """Scores ``(M, L)`` of component k of ``count`` after a cell."""
-        chain, last = self.chain, self.axis.num_anchors - 1
+        chain, last = self.chain, self.axis.num_cells - 1
         place = chain.place((count - 1) * chain.max_cardinality + k)
         started = (before >= 0).unsqueeze(-1)
         previous = self.tokens[owner, before.clamp(min=0)]

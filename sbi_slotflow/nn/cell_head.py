@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..sets.layout import ThetaParts
 from .cells import CellAxis
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .heads import SharedGivenX
 from .local_density import LocalDensity
 from .local_transform import LocalTransform
@@ -68,13 +68,13 @@ class CellHead(nn.Module, ABC):
 
     @abstractmethod
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return q(Theta, s | x, K) of B observations.
 
         Args:
             encoding: Their embeddings.
-            data: The observations themselves, shape ``(B, T)``.
+            data: The observations themselves.
             shared: The shared parameters' density; None if there are none.
         """
 
@@ -82,7 +82,7 @@ class CellHead(nn.Module, ABC):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
@@ -132,7 +132,7 @@ class CellHead(nn.Module, ABC):
         """Edges of the cells, shape ``(B, L + 1)``."""
         if encoding.edges is not None:
             return encoding.edges
-        edges = torch.arange(self.axis.num_anchors + 1.0, dtype=torch.float64)
+        edges = torch.arange(self.axis.num_cells + 1.0, dtype=torch.float64)
         return edges.to(encoding.context.device).expand(len(encoding.context), -1)
 
 

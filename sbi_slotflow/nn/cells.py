@@ -15,7 +15,7 @@ least separation d and the position before, component k lies in
 which is empty for no component as long as the cells are feasible.
 
 Example:
-    >>> axis = CellAxis(parameter=0, num_anchors=4)
+    >>> axis = CellAxis(parameter=0, num_cells=4)
     >>> edges = torch.arange(5.0).expand(1, -1)
     >>> axis.cells(torch.tensor([[0.2, 3.5]]), edges).tolist()
     [[0, 3]]
@@ -73,12 +73,12 @@ class CellAxis:
 
     Attributes:
         parameter: Index of the location among a component's parameters.
-        num_anchors: Number L of cells.
+        num_cells: Number L of cells.
         separation: Least distance d of two components, in cells.
     """
 
     parameter: int
-    num_anchors: int
+    num_cells: int
     separation: float = 0.0
 
     def cells(self, position: Tensor, edges: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class CellAxis:
             Shape ``(N, L)``.
         """
         least = self.lower(edges[:, :-1], earliest.unsqueeze(-1))
-        room = least + self.separation * left.unsqueeze(-1) < self.num_anchors
+        room = least + self.separation * left.unsqueeze(-1) < self.num_cells
         return (least < edges[:, 1:] - _TOLERANCE) & room
 
     def _shift(self, like: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
+from ..sets.matching import hungarian, log_permanent
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
-from .matching import hungarian, log_permanent
 from .set_distribution import SetsGivenK
 from .slots import Slots
 from .spec import Matching
@@ -42,7 +42,7 @@ class ComponentHead(nn.Module):
         return False
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return q(Theta, s | x, K) of B observations.
 
@@ -58,7 +58,7 @@ class ComponentHead(nn.Module):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
@@ -105,7 +105,7 @@ class _SlotSets(SetsGivenK):
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
         u, log_det = self.head.coordinates(parts)
-        contexts = self._contexts(parts.mask, owner)
+        contexts = self.contexts(parts.mask, owner)
         if self.matching == "permanent":
             pairs = self._pairwise_log_density(u, parts.mask, contexts)
             value = log_permanent(pairs, parts.cardinality) + log_det.sum(-1)
@@ -128,7 +128,7 @@ class _SlotSets(SetsGivenK):
         self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Draw sets; see :meth:`SetsGivenK.sample`."""
-        contexts, shared = self._contexts(mask, owner), None
+        contexts, shared = self.contexts(mask, owner), None
         drawn = self.head.chart.inverse(self.head.flow.sample(contexts, generator))
         components = drawn.new_zeros(*mask.shape, drawn.shape[-1])
         components[mask] = drawn
@@ -136,7 +136,7 @@ class _SlotSets(SetsGivenK):
             shared = self.shared.sample(owner, mask.sum(-1), generator)
         return components, shared
 
-    def _contexts(self, mask: Tensor, owner: Tensor) -> RowContext:
+    def contexts(self, mask: Tensor, owner: Tensor) -> RowContext:
         """Contexts of the active slots, in the order of ``mask.nonzero()``."""
         row, slot = mask.nonzero(as_tuple=True)
         return self.head.slots(self.encoding, owner[row], mask.sum(-1)[row], slot)

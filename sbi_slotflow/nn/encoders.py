@@ -20,6 +20,7 @@ from .registry import register
 __all__ = [
     "Encoding",
     "MLPEncoder",
+    "Observations",
     "Pool",
     "SelfAttention",
     "encode",
@@ -45,6 +46,18 @@ class Encoding(NamedTuple):
     shared: Tensor
     tokens: Tensor | None = None
     edges: Tensor | None = None
+
+
+class Observations(NamedTuple):
+    """The data themselves, for those who fit them.
+
+    Attributes:
+        x: Observations, shape ``(B, T)``.
+        scale: Unit in which networks are told of their levels, shape ``()``.
+    """
+
+    x: Tensor
+    scale: Tensor
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:

@@ -21,7 +21,7 @@ from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
 from .charts import Chart, chart_from_spec
-from .encoders import Encoding, encode
+from .encoders import Encoding, Observations, encode
 from .gauss_newton import SignalFit
 from .head_specs import component_head_from_spec
 from .heads import (
@@ -31,6 +31,7 @@ from .heads import (
     SharedGivenX,
     SharedHead,
 )
+from .precision import single_precision
 from .registry import build
 from .set_distribution import NetworkSets
 from .spec import EstimatorSpec
@@ -38,7 +39,10 @@ from .spec import EstimatorSpec
 __all__ = ["SlotDensityEstimator"]
 
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
-_VERSION = 1
+_VERSION = 2
+# Standard deviations of the training data beyond which x is refused: powers of it would
+# overflow.
+_FARTHEST = 1e12
 
 
 class SlotDensityEstimator(ConditionalDensityEstimator):
@@ -56,6 +60,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     x_shift: Tensor
     x_scale: Tensor
 
+    @single_precision()
     def __init__(
         self,
         spec: EstimatorSpec,
@@ -145,7 +150,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 excludes a row's K, or there are no cells to train.
         """
         self.layout.validate(input, "input")
-        self.check_condition(condition)
+        condition = self.checked(condition)
         if len(input) != len(condition):
             raise ValueError(
                 "input and condition must be batches of one size, got "
@@ -164,7 +169,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         head, shared_head = self.component_head, self.shared_given(encoding)
         if part == "all":
             matching = self.spec.matching
-            sets = head.in_training(encoding, condition, shared_head, matching)
+            data = Observations(condition, self.x_scale)
+            sets = head.in_training(encoding, data, shared_head, matching)
             log_flow, log_shared = sets.log_terms(parts, owner)
         elif isinstance(head, AutoregressiveHead):
             log_flow = head.log_prob_cells(parts, encoding)
@@ -206,7 +212,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 condition.reshape(-1, condition.shape[-1]),
             )
             return flat.reshape(input.shape[:2])
-        self.check_condition(condition)
+        condition = self.checked(condition)
         if input.ndim == 2:
             input = input.unsqueeze(0)
         num = max(input.shape[1], len(condition))
@@ -277,7 +283,6 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed.
         """
-        self.check_condition(x)
         return NetworkSets(self, x)
 
     def encode(self, condition: Tensor) -> Encoding:
@@ -317,8 +322,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     def standardize(self, x: Tensor) -> None:
         """Fix the shift and scale of x from a batch of data, in place."""
+        x = x.double()  # squares of float32 may vanish or overflow
+        scale = x.std()
         self.x_shift.copy_(x.mean())
-        self.x_scale.copy_(x.std().clamp(min=1e-12))
+        self.x_scale.copy_(scale if scale > 0 else torch.ones_like(scale))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimator to one file: safetensors, the spec as JSON in its header.
@@ -372,12 +379,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(f"{path} does not fit its spec: {error}") from error
         return estimator.eval()
 
-    def check_condition(self, condition: Tensor) -> None:
-        """Raise unless x is a finite floating-point batch of the right length.
+    def checked(self, condition: Tensor) -> Tensor:
+        """Return x in float32, if it is a finite batch of the right length.
 
         Raises:
             TypeError: If x is not a floating-point tensor.
-            ValueError: If its shape is not ``(B, T)`` or it has NaN or Inf.
+            ValueError: If its shape is not ``(B, T)``, it has NaN or Inf, or it is far
+                beyond the scale of the training data.
         """
         if not isinstance(condition, Tensor) or not condition.is_floating_point():
             kind = (
@@ -391,8 +399,16 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {num}), got {tuple(condition.shape)}."
             )
-        if not torch.isfinite(condition).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        condition = condition.to(self.x_scale.dtype)
+        far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
+        if not far < _FARTHEST * self.x_scale:  # nor is NaN
+            if not torch.isfinite(condition).all():
+                raise ValueError("x must be finite, got NaN or Inf.")
+            raise ValueError(
+                f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
+                f"values as far as {far:.3g} from their mean."
+            )
+        return condition
 
     def _checked_cardinality(self, cardinality: Tensor) -> Tensor:
         k = torch.as_tensor(cardinality, device=self.x_scale.device)

@@ -20,6 +20,9 @@ from torch import Tensor
 __all__ = ["FittedMode", "LeastSquares", "NormalEquations", "SignalFit", "fit_mode"]
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-4, 1e8
+# Least variance of the residual, as a share of the data's and of the signal's power: it
+# keeps deviations of w above 1e-6, so that curvatures can be inverted.
+_LEAST_VARIANCE = 1e-12
 # Nats that another step promises where a fit counts as converged, and how often those
 # that have not are given as many steps again.
 _CONVERGED, _MORE_ROUNDS = 0.05, 3
@@ -147,21 +150,26 @@ def fit_mode(
     num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)
     low, high = (end.to(start).expand_as(start) for end in bounds)
+    power = fit.data.double().square().mean(-1)
     inactive = ~mask.repeat_interleave(start.shape[-1], dim=-1)
 
     def linearise(w: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         components, jacobian = _with_jacobian(lambda w: to_components(w, index), w)
         equations = fit.normal_equations(owner[index], components, mask[index])
-        variance = equations.residual.clamp(min=1e-12) / num_data
         blocks = torch.zeros(len(w), size, size).to(w)
         # One block for each component, on the diagonal.
         diagonal = blocks.view(len(w), *2 * w.shape[-2:]).diagonal(dim1=1, dim2=3)
         diagonal.copy_(jacobian.permute(0, 2, 3, 1))
+        curvature = blocks.mT @ equations.curvature @ blocks
+        # Where the data are zero, what a unit of w adds to the signal is the scale.
+        unit = curvature.diagonal(dim1=-2, dim2=-1).amax(-1)
+        least = _LEAST_VARIANCE * (power[owner[index]] + unit)
+        variance = torch.maximum(equations.residual / num_data, least)
         scaled = blocks / variance[:, None, None]
         gradient = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(
             -1
         ) - w.flatten(1)
-        precision = blocks.mT @ equations.curvature @ scaled + identity
+        precision = curvature / variance[:, None, None] + identity
         cost = 0.5 * num_data * variance.log() + 0.5 * w.square().sum((-2, -1))
         return cost, gradient, precision, variance
 

@@ -42,9 +42,9 @@ def component_head_from_spec(
     described = options.pop("fit")
     if fit is None and described is not None:
         fit = build("fit", described)
-    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_anchors:
+    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
         raise ValueError(
-            f"slots='anchored' need an encoder that keeps {axis.num_anchors} tokens, "
+            f"slots='anchored' need an encoder that keeps {axis.num_cells} tokens, "
             "one for each cell of the location axis; use slots='attention' or "
             "slots='global' with this one."
         )

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..sets.layout import ThetaParts
+from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
 from .cell_head import CellHead, trunk_network
 from .cells import CellAxis
 from .charts import Chart
-from .encoders import Encoding
+from .encoders import Encoding, Observations
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
-from .matching import hungarian, log_permanent
 from .set_distribution import SetsGivenK
 from .spec import Matching
 
@@ -59,7 +59,7 @@ class IndependentHead(CellHead):
         super().__init__(chart, axis)
         self.max_cardinality = max_cardinality
         features, self.own_features = self.local_chart.num_features, 0
-        self.pointer = CellMarginals(axis, token_features, max_cardinality)
+        self.cells = CellMarginals(axis, token_features, max_cardinality)
         self.trunk = trunk_network(token_features + max_cardinality + 1, trunk_features)
         self.gaussian = LocalGaussian(
             features, trunk_features, self.local_chart.num_circular
@@ -74,7 +74,7 @@ class IndependentHead(CellHead):
         return False
 
     def given(
-        self, encoding: Encoding, data: Tensor, shared: SharedGivenX | None
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         return _IndependentSets(self, encoding, shared, "permanent")
@@ -82,7 +82,7 @@ class IndependentHead(CellHead):
     def in_training(
         self,
         encoding: Encoding,
-        data: Tensor,
+        data: Observations,
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
@@ -103,7 +103,7 @@ class _IndependentSets(SetsGivenK):
         assert encoding.tokens is not None
         self.head, self.shared, self.matching = head, shared, matching
         self.tokens, self.edges = encoding.tokens, head.edges(encoding)
-        self.log_cells = head.pointer(self.tokens)
+        self.log_cells = head.cells(self.tokens)
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -112,7 +112,7 @@ class _IndependentSets(SetsGivenK):
         cells = head.axis.cells(coordinates[..., 0], edges)
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
-        contexts = self._contexts(owner[row], count[row], here)
+        contexts = self.contexts(owner[row], count[row], here)
         centre = head.gaussian.centre(contexts.values)[contexts.which]
         w = head.local_chart.relative(coordinates[row, column], here, centre)
         mean, factor = head.gaussian(contexts)
@@ -154,7 +154,7 @@ class _IndependentSets(SetsGivenK):
         if len(row):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-            contexts = self._contexts(here, count[row], cells)
+            contexts = self.contexts(here, count[row], cells)
             centre = head.gaussian.centre(contexts.values)[contexts.which]
             mean, factor = head.gaussian(contexts)
             limits = head.limits(cells, edges[here, cells], edges[here, cells + 1])
@@ -165,9 +165,9 @@ class _IndependentSets(SetsGivenK):
             shared = self.shared.sample(owner, count, generator)
         return components, shared
 
-    def _contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
+    def contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
         """Contexts of M components, each distinct one once."""
-        sizes, num = self.head.max_cardinality + 1, self.head.axis.num_anchors
+        sizes, num = self.head.max_cardinality + 1, self.head.axis.num_cells
         code = (owner * sizes + count) * num + cells
         distinct, which = torch.unique(code, return_inverse=True)
         rest, cells = distinct // num, distinct % num

@@ -74,7 +74,7 @@ class LocalTransform:
             shears.append(Shear(d, place, rate, period, low))
         self._scales = [self._scale(d) for d in self._parameters]
         columns = [Affine(middle, half) for middle, half in self._scales]
-        position = Place(self.marginals[place], axis.num_anchors)
+        position = Place(self.marginals[place], axis.num_cells)
         self._steps = Compose(
             [*shears, Permutation(order), Columns([position, *columns])]
         )
@@ -132,8 +132,8 @@ class LocalTransform:
     def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior densities ``(...)`` of local coordinates, and their gradients.
 
-        But for a constant; positions and most angles are uniform. Values beyond a
-        parameter's support count as at its end.
+        But for a constant; positions and most angles are uniform. Values beyond the
+        :attr:`~sbi_slotflow.sets.marginals.Marginal.core` count as at its end.
 
         Args:
             w: Coordinates, shape ``(..., D)``.
@@ -150,7 +150,7 @@ class LocalTransform:
                     if marginal.is_uniform:
                         continue
                     coordinate = coordinate % _TWO_PI
-                value = (middle + half * coordinate).clamp(*marginal.bounds)
+                value = (middle + half * coordinate).clamp(*marginal.core)
                 values = values + marginal.log_density(value)
             (slope,) = torch.autograd.grad(values.sum(), w)
         return values.detach(), slope

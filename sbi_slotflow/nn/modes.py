@@ -47,9 +47,9 @@ class Modes(NamedTuple):
         centre: Angles of the P circular ones, shape ``(S, K, P)``.
         factor: Lower triangular factors C of the covariance over all components, shape
             ``(S, K D, K D)``.
-        features: What a network is told of each mode, shape ``(S, K, 3 D + 2)``: mode,
-            deviations, their share that is left once the components before are known,
-            the residual level, and how far from converged the fit is.
+        summary: Mode, log deviations and the log of their share that is left once the
+            components before are known, shape ``(S, K, 3 D)``.
+        decrement: Nats that another step promises, shape ``(S,)``.
         level: Log of the residuals' standard deviation, shape ``(S,)``.
         height: Log of likelihood times prior at the mode, but for a constant of each
             observation and K, shape ``(S,)``.
@@ -58,9 +58,21 @@ class Modes(NamedTuple):
     mode: Tensor
     centre: Tensor
     factor: Tensor
-    features: Tensor
+    summary: Tensor
+    decrement: Tensor
     level: Tensor
     height: Tensor
+
+    def features(self, scale: Tensor) -> Tensor:
+        """What a network is told of each mode, shape ``(S, K, 3 D + 2)``.
+
+        Besides the summary, the residual level in a unit ``()`` of the data, and how
+        far from converged the fit is.
+        """
+        level = self.level - scale.to(self.level).log()
+        whole = torch.stack([level, self.decrement.log1p()], -1)
+        whole = whole.unsqueeze(1).expand(-1, self.summary.shape[1], -1)
+        return torch.cat([self.summary, whole], -1)
 
     def rows(self, index: Tensor) -> "Modes":
         """Some of the sets."""
@@ -145,7 +157,7 @@ class ModeFinder:
 
     @property
     def num_features(self) -> int:
-        """Length of :attr:`Modes.features`."""
+        """Length of :meth:`Modes.features`."""
         return 3 * self.local_chart.num_features + 2
 
     @torch.no_grad()
@@ -155,10 +167,13 @@ class ModeFinder:
         width = self.local_chart.num_features
         zeros = torch.zeros(num, size, width, dtype=torch.float64, device=data.device)
         factor = torch.eye(size * width).to(zeros).repeat(num, 1, 1)
-        features = zeros.new_zeros(num, size, self.num_features)
-        level, height = zeros.new_zeros(2, num)
-        centre = zeros.new_zeros(num, size, self.local_chart.num_circular)
-        modes = Modes(zeros, centre, factor, features, level, height)
+        modes = Modes(
+            zeros,
+            zeros.new_zeros(num, size, self.local_chart.num_circular),
+            factor,
+            zeros.new_zeros(num, size, 3 * width),
+            *zeros.new_zeros(3, num),
+        )
         for start in range(0, num, _MAX_SETS):
             here = slice(start, start + _MAX_SETS)
             # Only as many components as the largest of these sets has.
@@ -167,7 +182,8 @@ class ModeFinder:
             modes.mode[here, :most] = found.mode
             modes.centre[here, :most] = found.centre
             modes.factor[here, : most * width, : most * width] = found.factor
-            modes.features[here, :most] = found.features
+            modes.summary[here, :most] = found.summary
+            modes.decrement[here] = found.decrement
             modes.level[here] = found.level
             modes.height[here] = found.height
         return modes
@@ -207,19 +223,19 @@ class ModeFinder:
         height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
         mode, moved = chart.without_angles(mode)
         centre = wrapped(centre + moved)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(found.precision))
-        factor = torch.linalg.cholesky(covariance)
-        deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(mode.shape)
+        factor = _covariance_factor(found.precision)
+        deviation = factor.square().sum(-1).sqrt().reshape(mode.shape)
         left = factor.diagonal(dim1=-2, dim2=-1).reshape(mode.shape) / deviation
-        level = 0.5 * found.variance.log()
-        whole = torch.stack([level, found.decrement.log1p()], -1)
-        features = [
-            mode.clamp(-2.0, 2.0),
-            0.3 * deviation.log(),
-            left.log().clamp(min=-5.0),
-            whole.unsqueeze(1).expand(-1, mode.shape[1], -1),
-        ]
-        return Modes(mode, centre, factor, torch.cat(features, -1), level, height)
+        summary = [mode.clamp(-2.0, 2.0), 0.3 * deviation.log(), left.log().clamp(-5.0)]
+        return Modes(
+            mode,
+            centre,
+            factor,
+            torch.cat(summary, -1),
+            found.decrement,
+            0.5 * found.variance.log(),
+            height,
+        )
 
     def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
         """Local coordinates to start from, angles absolute."""
@@ -231,7 +247,7 @@ class ModeFinder:
         first = starts + same.tril(-1).sum(-1) * width
         axis = self.local_chart.axis
         low, high = (
-            self.chart.marginals[axis.parameter].quantile(end / axis.num_anchors)
+            self.chart.marginals[axis.parameter].quantile(end / axis.num_cells)
             for end in (first, first + width)
         )
         components = fit.start(owner, low, high, mask)
@@ -242,3 +258,11 @@ class ModeFinder:
         start, _ = self.local_chart.coordinates(components)
         start[..., 0] = start[..., 0] - cells - 0.5
         return torch.where(mask.unsqueeze(-1), start, 0.0)
+
+
+def _covariance_factor(precision: Tensor) -> Tensor:
+    """Lower triangular C with :math:`C C^T = P^{-1}`, shape ``(S, n, n)``."""
+    # From the last coordinate to the first, P = U U^T has an upper triangular U.
+    upper = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
+    identity = torch.eye(precision.shape[-1]).to(upper)
+    return torch.linalg.solve_triangular(upper, identity, upper=True).mT

@@ -20,6 +20,7 @@ from torch.distributions import Categorical
 
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaParts
+from .encoders import Observations
 
 if TYPE_CHECKING:
     from .estimator import SlotDensityEstimator
@@ -76,12 +77,15 @@ class NetworkSets(SetDistribution):
     """
 
     def __init__(self, estimator: "SlotDensityEstimator", x: Tensor) -> None:
+        x = estimator.checked(x)
         encoding, self._chart = estimator.encode(x), estimator.chart
         self.layout, self.num_observations = estimator.layout, len(x)
         self.keeps_separation = estimator.keeps_separation
         self.log_cardinality = estimator.cardinality_head(encoding.cardinality)
         shared = estimator.shared_given(encoding)
-        self._sets = estimator.component_head.given(encoding, x, shared)
+        self._sets = estimator.component_head.given(
+            encoding, Observations(x, estimator.x_scale), shared
+        )
 
     def cardinality(self) -> Categorical:
         """Return q(K | x); see :meth:`SetDistribution.cardinality`."""

@@ -100,7 +100,9 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
 
     def given(self, x: Tensor) -> SeparatedSets:
         """Return the distribution over sets given observations ``(B, *event)``."""
-        estimator = self.posterior_estimator.eval()
+        estimator = self.posterior_estimator
+        if estimator.training:
+            estimator.eval()
         sets = estimator.given(x.to(estimator.x_scale))
         return SeparatedSets(sets, self.prior, self.max_sampling_batch_size)
 

@@ -188,6 +188,15 @@ class Marginal(ABC):
         ]
         return min(max([_BEYOND, *far]), _MOST_REACH)
 
+    @cached_property
+    def core(self) -> tuple[float, float]:
+        """Interval on which the log density and its slope are finite.
+
+        All but 0.2 % of the prior, as densities may vanish or diverge at a bound.
+        """
+        low, high = self.quantile(torch.tensor([1e-3, 1 - 1e-3]).double()).tolist()
+        return low, high
+
     @abstractmethod
     def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Least and largest number of a precision that surely has a density.
@@ -213,6 +222,11 @@ class _ClosedMarginal(Marginal):
     def bounds(self) -> tuple[float, float]:
         """Lower and upper end of the support."""
         return self.a, self.b
+
+    @property
+    def core(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All of the support."""
+        return self.bounds
 
     @property
     def spec(self) -> dict[str, Any]:

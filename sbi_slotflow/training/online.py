@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..nn.estimator import SlotDensityEstimator
-from ..nn.matching import NonFiniteDensityError
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import as_count
+from ..sets.matching import NonFiniteDensityError
 from ..storage import check_tensors_replaceable, read_tensors, write_tensors
 from .recipes import RecipeName, make_recipe
 

@@ -19,9 +19,9 @@ from sklearn.metrics import confusion_matrix, log_loss
 from sbi_slotflow import calibration, problems
 from sbi_slotflow.calibration import faults
 from sbi_slotflow.calibration.draws import MatchedComponents, cardinality_probs
-from sbi_slotflow.nn.matching import hungarian
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.circular import circular_mean
+from sbi_slotflow.sets.matching import hungarian
 
 problem = problems.linear_gaussian()
 exact = problem.exact_posterior()

@@ -33,6 +33,7 @@ from sbi_slotflow.nn.cell_chain import (
 )
 from sbi_slotflow.nn.cell_head import CellHead
 from sbi_slotflow.nn.cells import CellAxis
+from sbi_slotflow.nn.encoders import Observations
 from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.nn.local_density import LocalDensity
 from sbi_slotflow.nn.registry import build
@@ -99,6 +100,10 @@ def observation(sigma: float = 0.8) -> Tensor:
     return tiny.simulator(theta, seeded(3))
 
 
+def given_data() -> Observations:
+    return Observations(observation(), torch.ones(()))
+
+
 def components_prior(k: int, separated: bool) -> VariableKPrior:
     """The prior of K components and nothing else."""
     return VariableKPrior(
@@ -115,7 +120,7 @@ class Sets:
 
     head: CellHead
     encoding: Encoding
-    data: Tensor
+    data: Observations
     k: int
 
     @classmethod
@@ -126,7 +131,7 @@ class Sets:
         assert isinstance(head, CellHead)
         if seed is not None:
             shake(head, 0.02, seed)
-        return cls(head, estimator.encode(observation()), observation(), k)
+        return cls(head, estimator.encode(observation()), given_data(), k)
 
     def mask(self, num: int) -> Tensor:
         return tiny.layout.mask(torch.full((num,), self.k))
@@ -261,7 +266,7 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
     tokens, edges = sets.encoding.tokens, sets.head.edges(sets.encoding)
     assert tokens is not None
     with torch.no_grad():
-        chain = PrunedChain(sets.head.pointer, tokens, edges)
+        chain = PrunedChain(sets.head.cells, tokens, edges)
         cells = FlooredCells(chain, UniformCells(sets.head.axis, edges))
         chance = cells.log_prob(torch.tensor([0]), fixed, sets.mask(1))
     monkeypatch.setattr(
@@ -308,7 +313,7 @@ def test_factorised_density_is_the_sum_over_all_assignments(k: int) -> None:
     assert isinstance(head, IndependentHead)
     assert sets.encoding.tokens is not None
     rows = sets.sample(20)
-    slots = head.pointer(sets.encoding.tokens)[0, k - 1]
+    slots = head.cells(sets.encoding.tokens)[0, k - 1]
     position = head.local_chart.coordinates(rows[:, :k])[0][..., 0]
     anchors = head.axis.cells(position, head.edges(sets.encoding).expand(20, -1))
     assigned = torch.stack(
@@ -567,7 +572,7 @@ def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
     encoding = untrained(name).encode(observation())
     mask = (torch.arange(3) < 2).expand(500, -1)
     owner = torch.zeros(500, dtype=torch.int64)
-    drawn, _ = head.given(encoding, observation(), None).sample(mask, owner, seeded(1))
+    drawn, _ = head.given(encoding, given_data(), None).sample(mask, owner, seeded(1))
     position = head.local_chart.coordinates(
         torch.where(mask.unsqueeze(-1), drawn, head.chart.some_point(drawn))
     )[0][..., 0]

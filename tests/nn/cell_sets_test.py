@@ -58,14 +58,14 @@ def weighed(
         assert encoding.tokens is not None
         assert head.find_modes is not None
         edges = head.edges(encoding)
-        chain = PrunedChain(head.pointer, encoding.tokens, edges)
+        chain = PrunedChain(head.cells, encoding.tokens, edges)
         found = CellSets(chain, head.find_modes, num_sets, x)
     return head, encoding, found
 
 
 def all_sets(head: AutoregressiveHead, k: int) -> Tensor:
     """Every ascending set of K anchors, shape ``(N, Kmax)``."""
-    every = combinations_with_replacement(range(head.axis.num_anchors), k)
+    every = combinations_with_replacement(range(head.axis.num_cells), k)
     sets = torch.tensor(list(every))
     return torch.nn.functional.pad(sets, (0, SIZE - k))
 
@@ -89,7 +89,7 @@ def test_draws_have_the_probabilities(estimator, num_sets: int) -> None:
     mask = tiny.layout.mask(torch.full((len(sets),), k))
     probs = anchors.log_prob(torch.zeros(len(sets)).long(), sets, mask).double().exp()
     drawn = anchors.sample(torch.zeros(num).long(), mask[:1].expand(num, -1), seeded(4))
-    cells = head.axis.num_anchors
+    cells = head.axis.num_cells
     code, place = sets[:, 0] * cells + sets[:, 1], drawn[:, 0] * cells + drawn[:, 1]
     seen = torch.bincount(place, minlength=cells**2)[code].double() / num
     assert float(seen.sum()) == pytest.approx(1.0)
@@ -108,7 +108,7 @@ def test_shares_are_those_of_the_integrated_likelihood(estimator) -> None:
     )
     x = tiny.simulator(theta, seeded(7))
     head, encoding, anchors = weighed(estimator, x, 10_000)
-    cells = head.axis.num_anchors
+    cells = head.axis.num_cells
     sets = all_sets(head, 1)
     mask = tiny.layout.mask(torch.ones(cells).long())
     probs = anchors.log_prob(torch.zeros(cells).long(), sets, mask).double().exp()
@@ -166,9 +166,9 @@ def test_more_sets_are_fitted_where_the_chain_knows_something(
     num_sets, estimator = 40, deepcopy(estimator)
     if not knows:
         with torch.no_grad():
-            for parameter in estimator.component_head.pointer.parameters():
+            for parameter in estimator.component_head.cells.parameters():
                 parameter.zero_()
-            estimator.component_head.pointer.presence.bias.fill_(-10.0)
+            estimator.component_head.cells.presence.bias.fill_(-10.0)
     _, _, anchors = weighed(estimator, observation(0.9), num_sets)
     fitted, fit = [], ModeFinder.__call__
 

@@ -230,8 +230,11 @@ def test_truths_are_standard_normal_about_the_peaks() -> None:
     owner = torch.arange(len(starts))
     cells = OccupiedCells(owner, anchors, starts, starts + 1, parts.mask)
     peaks = finder(data, cells)
-    assert peaks.features.shape == (num, 3, finder.num_features)
-    assert peaks.features.isfinite().all()
+    features = peaks.features(torch.tensor(2.0))
+    assert features.shape == (num, 3, finder.num_features)
+    assert features.isfinite().all()
+    level = peaks.level.unsqueeze(-1) - math.log(2)
+    torch.testing.assert_close(features[..., -2], level.expand(-1, 3))
     w = local.relative(coordinates, anchors, peaks.centre)
     z = solve_lower(peaks.factor, (w - peaks.mode).flatten(1)).reshape(w.shape)
     z = z[parts.mask]

@@ -73,7 +73,7 @@ def best(
 
 def test_modes_are_those_of_likelihood_times_prior(head: AutoregressiveHead) -> None:
     # tones in the middles of cells 20 and 40, of 12 and of 6 deviations
-    width = head.axis.num_anchors
+    width = head.axis.num_cells
     low, high = crowded.prior.component_marginals[2].bounds
     middle = [low + (high - low) * (cell + 0.5) / width for cell in (20, 40)]
     tones = [[12 * DEVIATION, 1.0, middle[0]], [6 * DEVIATION, 2.0, middle[1]]]
@@ -109,7 +109,7 @@ def test_evidence_is_the_integral_over_the_cells(head: AutoregressiveHead) -> No
         mode[0, :2, 0] = torch.tensor(offsets)
         height = torch.tensor([3.0]).double()
         zero = torch.zeros(1, SIZE).double()
-        modes = Modes(mode, zero, factor[None], zero[..., None], height, height)
+        modes = Modes(mode, zero, factor[None], zero[..., None], *[height] * 3)
         noise = torch.randn(200_000, 6, generator=generator).double()
         w = (noise @ factor[:6, :6].mT).unflatten(-1, (2, width)) + mode[0, :2]
         low, high = chart.ends()

@@ -1,13 +1,25 @@
 """A network given data: one distribution, whoever asks it, and in whatever order."""
 
+import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from sbi.utils import MultipleIndependent
 from torch import Tensor
+from torch.distributions import Uniform
 
-from sbi_slotflow import SlotDensityEstimator, SlotPosterior, problems, slot_nn
+from sbi_slotflow import (
+    SlotDensityEstimator,
+    SlotPosterior,
+    VariableKPrior,
+    load_pretrained,
+    problems,
+    slot_nn,
+)
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 
 tiny = problems.sinusoids("tiny")
@@ -81,3 +93,136 @@ def test_threads_may_share_a_distribution(
             found = list(pool.map(lambda k: draw(sets, k), counts * 2))  # noqa: B023
         for k, each in zip(counts * 2, found, strict=True):
             assert all(map(torch.equal, each, expected[k]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_no_set_of_the_prior_has_density_zero(
+    estimator: SlotDensityEstimator, factor: float
+) -> None:
+    # Untrained, with signals that are not those of the rows, and noise that is none of
+    # the simulator's: coloured, and four times too strong.
+    theta = tiny.prior.sample((10, 40), seeded(3))
+    noise = torch.randn(10, 301, generator=seeded(4))
+    x = tiny.simulator.signal(theta[:, 0]) + factor * (noise[:, 1:] + noise[:, :-1])
+    values = estimator.given(x).log_prob(theta.transpose(0, 1))
+    assert values.isfinite().all()
+
+
+SCALES = {"2**-70": 2.0**-70, "2**70": 2.0**70, "1e-21": 1e-21, "1e21": 1e21}
+
+
+def scaled(
+    factor: float, **options: Any
+) -> tuple[SlotDensityEstimator, Tensor, Tensor]:
+    """An estimator of tiny signals in another unit, theta and x."""
+    component = MultipleIndependent(
+        [
+            Uniform(torch.tensor([0.2 * factor]), torch.tensor([1.5 * factor])),
+            Uniform(torch.zeros(1), torch.tensor([2 * math.pi])),
+            Uniform(torch.tensor([0.5]), torch.tensor([2.0])),
+        ]
+    )
+    sigma = Uniform(torch.tensor([0.1 * factor]), torch.tensor([1.0 * factor]))
+    prior = VariableKPrior(
+        component,
+        [0.25] * 4,
+        shared=sigma,
+        order_by=2,
+        min_separation=0.1,
+        component_names=tiny.component_names,
+        shared_names=tiny.shared_names,
+    )
+    problem = replace(tiny, prior=prior)
+    theta = tiny.prior.sample((32,), seeded(5))
+    x = tiny.simulator(theta, seeded(6)) * factor
+    columns = torch.ones(theta.shape[-1])
+    columns[[1, 2, 5, 8]] = factor
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        estimator = slot_nn(problem, **SMALL, **options)(theta * columns, x)
+    return estimator, theta * columns, x
+
+
+@pytest.mark.parametrize("options", [{"slots": "attention"}, {"refine_slots": 1}])
+@pytest.mark.parametrize("name", SCALES)
+def test_results_do_not_depend_on_the_unit(name: str, options: Any) -> None:
+    factor, found = SCALES[name], []
+    for unit in (1.0, factor):
+        estimator, theta, x = scaled(unit, **options)
+        terms = estimator.loss_terms(theta, x)
+        estimator.weigh(terms).mean().backward()
+        slopes = [
+            p.grad.flatten() for p in estimator.net.parameters() if p.grad is not None
+        ]
+        estimator.eval()
+        with torch.no_grad():
+            log_k = estimator.given(x).log_cardinality
+            amplitude = estimator.sample((4,), x, generator=seeded(7))[..., 2] / unit
+        found.append((log_k, torch.cat(slopes), amplitude))
+    (log_k, slope, amplitude), others = found
+    assert log_k.std(0).max() > 1e-4  # it does depend on x
+    if name.startswith("2"):
+        assert torch.equal(others[0], log_k)
+    torch.testing.assert_close(others[0], log_k, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(others[1], slope, rtol=1e-2, atol=1e-3)
+    assert (others[2].isclose(amplitude, rtol=1e-2)).double().mean() > 0.9
+
+
+def test_data_of_any_precision_and_none_beyond_reach(
+    estimator: SlotDensityEstimator, signals: Tensor
+) -> None:
+    half = signals.half()
+    rows = estimator.sample((3,), half, generator=seeded(8))
+    assert rows.dtype == torch.float32
+    for x in (half.float(), half.double()):
+        assert torch.equal(estimator.sample((3,), x, generator=seeded(8)), rows)
+    for far in (1e30, 1e38):
+        with pytest.raises(ValueError, match=r"x must be on the scale .*, got"):
+            estimator.sample((2,), signals * far)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["tiny", "crowded"])
+def test_a_signal_of_zeros_breaks_no_fit(preset: Any) -> None:
+    posterior = load_pretrained(f"sinusoids-{preset}")
+    x = torch.zeros(1, posterior.posterior_estimator.spec.num_data)
+    rows = posterior.sample((50,), x, k=3, generator=seeded(9))
+    assert rows.isfinite().all()
+    assert posterior.log_prob(rows, x).isfinite().all()
+
+
+@pytest.fixture
+def double_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("build", [slot_nn, slot_nn.paper])
+@pytest.mark.usefixtures("double_default")
+def test_networks_are_of_single_precision_whatever_the_default(build: Any) -> None:
+    theta = tiny.prior.sample((8,), seeded(1)).float()
+    x = tiny.simulator(theta, seeded(2)).float()
+    estimator = build(tiny)(theta, x)
+    assert {p.dtype for p in estimator.parameters()} == {torch.float32}
+    assert torch.get_default_dtype() == torch.float64
+    assert estimator.loss(theta, x).dtype == torch.float32
+    assert estimator.eval().sample((2,), x, generator=seeded(3)).dtype == torch.float32
+
+
+def test_draws_do_not_depend_on_the_default_precision(signals: Tensor) -> None:
+    def draw() -> tuple[Tensor, Tensor]:
+        posterior = load_pretrained("sinusoids-tiny")
+        rows = posterior.sample((20,), signals[0], generator=seeded(1))
+        return rows, posterior.log_prob(rows, signals[0])
+
+    expected = draw()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for part, wanted in zip(found, expected, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, wanted)

@@ -56,7 +56,7 @@ def test_its_network_has_cells_and_takes_gauss_newton_steps(
     theta = problem.prior.sample((16,))
     x = problem.simulator(theta)
     estimator: SlotDensityEstimator = own["build"](theta, x)
-    assert estimator.spec.slots["axis"]["num_anchors"] == 32
+    assert estimator.spec.slots["axis"]["num_cells"] == 32
     asked: list[int] = []
     kind: Any = type(problem.build_fit().given(x))  # pyright: ignore
     equations = kind.normal_equations

@@ -41,7 +41,7 @@ WEIGHTS = [0.4, 0.3, 0.2, 0.1]
 class PriorOnly(Problem):
     """Sinusoids of which nothing was observed."""
 
-    def log_likelihood(self, theta, x):
+    def log_likelihood(self, theta, x):  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.zeros(theta.shape[:-1], dtype=torch.float64)
 
     def build_chart(self):

@@ -184,8 +184,8 @@ def test_known_distributions_are_recognised(
 ) -> None:
     found = marginals_of(distribution)
     assert [m.family for m in found] == [family for family, _, _ in expected]
-    assert [m.a for m in found] == pytest.approx([a for _, a, _ in expected])
-    assert [m.b for m in found] == pytest.approx([b for _, _, b in expected])
+    assert [m.spec["a"] for m in found] == pytest.approx([a for _, a, _ in expected])
+    assert [m.spec["b"] for m in found] == pytest.approx([b for _, _, b in expected])
     assert found.closed
 
 
@@ -234,7 +234,7 @@ def test_values_inside_the_support_are_left_alone() -> None:
 # Any family
 
 
-def one(*values: float) -> tuple[Tensor, ...]:
+def one(*values: float) -> Any:
     return tuple(torch.tensor([float(value)]) for value in values)
 
 
@@ -344,6 +344,7 @@ FAMILIES: dict[str, tuple[Distribution, Any, bool]] = {
 }
 COVARIANCE = torch.tensor([[2.0, 1.2], [1.2, 1.0]])
 GAUSSIAN = MultivariateNormal(torch.tensor([1.0, 2.0]), COVARIANCE)
+PARTS: list[Distribution] = [Gamma(*one(2, 1)), GAUSSIAN, Uniform(*one(1, 2))]
 DEPENDENT: dict[str, Distribution] = {
     "gaussian": GAUSSIAN,
     "low rank": LowRankMultivariateNormal(
@@ -361,9 +362,7 @@ DEPENDENT: dict[str, Distribution] = {
             1,
         ),
     ),
-    "beside others": MultipleIndependent(
-        [Gamma(*one(2, 1)), GAUSSIAN, Uniform(*one(1, 2))]
-    ),
+    "beside others": MultipleIndependent(PARTS),
 }
 ALL = {**{name: entry[0] for name, entry in FAMILIES.items()}, **DEPENDENT}
 

@@ -124,7 +124,7 @@ class LineSpectrum(Problem):
             [self.grid.num_samples],
             [self.grid.rate],
             self._band,
-            self.location_axis().num_anchors,
+            self.location_axis().num_cells,
             self.layout.max_cardinality if pursuit else 0,
             analytic=True,
         )

@@ -209,7 +209,7 @@ class Sinusoids(Problem):
             [grid.num_samples for grid in self.grids],
             [grid.rate for grid in self.grids],
             self.prior.component_marginals[2].bounds,
-            self.location_axis().num_anchors,
+            self.location_axis().num_cells,
             self.layout.max_cardinality if pursuit else 0,
         )
         return TokenEncoder(front_end, **options)

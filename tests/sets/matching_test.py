@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbi_slotflow.nn import matching
-from sbi_slotflow.nn.matching import EXACT_LIMIT, hungarian, log_permanent
+from sbi_slotflow.sets import matching
+from sbi_slotflow.sets.matching import EXACT_LIMIT, hungarian, log_permanent
 
 INF = math.inf
 
