@@ -174,7 +174,7 @@ def as_observation(x: Tensor, length: int | None = None) -> Tensor:
 def as_probabilities(value: Numbers | Categorical, name: str) -> Tensor:
     """Check probabilities ``(..., C)``; returns them in float64 on the CPU."""
     value = value.probs if isinstance(value, Categorical) else value
-    probs = torch.as_tensor(value).detach().cpu().double()
+    probs = as_floats(value, name).detach().cpu().double()
     total = probs.sum(-1, keepdim=True)
     # Written so that NaN fails too.
     good = (probs >= 0).all(-1) & ((total - 1).abs() < _ROUNDING).all(-1)
