@@ -14,7 +14,7 @@ faults change nothing that a user can see (a larger chunk of memory): survivors 
 a reader to judge.
 
 The tests run once without a fault, to see how long each takes and which fail anyway;
-these are left out. A report of such a run serves as well::
+these are left out. Reports of such runs serve as well::
 
     pytest -n 2 --junitxml report.xml -o junit_family=xunit1
     python tests/faults.py --number 60 --baseline report.xml --quick 15
@@ -316,17 +316,18 @@ def _file(test: str) -> str:
     return test.split("::")[0]
 
 
-def measure(folder: Path, tests: str, jobs: int, report: Path | None) -> Baseline:
-    """Run the tests without a fault, or read the report of such a run."""
-    if report is None:
-        report = folder / "baseline.xml"
-        options = ["-n", str(jobs), "--junitxml", str(report)]
+def measure(folder: Path, tests: str, jobs: int, reports: Sequence[Path]) -> Baseline:
+    """Run the tests without a fault, or read the reports of such runs."""
+    if not reports:
+        reports = [folder / "baseline.xml"]
+        options = ["-n", str(jobs), "--junitxml", str(reports[0])]
         options += ["-o", "junit_family=xunit1"]
         pytest(folder, [*options, tests], seconds=7_200)
     known = set(pytest(folder, ["--collect-only", tests], seconds=600)[1].splitlines())
     seconds: dict[str, float] = {}
     failing = []
-    for case in ElementTree.parse(report).iter("testcase"):
+    trees = [ElementTree.parse(report) for report in reports]
+    for case in (case for tree in trees for case in tree.iter("testcase")):
         test = f"{case.attrib['file']}::{case.attrib['name']}"
         if test not in known:
             continue
@@ -401,7 +402,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which faults (0)")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (2)")
     parser.add_argument("--tests", default="tests", help="file or folder of tests")
-    parser.add_argument("--baseline", type=Path, help="report of a run without faults")
+    parser.add_argument(
+        "--baseline", type=Path, nargs="+", help="reports of runs without faults"
+    )
     parser.add_argument(
         "--quick", type=float, help="seconds of tests of each stage (all tests)"
     )
@@ -417,7 +420,7 @@ def main() -> int:
             folders.put(Path(shutil.copytree(sound, Path(temporary, str(i)))))
         if "baseline" not in kept:
             kept["baseline"] = asdict(
-                measure(sound, args.tests, args.jobs, args.baseline)
+                measure(sound, args.tests, args.jobs, args.baseline or ())
             )
             _keep(args.out, kept)
         baseline = Baseline(**kept["baseline"])
@@ -442,9 +445,9 @@ def main() -> int:
     print(f"\ncaught {caught} of {len(faults)} ({caught / len(faults):.0%})")
     if args.quick is not None:
         print(
-            f"The survivors met only the quickest tests, {args.quick:g} s each of their "
-            f"module's, their folder's and {', '.join(CROSS)}: the rest of the suite "
-            "may catch them."
+            f"The survivors met only the quickest tests, {args.quick:g} s each of those "
+            f"of their module, of their folder and of {', '.join(CROSS)}: the rest of "
+            "the suite may catch them."
         )
     return 0
 
