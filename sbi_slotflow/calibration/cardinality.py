@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..seeding import draw_seed
 from .check import Array, Check
 from .draws import CalibrationDraws
 
@@ -105,28 +106,21 @@ class CardinalityReliability(Check):
         left.plot([0, 1], [0, 1], color="black", lw=0.6)
         left.vlines(bins.predicted, bins.low, bins.high, color=DATA, lw=6, alpha=0.4)
         left.plot(bins.predicted, bins.observed, "o-", color=POSTERIOR, ms=4, lw=1.2)
-        left.set_xlim(0, 1)
-        left.set_ylim(-0.02, 1.02)
-        left.set_aspect("equal")
-        error = self.scores["calibration error"]
-        title = (
-            f"calibration error {error['value']:.3f} (if right {error['expected']:.3f})"
-        )
+        left.set(xlim=(0, 1), ylim=(-0.02, 1.02), aspect="equal")
+        value, expected = self.scores["calibration error"].values()
+        title = f"calibration error {value:.3f} (if right {expected:.3f})"
         dress(left, "predicted q(K | x)", "observed share", title)
         share = self.confusion / self.confusion.sum(-1, keepdims=True).clip(1)
         right.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower")
         size = len(share)
-        if size <= _MOST_LABELLED:
-            for true, predicted in np.ndindex(size, size):
+        style = {"ha": "center", "va": "center", "fontsize": SMALL if size < 8 else 7}
+        for true, predicted in np.argwhere(share >= 0.005):
+            if size <= _MOST_LABELLED:
                 value = share[true, predicted]
-                if value >= 0.005:
-                    colour = "white" if value > 0.5 else "black"
-                    right.text(
-                        predicted, true, f"{value:.2f}".removeprefix("0"), ha="center",
-                        va="center", fontsize=SMALL if size < 8 else 7, color=colour,
-                    )  # fmt: skip
-        right.set_xticks(range(size))
-        right.set_yticks(range(size))
+                colour = "white" if value > 0.5 else "black"
+                text = f"{value:.2f}".removeprefix("0")
+                right.text(predicted, true, text, color=colour, **style)
+        right.set(xticks=range(size), yticks=range(size))
         title = f"most probable K is right in {100 * self.accuracy:.1f} %"
         dress(right, "most probable K", "true K", title)
         return figure
@@ -174,9 +168,7 @@ def cardinality_reliability(
         prior = weights.double() / weights.sum()
     if len(counts) < 20:
         raise ValueError(f"draws must leave at least 20 pairs, got {len(counts)}.")
-    rng = np.random.default_rng(
-        int(torch.randint(2**62, (), generator=generator).item())
-    )
+    rng = np.random.default_rng(draw_seed(generator))
     q, k = probs.numpy(), counts.numpy()
     scoring = _Scores(q)
     found = scoring(k[None])
@@ -295,7 +287,6 @@ def _binned(
 
     null = np.stack([shares(row) for row in _drawn(q, 200, rng)])
     low, high = np.quantile(null, [0.025, 0.975], axis=0)
-    predicted = (np.bincount(index, q.ravel(), minlength=_NUM_BINS) / size.clip(1))[
-        used
-    ]
+    total = np.bincount(index, q.ravel(), minlength=_NUM_BINS)
+    predicted = (total / size.clip(1))[used]
     return ReliabilityBins(predicted, shares(k), low, high)

@@ -33,6 +33,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..sets.checks import as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 
@@ -194,12 +195,7 @@ def checked_weights(
     samples: Tensor, layout: ThetaLayout, weights: Tensor | None
 ) -> Tensor:
     """Weights of rows, float64, summing to one."""
-    layout.validate(samples, "samples")
-    if samples.ndim != 2 or not len(samples):
-        raise ValueError(
-            f"samples must have shape (S, {layout.size}) with S >= 1, got "
-            f"{tuple(samples.shape)}."
-        )
+    as_rows(samples, layout)
     if weights is None:
         return torch.full((len(samples),), 1 / len(samples), dtype=torch.float64)
     if weights.shape != samples.shape[:1]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..seeding import generator_for
+from ..sets.checks import as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from ..sets.matching import hungarian
@@ -381,13 +382,7 @@ def compare(
 def _probs(source: Tensor | Samples, layout: ThetaLayout, name: str) -> Tensor:
     """p(K) of a source, shape ``(Kmax + 1,)``."""
     if isinstance(source, Tensor):
-        layout.validate(source, name)
-        if source.ndim != 2 or len(source) == 0:
-            raise ValueError(
-                f"{name} must have shape (S, {layout.size}) with S > 0, got "
-                f"{tuple(source.shape)}."
-            )
-        counts = layout.cardinality(source).cpu()
+        counts = layout.cardinality(as_rows(source, layout, name))
         counts = counts.bincount(minlength=layout.max_cardinality + 1)
         return counts.double() / len(source)
     if not (hasattr(source, "sample") and hasattr(source, "cardinality")):

@@ -162,12 +162,12 @@ class AutoregressiveHead(CellHead):
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`CellHead.given`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        finder, cells = self.find_modes, PrunedChain(self.cells, tokens, edges)
+        finder, weighed = self.find_modes, self.find_modes and self.weighed_sets
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
+            cells = PrunedChain(self.cells, tokens, edges)
         find_modes = None if finder is None else partial(finder, data.x)
-        if finder is not None and self.weighed_sets:
-            with torch.no_grad():
-                chain = PrunedChain(self.cells, tokens, edges)
-            cells = CellSets(chain, finder, self.weighed_sets, data.x)
+        if finder is not None and weighed:
+            cells = CellSets(cells, finder, self.weighed_sets, data.x)
             find_modes = cells.modes
         floored = FlooredCells(cells, UniformCells(self.axis, edges))
         return _JointSets(self, tokens, edges, floored, find_modes, data, shared)

@@ -18,6 +18,7 @@ from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
 from .paper.circle import CircleChart
 from .paper.preset import PAPER
+from .precision import single_precision
 from .registry import describe
 from .spec import EstimatorSpec, Matching
 
@@ -216,6 +217,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         """
         return replace(cls(problem=problem, **PAPER), **changes)
 
+    @single_precision()
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         """Build an estimator.
 

@@ -31,6 +31,7 @@ from .heads import (
     SharedGivenX,
     SharedHead,
 )
+from .precision import single_precision
 from .registry import build
 from .set_distribution import NetworkSets
 from .spec import EstimatorSpec
@@ -59,6 +60,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     x_shift: Tensor
     x_scale: Tensor
 
+    @single_precision()
     def __init__(
         self,
         spec: EstimatorSpec,
@@ -397,16 +399,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {num}), got {tuple(condition.shape)}."
             )
-        if not torch.isfinite(condition).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
         condition = condition.to(self.x_scale.dtype)
-        if condition.numel():
-            far = float((condition.double() - self.x_shift).abs().max())
-            if not far < _FARTHEST * float(self.x_scale):
-                raise ValueError(
-                    f"x must be on the scale of the training data, {self.x_scale:.3g}, "
-                    f"got values as far as {far:.3g} from their mean."
-                )
+        far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
+        if not far < _FARTHEST * self.x_scale:  # nor is NaN
+            if not torch.isfinite(condition).all():
+                raise ValueError("x must be finite, got NaN or Inf.")
+            raise ValueError(
+                f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
+                f"values as far as {far:.3g} from their mean."
+            )
         return condition
 
     def _checked_cardinality(self, cardinality: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..catalogue import fit_sources
 from ..metrics.comparison import Frame
+from ..sets.checks import as_row, as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .style import (
@@ -26,8 +27,6 @@ from .style import (
     SMALL,
     TRUTH,
     Figure,
-    checked_row,
-    checked_samples,
     padded,
     thinned,
 )
@@ -253,18 +252,18 @@ def plot_corner(
     """
     periods = layout.periods if periods is None else periods
     _check_names(layout, names or (), units or (), periods)
-    samples = checked_samples(samples, layout)
+    samples = as_rows(samples, layout)
     cardinality = layout.cardinality(samples)
     k = int(cardinality.mode().values) if k is None else k
     rows = _given(samples, layout, k, "sample")
     frame = Frame(rows, layout, k, periods, match)
     other = None
     if reference is not None:
-        other = checked_samples(reference, layout, "reference")
+        other = as_rows(reference, layout, "reference")
         other = _given(other, layout, k, "row of the reference")
     true: list[float | None] = [None] * len(frame.names)
     if true_theta is not None:
-        row = checked_row(true_theta, layout).unsqueeze(0)
+        row = as_row(true_theta, layout)
         same = int(layout.cardinality(row)) == k
         # On the turn of the circle on which the draws are.
         turns = [periods.get(name, math.inf) for name, _ in frame.names]
@@ -315,7 +314,7 @@ def plot_source_corners(
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
     _check_names(layout, units or {})
-    samples = thinned(checked_samples(samples, layout), _MOST_DRAWS)
+    samples = thinned(as_rows(samples, layout), _MOST_DRAWS)
     sources = fit_sources(samples, layout, min_probability=min_probability)
     owner = sources.assign(samples)
     shown = ((owner >= 0).sum(0) >= _FEWEST_DRAWS).nonzero().flatten().tolist()
@@ -324,7 +323,7 @@ def plot_source_corners(
     components = layout.unpack(layout.canonical(samples)).components
     truth = None
     if true_theta is not None:
-        row = checked_row(true_theta, layout).unsqueeze(0)
+        row = as_row(true_theta, layout)
         true_owner = sources.assign(row)[0]
         true_components = layout.unpack(layout.canonical(row)).components[0]
         truth = [true_components[j] if j >= 0 else None for j in true_owner.tolist()]

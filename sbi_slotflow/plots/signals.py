@@ -9,15 +9,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..sets.checks import as_observation, as_row, as_rows
 from .style import (
     DATA,
     POSTERIOR,
     SHADES,
     TRUTH,
     Figure,
-    checked_data,
-    checked_row,
-    checked_samples,
     dress,
     legend_above,
     padded,
@@ -58,15 +56,15 @@ def plot_reconstruction(
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
         ValueError: If a shape does not fit, or samples are empty or malformed.
     """
-    samples = checked_samples(samples, problem.layout)
-    data = checked_data(x)
+    samples = as_rows(samples, problem.layout)
+    data = as_observation(x)[0].numpy()
     signals = problem.simulator.signal(thinned(samples, _MOST_DRAWS))
     if signals.shape[-1] != len(data):
         raise ValueError(f"x must have {signals.shape[-1]} entries, got {len(data)}.")
     low, median, high = np.quantile(signals.cpu().numpy(), [0.05, 0.5, 0.95], axis=0)
     truth = None
     if true_theta is not None:
-        row = checked_row(true_theta, problem.layout)
+        row = as_row(true_theta, problem.layout)[0]
         truth = problem.simulator.signal(row).cpu().numpy()
 
     streams = problem.streams

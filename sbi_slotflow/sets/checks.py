@@ -12,7 +12,7 @@ Example:
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -21,12 +21,18 @@ from torch import Tensor
 
 from ..callers import caller_stacklevel
 
+if TYPE_CHECKING:
+    from .layout import ThetaLayout
+
 __all__ = [
     "Numbers",
     "Shape",
     "as_cardinality",
     "as_count",
     "as_floats",
+    "as_observation",
+    "as_row",
+    "as_rows",
     "as_shape",
     "warn_without_slots",
 ]
@@ -128,6 +134,36 @@ def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}.")
     return size
+
+
+def as_rows(samples: Tensor, layout: "ThetaLayout", name: str = "samples") -> Tensor:
+    """Check theta rows ``(S, E)``, at least one; returns them on the CPU."""
+    layout.validate(samples, name)
+    if samples.ndim != 2 or not len(samples):
+        raise ValueError(
+            f"{name} must have shape (S, {layout.size}) with S >= 1, got "
+            f"{tuple(samples.shape)}."
+        )
+    return samples.detach().cpu()
+
+
+def as_row(theta: Tensor, layout: "ThetaLayout", name: str = "true_theta") -> Tensor:
+    """Check one theta row, ``(E,)`` or ``(1, E)``; returns it as ``(1, E)``."""
+    layout.validate(theta, name)
+    if theta.numel() != layout.size:
+        raise ValueError(f"{name} must be one row, got {tuple(theta.shape)}.")
+    return theta.detach().cpu().reshape(1, -1)
+
+
+def as_observation(x: Tensor, length: int | None = None) -> Tensor:
+    """Check one finite signal, ``(T,)`` or ``(1, T)``; returns it as ``(1, T)``."""
+    size = x.shape[-1] if length is None and x.ndim else length
+    if x.ndim not in (1, 2) or x.shape[-1] != size or x.numel() != size:
+        of = "" if length is None else f" of length {length}"
+        raise ValueError(f"x must be one observation{of}, got shape {tuple(x.shape)}.")
+    if not torch.isfinite(x).all():
+        raise ValueError("x must be finite, got NaN or Inf.")
+    return x.detach().cpu().reshape(1, -1)
 
 
 def warn_without_slots(theta: Tensor) -> None:

@@ -17,14 +17,12 @@ from ...plots.style import (
     SMALL,
     TRUTH,
     Figure,
-    checked_data,
-    checked_row,
-    checked_samples,
     dress,
     legend_above,
     padded,
     thinned,
 )
+from ...sets.checks import as_observation, as_row, as_rows
 from ...sets.layout import ThetaLayout
 
 if TYPE_CHECKING:
@@ -78,8 +76,8 @@ def plot_spectrum(
         ValueError: If a shape does not fit, or samples are empty or malformed.
     """
     layout = problem.layout
-    samples = checked_samples(samples, layout)
-    data = checked_data(x)
+    samples = as_rows(samples, layout)
+    data = as_observation(x)[0].numpy()
     if len(data) != problem.num_data:
         raise ValueError(f"x must have {problem.num_data} entries, got {len(data)}.")
     stream, rate = problem.streams[0], problem.grids[0].rate
@@ -106,7 +104,7 @@ def plot_spectrum(
             Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
         )
     if true_theta is not None:
-        true = _active(layout, checked_row(true_theta, layout)[None])[:, _PLACE].numpy()
+        true = _active(layout, as_row(true_theta, layout))[:, _PLACE].numpy()
         for axes in (upper, lower):
             for value in true[:, 0]:
                 axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)
