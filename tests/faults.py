@@ -445,9 +445,9 @@ def main() -> int:
     print(f"\ncaught {caught} of {len(faults)} ({caught / len(faults):.0%})")
     if args.quick is not None:
         print(
-            f"The survivors met only the quickest tests, {args.quick:g} s each of those "
-            f"of their module, of their folder and of {', '.join(CROSS)}: the rest of "
-            "the suite may catch them."
+            f"Survivors met only the quickest tests, {args.quick:g} s each of their "
+            f"module's, of their folder's and of {', '.join(CROSS)}: the rest of the "
+            "suite may catch them."
         )
     return 0
 
