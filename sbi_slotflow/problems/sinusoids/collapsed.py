@@ -151,7 +151,7 @@ class CollapsedSampler:
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
         margin = 1e-6 * (high - low)
-        components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
+        components[:, 0] = components[:, 0].clip(low + margin, high - margin)
         low, high = self.prior.shared_marginals[0].bounds
         sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
         margin = 1e-3 * (high - low)
@@ -203,9 +203,8 @@ class CollapsedSampler:
 
 
 def _check_families(prior: VariableKPrior) -> None:
-    amplitude, phase, frequency = prior.component_marginals
-    sigma = prior.shared_marginals[0]
-    families = [m.family for m in (amplitude, phase, frequency, sigma)]
+    marginals = *prior.component_marginals, prior.shared_marginals[0]
+    families = [marginal.family for marginal in marginals]
     fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
     if not fits:
         raise ValueError(
