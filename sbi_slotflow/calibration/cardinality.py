@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..seeding import draw_seed
+from ..sets.checks import as_probabilities, as_weights
 from .check import Array, Check
 from .draws import CalibrationDraws
 
@@ -143,22 +144,17 @@ def cardinality_reliability(
             Shape ``(Kmax + 1,)``; some pairs are left out so that K has this prior.
         false_alarm_rate: Of the check.
 
-    Returns:
-        Scores and verdict.
-
     Raises:
         ValueError: If a shape is wrong or too few pairs are left.
     """
     generator = draws.generator(3 if weights is None else 4)
-    probs = draws.probs if probs is None else probs.double().cpu()
+    probs = draws.probs if probs is None else probs
     if probs.shape != draws.probs.shape:
         raise ValueError(
             f"probs must have shape {tuple(draws.probs.shape)}, got "
             f"{tuple(probs.shape)}."
         )
-    # Written so that NaN fails too.
-    if not ((probs >= 0).all() and ((probs.sum(-1) - 1).abs() < 1e-6).all()):
-        raise ValueError("probs must be probabilities that add up to 1 in each row.")
+    probs = as_probabilities(probs, "probs")
     counts = draws.cardinality
     prior = torch.bincount(counts, minlength=probs.shape[-1]).double()
     prior = prior / prior.sum()
@@ -222,10 +218,8 @@ class _Scores:
     def simulated(self, rng: np.random.Generator) -> dict[str, Array]:
         """Scores of K drawn from q."""
         step = max(1, _CHUNK // len(self.q))
-        parts = []
-        for start in range(0, _NUM_SIMULATIONS, step):
-            num = min(step, _NUM_SIMULATIONS - start)
-            parts.append(self(_drawn(self.q, num, rng)))
+        sizes = np.diff([*range(0, _NUM_SIMULATIONS, step), _NUM_SIMULATIONS])
+        parts = [self(_drawn(self.q, num, rng)) for num in sizes.tolist()]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -254,17 +248,7 @@ def _reweighted(
     counts: Tensor, weights: Tensor, prior: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Which pairs to keep so that K has another prior."""
-    if weights.shape != prior.shape:
-        raise ValueError(
-            f"weights must have shape {tuple(prior.shape)}, got {tuple(weights.shape)}."
-        )
-    total = weights.sum()
-    if not ((weights >= 0).all() and 0 < total < torch.inf):
-        raise ValueError(
-            "weights must be finite, not negative and not all zero, got "
-            f"{weights.tolist()}."
-        )
-    new, prior = weights.double() / total, prior.double()
+    new, prior = as_weights(weights, len(prior)), prior.double()
     if ((new > 0) & (prior == 0)).any():
         raise ValueError("weights must be zero where the problem excludes a K.")
     ratio = torch.where(prior > 0, new / prior, 0.0)

@@ -248,16 +248,10 @@ def _curve(
     again = (weights @ hits) / (weights @ tries).clamp(min=1).unsqueeze(-1)
     from_here = levels >= _BIAS_FROM - 1e-9
     ends = torch.tensor([0.05, 0.95], dtype=torch.float64)
-    bias = (found - levels)[from_here].mean()
-    biases = (again - levels)[:, from_here].mean(-1).quantile(ends).tolist()
-    largest = (found - levels)[from_here].abs().max()
-    margin = (again - found)[:, from_here].abs().amax(-1).quantile(0.9)
-    curve = CoverageCurve(
-        found.numpy(),
-        num,
-        float(bias),
-        (biases[0], biases[1]),
-        float(largest),
-        (max(0.0, float(largest - margin)), float(largest + margin)),
-    )
+    bias = float((found - levels)[from_here].mean())
+    low, high = (again - levels)[:, from_here].mean(-1).quantile(ends).tolist()
+    largest = float((found - levels)[from_here].abs().max())
+    margin = float((again - found)[:, from_here].abs().amax(-1).quantile(0.9))
+    around = (max(0.0, largest - margin), largest + margin)
+    curve = CoverageCurve(found.numpy(), num, bias, (low, high), largest, around)
     return curve, again.quantile(ends, dim=0).numpy()

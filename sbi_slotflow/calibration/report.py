@@ -98,8 +98,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write verdicts and numbers to a file, the same for the same seed."""
-        content = {"format": _FORMAT, **self.to_dict()}
-        text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+        text = json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n"
         write_atomically(path, text.encode(), _FORMAT, _is_report)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
@@ -109,11 +108,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{name}: {check.verdict}" for name, check in self.checks.items()]
         lines += [f"{name}: not checked, {why}" for name, why in self.skipped.items()]
-        verdict = "passed" if self.passed else "FAILED"
-        lines.append(
-            f"{verdict} (family-wise false-alarm rate {self.false_alarm_rate})"
-        )
-        return "\n".join(lines)
+        word, rate = "passed" if self.passed else "FAILED", self.false_alarm_rate
+        return "\n".join([*lines, f"{word} (family-wise false-alarm rate {rate})"])
 
 
 def report(
@@ -149,9 +145,6 @@ def report(
         num_workers: Processes of joblib; -1 for one a core. Use 1 on a GPU.
         show_progress: Whether to show a progress bar.
 
-    Returns:
-        Verdicts, numbers and figures.
-
     Raises:
         TypeError: If the posterior lacks a method.
         ValueError: If a number or a shape is wrong.
@@ -162,16 +155,9 @@ def report(
     check_rate(false_alarm_rate)
     if x is not None:
         x = as_observation(x)
-    draws = draw(
-        posterior,
-        problem,
-        n,
-        num_draws=num_draws,
-        num_guides=_NUM_GUIDES,
-        seed=seed,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
+    given = {"num_draws": num_draws, "seed": seed}
+    shown = {"num_workers": num_workers, "show_progress": show_progress}
+    draws = draw(posterior, problem, n, num_guides=_NUM_GUIDES, **given, **shown)
     jobs, skipped = _jobs(posterior, problem, draws, x, cardinality_weights)
     rate = false_alarm_rate / len(jobs)
     results: Any = Parallel(n_jobs=num_workers, return_as="generator")(
@@ -183,8 +169,7 @@ def report(
         "problem": problem.name,
         "posterior": type(posterior).__name__,
         "n": n,
-        "num_draws": num_draws,
-        "seed": seed,
+        **given,
         "observation": "given" if x is not None else "first simulated pair",
         "versions": _versions(),
     }
@@ -328,16 +313,9 @@ def _run(job: Job, rate: float) -> Check:
         return job(false_alarm_rate=rate)
 
 
-def _local(
-    posterior: BatchedPosterior,
-    x: Tensor,
-    draws: CalibrationDraws,
-    false_alarm_rate: float,
-) -> Check:
+def _local(*given: Any, false_alarm_rate: float) -> Check:
     num_null = max(_FEWEST_NULL, math.ceil(2 / false_alarm_rate) - 1)
-    return local_c2st(
-        posterior, x, draws, num_null=num_null, false_alarm_rate=false_alarm_rate
-    )
+    return local_c2st(*given, num_null=num_null, false_alarm_rate=false_alarm_rate)
 
 
 def _misspecification(

@@ -214,9 +214,6 @@ def sbc(
             not ranked if None.
         num_likelihood_draws: Draws among which its value at the truth is ranked.
         false_alarm_rate: Of the check.
-
-    Returns:
-        Ranks and verdict.
     """
     num_likelihood_draws = as_count(num_likelihood_draws, "num_likelihood_draws")
     generator = draws.generator(0)

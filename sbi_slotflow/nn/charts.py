@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..sets.layout import ThetaLayout
 from ..sets.marginals import Marginal, Marginals
-from ..sets.transforms import Transform
+from ..sets.transforms import Shear, Transform
 from .registry import build, register
 
-__all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_phase"]
+__all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_angle"]
 
 _TWO_PI = 2 * math.pi
 
@@ -38,16 +38,13 @@ class Chart(ABC):
         kind: Name under which the chart is saved.
         is_density: False where the image is a lower-dimensional surface, so that a
             density of u is none of theta.
-        phase: Index of a parameter that is an angle, None if there is none.
-        frequency: Index of the parameter with which the phase turns, if any.
-        reference_time: Time to which the phase is referred.
+        shears: Circular parameters that turn with another one, each as a step
+            ``Shear(column, by, rate, period)`` after which they do so no more.
     """
 
     kind: ClassVar[str]
     is_density: ClassVar[bool] = True
-    phase: Any = None
-    frequency: int | None = None
-    reference_time: float = 0.0
+    shears: Sequence[Shear] = ()
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
         self.marginals = Marginals(marginals)
@@ -143,11 +140,11 @@ def chart_from_spec(spec: Mapping[str, Any]) -> Chart:
     return build("chart", {**options, "marginals": Marginals.from_spec(spec)})
 
 
-def check_phase(marginal: Marginal) -> None:
+def check_angle(marginal: Marginal) -> None:
     """Raise ValueError unless a marginal is uniform on a whole turn."""
     low, high = marginal.bounds
     if not marginal.is_uniform or abs(low) > 1e-6 or abs(high - _TWO_PI) > 1e-5:
         raise ValueError(
-            "the phase must be uniform on [0, 2 pi), got "
-            f"{marginal.family} on [{low:g}, {high:g}]."
+            "an angle must have a prior that is uniform on [0, 2 pi), got "
+            f"{marginal} on [{low:g}, {high:g}]."
         )

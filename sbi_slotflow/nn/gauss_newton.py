@@ -164,6 +164,8 @@ def fit_mode(
         # Where the data are zero, what a unit of w adds to the signal is the scale.
         unit = curvature.diagonal(dim1=-2, dim2=-1).amax(-1)
         least = _LEAST_VARIANCE * (power[owner[index]] + unit)
+        # Nothing has a scale where no component explains data that are zero.
+        least = least.clamp(min=torch.finfo(least.dtype).tiny)
         variance = torch.maximum(equations.residual / num_data, least)
         scaled = blocks / variance[:, None, None]
         gradient = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(

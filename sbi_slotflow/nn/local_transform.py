@@ -6,11 +6,10 @@ r"""Coordinates of a component relative to its cell.
 y is the position on the location axis (:mod:`.cells`) and a the cell; psi are the P
 circular parameters as angles, each unwrapped about a centre :math:`\psi_0`, so that a
 seam lies nowhere in particular; v are the other parameters in natural units
-(:attr:`~sbi_slotflow.sets.marginals.Marginal.natural_scale`). A phase that turns with
-the location, :math:`\psi = \phi + 2\pi f t_0`, is referred to a time in the middle of
-the record. All are coordinates in which a likelihood is nearly Gaussian: the prior's
-bounds are left to the density (:mod:`.local_density`), which cuts Gaussians off there.
-Arithmetic is float64.
+(``natural_scale`` of a :class:`~sbi_slotflow.sets.marginals.Marginal`). An angle that
+turns with the location is sheared as the chart says. All are coordinates in which a
+likelihood is nearly Gaussian: the prior's bounds are left to the density
+(:mod:`.local_density`), which cuts Gaussians off there. Arithmetic is float64.
 """
 
 import math
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..sets.circular import wrapped
+from ..sets.marginals import Place
 from ..sets.transforms import (
     Affine,
     Columns,
     Compose,
     Permutation,
-    Place,
     Shear,
     Transform,
 )
@@ -69,11 +68,11 @@ class LocalTransform:
         shears: list[Transform] = []
         for d in circular:
             period, (low, _) = chart.marginals.periods[d], self.marginals[d].bounds
-            turns = d == chart.phase and chart.frequency == place
-            rate = period * (chart.reference_time if turns else 0.0)
+            turning = [s for s in chart.shears if (s.column, s.by) == (d, place)]
+            rate = turning[0].rate if turning else 0.0
             shears.append(Shear(d, place, rate, period, low))
         self._scales = [self._scale(d) for d in self._parameters]
-        columns = [Affine(middle, half) for middle, half in self._scales]
+        columns = [Affine(middle, half) for middle, half, _ in self._scales]
         position = Place(self.marginals[place], axis.num_cells)
         self._steps = Compose(
             [*shears, Permutation(order), Columns([position, *columns])]
@@ -132,8 +131,8 @@ class LocalTransform:
     def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior densities ``(...)`` of local coordinates, and their gradients.
 
-        But for a constant; positions and most angles are uniform. Values beyond the
-        :attr:`~sbi_slotflow.sets.marginals.Marginal.core` count as at its end.
+        But for a constant; positions and most angles are uniform. Values beyond a
+        marginal's ``core`` count as at its end.
 
         Args:
             w: Coordinates, shape ``(..., D)``.
@@ -144,7 +143,7 @@ class LocalTransform:
             values = 0.0 * w[..., 0]  # has a gradient, whatever the marginals
             whole = self._shifted(w, torch.zeros_like(w[..., 0]), centre)
             for i, d in enumerate(self._parameters, 1):
-                (middle, half), marginal = self._scales[i - 1], self.marginals[d]
+                (middle, half, _), marginal = self._scales[i - 1], self.marginals[d]
                 coordinate = whole[..., i]
                 if i <= self.num_circular:
                     if marginal.is_uniform:
@@ -166,13 +165,12 @@ class LocalTransform:
 
     def farthest(self) -> Tensor:
         """Largest absolute coordinates ``(D,)`` that a fit may end at."""
-        others = self._parameters[self.num_circular :]
-        most = [_FARTHEST_CELL] + self.num_circular * [math.pi]
-        most += [self.marginals[d].reach for d in others]
+        most = [_FARTHEST_CELL, *(reach for *_, reach in self._scales)]
         return torch.tensor(most, dtype=torch.float64)
 
-    def _scale(self, d: int) -> tuple[float, float]:
-        """Shift and scale of a parameter: of an angle's turn, or natural ones."""
-        if math.isfinite(self.marginals.periods[d]):
-            return self.marginals[d].bounds[0], self.marginals.periods[d] / _TWO_PI
-        return self.marginals[d].natural_scale
+    def _scale(self, d: int) -> tuple[float, float, float]:
+        """Shift, scale and largest coordinate: of an angle's turn, or natural ones."""
+        marginal, period = self.marginals[d], self.marginals.periods[d]
+        if math.isfinite(period):
+            return marginal.bounds[0], period / _TWO_PI, math.pi
+        return marginal.natural_scale

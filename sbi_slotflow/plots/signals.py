@@ -49,9 +49,6 @@ def plot_reconstruction(
         max_points: Longer streams are cut to this many samples, and their titles say
             so.
 
-    Returns:
-        A figure with one axes a stream.
-
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
         ValueError: If a shape does not fit, or samples are empty or malformed.
@@ -101,18 +98,7 @@ def plot_spectrum(
 ) -> MatplotlibFigure:
     """Plot the spectrum of x with the posterior of frequency and amplitude.
 
-    Args:
-        problem: A problem whose x has a spectrum, ``problems.sinusoids(...)`` for one.
-        samples: Theta rows, shape ``(S, E)``.
-        x: The observation, shape ``(T,)`` or ``(1, T)``.
-        true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
-
-    Returns:
-        A figure with two axes.
-
-    Raises:
-        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
-        ValueError: If x has no spectrum, a shape does not fit, or samples are empty or
-            malformed.
+    The problem must have one, as ``problems.sinusoids(...)`` does; the arguments are
+    those of :func:`plot_reconstruction`.
     """
     return problem.plot_spectrum(samples, x, true_theta)

@@ -230,7 +230,7 @@ class Trace(Problem):
             raise ValueError(
                 "prior must be uniform in its order_by parameter "
                 f"{self.component_names[self.layout.order_by]!r}, which is the place "
-                f"in the trace, got {place.family}."
+                f"in the trace, got {place}."
             )
 
     def build_token_encoder(self, **options: Any) -> TokenEncoder:

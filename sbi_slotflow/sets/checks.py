@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ..callers import caller_stacklevel
 
@@ -31,9 +32,12 @@ __all__ = [
     "as_count",
     "as_floats",
     "as_observation",
+    "as_probabilities",
     "as_row",
     "as_rows",
     "as_shape",
+    "as_weights",
+    "check_finite",
     "warn_without_slots",
 ]
 
@@ -45,6 +49,8 @@ Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 
 # Rows from which a fault of all of them is no chance.
 _MANY = 20
+# What probabilities may miss of 1.
+_ROUNDING = 1e-4
 
 
 def as_floats(value: Numbers, name: str) -> Tensor:
@@ -161,9 +167,42 @@ def as_observation(x: Tensor, length: int | None = None) -> Tensor:
     if x.ndim not in (1, 2) or x.shape[-1] != size or x.numel() != size:
         of = "" if length is None else f" of length {length}"
         raise ValueError(f"x must be one observation{of}, got shape {tuple(x.shape)}.")
-    if not torch.isfinite(x).all():
-        raise ValueError("x must be finite, got NaN or Inf.")
+    check_finite(x)
     return x.detach().cpu().reshape(1, -1)
+
+
+def as_probabilities(value: Numbers | Categorical, name: str) -> Tensor:
+    """Check probabilities ``(..., C)``; returns them in float64 on the CPU."""
+    value = value.probs if isinstance(value, Categorical) else value
+    probs = as_floats(value, name).detach().cpu().double()
+    total = probs.sum(-1, keepdim=True)
+    # Written so that NaN fails too.
+    good = (probs >= 0).all(-1) & ((total - 1).abs() < _ROUNDING).all(-1)
+    if not good.all():
+        raise ValueError(
+            f"{name} must be probabilities that add up to 1, got "
+            f"{probs[~good][0].tolist()}."
+        )
+    return probs / total
+
+
+def as_weights(weights: Tensor, num: int, name: str = "weights") -> Tensor:
+    """Check weights ``(num,)``; returns them in float64 on the CPU, adding up to 1."""
+    if weights.shape != (num,):
+        raise ValueError(
+            f"{name} must have shape ({num},), got {tuple(weights.shape)}."
+        )
+    weights = weights.detach().cpu().double()
+    if not ((weights >= 0).all() and 0 < weights.sum() < torch.inf):
+        raise ValueError(f"{name} must be finite, not negative and not all zero.")
+    return weights / weights.sum()
+
+
+def check_finite(values: Tensor, name: str = "x") -> None:
+    """Raise ValueError if an entry is NaN or infinite."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite: NaN or Inf in {bad} entries.")
 
 
 def warn_without_slots(theta: Tensor) -> None:

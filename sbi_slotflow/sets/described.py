@@ -30,9 +30,23 @@ from torch.distributions.transforms import IndependentTransform
 
 __all__ = ["describe_distribution", "distribution_from"]
 
-# Other names of parameters that are described already.
-_REDUNDANT = {"probs", "covariance_matrix", "precision_matrix"}
-# Each with the attributes that its constructor takes by the same names.
+# What is made of other parts: the arguments of its constructor, in their order, by
+# their names in a file and as attributes.
+_WHOLES: dict[type, dict[str, str]] = {
+    Independent: {"base": "base_dist", "ndims": "reinterpreted_batch_ndims"},
+    MultipleIndependent: {"parts": "dists"},
+    MixtureSameFamily: {
+        "weights": "mixture_distribution",
+        "components": "component_distribution",
+    },
+    TransformedDistribution: {"base": "base_dist", "transforms": "transforms"},
+    ComposeTransform: {"parts": "parts"},
+    IndependentTransform: {
+        "base": "base_transform",
+        "ndims": "reinterpreted_batch_ndims",
+    },
+}
+# Other transforms, with the arguments of their constructors.
 _TRANSFORMS = {
     "AffineTransform": ("loc", "scale", "event_dim"),
     "ExpTransform": (),
@@ -41,6 +55,8 @@ _TRANSFORMS = {
     "SoftplusTransform": (),
     "TanhTransform": (),
 }
+# Other names of a distribution's parameters, which are described already.
+_REDUNDANT = {"probs", "covariance_matrix", "precision_matrix"}
 
 
 def describe_distribution(distribution: Distribution) -> dict[str, Any]:
@@ -49,33 +65,7 @@ def describe_distribution(distribution: Distribution) -> dict[str, Any]:
     Raises:
         ValueError: If it, or a part of it, is of another class: a user's own, say.
     """
-    name = type(distribution).__name__
-    if isinstance(distribution, BoxUniform):
-        # An Independent of a Uniform, whatever sbi adds to it.
-        return _independent(distribution)
-    if type(distribution) is Independent:
-        return _independent(distribution)
-    if type(distribution) is MultipleIndependent:
-        parts = [describe_distribution(part) for part in distribution.dists]
-        return {"name": name, "parts": parts}
-    if type(distribution) is MixtureSameFamily:
-        return {
-            "name": name,
-            "weights": describe_distribution(distribution.mixture_distribution),
-            "components": describe_distribution(distribution.component_distribution),
-        }
-    if type(distribution) is TransformedDistribution:
-        return {
-            "name": name,
-            "base": describe_distribution(distribution.base_dist),
-            "transforms": [_describe_transform(t) for t in distribution.transforms],
-        }
-    if type(distribution) is not getattr(distributions, name, None):
-        raise _unknown("distribution", distribution)
-    keys = [key for key in distribution.arg_constraints if key not in _REDUNDANT]
-    if hasattr(distribution, "temperature"):
-        keys.append("temperature")
-    return {"name": name, **{key: _plain(getattr(distribution, key)) for key in keys}}
+    return _described(distribution)
 
 
 def distribution_from(spec: Mapping[str, Any]) -> Distribution:
@@ -87,81 +77,64 @@ def distribution_from(spec: Mapping[str, Any]) -> Distribution:
     Raises:
         ValueError: If the name is unknown.
     """
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name == "Independent":
-        base = distribution_from(options["base"])
-        return Independent(base, options["ndims"], validate_args=False)
-    if name == "MultipleIndependent":
-        parts = [distribution_from(part) for part in options["parts"]]
-        return MultipleIndependent(parts, validate_args=False)
-    if name == "MixtureSameFamily":
-        weights = distribution_from(options["weights"])
-        components = distribution_from(options["components"])
-        return MixtureSameFamily(weights, components, validate_args=False)  # pyright: ignore
-    if name == "TransformedDistribution":
-        base = distribution_from(options["base"])
-        steps = [_transform_from(step) for step in options["transforms"]]
-        return TransformedDistribution(base, steps, validate_args=False)
+    return _rebuilt(spec)
+
+
+def _described(part: Any) -> Any:
+    """A distribution, a transform, a list of either, a tensor or a number."""
+    if isinstance(part, list | tuple):
+        return [_described(each) for each in part]
+    if isinstance(part, Tensor):
+        return part.detach().double().tolist()
+    if not isinstance(part, Distribution | Transform):
+        return part
+    # sbi's is an Independent of a Uniform, whatever it adds to that.
+    kind = Independent if isinstance(part, BoxUniform) else type(part)
+    name = kind.__name__
+    if kind in _WHOLES:
+        keys = _WHOLES[kind]
+    elif name == "_InverseTransform":
+        keys = {"base": "inv"}
+    elif kind is not getattr(distributions, name, None) or (
+        isinstance(part, Transform) and name not in _TRANSFORMS
+    ):
+        raise ValueError(
+            f"a file cannot describe {name}, which is no distribution or transform of "
+            "torch that is known here. Build the prior of torch's own, or give it anew "
+            "when the file is loaded."
+        )
+    elif isinstance(part, Transform):
+        keys = {key: key for key in _TRANSFORMS[name]}
+    else:
+        names = [key for key in part.arg_constraints if key not in _REDUNDANT]
+        names += ["temperature"] if hasattr(part, "temperature") else []
+        keys = {key: key for key in names}
+    values = {key: _described(getattr(part, name)) for key, name in keys.items()}
+    return {"name": name, **values}
+
+
+def _rebuilt(spec: Any) -> Any:
+    """Inverse of :func:`_described`, but for numbers, which stay as they are."""
+    if isinstance(spec, list):
+        return [_rebuilt(each) for each in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    name = spec.get("name")
+    if name == "_InverseTransform":
+        return _rebuilt(spec["base"]).inv
+    for kind, keys in _WHOLES.items():
+        if name == kind.__name__:
+            unchecked = {"validate_args": False}
+            options = unchecked if issubclass(kind, Distribution) else {}
+            return kind(*(_rebuilt(spec[key]) for key in keys), **options)
     kind = getattr(distributions, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, Distribution)):
-        raise ValueError(f"torch has no distribution {name!r}.")
-    values = {key: _tensor(value) for key, value in options.items()}
-    return kind(**values, validate_args=False)  # pyright: ignore
-
-
-def _independent(distribution: Independent) -> dict[str, Any]:
-    base = describe_distribution(distribution.base_dist)
-    ndims = distribution.reinterpreted_batch_ndims
-    return {"name": "Independent", "base": base, "ndims": ndims}
-
-
-def _describe_transform(transform: Transform) -> dict[str, Any]:
-    name = type(transform).__name__
-    if isinstance(transform, ComposeTransform):
-        parts = [_describe_transform(part) for part in transform.parts]
-        return {"name": name, "parts": parts}
-    if isinstance(transform, IndependentTransform):
-        base = _describe_transform(transform.base_transform)
-        ndims = transform.reinterpreted_batch_ndims
-        return {"name": name, "base": base, "ndims": ndims}
-    if name == "_InverseTransform":
-        return {"name": name, "base": _describe_transform(transform.inv)}
-    if name not in _TRANSFORMS or type(transform) is not getattr(distributions, name):
-        raise _unknown("transform", transform)
-    values = {key: getattr(transform, key) for key in _TRANSFORMS[name]}
-    return {"name": name, **{key: _plain(value) for key, value in values.items()}}
-
-
-def _transform_from(spec: Mapping[str, Any]) -> Transform:
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name == "ComposeTransform":
-        return ComposeTransform([_transform_from(part) for part in options["parts"]])
-    if name == "IndependentTransform":
-        return IndependentTransform(_transform_from(options["base"]), options["ndims"])
-    if name == "_InverseTransform":
-        return _transform_from(options["base"]).inv
-    if name not in _TRANSFORMS:
-        raise ValueError(f"no transform {name!r} is known here.")
-    event_dim = (
-        {"event_dim": options.pop("event_dim")} if "event_dim" in options else {}
-    )
-    values = {key: _tensor(value) for key, value in options.items()}
-    return getattr(distributions, name)(**values, **event_dim)
-
-
-def _plain(value: Tensor | float) -> Any:
-    return value.detach().double().tolist() if isinstance(value, Tensor) else value
-
-
-def _tensor(value: Any) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _unknown(kind: str, part: object) -> ValueError:
-    return ValueError(
-        f"a file cannot describe the {kind} {type(part).__name__}, which is none of "
-        "torch's that are known here. Build the prior of torch's own, or give it anew "
-        "when the file is loaded."
-    )
+    is_law = isinstance(kind, type) and issubclass(kind, Distribution)
+    if not is_law and name not in _TRANSFORMS:
+        raise ValueError(f"no distribution or transform {name!r} is known here.")
+    values = {
+        key: value if key == "event_dim" else torch.tensor(value, dtype=torch.float64)
+        for key, value in spec.items()
+        if key != "name"
+    }
+    options = {"validate_args": False} if is_law else {}
+    return kind(**values, **options)  # pyright: ignore[reportOptionalCall]

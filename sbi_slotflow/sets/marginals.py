@@ -8,8 +8,9 @@ r"""The map of each parameter to a standard normal variable, built from its prio
 with F the distribution function of the parameter. Whatever u is, theta lies inside the
 prior's support. A prior gives each of its parameters a :class:`Marginal`:
 
-- uniform, log-uniform, normal and half-normal ones in closed form;
-- :class:`ScoredMarginal` of those of torch that have ``cdf`` and ``icdf``;
+- :class:`ClosedMarginal`: uniform, log-uniform, normal and half-normal, as formulas;
+- :class:`ScoredMarginal`: other univariate ones that have ``cdf`` and ``icdf``, of
+  torch or the user's own;
 - :class:`FittedMarginal` elsewhere: a logarithm or a logit takes the support to the
   real line, and a shift and a scale, from 10,000 draws of a fixed seed, make it about
   standard. Its F is the law of which that makes a normal variable.
@@ -28,10 +29,11 @@ Example:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, overload
+from typing import Any, NamedTuple
 
 import torch
 from sbi.utils import MultipleIndependent
@@ -53,31 +55,31 @@ from .transforms import (
     Affine,
     Columns,
     Compose,
-    Identity,
     Logarithm,
     Logit,
     LowerTriangular,
-    NormalScore,
     StraightTails,
     Transform,
     log_normal,
 )
 
 __all__ = [
+    "ClosedMarginal",
+    "ExponentialScore",
     "FittedMarginal",
-    "HalfNormalMarginal",
-    "LogUniformMarginal",
     "Marginal",
     "Marginals",
-    "NormalMarginal",
+    "NormalScore",
+    "Place",
     "ScoredMarginal",
-    "UniformMarginal",
     "in_double",
     "marginal_from_spec",
     "marginals_of",
 ]
 
+# Fractions this close to 0 or 1 lie beyond 8 standard deviations.
 _EDGE = 1e-15
+_LEAST_SURVIVAL = 1e-16
 _NUM_DRAWS = 10_000
 # Shares of a normal variable below -1, 0 and 1.
 _SHARES = (0.15865525393145707, 0.5, 0.8413447460685429)
@@ -95,20 +97,23 @@ _LEAST_VARIANCE = 1e-10
 
 
 class Marginal(ABC):
-    """One parameter's prior marginal, and its map to a standard normal variable.
+    """One parameter's prior marginal; ``str`` gives its name in messages.
 
     Attributes:
-        family: Name for messages: ``"uniform"``, or of the distribution's class.
-        is_uniform: Whether the density is the same all over a bounded interval.
+        bounds: Lower and upper end of the support.
+        natural_scale: Middle, half width and largest absolute value, at which a fit may
+            end, of a coordinate in which a likelihood is natural. A bounded parameter
+            covers [-1, 1] in it, one with a single bound does so with four deviations,
+            and any other has unit width.
+        core: Interval on which the log density and its slope are finite: all of the
+            support in closed form, else all but 0.2 % of the prior.
+        score: The step to a standard normal variable.
     """
 
-    family: str
-    is_uniform: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper end of the support."""
+    bounds: tuple[float, float]
+    natural_scale: Any
+    core: Any
+    score: Any
 
     @abstractmethod
     def fraction(self, value: Tensor) -> Tensor:
@@ -127,76 +132,6 @@ class Marginal(ABC):
     def spec(self) -> dict[str, Any]:
         """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
 
-    @cached_property
-    def score(self) -> Transform:
-        """The step to a standard normal variable."""
-        return NormalScore(self)
-
-    def to_normal(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Map a parameter to a standard normal variable.
-
-        Args:
-            value: Parameter values (float64), any shape.
-
-        Returns:
-            ``u`` and ``log |du/dvalue|``, both of the shape of ``value``.
-        """
-        return self.score.forward(value)
-
-    def from_normal(self, u: Tensor) -> Tensor:
-        """Inverse of the map of :meth:`to_normal`."""
-        return self.score.inverse(u)
-
-    def continued_quantile(self, fraction: Tensor) -> Tensor:
-        """The quantile, of the nearest fraction that has one.
-
-        A uniform marginal goes on beyond its bounds instead, so that a fit may end
-        there.
-        """
-        return self.quantile(fraction.clamp(_INSIDE, 1 - _INSIDE))
-
-    @cached_property
-    def natural_scale(self) -> tuple[float, float]:
-        """Middle and half width of a coordinate in which a likelihood is natural.
-
-        A bounded parameter covers [-1, 1] in it, one with a single bound does so with
-        four deviations, and any other has unit width.
-        """
-        low, high = self.bounds
-        shares = torch.tensor([*_SHARES, _SHARES[2] - _SHARES[0]]).double()
-        below, middle, above, inner = self.quantile(shares).tolist()
-        if not math.isfinite(low) and not math.isfinite(high):
-            return middle, 0.5 * (above - below)
-        if not math.isfinite(high):
-            high = low + _REACH * (inner - low)
-        elif not math.isfinite(low):
-            outer = float(self.quantile(1 - shares[-1]))
-            low = high - _REACH * (high - outer)
-        return 0.5 * (low + high), 0.5 * (high - low)
-
-    @cached_property
-    def reach(self) -> float:
-        """Largest absolute natural coordinate at which a fit may end."""
-        middle, half = self.natural_scale
-        score = torch.tensor([-_FARTHEST, _FARTHEST]).double()
-        ends = (self.from_normal(score) - middle) / half
-        open_ends = [not math.isfinite(bound) for bound in self.bounds]
-        far = [
-            abs(end)
-            for end, is_open in zip(ends.tolist(), open_ends, strict=True)
-            if is_open
-        ]
-        return min(max([_BEYOND, *far]), _MOST_REACH)
-
-    @cached_property
-    def core(self) -> tuple[float, float]:
-        """Interval on which the log density and its slope are finite.
-
-        All but 0.2 % of the prior, as densities may vanish or diverge at a bound.
-        """
-        low, high = self.quantile(torch.tensor([1e-3, 1 - 1e-3]).double()).tolist()
-        return low, high
-
     @abstractmethod
     def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Least and largest number of a precision that surely has a density.
@@ -205,190 +140,176 @@ class Marginal(ABC):
         numbers may lie a few roundings off the bounds.
         """
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the density is the same all over a bounded interval."""
+        return str(self) == "uniform"
+
+    @property
+    def is_log_uniform(self) -> bool:
+        """Whether the logarithm is uniform."""
+        return str(self) == "log_uniform"
+
+
+class _Formulas(NamedTuple):
+    """A family with two numbers a and b."""
+
+    bounds: Callable[[float, float], tuple[float, float]]
+    fraction: Callable[[Tensor, float, float], Tensor]
+    quantile: Callable[[Tensor, float, float], Tensor]
+    log_density: Callable[[Tensor, float, float], Tensor]
+
+
+_FORMULAS = {
+    "uniform": _Formulas(
+        bounds=lambda a, b: (a, b),
+        fraction=lambda x, a, b: ((x - a) / (b - a)).clamp(0.0, 1.0),
+        quantile=lambda p, a, b: a + p * (b - a),
+        log_density=lambda x, a, b: torch.full_like(x, -math.log(b - a)),
+    ),
+    "log_uniform": _Formulas(
+        bounds=lambda a, b: (a, b),
+        fraction=lambda x, a, b: (
+            (x.log() - math.log(a)) / (math.log(b) - math.log(a))
+        ).clamp(0.0, 1.0),
+        quantile=lambda p, a, b: a * torch.exp(p * math.log(b / a)),
+        log_density=lambda x, a, b: -x.log() - math.log(math.log(b / a)),
+    ),
+    "normal": _Formulas(
+        bounds=lambda a, b: (-math.inf, math.inf),
+        fraction=lambda x, a, b: torch.special.ndtr((x - a) / b),
+        quantile=lambda p, a, b: a + b * torch.special.ndtri(p),
+        log_density=lambda x, a, b: log_normal((x - a) / b) - math.log(b),
+    ),
+    "half_normal": _Formulas(
+        bounds=lambda a, b: (a, math.inf),
+        fraction=lambda x, a, b: torch.special.erf((x - a) / (math.sqrt(2) * b)),
+        quantile=lambda p, a, b: (
+            a + math.sqrt(2) * b * torch.special.erfinv(p.clamp(max=1 - _EDGE))
+        ),
+        log_density=lambda x, a, b: log_normal((x - a) / b) + math.log(2 / b),
+    ),
+}
+
 
 @dataclass(frozen=True)
-class _ClosedMarginal(Marginal):
-    """A family with two numbers.
+class ClosedMarginal(Marginal):
+    """A family with closed formulas.
 
     Attributes:
-        a: Lower bound, or mean of a normal.
-        b: Upper bound, or standard deviation.
+        family: ``"uniform"`` between a and b; ``"log_uniform"``, with a logarithm
+            uniform between those of a and b; ``"normal"`` of mean a and deviation b;
+            ``"half_normal"``, a plus the absolute value of a normal variable of
+            deviation b.
+        a: Lower bound, or mean.
+        b: Upper bound, or deviation.
     """
 
+    family: str
     a: float
     b: float
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper end of the support."""
-        return self.a, self.b
+    def __str__(self) -> str:
+        return self.family
 
     @property
-    def core(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All of the support."""
-        return self.bounds
+    def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Lower and upper end of the support."""
+        return _FORMULAS[self.family].bounds(self.a, self.b)
+
+    core = bounds
+
+    @property
+    def natural_scale(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Marginal`."""
+        if self.family == "normal":
+            return self.a, self.b, _FARTHEST
+        high = self.a + _REACH * self.b if self.family == "half_normal" else self.b
+        return 0.5 * (self.a + high), 0.5 * (high - self.a), _BEYOND
+
+    @cached_property
+    def score(self) -> Transform:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A shift and a scale of a normal one, Phi^-1(F) of others."""
+        normal = self.family == "normal"
+        return Affine(self.a, self.b) if normal else NormalScore(self)
 
     @property
     def spec(self) -> dict[str, Any]:
         """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
-        return {"family": self.family, **asdict(self)}
-
-
-@dataclass(frozen=True)
-class UniformMarginal(_ClosedMarginal):
-    """Uniform between a and b."""
-
-    family: ClassVar[str] = "uniform"  # pyright: ignore
-    is_uniform: ClassVar[bool] = True
+        return {"family": self.family, "a": self.a, "b": self.b}
 
     def fraction(self, value: Tensor) -> Tensor:
         """Distribution function; see :meth:`Marginal.fraction`."""
-        return ((value - self.a) / (self.b - self.a)).clamp(0.0, 1.0)
+        return _FORMULAS[self.family].fraction(value, self.a, self.b)
 
     def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-        return self.a + fraction * (self.b - self.a)
+        """Inverse of :meth:`fraction`; goes on beyond finite bounds."""
+        return _FORMULAS[self.family].quantile(fraction, self.a, self.b)
 
     def log_density(self, value: Tensor) -> Tensor:
         """Log density; see :meth:`Marginal.log_density`."""
-        return torch.full_like(value, -math.log(self.b - self.a))
-
-    def continued_quantile(self, fraction: Tensor) -> Tensor:
-        """The quantile, beyond the bounds too."""
-        return self.quantile(fraction)
+        return _FORMULAS[self.family].log_density(value, self.a, self.b)
 
     def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`; torch's density is zero at b."""
-        low, high = (torch.tensor(end, dtype=dtype) for end in self.bounds)
-        up = torch.nextafter(low, torch.full_like(low, math.inf))
-        down = torch.nextafter(high, torch.full_like(high, -math.inf))
-        return up if low.double() < self.a else low, down
-
-
-@dataclass(frozen=True)
-class LogUniformMarginal(_ClosedMarginal):
-    """With a logarithm that is uniform between log a and log b."""
-
-    family: ClassVar[str] = "log_uniform"  # pyright: ignore
-
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
-        low, high = math.log(self.a), math.log(self.b)
-        return ((value.log() - low) / (high - low)).clamp(0.0, 1.0)
-
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-        return self.a * torch.exp(fraction * math.log(self.b / self.a))
-
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
-        return -value.log() - math.log(math.log(self.b / self.a))
-
-    def continued_quantile(self, fraction: Tensor) -> Tensor:
-        """The quantile, beyond the bounds too."""
-        return self.quantile(fraction)
-
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`; logarithms round on their own scale."""
-        low, high = (torch.tensor(end, dtype=dtype) for end in self.bounds)
-        high = torch.nextafter(high, torch.full_like(high, -math.inf))
-        nudge = 2 * torch.finfo(dtype).eps
-        low = low * (1 + nudge * low.log().abs().clamp(min=1.0))
-        return low, high * (1 - nudge * high.log().abs().clamp(min=1.0))
-
-
-@dataclass(frozen=True)
-class NormalMarginal(_ClosedMarginal):
-    """Normal with mean a and standard deviation b."""
-
-    family: ClassVar[str] = "normal"  # pyright: ignore
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """None."""
-        return -math.inf, math.inf
-
-    @cached_property
-    def score(self) -> Transform:
-        """A shift and a scale."""
-        return Affine(self.a, self.b)
-
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
-        return torch.special.ndtr((value - self.a) / self.b)
-
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-        return self.a + self.b * torch.special.ndtri(fraction)
-
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
-        return log_normal((value - self.a) / self.b) - math.log(self.b)
-
-    @cached_property
-    def natural_scale(self) -> tuple[float, float]:
-        """Mean and deviation."""
-        return self.a, self.b
-
-    @cached_property
-    def reach(self) -> float:
-        """Deviations within which a fit looks."""
-        return _FARTHEST
-
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All numbers."""
-        return _tensors(self.bounds, dtype)
-
-
-@dataclass(frozen=True)
-class HalfNormalMarginal(_ClosedMarginal):
-    """a plus the absolute value of a normal variable of standard deviation b."""
-
-    family: ClassVar[str] = "half_normal"  # pyright: ignore
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """A and infinity."""
-        return self.a, math.inf
-
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
-        return torch.special.erf((value - self.a) / (math.sqrt(2) * self.b))
-
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-        inside = fraction.clamp(max=1 - _EDGE)
-        return self.a + math.sqrt(2) * self.b * torch.special.erfinv(inside)
-
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
-        return log_normal((value - self.a) / self.b) + math.log(2 / self.b)
-
-    def continued_quantile(self, fraction: Tensor) -> Tensor:
-        """The quantile, beyond the bound too."""
-        return self.quantile(fraction)
-
-    @cached_property
-    def natural_scale(self) -> tuple[float, float]:
-        """Middle and half of four deviations."""
-        high = self.a + _REACH * self.b
-        return 0.5 * (self.a + high), 0.5 * (high - self.a)
-
-    @cached_property
-    def reach(self) -> float:
-        """A little beyond four deviations."""
-        return _BEYOND
-
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`; a itself has a density."""
-        low = torch.tensor(self.a, dtype=dtype)
-        up = torch.nextafter(low, torch.full_like(low, math.inf))
-        most = torch.tensor(math.inf, dtype=dtype)
-        return up if low.double() < self.a else low, most
+        """See :meth:`Marginal.inside`; torch's density is zero at an upper bound."""
+        low, high = _tensors(self.bounds, dtype)
+        up = torch.nextafter(low, high)
+        high = torch.nextafter(high, low) if high.isfinite() else high
+        if self.is_log_uniform:  # logarithms round on their own scale
+            nudge = 2 * torch.finfo(dtype).eps
+            low = low * (1 + nudge * low.log().abs().clamp(min=1.0))
+            return low, high * (1 - nudge * high.log().abs().clamp(min=1.0))
+        return up if low.double() < self.bounds[0] else low, high
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredMarginal(Marginal):
+class _OtherMarginal(Marginal):
+    """One without closed formulas.
+
+    Attributes:
+        bounds: Ends of the support.
+        ends: Least and largest number that has a density after rounding.
+    """
+
+    bounds: tuple[float, float]
+    ends: tuple[float, float]
+
+    @cached_property
+    def natural_scale(self) -> tuple[float, float, float]:
+        """See :class:`Marginal`."""
+        low, high = self.bounds
+        shares = torch.tensor([*_SHARES, _SHARES[2] - _SHARES[0]]).double()
+        below, middle, above, inner = self.quantile(shares).tolist()
+        is_open = not math.isfinite(low), not math.isfinite(high)
+        if all(is_open):
+            half = 0.5 * (above - below)
+        else:
+            if is_open[1]:
+                high = low + _REACH * (inner - low)
+            elif is_open[0]:
+                outer = float(self.quantile(1 - shares[-1]))
+                low = high - _REACH * (high - outer)
+            middle, half = 0.5 * (low + high), 0.5 * (high - low)
+        far = self.score.inverse(torch.tensor([-_FARTHEST, _FARTHEST]).double())
+        ends = ((far - middle) / half).abs().tolist()
+        reach = max(
+            [_BEYOND, *(end for end, far in zip(ends, is_open, strict=True) if far)]
+        )
+        return middle, half, min(reach, _MOST_REACH)
+
+    @cached_property
+    def core(self) -> tuple[float, float]:
+        """All but 0.2 % of the prior: densities may vanish or diverge at a bound."""
+        low, high = self.quantile(torch.tensor([1e-3, 1 - 1e-3]).double()).tolist()
+        return low, high
+
+    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See :meth:`Marginal.inside`."""
+        return _tensors(self.ends, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredMarginal(_OtherMarginal):
     """Parameter d of a batch of D univariate distributions, by ``cdf`` and ``icdf``.
 
     Beyond five deviations, where F has lost its digits, the map to a normal variable
@@ -397,28 +318,17 @@ class ScoredMarginal(Marginal):
     Attributes:
         distribution: The batch.
         index: d.
-        interval: Ends of the support.
-        ends: Least and largest number that has a density after rounding.
     """
 
     distribution: Distribution
     index: int
-    interval: tuple[float, float]
-    ends: tuple[float, float]
 
-    @property
-    def family(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Name of the distribution's class."""
+    def __str__(self) -> str:
         return type(self.distribution).__name__
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper end of the support."""
-        return self.interval
-
-    @property
     def spec(self) -> dict[str, Any]:
-        """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
+        """See :attr:`Marginal.spec`; ValueError for a class of the user's own."""
         described = describe_distribution(self.distribution)
         spec = {"index": self.index, "ends": list(self.ends)}
         return {"family": "scored", "distribution": described, **spec}
@@ -426,9 +336,8 @@ class ScoredMarginal(Marginal):
     @cached_property
     def score(self) -> Transform:
         """Phi^-1(F), with straight tails."""
-        outer = _to_line(*self.bounds)
         ends = -_FARTHEST_SCORE, _FARTHEST_SCORE
-        return StraightTails(NormalScore(self), outer, ends)
+        return StraightTails(NormalScore(self), _to_line(*self.bounds), ends)
 
     def fraction(self, value: Tensor) -> Tensor:
         """Distribution function; see :meth:`Marginal.fraction`."""
@@ -442,10 +351,6 @@ class ScoredMarginal(Marginal):
         """Log density; see :meth:`Marginal.log_density`."""
         return self._of_column(self.distribution.log_prob, value)
 
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`."""
-        return _tensors(self.ends, dtype)
-
     def _of_column(self, function: Any, value: Tensor) -> Tensor:
         # The distribution's parameters stay on the CPU, wherever the values are.
         size = self.distribution.batch_shape.numel()
@@ -454,46 +359,35 @@ class ScoredMarginal(Marginal):
 
 
 @dataclass(frozen=True)
-class FittedMarginal(Marginal):
+class FittedMarginal(_OtherMarginal):
     """A logarithm or a logit, a shift and a scale.
 
     Attributes:
-        family: Name of the distribution's class.
-        low: Lower end of the support.
-        high: Upper end.
+        name: Name of the distribution's class.
         location: Shift on the line that the support is mapped to.
         scale: Scale there.
-        ends: Least and largest number that has a density after rounding.
     """
 
-    family: str
-    low: float
-    high: float
+    name: str
     location: float
     scale: float
-    ends: tuple[float, float]
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper end of the support."""
-        return self.low, self.high
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def spec(self) -> dict[str, Any]:
         """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
         # JSON has no infinity.
-        bounds = {
-            key: end if math.isfinite(end) else None
-            for key, end in (("low", self.low), ("high", self.high))
-        }
-        spec = {**asdict(self), **bounds, "ends": list(self.ends)}
-        return {**spec, "family": "fitted", "name": self.family}
+        low, high = (end if math.isfinite(end) else None for end in self.bounds)
+        spec = {"family": "fitted", "name": self.name, "low": low, "high": high}
+        fit = {"location": self.location, "scale": self.scale, "ends": list(self.ends)}
+        return {**spec, **fit}
 
     @cached_property
     def score(self) -> Transform:
         """The map to the line, and to a standard variable."""
-        line = _to_line(self.low, self.high)
-        return Compose([line, Affine(self.location, self.scale)])
+        return Compose([_to_line(*self.bounds), Affine(self.location, self.scale)])
 
     def fraction(self, value: Tensor) -> Tensor:
         """Distribution function; see :meth:`Marginal.fraction`."""
@@ -508,20 +402,61 @@ class FittedMarginal(Marginal):
         u, log_det = self.score.forward(value)
         return log_normal(u) + log_det
 
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`."""
-        return _tensors(self.ends, dtype)
+
+@dataclass(frozen=True)
+class NormalScore(Transform):
+    r"""y = :math:`\Phi^{-1}(F(x))`, standard normal where x has the law F."""
+
+    law: Marginal
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to y; see :meth:`Transform.forward`."""
+        y = torch.special.ndtri(self.law.fraction(x).clamp(_EDGE, 1 - _EDGE))
+        return y, self.law.log_density(x) - log_normal(y)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Map y back to x."""
+        return self.law.quantile(torch.special.ndtr(y))
 
 
-_CLOSED = {
-    kind.family: kind
-    for kind in (
-        UniformMarginal,
-        LogUniformMarginal,
-        NormalMarginal,
-        HalfNormalMarginal,
-    )
-}
+@dataclass(frozen=True)
+class ExponentialScore(Transform):
+    """y = -log(1 - F(x)), a unit exponential variable where x has the law F."""
+
+    law: Marginal
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to y; see :meth:`Transform.forward`."""
+        y = -(1 - self.law.fraction(x)).clamp(min=_LEAST_SURVIVAL).log()
+        return y, self.law.log_density(x) + y
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Map y back to x."""
+        return self.law.quantile(-torch.expm1(-y))
+
+
+@dataclass(frozen=True)
+class Place(Transform):
+    """y = length F(x), uniform on [0, length] where x has the law F.
+
+    The inverse goes on beyond the ends if the law has a closed form and a bound, so
+    that a fit may end there; other laws stay inside their support.
+    """
+
+    law: Marginal
+    length: float = 1.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to y; see :meth:`Transform.forward`."""
+        y = self.length * self.law.fraction(x)
+        return y, self.law.log_density(x) + math.log(self.length)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Map y back to x."""
+        fraction, law = y / self.length, self.law
+        if not (isinstance(law, ClosedMarginal) and math.isfinite(law.bounds[0])):
+            fraction = fraction.clamp(_INSIDE, 1 - _INSIDE)
+        return law.quantile(fraction)
 
 
 class Marginals(Sequence[Marginal], Transform):
@@ -559,14 +494,8 @@ class Marginals(Sequence[Marginal], Transform):
             for dtype in (torch.float32, torch.float64)
         }
 
-    @overload
-    def __getitem__(self, index: int) -> Marginal: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Marginal, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Marginal | tuple[Marginal, ...]:
-        """One marginal, or some."""
+    def __getitem__(self, index: int) -> Marginal:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One marginal."""
         return self._marginals[index]
 
     def __len__(self) -> int:
@@ -575,18 +504,24 @@ class Marginals(Sequence[Marginal], Transform):
 
     def __eq__(self, other: object) -> bool:
         """Whether they describe the same map, as far as a file could tell."""
-        return isinstance(other, Marginals) and self.spec == other.spec
+        return self is other or (
+            isinstance(other, Marginals) and self.spec == other.spec
+        )
 
     __hash__ = object.__hash__
 
     @property
     def closed(self) -> bool:
         """Whether all have a closed form."""
-        return all(isinstance(m, _ClosedMarginal) for m in self._marginals)
+        return all(isinstance(m, ClosedMarginal) for m in self._marginals)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Description from which :meth:`from_spec` rebuilds the marginals."""
+        """Description from which :meth:`from_spec` rebuilds the marginals.
+
+        Raises:
+            ValueError: If a distribution is of a class of the user's own.
+        """
         spec: dict[str, Any] = {"marginals": [m.spec for m in self._marginals]}
         if any(map(math.isfinite, self.periods)):
             finite = [p if math.isfinite(p) else None for p in self.periods]
@@ -602,10 +537,8 @@ class Marginals(Sequence[Marginal], Transform):
         periods = [math.inf if p is None else p for p in spec.get("periods", [])]
         whitening = None
         if "whitening" in spec:
-            location, factor = (
-                torch.tensor(part, dtype=torch.float64) for part in spec["whitening"]
-            )
-            whitening = LowerTriangular(location, factor)
+            parts = [torch.tensor(p, dtype=torch.float64) for p in spec["whitening"]]
+            whitening = LowerTriangular(*parts)
         marginals = [marginal_from_spec(part) for part in spec["marginals"]]
         return cls(marginals, periods, whitening)
 
@@ -618,14 +551,7 @@ class Marginals(Sequence[Marginal], Transform):
         return self._steps.inverse(y)
 
     def clamp(self, values: Tensor) -> Tensor:
-        """Pull values on or past a bound back to where the prior has a density.
-
-        Args:
-            values: Parameters, shape ``(..., D)``.
-
-        Returns:
-            Tensor of the same shape and dtype.
-        """
+        """Pull values ``(..., D)`` on or past a bound to where there is a density."""
         known = self._inside.get(values.dtype)
         low, high = known or _ends(self._marginals, values.dtype)
         low, high = low.to(values.device), high.to(values.device)
@@ -633,10 +559,7 @@ class Marginals(Sequence[Marginal], Transform):
 
     def contains(self, values: Tensor) -> Tensor:
         """Tell which vectors ``(..., D)`` lie within the bounds, shape ``(...)``."""
-        low, high = (
-            values.new_tensor(ends)
-            for ends in zip(*(m.bounds for m in self._marginals), strict=True)
-        )
+        low, high = values.new_tensor([m.bounds for m in self._marginals]).unbind(-1)
         return ((values >= low) & (values <= high)).all(-1)
 
     def middle(self, like: Tensor) -> Tensor:
@@ -654,9 +577,6 @@ def marginals_of(
         distribution: Distribution over D parameters: of torch, of sbi, or a class of
             the user's own with a ``support``.
         periods: D periods, infinite where a parameter is not circular.
-
-    Returns:
-        D marginals.
 
     Raises:
         ValueError: If the support is not a product of intervals (a simplex, integers,
@@ -688,24 +608,27 @@ def marginal_from_spec(spec: Mapping[str, Any]) -> Marginal:
         ValueError: If the family or the distribution is unknown.
     """
     family = spec.get("family")
-    if family in _CLOSED:
-        return _CLOSED[family](spec["a"], spec["b"])
+    if family in _FORMULAS:
+        return ClosedMarginal(family, spec["a"], spec["b"])
     if family == "fitted":
-        low, high = spec["low"], spec["high"]
-        return FittedMarginal(
-            spec["name"],
-            -math.inf if low is None else low,
-            math.inf if high is None else high,
-            spec["location"],
-            spec["scale"],
-            tuple(spec["ends"]),
-        )
+        low = -math.inf if spec["low"] is None else spec["low"]
+        high = math.inf if spec["high"] is None else spec["high"]
+        fit = spec["name"], spec["location"], spec["scale"]
+        return FittedMarginal((low, high), tuple(spec["ends"]), *fit)
     if family == "scored":
         distribution, index = distribution_from(spec["distribution"]), spec["index"]
         low, high = (float(end[index]) for end in bounds_of(distribution))
-        return ScoredMarginal(distribution, index, (low, high), tuple(spec["ends"]))
-    families = (*_CLOSED, "fitted", "scored")
+        return ScoredMarginal((low, high), tuple(spec["ends"]), distribution, index)
+    families = (*_FORMULAS, "fitted", "scored")
     raise ValueError(f"family must be one of {families}, got {family!r}.")
+
+
+def in_double(batch: Distribution) -> Distribution:
+    """The same distribution in double precision, if torch's own classes make it up."""
+    try:
+        return distribution_from(describe_distribution(batch))
+    except ValueError:
+        return batch
 
 
 def _part(
@@ -714,31 +637,23 @@ def _part(
     """Marginals of a distribution, and what decorrelates them."""
     low, high = bounds_of(distribution)
     batch = flattened(distribution)
+    closed = None if batch is None else _closed(batch)
+    if closed is not None:
+        return closed, None
+    bounds = list(zip(low.tolist(), high.tolist(), strict=True))
+    columns = list(zip(bounds, _ends_of(batch, low, high), strict=True))
     if batch is not None:
-        closed = _closed(batch)
-        if closed is not None:
-            return closed, None
-        double = in_double(batch)
-        # A file must be able to describe the map, which a user's own class it cannot.
-        if double is not batch and _has_scores(double, len(low)):
-            columns = zip(
-                low.tolist(), high.tolist(), _ends_of(batch, low, high), strict=True
-            )
-            scored = [
-                ScoredMarginal(double, d, (least, most), ends)
-                for d, (least, most, ends) in enumerate(columns)
-            ]
-            return scored, None
-    draws = _draws(distribution, len(low))
+        law = in_double(batch)
+        # A class of the user's own stays as it is, wherever the prior is moved to.
+        law = deepcopy(law) if law is batch else law
+        if _has_scores(law, len(low)):
+            return [ScoredMarginal(*c, law, d) for d, c in enumerate(columns)], None
     name = type(distribution if batch is None else batch).__name__
-    columns = zip(
-        draws.unbind(-1),
-        low.tolist(),
-        high.tolist(),
-        _ends_of(batch, low, high),
-        strict=True,
-    )
-    fitted = [_fitted(name, *column) for column in columns]
+    with torch.no_grad(), forked_rng(generator_for(0)):
+        draws = distribution.sample(torch.Size((_NUM_DRAWS,)))
+    draws = draws.double().reshape(_NUM_DRAWS, len(low)).cpu()
+    pairs = zip(columns, draws.unbind(-1), strict=True)
+    fitted = [_fitted(name, *column, values) for column, values in pairs]
     if batch is not None or len(low) == 1:
         return fitted, None
     u, _ = Columns([m.score for m in fitted]).forward(draws)
@@ -753,49 +668,43 @@ def _part(
     return fitted, LowerTriangular(u.mean(0), torch.linalg.cholesky(covariance))
 
 
-def _closed(batch: Distribution) -> list[Marginal] | None:
+def _closed(batch: Distribution) -> list[ClosedMarginal] | None:
     """Marginals of families with a closed form; None for another."""
     if isinstance(batch, Uniform):
-        return _pairs(UniformMarginal, batch.low, batch.high)
+        return _pairs("uniform", batch.low, batch.high)
     if type(batch) is Normal:
-        return _pairs(NormalMarginal, batch.loc, batch.scale)
+        return _pairs("normal", batch.loc, batch.scale)
     if isinstance(batch, HalfNormal):
-        return _pairs(HalfNormalMarginal, torch.zeros(()), batch.scale)
+        return _pairs("half_normal", torch.zeros(()), batch.scale)
     if type(batch) is not TransformedDistribution or len(batch.transforms) != 1:
         return None
     base, transform = _closed(batch.base_dist), batch.transforms[0]
     if base is None:
         return None
     if isinstance(transform, ExpTransform) and isinstance(batch.base_dist, Uniform):
-        return [LogUniformMarginal(*map(math.exp, m.bounds)) for m in base]
-    return _moved(base, transform) if isinstance(transform, AffineTransform) else None
-
-
-def _moved(
-    marginals: Sequence[Marginal], transform: AffineTransform
-) -> list[Marginal] | None:
-    """Marginals after a shift and a scale; None where the family changes."""
-    loc, scale = (
-        torch.as_tensor(part).double().expand(len(marginals)).tolist()
+        return [ClosedMarginal("log_uniform", *map(math.exp, m.bounds)) for m in base]
+    if not isinstance(transform, AffineTransform):
+        return None
+    shift, factor = (
+        torch.as_tensor(part).double().expand(len(base)).tolist()
         for part in (transform.loc, transform.scale)
     )
-    moved: list[Marginal] = []
-    for marginal, shift, factor in zip(marginals, loc, scale, strict=True):
-        if isinstance(marginal, NormalMarginal):
-            centre = shift + factor * marginal.a
-            moved.append(NormalMarginal(centre, abs(factor) * marginal.b))
-        elif isinstance(marginal, HalfNormalMarginal) and factor > 0:
-            low = shift + factor * marginal.a
-            moved.append(HalfNormalMarginal(low, factor * marginal.b))
-        else:
-            return None
-    return moved
+    # The others change their family, as a half-normal one that is mirrored does.
+    if not all(
+        m.family == "normal" or (m.family == "half_normal" and by > 0)
+        for m, by in zip(base, factor, strict=True)
+    ):
+        return None
+    return [
+        ClosedMarginal(m.family, plus + by * m.a, abs(by) * m.b)
+        for m, plus, by in zip(base, shift, factor, strict=True)
+    ]
 
 
-def _pairs(kind: type[_ClosedMarginal], a: Tensor, b: Tensor) -> list[Marginal]:
+def _pairs(family: str, a: Tensor, b: Tensor) -> list[ClosedMarginal]:
     a, b = torch.broadcast_tensors(a, b)
     pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
-    return [kind(low, high) for low, high in pairs]
+    return [ClosedMarginal(family, low, high) for low, high in pairs]
 
 
 def _has_scores(batch: Distribution, num: int) -> bool:
@@ -809,14 +718,6 @@ def _has_scores(batch: Distribution, num: int) -> bool:
     except (NotImplementedError, RuntimeError):
         return False
     return bool((again - share).abs().max() < 1e-4 and (value.diff(dim=0) > 0).all())
-
-
-def in_double(batch: Distribution) -> Distribution:
-    """The same distribution in double precision, if torch's own classes make it up."""
-    try:
-        return distribution_from(describe_distribution(batch))
-    except ValueError:
-        return batch
 
 
 def _ends_of(
@@ -845,10 +746,10 @@ def _ends_of(
 
 
 def _fitted(
-    name: str, draws: Tensor, low: float, high: float, ends: tuple[float, float]
+    name: str, bounds: tuple[float, float], ends: tuple[float, float], draws: Tensor
 ) -> FittedMarginal:
     """Shift and scale of draws on the line."""
-    line, _ = _to_line(low, high).forward(draws)
+    line, _ = _to_line(*bounds).forward(draws)
     shares = torch.tensor(_SHARES).double()
     below, middle, above = line.quantile(shares).tolist()
     scale = 0.5 * (above - below)
@@ -856,16 +757,10 @@ def _fitted(
         raise ValueError(
             f"{name} has no width in single precision: the middle two thirds of its "
             f"draws lie between {draws.quantile(shares[0]):g} and "
-            f"{draws.quantile(shares[2]):g} of [{low:g}, {high:g}]. Give it in other "
-            "units, or with less extreme parameters."
+            f"{draws.quantile(shares[2]):g} of [{bounds[0]:g}, {bounds[1]:g}]. Give it "
+            "in other units, or with less extreme parameters."
         )
-    return FittedMarginal(name, low, high, middle, scale, ends)
-
-
-def _draws(distribution: Distribution, num: int) -> Tensor:
-    with torch.no_grad(), forked_rng(generator_for(0)):
-        draws = distribution.sample(torch.Size((_NUM_DRAWS,)))
-    return draws.double().reshape(_NUM_DRAWS, num).cpu()
+    return FittedMarginal(bounds, ends, name, middle, scale)
 
 
 def _to_line(low: float, high: float) -> Transform:
@@ -874,7 +769,7 @@ def _to_line(low: float, high: float) -> Transform:
         return Logit(low, high)
     if math.isfinite(low):
         return Logarithm(low)
-    return Logarithm(high, upper=True) if math.isfinite(high) else Identity()
+    return Logarithm(high, upper=True) if math.isfinite(high) else Affine()
 
 
 def _covers(marginal: Marginal, period: float) -> bool:

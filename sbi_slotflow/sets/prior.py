@@ -339,7 +339,7 @@ class VariableKPrior(Distribution):
             raise ValueError(
                 "min_separation needs a uniform, independent marginal of the order_by "
                 f"parameter {name!r} (its normalising constant has a closed form only "
-                f"there), got {marginal.family}."
+                f"there), got {marginal}."
             )
         most = int(self.cardinality_probs.nonzero().max())
         width = marginal.bounds[1] - marginal.bounds[0]

@@ -10,9 +10,7 @@ them:
     \log |\det| = \sum_i \log |\det J_{T_i}|
 
 ========================  ==========================================================
-on numbers                :class:`Identity`, :class:`Affine`, :class:`Logarithm`,
-                          :class:`Logit`, :class:`NormalScore`,
-                          :class:`ExponentialScore`, :class:`Place`,
+on numbers                :class:`Affine`, :class:`Logarithm`, :class:`Logit`,
                           :class:`StraightTails`, :class:`Bend`, :class:`Cut`
 on vectors                :class:`Columns`, :class:`LowerTriangular`,
                           :class:`Permutation`, :class:`Shear`, :class:`Polar`
@@ -28,14 +26,14 @@ Example:
     tensor([1., 4.])
 
 See Also:
-    :class:`~sbi_slotflow.sets.marginals.Marginals`, the map that a prior has.
+    :mod:`~sbi_slotflow.sets.marginals`, the map that a prior has, and the steps
+    ``NormalScore``, ``ExponentialScore`` and ``Place`` by a distribution function.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,16 +44,11 @@ __all__ = [
     "Columns",
     "Compose",
     "Cut",
-    "ExponentialScore",
-    "Identity",
     "Logarithm",
     "Logit",
     "LowerTriangular",
-    "NormalScore",
     "Permutation",
-    "Place",
     "Polar",
-    "Scored",
     "Shear",
     "StraightTails",
     "Transform",
@@ -63,9 +56,6 @@ __all__ = [
     "solve_lower",
 ]
 
-# Fractions this close to 0 or 1 lie beyond 8 standard deviations.
-_EDGE = 1e-15
-_LEAST_SURVIVAL = 1e-16
 # Least share of a normal variable that a cut looks at, and least mass of its interval.
 _LEAST_SHARE, _LEAST_MASS = 1e-30, 1e-300
 
@@ -90,48 +80,15 @@ class Transform(ABC):
         """Map y back to x."""
 
 
-class Scored(Protocol):
-    """A univariate law that scores need: F, its inverse and the log of its slope."""
-
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function F."""
-        ...
-
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of F."""
-        ...
-
-    def continued_quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of F, for numbers beyond [0, 1] too."""
-        ...
-
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log of the derivative of F."""
-        ...
-
-
 # Steps on numbers
 
 
 @dataclass(frozen=True)
-class Identity(Transform):
-    """y = x."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
-        return x, torch.zeros_like(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Map y back to x."""
-        return y
-
-
-@dataclass(frozen=True)
 class Affine(Transform):
-    """y = (x - location) / scale, with a positive scale."""
+    """y = (x - location) / scale, with a positive scale; y = x by default."""
 
-    location: float
-    scale: float
+    location: float = 0.0
+    scale: float = 1.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x to y; see :meth:`Transform.forward`."""
@@ -177,58 +134,6 @@ class Logit(Transform):
         width = self.high - self.low
         near = width * torch.sigmoid(-y.abs())
         return torch.where(y < 0, self.low + near, self.high - near)
-
-
-@dataclass(frozen=True)
-class NormalScore(Transform):
-    r"""y = :math:`\Phi^{-1}(F(x))`, standard normal where x has the law F."""
-
-    law: Scored
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
-        y = torch.special.ndtri(self.law.fraction(x).clamp(_EDGE, 1 - _EDGE))
-        return y, self.law.log_density(x) - log_normal(y)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Map y back to x."""
-        return self.law.quantile(torch.special.ndtr(y))
-
-
-@dataclass(frozen=True)
-class ExponentialScore(Transform):
-    """y = -log(1 - F(x)), a unit exponential variable where x has the law F."""
-
-    law: Scored
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
-        y = -(1 - self.law.fraction(x)).clamp(min=_LEAST_SURVIVAL).log()
-        return y, self.law.log_density(x) + y
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Map y back to x."""
-        return self.law.quantile(-torch.expm1(-y))
-
-
-@dataclass(frozen=True)
-class Place(Transform):
-    """y = length F(x), uniform on [0, length] where x has the law F.
-
-    The inverse also takes y beyond its ends, where a fit may end.
-    """
-
-    law: Scored
-    length: float = 1.0
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
-        y = self.length * self.law.fraction(x)
-        return y, self.law.log_density(x) + math.log(self.length)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Map y back to x."""
-        return self.law.continued_quantile(y / self.length)
 
 
 class StraightTails(Transform):

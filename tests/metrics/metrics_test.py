@@ -87,9 +87,9 @@ def test_cardinality_distances_have_their_closed_forms() -> None:
     ("p", "message"),
     [
         ([0.5, 0.5], "probs must have 3 entries as reference has, got 2"),
-        ([0.5, 0.5, 0.5], "probs must be non-negative and sum to 1, got"),
-        ([1.5, -0.5, 0.0], "probs must be non-negative and sum to 1, got"),
-        ([math.nan, 0.5, 0.5], "probs must be non-negative and sum to 1, got"),
+        ([0.5, 0.5, 0.5], "probs must be probabilities that add up to 1, got"),
+        ([1.5, -0.5, 0.0], "probs must be probabilities that add up to 1, got"),
+        ([math.nan, 0.5, 0.5], "probs must be probabilities that add up to 1, got"),
     ],
 )
 @pytest.mark.parametrize("distance", [total_variation, jensen_shannon])

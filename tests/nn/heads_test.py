@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.heads import NoiseHead, SharedGivenX
-from sbi_slotflow.sets.marginals import UniformMarginal
+from sbi_slotflow.sets.marginals import ClosedMarginal
 
 NUM_DATA, LARGEST = 200, 3
 EMBEDDING = torch.linspace(-1.0, 1.0, 12).reshape(2, 6)
@@ -19,7 +19,7 @@ LEVELS = (0.5, 0.101, 0.995, 2.0, 0.02)
 
 
 def noise_head(low: float = 0.1, shaken: float = 0.0) -> NoiseHead:
-    chart = WhiteningChart((UniformMarginal(low, 1.0),))
+    chart = WhiteningChart((ClosedMarginal("uniform", low, 1.0),))
     head = NoiseHead(chart, NUM_DATA, EMBEDDING.shape[-1], LARGEST)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -116,6 +116,6 @@ def test_a_support_from_zero_is_no_trouble() -> None:
 
 
 def test_several_shared_parameters_are_refused() -> None:
-    chart = WhiteningChart((UniformMarginal(0.1, 1.0),) * 2)
+    chart = WhiteningChart((ClosedMarginal("uniform", 0.1, 1.0),) * 2)
     with pytest.raises(ValueError, match="only shared parameter, got 2"):
         NoiseHead(chart, NUM_DATA, 6, LARGEST)

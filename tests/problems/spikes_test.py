@@ -20,7 +20,7 @@ from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.registry import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes
 from sbi_slotflow.problems import least_squares as additive_fit
-from sbi_slotflow.sets.marginals import NormalMarginal, UniformMarginal
+from sbi_slotflow.sets.marginals import ClosedMarginal
 from sbi_slotflow.sets.transforms import solve_lower
 
 RANGES: dict[str, Any] = {
@@ -236,7 +236,7 @@ def test_a_location_that_is_no_parameter_is_refused(problem: Trace) -> None:
 
 
 def test_unbounded_marginals_give_finite_starts() -> None:
-    marginals = UniformMarginal(0.0, 1.0), NormalMarginal(2.0, 0.5)
+    marginals = ClosedMarginal("uniform", 0.0, 1.0), ClosedMarginal("normal", 2.0, 0.5)
     times = torch.arange(64) / 64
 
     def bumps(components: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def test_unbounded_marginals_give_finite_starts() -> None:
 
 
 def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
-    marginals = UniformMarginal(0.0, 1.0), NormalMarginal(2.0, 0.5)
+    marginals = ClosedMarginal("uniform", 0.0, 1.0), ClosedMarginal("normal", 2.0, 0.5)
     times = torch.arange(64, dtype=torch.float64) / 64
 
     def bumps(components: Tensor) -> Tensor:

@@ -7,28 +7,30 @@ import torch
 from torch import Tensor
 from torch.distributions import Exponential, Gumbel
 
-from sbi_slotflow.sets.marginals import LogUniformMarginal, marginals_of
+from sbi_slotflow.sets.marginals import (
+    ClosedMarginal,
+    ExponentialScore,
+    NormalScore,
+    Place,
+    marginals_of,
+)
 from sbi_slotflow.sets.transforms import (
     Affine,
     Bend,
     Columns,
     Compose,
     Cut,
-    ExponentialScore,
-    Identity,
     Logarithm,
     Logit,
     LowerTriangular,
-    NormalScore,
     Permutation,
-    Place,
     Polar,
     Shear,
     StraightTails,
     Transform,
 )
 
-LAW = LogUniformMarginal(0.1, 2.0)
+LAW = ClosedMarginal("log_uniform", 0.1, 2.0)
 SKEW = marginals_of(Gumbel(torch.tensor([1.0]), torch.tensor([0.5])))[0]
 POSITIVE = marginals_of(Exponential(torch.tensor([1.0])))[0]
 FACTOR = torch.tensor([[2.0, 0, 0], [0.3, 0.5, 0], [-1.0, 0.2, 4.0]]).double()
@@ -45,7 +47,7 @@ def ends(low: float, high: float) -> tuple[Tensor, Tensor]:
 
 # On numbers: each with numbers from its domain.
 NUMBERS: dict[str, tuple[Transform, Tensor]] = {
-    "identity": (Identity(), line(-3, 3)),
+    "identity": (Affine(), line(-3, 3)),
     "affine": (Affine(1.5, 0.2), line(-3, 3)),
     "logarithm": (Logarithm(0.5), line(0.51, 9)),
     "logarithm from above": (Logarithm(0.5, upper=True), line(-9, 0.49)),
@@ -56,7 +58,7 @@ NUMBERS: dict[str, tuple[Transform, Tensor]] = {
     "exponential score": (ExponentialScore(LAW), line(0.11, 1.99)),
     "place": (Place(LAW, 64.0), line(0.11, 1.99)),
     "straight tails": (
-        StraightTails(NormalScore(SKEW), Identity(), (-1.0, 2.0)),
+        StraightTails(NormalScore(SKEW), Affine(), (-1.0, 2.0)),
         line(-2, 9),
     ),
     "straight tails of a positive law": (POSITIVE.score, line(1e-9, 60)),
@@ -71,7 +73,7 @@ NUMBERS: dict[str, tuple[Transform, Tensor]] = {
 }
 # On vectors, three numbers each.
 VECTORS: dict[str, Transform] = {
-    "columns": Columns([Affine(0.0, 2.0), Bend(1.0), Identity()]),
+    "columns": Columns([Affine(0.0, 2.0), Bend(1.0), Affine()]),
     "lower triangular": LowerTriangular(LOCATION, FACTOR),
     "a factor each": LowerTriangular(
         LOCATION.expand(200, -1), FACTOR.repeat(200, 1, 1)
@@ -84,7 +86,7 @@ VECTORS: dict[str, Transform] = {
     "composed": Compose(
         [
             Shear(1, 2, 2.0, 2 * math.pi),
-            Columns([Logarithm(0.0), Identity(), Affine(0.3, 0.1)]),
+            Columns([Logarithm(0.0), Affine(), Affine(0.3, 0.1)]),
             Permutation([1, 2, 0]),
             LowerTriangular(LOCATION, FACTOR),
         ]
@@ -175,4 +177,4 @@ def test_polar_makes_a_normal_pair_of_an_exponential_and_an_angle() -> None:
 
 def test_steps_that_are_not_finite_at_their_ends_are_refused() -> None:
     with pytest.raises(ValueError, match="must be finite at their ends"):
-        StraightTails(Identity(), Logarithm(0.0), (-1.0, 1.0))
+        StraightTails(Affine(), Logarithm(0.0), (-1.0, 1.0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...sets.marginals import Marginal
-from ..charts import Chart, check_phase
+from ..charts import Chart, check_angle
 from ..registry import register
 
 __all__ = ["CircleChart"]
@@ -52,7 +52,7 @@ class CircleChart(Chart):
                 "CircleChart needs the three parameters (amplitude, phase, frequency), "
                 f"got {len(self.marginals)}."
             )
-        check_phase(self.marginals[1])
+        check_angle(self.marginals[1])
         self.phase_weight, self.frequency_weight = phase_weight, frequency_weight
         low, high = self.marginals[2].bounds
         self.centre = 0.5 * (low + high)

@@ -126,7 +126,7 @@ class CollapsedSampler:
             band=band,
             separation=float(self.prior.min_separation or 0.0),
             amplitude=amplitude.bounds,
-            log_amplitude=amplitude.family == "log_uniform",
+            log_amplitude=amplitude.is_log_uniform,
             sigma=self.prior.shared_marginals[0].bounds,
             working_variance=0.25 * amplitude.bounds[1] ** 2,
             resolution=1 / statistics.grids[0].duration,
@@ -203,13 +203,14 @@ class CollapsedSampler:
 
 
 def _check_families(prior: VariableKPrior) -> None:
-    marginals = *prior.component_marginals, prior.shared_marginals[0]
-    families = [marginal.family for marginal in marginals]
-    fits = families[0] in ("uniform", "log_uniform") and families[1:] == ["uniform"] * 3
-    if not fits:
+    amplitude, phase, frequency = prior.component_marginals
+    sigma = prior.shared_marginals[0]
+    others = phase, frequency, sigma
+    fits = amplitude.is_uniform or amplitude.is_log_uniform
+    if not (fits and all(m.is_uniform for m in others)):
         raise ValueError(
             "the prior must have a uniform or log-uniform amplitude and a uniform "
-            f"phase, frequency and sigma, got {families}."
+            f"phase, frequency and sigma, got {[str(m) for m in (amplitude, *others)]}."
         )
 
 

@@ -29,18 +29,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...nn.charts import StepChart, check_phase
+from ...nn.charts import StepChart, check_angle
 from ...nn.registry import register
 from ...sets.layout import ThetaLayout
-from ...sets.marginals import Marginal, Marginals
+from ...sets.marginals import ExponentialScore, Marginal, Marginals
 from ...sets.transforms import (
+    Affine,
     Columns,
     Compose,
-    ExponentialScore,
-    Identity,
     Polar,
     Shear,
-    Transform,
 )
 
 __all__ = ["PolarChart", "SplitMove"]
@@ -78,7 +76,6 @@ class PolarChart(StepChart):
     """
 
     kind = "polar"
-    phase: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -88,12 +85,12 @@ class PolarChart(StepChart):
         frequency: int | None = None,
         reference_time: float = 0.0,
     ) -> None:
-        check_phase(marginals[phase])
+        check_angle(marginals[phase])
         low, _ = marginals[amplitude].bounds
         if not math.isfinite(low):
             raise ValueError(
                 "PolarChart needs an amplitude with a bounded prior, got "
-                f"{marginals[amplitude].family}."
+                f"{marginals[amplitude]}."
             )
         self.amplitude, self.phase, self.frequency = amplitude, phase, frequency
         self.reference_time = reference_time
@@ -101,11 +98,12 @@ class PolarChart(StepChart):
         periods[phase] = _TWO_PI
         scores = [marginal.score for marginal in marginals]
         scores[amplitude] = ExponentialScore(marginals[amplitude])
-        scores[phase] = Identity()
-        steps: list[Transform] = [Columns(scores), Polar(amplitude, phase)]
+        scores[phase] = Affine()
         # Without a frequency the phase is only brought back to its turn.
         by, rate = (0, 0.0) if frequency is None else (frequency, reference_time)
-        steps.insert(0, Shear(phase, by, _TWO_PI * rate, _TWO_PI))
+        shear = Shear(phase, by, _TWO_PI * rate, _TWO_PI)
+        self.shears = (shear,)
+        steps = [shear, Columns(scores), Polar(amplitude, phase)]
         super().__init__(Marginals(marginals, periods), Compose(steps))
 
     def extra_moves(self, layout: ThetaLayout) -> list[Any]:

@@ -160,7 +160,7 @@ class Sinusoids(Oscillations):
         frequency = self.prior.component_marginals[2]
         if not all(math.isfinite(bound) for bound in frequency.bounds):
             raise ValueError(
-                f"the prior's frequency must have bounds, got a {frequency.family}."
+                f"the prior's frequency must have bounds, got a {frequency}."
             )
         data = x.detach().reshape(-1).cpu().double().numpy()
         return SineStatistics.of(data, self.grids, self.band)

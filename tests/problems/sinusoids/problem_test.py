@@ -262,7 +262,7 @@ def test_a_problem_of_ones_own_changes_what_it_names() -> None:
     assert prior.cardinality_probs.tolist() == [0.0, 0.25, 0.75]
     amplitude, _, frequency = prior.component_marginals
     assert amplitude.bounds == pytest.approx((0.2, 12.0))
-    assert amplitude.family == "log_uniform"  # the preset's
+    assert amplitude.is_log_uniform  # the preset's
     assert frequency.bounds == pytest.approx((0.02, 0.48))
     assert prior.shared_marginals[0].bounds == pytest.approx((0.05, 2.0))
     assert prior.min_separation == 0.01
