@@ -136,16 +136,6 @@ def fit_mode(
     """Take Gauss-Newton steps from a start.
 
     Sets that have not converged after ``num_steps`` get up to four times as many.
-
-    Args:
-        fit: The least squares of the observations.
-        to_components: Maps coordinates ``(n, K, D)`` of the sets with indices ``(n,)``
-            to components, one by one.
-        owner: Observation of each set, shape ``(N,)``.
-        start: Coordinates to start from, shape ``(N, K, D)``, float64.
-        mask: Active components, shape ``(N, K)``.
-        num_steps: Number of steps.
-        bounds: Least and largest coordinates, each broadcasting to ``(N, K, D)``.
     """
     num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)
