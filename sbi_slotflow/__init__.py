@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from .nn.paper import CircleChart
     from .posterior import refine
     from .posterior.datatree import to_datatree
-    from .posterior.draws import PosteriorDraws
+    from .posterior.draws import PosteriorDraws, RefinedPosterior
     from .posterior.network import SlotPosterior
-    from .posterior.refined import RefinedPosterior
     from .pretrained.recipes import load_pretrained, model_card
     from .problems import Problem
     from .problems.simulator import AdditiveSimulator, WhiteNoise

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...posterior.chains import CollapsedDraws
+from ...posterior.draws import CollapsedDraws
 from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
