@@ -16,13 +16,11 @@ if TYPE_CHECKING:
     from .nn.paper import CircleChart
     from .posterior import refine
     from .posterior.datatree import to_datatree
-    from .posterior.draws import PosteriorDraws
+    from .posterior.draws import PosteriorDraws, RefinedPosterior
     from .posterior.network import SlotPosterior
-    from .posterior.refined import RefinedPosterior
     from .pretrained.recipes import load_pretrained, model_card
     from .problems import Problem
-    from .problems.noise import WhiteNoise
-    from .problems.simulator import AdditiveSimulator
+    from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart
     from .sets.layout import ThetaLayout
     from .sets.prior import VariableKPrior
@@ -61,7 +59,7 @@ __all__ = [
 _HOMES = {
     "AdditiveSimulator": "problems.simulator",
     "CircleChart": "nn.paper",
-    "PolarChart": "problems.sinusoids",
+    "PolarChart": "problems.sinusoids.polar",
     "PosteriorDraws": "posterior.draws",
     "Problem": "problems",
     "RefinedPosterior": "posterior",
@@ -70,7 +68,7 @@ _HOMES = {
     "SlotPosterior": "posterior",
     "ThetaLayout": "sets.layout",
     "VariableKPrior": "sets.prior",
-    "WhiteNoise": "problems.noise",
+    "WhiteNoise": "problems.simulator",
     "WhiteningChart": "nn",
     "build_catalogue": "catalogue",
     "calibration": "",

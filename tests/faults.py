@@ -4,6 +4,7 @@ Plants random faults of one token in copies of the package, one at a time, and r
 tests: those of the module first, then those of its folder, then all others, the quick
 ones before the slow ones, until one fails. A fault that no test notices has survived,
 and is printed. A run that hangs, or that cannot even import the package, has noticed.
+The tests of a module are those of its name, and those that import it.
 
 Faults are drawn with equal probability from all places where one can be: arithmetic,
 comparisons, ``and`` and ``or``, numbers, ``True`` and ``False``, ``min`` and ``max``, a
@@ -12,8 +13,16 @@ annotations, strings, what is raised, and what the type checker alone reads. Som
 faults change nothing that a user can see (a larger chunk of memory): survivors are for
 a reader to judge.
 
-The tests run once without a fault, to see how long each file takes and which tests fail
-anyway; these are left out. With ``--out`` what is known is kept, and taken up again.
+The tests run once without a fault, to see how long each takes and which fail anyway;
+these are left out. Reports of such runs serve as well::
+
+    pytest -n 2 --junitxml report.xml -o junit_family=xunit1
+    python tests/faults.py --number 60 --baseline report.xml --quick 15
+
+With ``--quick`` a fault meets only a part of the tests: the quickest of its module, of
+its folder, and of the whole library's contract, so many seconds of each. What survives
+that may still be caught by the rest. With ``--out`` what is known is kept, and taken up
+again.
 """
 
 import argparse
@@ -33,11 +42,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "sbi_slotflow"
+# Files of tests that run every part of the library together.
+CROSS = (
+    "tests/contract/contract_test.py",
+    "tests/posterior/contract_test.py",
+    "tests/sbi_conformity_test.py",
+    "tests/training/online_test.py",
+)
 
 # What stands for each token. Of several, one is drawn.
 PAIRS = "+ -|* /|+= -=|*= /=|== !=|and or|True False|min max|minimum maximum|amin amax"
@@ -237,43 +254,86 @@ def pytest(folder: Path, arguments: Sequence[str], seconds: float) -> tuple[str,
 
 @dataclass(frozen=True)
 class Baseline:
-    """The tests without a fault: seconds of each file, and the tests that fail."""
+    """The tests without a fault: seconds of each, and those that fail."""
 
     seconds: dict[str, float]
     failing: list[str]
 
-    def run(self, folder: Path, files: Sequence[str]) -> tuple[str, str]:
-        """Run files of tests in this order until one fails."""
-        if not files:
-            return "passed", ""
-        allowed = 300 + 5 * sum(self.seconds[file] for file in files)
-        left_out = [f"--deselect={test}" for test in self.failing]
-        return pytest(folder, ["-x", *left_out, *files], allowed)
+    @cached_property
+    def files(self) -> dict[str, float]:
+        """Seconds of each file, the quickest first."""
+        seconds: dict[str, float] = {}
+        for test, time_ in self.seconds.items():
+            seconds[_file(test)] = seconds.get(_file(test), 0.0) + time_
+        return dict(sorted(seconds.items(), key=lambda entry: entry[1]))
 
-    def stages(self, module: str) -> list[list[str]]:
+    def run(self, folder: Path, tests: Sequence[str]) -> tuple[str, str]:
+        """Run files of tests, or tests, in this order until one fails."""
+        if not tests:
+            return "passed", ""
+        known = {**self.seconds, **self.files}
+        allowed = 300 + 5 * sum(known[test] for test in tests)
+        left_out = [f"--deselect={test}" for test in self.failing]
+        return pytest(folder, ["-x", *left_out, *tests], allowed)
+
+    def stages(self, folder: Path, module: str) -> list[list[str]]:
         """The files of tests for a fault in a module, the nearest first."""
         path = Path("tests", *Path(module).parts[1:])
         mirror = str(path.with_name(f"{path.stem}_test.py"))
-        folder = f"{path.parent}/" if path.parent != Path("tests") else mirror
-        by_time = sorted(self.seconds, key=self.seconds.__getitem__)
-        near = [file for file in by_time if file.startswith(folder) and file != mirror]
-        first = [file for file in by_time if file == mirror]
-        rest = [file for file in by_time if file not in (*near, mirror)]
+        name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        named = re.compile(rf"(from|import) {re.escape(name)}\b(?!\.)")
+        first = [
+            file
+            for file in self.files
+            if file == mirror or named.search((folder / file).read_text())
+        ]
+        inner = path.parent != Path("tests")
+        near = [
+            file
+            for file in self.files
+            if inner and file.startswith(f"{path.parent}/") and file not in first
+        ]
+        rest = [file for file in self.files if file not in (*first, *near)]
         return [first, near, rest]
 
+    def quick(self, folder: Path, module: str, seconds: float) -> list[list[str]]:
+        """Tests for a fault in a module: the quickest of its stages, all as one."""
+        first, near, rest = self.stages(folder, module)
+        cross = [file for file in rest if file in CROSS]
+        tests = []
+        for files in (first, near, cross):
+            those = [t for t in self.seconds if _file(t) in files]
+            spent, chosen = 0.0, []
+            for test in sorted(those, key=self.seconds.__getitem__):
+                spent += self.seconds[test]
+                if spent <= seconds and test not in self.failing:
+                    chosen.append(test)
+            tests += sorted(chosen, key=lambda test: files.index(_file(test)))
+        return [tests]
 
-def measure(folder: Path, tests: str, jobs: int) -> Baseline:
-    """Run the tests without a fault."""
-    report = folder / "baseline.xml"
-    options = ["-n", str(jobs), "--junitxml", str(report), "-o", "junit_family=xunit1"]
-    pytest(folder, [*options, tests], seconds=7_200)
+
+def _file(test: str) -> str:
+    return test.split("::")[0]
+
+
+def measure(folder: Path, tests: str, jobs: int, reports: Sequence[Path]) -> Baseline:
+    """Run the tests without a fault, or read the reports of such runs."""
+    if not reports:
+        reports = [folder / "baseline.xml"]
+        options = ["-n", str(jobs), "--junitxml", str(reports[0])]
+        options += ["-o", "junit_family=xunit1"]
+        pytest(folder, [*options, tests], seconds=7_200)
+    known = set(pytest(folder, ["--collect-only", tests], seconds=600)[1].splitlines())
     seconds: dict[str, float] = {}
     failing = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        file = case.attrib["file"]
-        seconds[file] = seconds.get(file, 0.0) + float(case.attrib["time"])
+    trees = [ElementTree.parse(report) for report in reports]
+    for case in (case for tree in trees for case in tree.iter("testcase")):
+        test = f"{case.attrib['file']}::{case.attrib['name']}"
+        if test not in known:
+            continue
+        seconds[test] = seconds.get(test, 0.0) + float(case.attrib["time"])
         if case.find("failure") is not None or case.find("error") is not None:
-            failing.append(f"{file}::{case.attrib['name']}")
+            failing.append(test)
     print(f"{sum(seconds.values()):.0f} s of tests without a fault; failing: {failing}")
     return Baseline(seconds, failing)
 
@@ -303,15 +363,20 @@ class Outcome:
         return "\n".join([text, *lines])
 
 
-def judge(fault: Fault, folder: Path, baseline: Baseline) -> Outcome:
+def judge(
+    fault: Fault, folder: Path, baseline: Baseline, quick: float | None
+) -> Outcome:
     """Plant a fault in a copy, run the tests, and take it out again."""
     path = folder / fault.path
     sound = path.read_text()
     start = time.monotonic()
     _write(path, fault.plant(sound))
     try:
-        for files in baseline.stages(fault.path):
-            verdict, output = baseline.run(folder, files)
+        stages = baseline.stages(folder, fault.path)
+        if quick is not None:
+            stages = baseline.quick(folder, fault.path, quick)
+        for tests in stages:
+            verdict, output = baseline.run(folder, tests)
             if verdict != "passed":
                 named = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
                 by = "a run that hung" if verdict == "hung" else "a run that broke off"
@@ -337,6 +402,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which faults (0)")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (2)")
     parser.add_argument("--tests", default="tests", help="file or folder of tests")
+    parser.add_argument(
+        "--baseline", type=Path, nargs="+", help="reports of runs without faults"
+    )
+    parser.add_argument(
+        "--quick", type=float, help="seconds of tests of each stage (all tests)"
+    )
     parser.add_argument("--out", type=Path, help="file of results, to take up again")
     args = parser.parse_args()
 
@@ -348,7 +419,9 @@ def main() -> int:
         for i in range(args.jobs):
             folders.put(Path(shutil.copytree(sound, Path(temporary, str(i)))))
         if "baseline" not in kept:
-            kept["baseline"] = asdict(measure(sound, args.tests, args.jobs))
+            kept["baseline"] = asdict(
+                measure(sound, args.tests, args.jobs, args.baseline or ())
+            )
             _keep(args.out, kept)
         baseline = Baseline(**kept["baseline"])
 
@@ -356,7 +429,7 @@ def main() -> int:
             if fault.name not in kept:
                 folder = folders.get()
                 try:
-                    found = judge(fault, folder, baseline)
+                    found = judge(fault, folder, baseline, args.quick)
                 finally:
                     folders.put(folder)
                 kept[fault.name] = [found.survived, found.by, found.seconds]
@@ -370,6 +443,12 @@ def main() -> int:
                 survivors += [found] if found.survived else []
     caught = len(faults) - len(survivors)
     print(f"\ncaught {caught} of {len(faults)} ({caught / len(faults):.0%})")
+    if args.quick is not None:
+        print(
+            f"Survivors met only the quickest tests, {args.quick:g} s each of their "
+            f"module's, of their folder's and of {', '.join(CROSS)}: the rest of the "
+            "suite may catch them."
+        )
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sbi_slotflow.problems import Sinusoids
-from sbi_slotflow.problems.sinusoids.statistics import Floats
+from sbi_slotflow.problems.sinusoids.fit import Floats
 
 __all__ = [
     "evidence_of_none",

@@ -30,7 +30,7 @@ WINGS = {
 }
 
 # What every problem is made of, and so knows none.
-BASE = {"base", "simulator", "noise", "least_squares"}
+BASE = {"base", "simulator", "least_squares"}
 
 # Tests that are of no one module: of the repository, of sbi's tools, of the frozen
 # quantities, of several modules together. The benchmarks have a folder of tests too.

@@ -89,7 +89,7 @@ tiny = problems.sinusoids("tiny")
 variants = {
     "global": {"slots": "global"},
     "attention": {"slots": "attention"},
-    "anchored": {"slots": "anchored"},
+    "anchored": {"slots": "anchored", "refine_slots": 0},
     "anchored, refined": {"slots": "anchored", "refine_slots": 2},
 }
 print(f"{'':18s}  log density of the truth   right K")

@@ -41,7 +41,7 @@ problem.layout.names[:8]
 # A pulse sits somewhere in time, and `problems.spikes` says so: its time axis is cut
 # into 64 cells, the encoder keeps one token for each, and every slot is anchored at a
 # cell. Nothing is pooled away, so a pulse's time can be read to a fraction of a cell.
-# `refine_slots=2` adds two Gauss-Newton steps inside the network, from the anchor to
+# `refine_slots=2` adds two Gauss-Newton steps inside the network, from the cell to
 # the best fit.
 #
 # `train_online` simulates a new batch for every step. Its state is kept in a file: a

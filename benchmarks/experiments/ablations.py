@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention, permanent": {**_ATTENTION, "matching": "permanent"},
     "attention, ordered": {**_ATTENTION, "matching": "ordered"},
     "cells, factorised": {**_SMALL, "slots": "anchored", "coupling": "factorised"},
-    "cells, joint": {**_SMALL, "slots": "anchored"},
+    "cells, joint": {**_SMALL, "slots": "anchored", "refine_slots": 0},
     "cells, refined": {**_SMALL, "slots": "anchored", "refine_slots": 3},
 }
 GROUPS = {

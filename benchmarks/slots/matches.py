@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
-from sbi_slotflow.nn.cell_head import CellHead
+from sbi_slotflow.nn.cell_head import CellHead, IndependentHead
 from sbi_slotflow.nn.component_head import ComponentHead
 from sbi_slotflow.nn.encoders import Observations
-from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts

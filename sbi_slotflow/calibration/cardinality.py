@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..seeding import draw_seed
+from ..sets.checks import as_probabilities, as_weights
 from .check import Array, Check
 from .draws import CalibrationDraws
 
@@ -105,28 +107,21 @@ class CardinalityReliability(Check):
         left.plot([0, 1], [0, 1], color="black", lw=0.6)
         left.vlines(bins.predicted, bins.low, bins.high, color=DATA, lw=6, alpha=0.4)
         left.plot(bins.predicted, bins.observed, "o-", color=POSTERIOR, ms=4, lw=1.2)
-        left.set_xlim(0, 1)
-        left.set_ylim(-0.02, 1.02)
-        left.set_aspect("equal")
-        error = self.scores["calibration error"]
-        title = (
-            f"calibration error {error['value']:.3f} (if right {error['expected']:.3f})"
-        )
+        left.set(xlim=(0, 1), ylim=(-0.02, 1.02), aspect="equal")
+        value, expected = self.scores["calibration error"].values()
+        title = f"calibration error {value:.3f} (if right {expected:.3f})"
         dress(left, "predicted q(K | x)", "observed share", title)
         share = self.confusion / self.confusion.sum(-1, keepdims=True).clip(1)
         right.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower")
         size = len(share)
-        if size <= _MOST_LABELLED:
-            for true, predicted in np.ndindex(size, size):
+        style = {"ha": "center", "va": "center", "fontsize": SMALL if size < 8 else 7}
+        for true, predicted in np.argwhere(share >= 0.005):
+            if size <= _MOST_LABELLED:
                 value = share[true, predicted]
-                if value >= 0.005:
-                    colour = "white" if value > 0.5 else "black"
-                    right.text(
-                        predicted, true, f"{value:.2f}".removeprefix("0"), ha="center",
-                        va="center", fontsize=SMALL if size < 8 else 7, color=colour,
-                    )  # fmt: skip
-        right.set_xticks(range(size))
-        right.set_yticks(range(size))
+                colour = "white" if value > 0.5 else "black"
+                text = f"{value:.2f}".removeprefix("0")
+                right.text(predicted, true, text, color=colour, **style)
+        right.set(xticks=range(size), yticks=range(size))
         title = f"most probable K is right in {100 * self.accuracy:.1f} %"
         dress(right, "most probable K", "true K", title)
         return figure
@@ -149,22 +144,17 @@ def cardinality_reliability(
             Shape ``(Kmax + 1,)``; some pairs are left out so that K has this prior.
         false_alarm_rate: Of the check.
 
-    Returns:
-        Scores and verdict.
-
     Raises:
         ValueError: If a shape is wrong or too few pairs are left.
     """
     generator = draws.generator(3 if weights is None else 4)
-    probs = draws.probs if probs is None else probs.double().cpu()
+    probs = draws.probs if probs is None else probs
     if probs.shape != draws.probs.shape:
         raise ValueError(
             f"probs must have shape {tuple(draws.probs.shape)}, got "
             f"{tuple(probs.shape)}."
         )
-    # Written so that NaN fails too.
-    if not ((probs >= 0).all() and ((probs.sum(-1) - 1).abs() < 1e-6).all()):
-        raise ValueError("probs must be probabilities that add up to 1 in each row.")
+    probs = as_probabilities(probs, "probs")
     counts = draws.cardinality
     prior = torch.bincount(counts, minlength=probs.shape[-1]).double()
     prior = prior / prior.sum()
@@ -174,9 +164,7 @@ def cardinality_reliability(
         prior = weights.double() / weights.sum()
     if len(counts) < 20:
         raise ValueError(f"draws must leave at least 20 pairs, got {len(counts)}.")
-    rng = np.random.default_rng(
-        int(torch.randint(2**62, (), generator=generator).item())
-    )
+    rng = np.random.default_rng(draw_seed(generator))
     q, k = probs.numpy(), counts.numpy()
     scoring = _Scores(q)
     found = scoring(k[None])
@@ -230,10 +218,8 @@ class _Scores:
     def simulated(self, rng: np.random.Generator) -> dict[str, Array]:
         """Scores of K drawn from q."""
         step = max(1, _CHUNK // len(self.q))
-        parts = []
-        for start in range(0, _NUM_SIMULATIONS, step):
-            num = min(step, _NUM_SIMULATIONS - start)
-            parts.append(self(_drawn(self.q, num, rng)))
+        sizes = np.diff([*range(0, _NUM_SIMULATIONS, step), _NUM_SIMULATIONS])
+        parts = [self(_drawn(self.q, num, rng)) for num in sizes.tolist()]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -262,17 +248,7 @@ def _reweighted(
     counts: Tensor, weights: Tensor, prior: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Which pairs to keep so that K has another prior."""
-    if weights.shape != prior.shape:
-        raise ValueError(
-            f"weights must have shape {tuple(prior.shape)}, got {tuple(weights.shape)}."
-        )
-    total = weights.sum()
-    if not ((weights >= 0).all() and 0 < total < torch.inf):
-        raise ValueError(
-            "weights must be finite, not negative and not all zero, got "
-            f"{weights.tolist()}."
-        )
-    new, prior = weights.double() / total, prior.double()
+    new, prior = as_weights(weights, len(prior)), prior.double()
     if ((new > 0) & (prior == 0)).any():
         raise ValueError("weights must be zero where the problem excludes a K.")
     ratio = torch.where(prior > 0, new / prior, 0.0)
@@ -295,7 +271,6 @@ def _binned(
 
     null = np.stack([shares(row) for row in _drawn(q, 200, rng)])
     low, high = np.quantile(null, [0.025, 0.975], axis=0)
-    predicted = (np.bincount(index, q.ravel(), minlength=_NUM_BINS) / size.clip(1))[
-        used
-    ]
+    total = np.bincount(index, q.ravel(), minlength=_NUM_BINS)
+    predicted = (total / size.clip(1))[used]
     return ReliabilityBins(predicted, shares(k), low, high)

@@ -31,10 +31,10 @@ two p-values.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -48,13 +48,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Check",
+    "RankCheck",
+    "check_rate",
     "critical_level",
     "ecdf_band",
     "pit",
-    "plot_ecdf_differences",
     "rank_p_value",
     "uniformity_p_value",
 ]
+
+
+Array = NDArray[np.float64]
+
+_COLUMNS = 3  # panels in a row of a figure
+_NUM_SIMULATIONS = 20_000
+# Simulated numbers held at once.
+_CHUNK = 1_000_000
+
+
+def check_rate(rate: float) -> None:
+    """Raise ValueError unless a false-alarm rate lies between 0 and 1."""
+    if not 0 < rate < 1:
+        raise ValueError(f"false_alarm_rate must lie between 0 and 1, got {rate}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +91,7 @@ class Check(ABC):
     false_alarm_rate: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.false_alarm_rate < 1:
-            raise ValueError(
-                "false_alarm_rate must lie between 0 and 1, got "
-                f"{self.false_alarm_rate}."
-            )
+        check_rate(self.false_alarm_rate)
         if not self.p_values:
             raise ValueError("p_values must hold at least one p-value, got none.")
 
@@ -136,12 +147,71 @@ class Check(ABC):
         return f"{self.title}: {self.verdict}"
 
 
-Array = NDArray[np.float64]
+@dataclass(frozen=True, eq=False)
+class RankCheck(Check):
+    """Numbers that are uniform on (0, 1) if the posterior is right.
 
-_COLUMNS = 3  # panels in a row of a figure
-_NUM_SIMULATIONS = 20_000
-# Simulated numbers held at once.
-_CHUNK = 1_000_000
+    Attributes:
+        ranks: The numbers by quantity, each ``(n,)``.
+    """
+
+    x_label: ClassVar[str] = "rank of the truth"
+    explanation: ClassVar[str] = (
+        "The line is the ECDF of the truth's rank among posterior draws, less the "
+        "diagonal. Sloping up at both ends: too narrow; down at both ends: too wide; "
+        "all on one side: shifted. Vermilion: failed, by the band or by the ranks' "
+        "mean and variance."
+    )
+
+    ranks: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, ranks: Mapping[str, Array], false_alarm_rate: float) -> Self:
+        """Test each quantity's ranks."""
+        p_values = {name: rank_p_value(u) for name, u in ranks.items()}
+        return cls(p_values, false_alarm_rate, ranks)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Mean rank, and its variance over that of uniform ranks."""
+        return {
+            name: {
+                "num": len(u),
+                "mean_rank": float(u.mean()),
+                "variance_ratio": float(12 * ((u - 0.5) ** 2).mean()),
+            }
+            for name, u in self.ranks.items()
+        }
+
+    def plot(self) -> "Figure":
+        """Plot the ECDF of each quantity's ranks, less the diagonal."""
+        from ..plots.style import POSTERIOR, SHADES, TRUTH, Figure, dress
+
+        total = len(self.ranks)
+        rows, columns = -(-total // _COLUMNS), min(total, _COLUMNS)
+        size = (2.6 * columns + 0.4, 2.0 * rows + 0.3)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in panels[total:]:
+            axes.set_visible(False)
+        for i, (name, u) in enumerate(self.ranks.items()):
+            axes, num = panels[i], len(u)
+            points, lower, upper = ecdf_band(num, 0.5 * self.level)
+            below, above = lower - points, upper - points
+            axes.fill_between(
+                points, below, above, step="post", color=SHADES[0.9], lw=0
+            )
+            grid = np.concatenate([[0.0], np.sort(u), [1.0]])
+            gap = np.concatenate([np.arange(num + 1), [num]]) / num - grid
+            colour = TRUTH if name in self.failures else POSTERIOR
+            axes.step(grid, gap, where="post", lw=1.2, color=colour)
+            axes.axhline(0.0, color="black", lw=0.6)
+            x_label = self.x_label if i + columns >= total else ""
+            y_label = "ECDF difference" if i % columns == 0 else ""
+            dress(axes, x_label, y_label, f"{name} (n = {num})")
+            widest = max(np.abs(gap).max(), above.max(), -below.min(), num**-0.5)
+            axes.set(xlim=(0, 1), ylim=(-1.15 * widest, 1.15 * widest))
+        return figure
 
 
 def pit(truth: Tensor, draws: Tensor, generator: torch.Generator | None) -> Array:
@@ -234,57 +304,6 @@ def ecdf_band(num: int, rate: float) -> tuple[Array, Array, Array]:
     lower = np.searchsorted(last, points, side="right") / num
     upper = np.minimum(1.0, np.searchsorted(first, points, side="right") / num)
     return points, lower, upper
-
-
-def plot_ecdf_differences(
-    values: Mapping[str, Array], level: float, x_label: str, failures: Collection[str]
-) -> "Figure":
-    """Draw a panel for each set of numbers that should be uniform.
-
-    The line of what failed is vermilion.
-    """
-    from ..plots.style import POSTERIOR, SHADES, TRUTH, Figure, dress
-
-    rows, columns = -(-len(values) // _COLUMNS), min(len(values), _COLUMNS)
-    figure = Figure(
-        figsize=(2.6 * columns + 0.4, 2.0 * rows + 0.3), layout="constrained"
-    )
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat[len(values) :]:
-        axes.set_visible(False)
-    for i, (axes, (name, u)) in enumerate(
-        zip(panels.flat, values.items(), strict=False)
-    ):
-        num = len(u)
-        points, lower, upper = ecdf_band(num, 0.5 * level)
-        axes.fill_between(
-            points, lower - points, upper - points, step="post", color=SHADES[0.9], lw=0
-        )
-        grid = np.concatenate([[0.0], np.sort(u), [1.0]])
-        ecdf = np.concatenate([np.arange(num + 1), [num]]) / num
-        axes.step(
-            grid,
-            ecdf - grid,
-            where="post",
-            lw=1.2,
-            color=TRUTH if name in failures else POSTERIOR,
-        )
-        axes.axhline(0.0, color="black", lw=0.6)
-        last_row = i + columns >= len(values)
-        dress(
-            axes,
-            x_label if last_row else "",
-            "ECDF difference" if i % columns == 0 else "",
-            f"{name} (n = {num})",
-        )
-        bound = 1.15 * max(
-            num**-0.5,
-            np.abs(ecdf - grid).max(),
-            np.maximum(upper - points, points - lower).max(),
-        )
-        axes.set_ylim(-bound, bound)
-        axes.set_xlim(0, 1)
-    return figure
 
 
 def _edges(half: float, num: int) -> tuple[Array, Array]:

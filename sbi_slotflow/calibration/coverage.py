@@ -20,7 +20,7 @@ with the posterior's means m and standard deviations s given K.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -96,14 +96,10 @@ class Coverage(Check):
         """Bias of every curve, and its interval."""
         return {
             name: {
-                "num": curve.num,
+                **asdict(curve),
                 "coverage": dict(
                     zip(LEVELS.round(2).tolist(), curve.coverage.tolist(), strict=True)
                 ),
-                "bias": curve.bias,
-                "bias_interval": list(curve.bias_interval),
-                "absolute_bias": curve.absolute_bias,
-                "absolute_bias_interval": list(curve.absolute_bias_interval),
             }
             for name, curve in {**self.parameters, **self.cardinalities}.items()
         }
@@ -115,19 +111,12 @@ class Coverage(Check):
         figure = Figure(figsize=(8.0, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         self._draw(left, self.parameters)
-        dress(
-            left,
-            "probability of the interval",
-            "coverage - probability",
-            "by parameter",
-        )
+        x_label = "probability of the interval"
+        dress(left, x_label, "coverage - probability", "by parameter")
         self._draw(right, self.cardinalities)
-        dress(right, "probability of the interval", "", "by number of components")
-        bound = max(
-            0.06,
-            1.1
-            * max(np.abs(line.get_ydata()).max() for line in left.lines + right.lines),
-        )
+        dress(right, x_label, "", "by number of components")
+        lines = left.lines + right.lines
+        bound = max(0.06, *(1.1 * np.abs(line.get_ydata()).max() for line in lines))
         left.set_ylim(-bound, bound)
         return figure
 
@@ -144,17 +133,14 @@ class Coverage(Check):
                 axes.fill_between(
                     LEVELS, low - LEVELS, high - LEVELS, color=colour, alpha=0.15, lw=0
                 )
-            axes.plot(
-                LEVELS,
-                curve.coverage - LEVELS,
-                color=colour,
-                ls=dashes,
-                lw=2.2 if name == "mixed" else 1.3,
-                label=name,
-            )
-        axes.legend(
-            fontsize=SMALL, frameon=False, ncols=2 if len(curves) > 3 else 1, loc="best"
-        )
+            style = {
+                "color": colour,
+                "ls": dashes,
+                "lw": 2.2 if name == "mixed" else 1.3,
+            }
+            axes.plot(LEVELS, curve.coverage - LEVELS, label=name, **style)
+        ncols = 2 if len(curves) > 3 else 1
+        axes.legend(fontsize=SMALL, frameon=False, ncols=ncols, loc="best")
 
 
 def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Coverage:
@@ -262,16 +248,10 @@ def _curve(
     again = (weights @ hits) / (weights @ tries).clamp(min=1).unsqueeze(-1)
     from_here = levels >= _BIAS_FROM - 1e-9
     ends = torch.tensor([0.05, 0.95], dtype=torch.float64)
-    bias = (found - levels)[from_here].mean()
-    biases = (again - levels)[:, from_here].mean(-1).quantile(ends).tolist()
-    largest = (found - levels)[from_here].abs().max()
-    margin = (again - found)[:, from_here].abs().amax(-1).quantile(0.9)
-    curve = CoverageCurve(
-        found.numpy(),
-        num,
-        float(bias),
-        (biases[0], biases[1]),
-        float(largest),
-        (max(0.0, float(largest - margin)), float(largest + margin)),
-    )
+    bias = float((found - levels)[from_here].mean())
+    low, high = (again - levels)[:, from_here].mean(-1).quantile(ends).tolist()
+    largest = float((found - levels)[from_here].abs().max())
+    margin = float((again - found)[:, from_here].abs().amax(-1).quantile(0.9))
+    around = (max(0.0, largest - margin), largest + margin)
+    curve = CoverageCurve(found.numpy(), num, bias, (low, high), largest, around)
     return curve, again.quantile(ends, dim=0).numpy()

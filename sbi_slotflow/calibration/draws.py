@@ -18,7 +18,7 @@ Given x, truth and draws stay exchangeable, and ranks stay uniform. The match mi
 with the posterior's standard deviations s, by the Hungarian method.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,30 +148,20 @@ def draw(
     num_guides = as_count(num_guides, "num_guides", 2)
     if num_workers != -1:
         num_workers = as_count(num_workers, "num_workers")
+    given = (num_draws, num_guides, seed)
     jobs = [
-        delayed(_block)(posterior, problem, size, num_draws, num_guides, seed, start)
-        for start, size in _ranges(n)
+        delayed(_block)(posterior, problem, min(BLOCK, n - start), *given, start)
+        for start in range(0, n, BLOCK)
     ]
     blocks: Any = Parallel(n_jobs=num_workers, return_as="generator")(jobs)
     bar = {"desc": "draws", "unit": "block", "disable": not show_progress}
     columns = list(zip(*tqdm(blocks, total=len(jobs), **bar), strict=True))
     theta, x, probs = (torch.cat(part) for part in columns[:3])
     draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[3:])
+    prior = problem.prior.cardinality_probs.double().cpu()
     return CalibrationDraws(
-        layout=problem.layout,
-        cardinality_prior=problem.prior.cardinality_probs.double().cpu(),
-        theta=theta,
-        x=x,
-        draws=draws,
-        given_k=given_k,
-        guides=guides,
-        probs=probs,
-        seed=seed,
+        problem.layout, prior, theta, x, draws, given_k, guides, probs, seed
     )
-
-
-def _ranges(n: int) -> list[tuple[int, int]]:
-    return [(start, min(BLOCK, n - start)) for start in range(0, n, BLOCK)]
 
 
 def _block(
@@ -195,25 +185,14 @@ def _block(
         draws = draws.cpu()
         problem.layout.validate(draws, "posterior draws")
         probs = cardinality_probs(posterior, batch)
-        num = num_draws + num_guides
-
-        def sample(x: Tensor, k: int) -> Tensor:
-            return posterior.sample_batched((num,), x, k=k, generator=generator).cpu()
-
-        rows = by_cardinality(sample, batch, problem.layout.cardinality(theta), num)
+        counts = problem.layout.cardinality(theta)
+        rows = draws.new_empty(num_draws + num_guides, *draws.shape[1:])
+        for k in counts.unique().tolist():
+            here = counts == k
+            given = {"k": k, "generator": generator}
+            found = posterior.sample_batched((len(rows),), batch[here], **given)
+            rows[:, here] = found.cpu()
     return theta, x, probs, draws, rows[:num_draws], rows[num_draws:]
-
-
-def by_cardinality(
-    sample: Callable[[Tensor, int], Tensor], x: Tensor, cardinality: Tensor, num: int
-) -> Tensor:
-    """Draw rows ``(num, B, E)``, each column at a K of its own."""
-    parts, places = [], []
-    for k in cardinality.unique().tolist():
-        place = (cardinality == k).nonzero().squeeze(-1)
-        parts.append(sample(x[place.to(x.device)], k))
-        places.append(place)
-    return torch.cat(parts, dim=1)[:num, torch.cat(places).argsort()]
 
 
 @torch.no_grad()
@@ -259,20 +238,9 @@ class MatchedComponents:
     source: CalibrationDraws
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the component's parameters, then of the shared ones."""
-        layout = self.source.layout
-        return (*layout.component_names, *layout.shared_names)
-
-    @property
     def mask(self) -> Tensor:
         """True where there is a component, shape ``(n, Kmax)``."""
         return self.source.layout.mask(self.source.cardinality)
-
-    @property
-    def periods(self) -> tuple[float, ...]:
-        """Periods of the component's parameters, infinite without one."""
-        return self.source.layout.component_periods
 
     @cached_property
     def shared(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,8 +270,9 @@ class MatchedComponents:
     def _points(self) -> tuple[Tensor, Tensor]:
         """Reference points ``(n, Kmax, D)`` and scales ``(n, 1, D)``."""
         guides = self.source.layout.unpack(self.source.guides).components.double()
-        centre = circular_mean(guides, self.periods)
-        offset = near(guides, centre, self.periods) - centre
+        periods = self.source.layout.component_periods
+        centre = circular_mean(guides, periods)
+        offset = near(guides, centre, periods) - centre
         mask = self.mask.unsqueeze(-1)
         square = torch.where(mask, offset.square(), 0.0)
         count = mask.sum(-2, keepdim=True).clamp(min=1) * len(guides)
@@ -318,12 +287,11 @@ class MatchedComponents:
         layout = self.source.layout
         components = layout.unpack(rows).components.double()
         points, scale = self._points
-        step = max(1, _CHUNK // self.source.num)
-        parts = [self._match(part, points, scale) for part in components.split(step)]
-        return torch.cat(parts)
+        parts = components.split(max(1, _CHUNK // self.source.num))
+        return torch.cat([self._match(part, points, scale) for part in parts])
 
     def _match(self, components: Tensor, points: Tensor, scale: Tensor) -> Tensor:
-        periods = self.periods
+        periods = self.source.layout.component_periods
         pairs = near(components.unsqueeze(-3), points.unsqueeze(-2), periods)
         pairs = (pairs - points.unsqueeze(-2)) / scale.unsqueeze(-2)
         cost = pairs.square().sum(-1).flatten(0, 1)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ..seeding import generator_for
-from ..sets.checks import as_count
-from .check import Array, Check, pit
+from ..sets.checks import as_count, as_observation
+from .check import Array, Check, check_rate, pit
 from .draws import BatchedPosterior, CalibrationDraws
 from .sbc import reduce_fns, set_numbers
 
@@ -112,19 +112,9 @@ def local_c2st(
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
     from threadpoolctl import threadpool_limits
 
-    x = torch.atleast_2d(x.detach().cpu())
-    if x.shape != (1, draws.x.shape[-1]):
-        raise ValueError(
-            f"x must be one observation of length {draws.x.shape[-1]}, got shape "
-            f"{tuple(x.shape)}."
-        )
-    if not torch.isfinite(x).all():
-        raise ValueError("x must be finite, got NaN or Inf.")
+    x = as_observation(x, draws.x.shape[-1])
     num_null = as_count(num_null, "num_null")
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(
-            f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}."
-        )
+    check_rate(false_alarm_rate)
     if (num_null + 1) * false_alarm_rate < 1:
         raise ValueError(
             f"num_null must be at least {int(np.ceil(1 / false_alarm_rate)) - 1} for a "

@@ -30,6 +30,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from ..callers import caller_stacklevel
+from ..sets.checks import check_finite
 from ..storage import read_tensors, write_tensors
 from .check import Array, Check
 
@@ -205,8 +206,7 @@ class TrainingReference:
             raise ValueError(
                 f"x must have shape (N, T) with N >= {_FEWEST}, got {tuple(x.shape)}."
             )
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        check_finite(x)
         half = len(x) // 2
         least = 1 / (1 + len(x) - half)
         if not least <= level < 1:
@@ -223,11 +223,9 @@ class TrainingReference:
         """How unusual observations are, float64, shape ``(B,)``."""
         x = torch.atleast_2d(x)
         if x.ndim != 2 or x.shape[-1] != self.num_data:
-            raise ValueError(
-                f"x must have shape (B, {self.num_data}), got {tuple(x.shape)}."
-            )
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+            expected = f"(B, {self.num_data})"
+            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}.")
+        check_finite(x)
         return _largest(self.groups, summarise(x))
 
     def p_values(self, x: Tensor) -> Tensor:
@@ -270,13 +268,8 @@ class TrainingReference:
             for i, group in enumerate(self.groups)
             for name, value in group._asdict().items()
         }
-        meta = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "num_groups": len(self.groups),
-            "num_data": self.num_data,
-            "level": self.level,
-        }
+        meta = {"format": _FORMAT, "version": _VERSION, "num_groups": len(self.groups)}
+        meta |= {"num_data": self.num_data, "level": self.level}
         write_tensors(path, {**tensors, "usual": self.usual}, meta)
 
     @classmethod

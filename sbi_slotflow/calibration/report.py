@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
+from ..sets.checks import as_observation
 from ..storage import write_atomically
 from .cardinality import cardinality_reliability
-from .check import Check
+from .check import Check, check_rate
 from .coverage import coverage
 from .draws import (
     BatchedPosterior,
@@ -96,8 +98,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write verdicts and numbers to a file, the same for the same seed."""
-        content = {"format": _FORMAT, **self.to_dict()}
-        text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+        text = json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n"
         write_atomically(path, text.encode(), _FORMAT, _is_report)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
@@ -107,11 +108,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{name}: {check.verdict}" for name, check in self.checks.items()]
         lines += [f"{name}: not checked, {why}" for name, why in self.skipped.items()]
-        verdict = "passed" if self.passed else "FAILED"
-        lines.append(
-            f"{verdict} (family-wise false-alarm rate {self.false_alarm_rate})"
-        )
-        return "\n".join(lines)
+        word, rate = "passed" if self.passed else "FAILED", self.false_alarm_rate
+        return "\n".join([*lines, f"{word} (family-wise false-alarm rate {rate})"])
 
 
 def report(
@@ -147,9 +145,6 @@ def report(
         num_workers: Processes of joblib; -1 for one a core. Use 1 on a GPU.
         show_progress: Whether to show a progress bar.
 
-    Returns:
-        Verdicts, numbers and figures.
-
     Raises:
         TypeError: If the posterior lacks a method.
         ValueError: If a number or a shape is wrong.
@@ -157,25 +152,12 @@ def report(
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
 
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(
-            f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}."
-        )
+    check_rate(false_alarm_rate)
     if x is not None:
-        x = x.detach().cpu()
-        x = x.unsqueeze(0) if x.ndim == 1 else x
-        if x.ndim != 2 or len(x) != 1:
-            raise ValueError(f"x must be one observation, got shape {tuple(x.shape)}.")
-    draws = draw(
-        posterior,
-        problem,
-        n,
-        num_draws=num_draws,
-        num_guides=_NUM_GUIDES,
-        seed=seed,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
+        x = as_observation(x)
+    given = {"num_draws": num_draws, "seed": seed}
+    shown = {"num_workers": num_workers, "show_progress": show_progress}
+    draws = draw(posterior, problem, n, num_guides=_NUM_GUIDES, **given, **shown)
     jobs, skipped = _jobs(posterior, problem, draws, x, cardinality_weights)
     rate = false_alarm_rate / len(jobs)
     results: Any = Parallel(n_jobs=num_workers, return_as="generator")(
@@ -187,8 +169,7 @@ def report(
         "problem": problem.name,
         "posterior": type(posterior).__name__,
         "n": n,
-        "num_draws": num_draws,
-        "seed": seed,
+        **given,
         "observation": "given" if x is not None else "first simulated pair",
         "versions": _versions(),
     }
@@ -251,58 +232,60 @@ def _jobs(
 def _page(report: Report) -> str:
     """Return the page's HTML, figures embedded."""
     settings = report.settings
+    title = f"Calibration of {escape(settings['posterior'])}"
     head = (
         f"{settings['n']:,} simulated pairs of {settings['problem']}, "
         f"{settings['num_draws']} draws each, seed {settings['seed']}"
     )
-    rows = "".join(
-        f'<tr><td><a href="#{_anchor(name)}">{escape(check.title)}</a>'
-        f"{_suffix(name, check)}</td><td>{_verdict(check.passed)}</td>"
-        f'<td class="number">{check.p_value:.3g}</td></tr>'
+    links = {
+        f'<a href="#{_anchor(name)}">{_title(name, check)}</a>': check
         for name, check in report.checks.items()
-    )
-    rows += "".join(
-        f"<tr><td>{escape(name)}</td><td>not checked</td><td>{escape(why)}</td></tr>"
-        for name, why in report.skipped.items()
-    )
+    }
+    rows = [(link, _verdict(c.passed), f"{c.p_value:.3g}") for link, c in links.items()]
+    rows += [(escape(n), "not checked", escape(w)) for n, w in report.skipped.items()]
     sections = "".join(_section(name, check) for name, check in report.checks.items())
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="generator" content="sbi_slotflow.CalibrationReport">'
+        f'<meta name="generator" content="{_FORMAT}">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>Calibration of {escape(settings['posterior'])}</title>"
-        f"<style>{_STYLE}</style></head><body>"
-        f"<h1>Calibration of {escape(settings['posterior'])}: "
-        f"{_verdict(report.passed)}</h1>"
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{title}: {_verdict(report.passed)}</h1>"
         f"<p>{escape(head)}. An exact posterior fails with a probability of at most "
         f"{report.false_alarm_rate:g}. p-values are corrected for the number of "
         "quantities within a check, not for the number of checks: a check fails at "
         f"p &le; {next(iter(report.checks.values())).false_alarm_rate:.2g}.</p>"
-        "<table><tr><th>check</th><th>verdict</th><th>p</th></tr>"
-        f"{rows}</table>{sections}"
+        f"{_table('check', rows)}{sections}"
         f'<p class="note">{escape(versions)}</p></body></html>\n'
     )
 
 
 def _section(name: str, check: Check) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{_verdict(p > check.level)}</td>"
-        f'<td class="number">{p:.3g}</td></tr>'
+    rows = [
+        (escape(key), _verdict(p > check.level), f"{p:.3g}")
         for key, p in check.p_values.items()
-    )
+    ]
     return (
-        f'<h2 id="{_anchor(name)}">{escape(check.title)}{_suffix(name, check)}: '
-        f"{_verdict(check.passed)}</h2><p>{escape(check.explanation)}</p>"
+        f'<h2 id="{_anchor(name)}">{_title(name, check)}: {_verdict(check.passed)}</h2>'
+        f"<p>{escape(check.explanation)}</p>"
         f'<img alt="{escape(check.title)}" src="{_image(check.plot())}">'
-        f"<table><tr><th>quantity</th><th>verdict</th><th>p</th></tr>{rows}</table>"
+        f"{_table('quantity', rows)}"
         f'<p class="note">A quantity fails at p &le; {check.level:.2g}.</p>'
     )
 
 
-def _suffix(name: str, check: Check) -> str:
-    """Tells two checks of one title apart."""
-    return " under another prior" if name.endswith("another prior") else ""
+def _table(head: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    cells = "".join(
+        f'<tr><td>{name}</td><td>{verdict}</td><td class="number">{p}</td></tr>'
+        for name, verdict, p in rows
+    )
+    return f"<table><tr><th>{head}</th><th>verdict</th><th>p</th></tr>{cells}</table>"
+
+
+def _title(name: str, check: Check) -> str:
+    """A check's title, which tells two checks of one kind apart."""
+    another = " under another prior" if name.endswith("another prior") else ""
+    return escape(check.title) + another
 
 
 def _anchor(name: str) -> str:
@@ -330,16 +313,9 @@ def _run(job: Job, rate: float) -> Check:
         return job(false_alarm_rate=rate)
 
 
-def _local(
-    posterior: BatchedPosterior,
-    x: Tensor,
-    draws: CalibrationDraws,
-    false_alarm_rate: float,
-) -> Check:
+def _local(*given: Any, false_alarm_rate: float) -> Check:
     num_null = max(_FEWEST_NULL, math.ceil(2 / false_alarm_rate) - 1)
-    return local_c2st(
-        posterior, x, draws, num_null=num_null, false_alarm_rate=false_alarm_rate
-    )
+    return local_c2st(*given, num_null=num_null, false_alarm_rate=false_alarm_rate)
 
 
 def _misspecification(
@@ -369,14 +345,6 @@ def _log_likelihood(
 
 
 def _versions() -> dict[str, str]:
-    import numpy
-    import sbi
-    import scipy
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "sbi": sbi.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-    }
+    packages = ("torch", "sbi", "numpy", "scipy")
+    versions = {name: version(name) for name in packages}
+    return {"python": platform.python_version(), **versions}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
-from ..sets.checks import as_count
+from ..sets.checks import as_count, check_finite
 from .check import Array, Check, pit, rank_p_value
 
 if TYPE_CHECKING:
@@ -83,11 +83,9 @@ class Residuals(Check):
             name: {"num": len(u), "mean_rank": float(u.mean())}
             for name, u in self.ranks.items()
         }
+        shown = ("spectrum", "autocorrelation")
         found["streams"] = [
-            {
-                "spectrum": stream.spectrum.tolist(),
-                "autocorrelation": stream.autocorrelation.tolist(),
-            }
+            {name: getattr(stream, name).tolist() for name in shown}
             for stream in self.streams
         ]
         return found
@@ -103,12 +101,9 @@ class Residuals(Check):
             zip(panels, self.streams, strict=True)
         ):
             label = "" if num == 1 else f", stream {i + 1}"
-            left.fill_between(
-                stream.frequency, *stream.spectrum_range, color=SHADES[0.9], lw=0
-            )
-            left.plot(
-                stream.frequency, stream.spectrum, "o-", color=POSTERIOR, ms=3, lw=1
-            )
+            at, style = stream.frequency, {"color": POSTERIOR, "ms": 3, "lw": 1}
+            left.fill_between(at, *stream.spectrum_range, color=SHADES[0.9], lw=0)
+            left.plot(at, stream.spectrum, "o-", **style)
             left.axhline(1.0, color="black", lw=0.6)
             last = i == num - 1
             x_label = "frequency (cycles per sample)" if last else ""
@@ -118,8 +113,7 @@ class Residuals(Check):
             right.vlines(lags, low, high, color=SHADES[0.9], lw=9)
             right.plot(lags, stream.autocorrelation, "o", color=POSTERIOR, ms=4)
             right.axhline(0.0, color="black", lw=0.6)
-            right.set_xticks(lags)
-            right.set_xlim(0.4, len(lags) + 0.6)
+            right.set(xticks=lags, xlim=(0.4, len(lags) + 0.6))
             dress(right, "lag (samples)" if last else "", "autocorrelation", label[2:])
         return figure
 
@@ -161,8 +155,8 @@ def residuals(
             f"{tuple(theta.shape)} and {tuple(x.shape)}."
         )
     num_noise = as_count(num_noise, "num_noise")
-    if not (torch.isfinite(theta).all() and torch.isfinite(x).all()):
-        raise ValueError("theta and x must be finite, got NaN or Inf.")
+    check_finite(theta, "theta")
+    check_finite(x)
     lengths = _lengths(problem, x.shape[-1], streams)
     generator = torch.Generator().manual_seed(seed)
     theta, x = theta.detach().cpu(), x.detach().cpu()
@@ -202,11 +196,10 @@ def _lengths(problem: Problem, total: int, streams: Sequence[int] | None) -> lis
 
 
 def _measure(noise: Tensor) -> tuple[Tensor, ...]:
-    """Numbers of noise ``(R, n, T)``.
+    """Measure noise ``(R, n, T)``.
 
-    Returns:
-        Power, whiteness and peak, each ``(R, n)``, then the power in bands of frequency
-        and the autocorrelation, ``(R, n, F)`` and ``(R, n, L)``.
+    Power, whiteness and peak, each ``(R, n)``, then the power in bands of frequency
+    and the autocorrelation, ``(R, n, F)`` and ``(R, n, L)``.
     """
     size = noise.shape[-1]
     power = noise.square().mean(-1)
@@ -217,14 +210,9 @@ def _measure(noise: Tensor) -> tuple[Tensor, ...]:
     padded = torch.fft.rfft(noise, n=2 * size).abs().square()
     products = torch.fft.irfft(padded)[..., 1 : lags + 1] / size
     correlation = products / positive.unsqueeze(-1)
-    bands = torch.stack(
-        [part.mean(-1) for part in ordinates.tensor_split(_num_bands(size), dim=-1)], -1
-    )
+    parts = ordinates.tensor_split(min(_MOST_BANDS, size // 2), dim=-1)
+    bands = torch.stack([part.mean(-1) for part in parts], -1)
     return power, correlation.square().sum(-1), peak, bands, correlation
-
-
-def _num_bands(size: int) -> int:
-    return min(_MOST_BANDS, size // 2)
 
 
 def _averaged(bands: Tensor, correlation: Tensor) -> ResidualStream:

@@ -21,9 +21,9 @@ exist for every K for sbi's own tool::
     run_sbc(thetas, xs, posterior, reduce_fns=reduce_fns(prior.layout))
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,11 +32,11 @@ from ..seeding import generator_for
 from ..sets.checks import as_count
 from ..sets.layout import ThetaLayout, ThetaParts
 from ..sets.separation import smallest_gap
-from .check import Array, Check, pit, plot_ecdf_differences, rank_p_value
+from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, MatchedComponents
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 __all__ = [
     "FEWEST_RANKS",
@@ -54,85 +54,69 @@ __all__ = [
 ]
 
 
-class Reduction:
-    """Base: a number of each row, ``(N, E)`` to ``(N,)``.
+class Reduction(ABC):
+    """Base: a number of each row, ``(N, E)`` to ``(N,)``, with a ``name``.
 
-    Attributes:
-        layout: Layout of theta.
-        name: What the number is.
-    """
-
-    def __init__(self, layout: ThetaLayout, seed: int = 0, name: str = "K") -> None:
-        self.layout = layout
-        self.name = name
-        self._generator = generator_for(seed)
-
-    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reduce rows ``(N, E)`` to ``(N,)``."""
-        raise NotImplementedError
-
-    def _jitter(self, theta: Tensor) -> Tensor:
-        """A number in [0, 1) for each row, new ones at every call."""
-        return torch.rand(len(theta), generator=self._generator)
-
-
-class JitteredCardinality(Reduction):
-    """K plus a uniform number in [0, 1): where K's would tie, ranks are random."""
-
-    def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reduce rows ``(N, E)`` to ``(N,)``."""
-        return self.layout.cardinality(theta) + self._jitter(theta)
-
-
-class _OfParameter(Reduction):
-    """Base: a number of one component parameter.
-
-    Rows with K = 0 come below all others, in random order.
+    It is of one component parameter. Rows with K = 0 come below all others; what would
+    tie comes in random order.
     """
 
     _name: ClassVar[str]
 
     def __init__(self, layout: ThetaLayout, parameter: str, seed: int = 0) -> None:
-        if parameter not in layout.component_names:
+        known = layout.component_names
+        if parameter not in known:
             raise ValueError(
-                f"parameter must be one of {list(layout.component_names)}, got "
-                f"{parameter!r}."
+                f"parameter must be one of {list(known)}, got {parameter!r}."
             )
-        super().__init__(layout, seed, self._name.format(parameter))
-        self._index = layout.component_names.index(parameter)
+        self.layout, self.name = layout, self._name.format(parameter)
+        self._index, self._generator = known.index(parameter), generator_for(seed)
 
     def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
         """Reduce rows ``(N, E)`` to ``(N,)``."""
         parts = self.layout.unpack(theta)
-        return self._number(parts.components[..., self._index], parts.mask, theta)
+        # Numbers in [0, 1), new ones at every call.
+        jitter = torch.rand(len(theta), generator=self._generator)
+        return self._number(parts.components[..., self._index], parts.mask, jitter)
 
-    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor: ...
 
 
-class TotalPower(_OfParameter):
+class JitteredCardinality(Reduction):
+    """K plus a uniform number in [0, 1): where K's would tie, ranks are random."""
+
+    _name = "K"
+
+    def __init__(self, layout: ThetaLayout, seed: int = 0) -> None:
+        super().__init__(layout, layout.component_names[0], seed)
+
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+        return mask.sum(-1) + jitter
+
+
+class TotalPower(Reduction):
     r"""Sum of squares of one component parameter, :math:`\sum_k \theta_{k,d}^2`."""
 
     _name = "power of {}"
 
-    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
         power = torch.where(mask, values.double().square(), 0.0).sum(-1)
-        return torch.where(mask.any(-1), power, self._jitter(theta) - 1.0)
+        return torch.where(mask.any(-1), power, jitter - 1.0)
 
 
-class Lowest(_OfParameter):
+class Lowest(Reduction):
     """Smallest value of one component parameter."""
 
     _name = "lowest {}"
 
-    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
         least = torch.where(mask, values, torch.inf).amin(-1)
-        lowest = torch.finfo(values.dtype).min
-        below = lowest * (0.5 + 0.5 * self._jitter(theta))
+        below = torch.finfo(values.dtype).min * (0.5 + 0.5 * jitter)
         return torch.where(mask.any(-1), least, below)
 
 
-class CountInBand(_OfParameter):
+class CountInBand(Reduction):
     """Number of components with a parameter in [low, high), jittered like K."""
 
     _name = "number with {} in a band"
@@ -148,16 +132,16 @@ class CountInBand(_OfParameter):
         super().__init__(layout, parameter, seed)
         self.low, self.high = low, high
 
-    def _number(self, values: Tensor, mask: Tensor, theta: Tensor) -> Tensor:
+    def _number(self, values: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
         inside = mask & (values >= self.low) & (values < self.high)
-        return inside.sum(-1) + self._jitter(theta)
+        return inside.sum(-1) + jitter
 
 
-class SharedParameter(Reduction):
-    """One shared parameter."""
+class SharedParameter:
+    """One shared parameter of each row, ``(N, E)`` to ``(N,)``."""
 
     def __init__(self, layout: ThetaLayout, parameter: str) -> None:
-        super().__init__(layout, name=parameter)
+        self.layout, self.name = layout, parameter
         self._index = layout.shared_names.index(parameter)
 
     def __call__(self, theta: Tensor, x: Tensor | None = None) -> Tensor:
@@ -169,7 +153,7 @@ def reduce_fns(
     layout: ThetaLayout,
     power: str | None = None,
     band: tuple[float, float] | None = None,
-) -> list[Reduction]:
+) -> list[Reduction | SharedParameter]:
     """Make a list of reductions for ``run_sbc``.
 
     Args:
@@ -183,7 +167,7 @@ def reduce_fns(
         each shared parameter, in this order.
     """
     order = layout.component_names[layout.order_by]
-    functions: list[Reduction] = [
+    functions: list[Reduction | SharedParameter] = [
         JitteredCardinality(layout),
         TotalPower(layout, power or layout.component_names[0]),
         Lowest(layout, order),
@@ -203,49 +187,13 @@ _CHUNK = 8_000_000
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class _SBC(Check):
-    """Ranks of truths among draws.
-
-    Attributes:
-        ranks: For each quantity the truths' normalised ranks, each ``(n,)``.
-    """
-
-    explanation: ClassVar[str] = (
-        "The line is the ECDF of the truth's rank among posterior draws, less the "
-        "diagonal. Sloping up at both ends: too narrow; down at both ends: too wide; "
-        "all on one side: shifted. Vermilion: failed, by the band or by the ranks' "
-        "mean and variance."
-    )
-
-    ranks: Mapping[str, Array]
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """Mean rank, and its variance over that of uniform ranks."""
-        return {
-            name: {
-                "num": len(u),
-                "mean_rank": float(u.mean()),
-                "variance_ratio": float(12 * ((u - 0.5) ** 2).mean()),
-            }
-            for name, u in self.ranks.items()
-        }
-
-    def plot(self) -> "Figure":
-        """Plot the ECDF of each quantity's ranks, less the diagonal."""
-        return plot_ecdf_differences(
-            self.ranks, self.level, "rank of the truth", self.failures
-        )
-
-
-class SetSBC(_SBC):
+class SetSBC(RankCheck):
     """What :func:`sbc` returns."""
 
     title: ClassVar[str] = "Simulation-based calibration of sets"
 
 
-class ComponentSBC(_SBC):
+class ComponentSBC(RankCheck):
     """What :func:`sbc_components` returns."""
 
     title: ClassVar[str] = "Simulation-based calibration of matched components"
@@ -266,9 +214,6 @@ def sbc(
             not ranked if None.
         num_likelihood_draws: Draws among which its value at the truth is ranked.
         false_alarm_rate: Of the check.
-
-    Returns:
-        Ranks and verdict.
     """
     num_likelihood_draws = as_count(num_likelihood_draws, "num_likelihood_draws")
     generator = draws.generator(0)
@@ -293,7 +238,7 @@ def sbc(
         if counted.sum() >= FEWEST_RANKS:
             found = values[name][0][:, counted]
             ranks[f"{name} given K"] = pit(value[counted], found, generator)
-    return SetSBC(_tested(ranks), false_alarm_rate, ranks)
+    return SetSBC.of(ranks, false_alarm_rate)
 
 
 def sbc_components(
@@ -319,7 +264,7 @@ def sbc_components(
         products = pit(truth[several], given_k[:, several], generator)
         for d, name in enumerate(names):
             found[f"pairs of {name}"] = products[:, d]
-    return ComponentSBC(_tested(found), false_alarm_rate, found)
+    return ComponentSBC.of(found, false_alarm_rate)
 
 
 def component_ranks(matched: MatchedComponents, generator: torch.Generator) -> Tensor:
@@ -340,10 +285,6 @@ def _products(components: Tensor, matched: MatchedComponents) -> Tensor:
     mask = matched.mask.unsqueeze(-1)
     deviation = torch.where(mask, (components - mean) / std, 0.0)
     return 0.5 * (deviation.sum(-2).square() - deviation.square().sum(-2))
-
-
-def _tested(ranks: Mapping[str, Array]) -> dict[str, float]:
-    return {name: rank_p_value(u) for name, u in ranks.items()}
 
 
 def set_numbers(

@@ -16,23 +16,22 @@ nothing else, and one given the true K, ranked with draws given K. The closer th
 reference, the more the ranks depend on the posterior's width.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..seeding import generator_for
 from ..sets.layout import ThetaLayout
+from ..sets.matching import hungarian
 from ..sets.prior import VariableKPrior
-from .check import Array, Check, pit, plot_ecdf_differences, rank_p_value
+from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, above_rounding
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 __all__ = ["TARP", "SetDistance", "set_distance", "tarp"]
 
@@ -95,10 +94,12 @@ class SetDistance:
         one, both = first.mask.unsqueeze(-1), second.mask.unsqueeze(-2)
         cost = torch.where(one & both, cost, self.cutoff**2)
         cost = torch.where(one | both, cost, 0.0)
-        best = _assignment_costs(cost)
+        # Cells of padding cost nothing, so the whole matrix is matched.
+        order = hungarian(-cost, torch.full((len(cost),), cost.shape[-1]))
+        best = cost.gather(-1, order.unsqueeze(-1)).sum((-2, -1))
         larger = torch.maximum(first.cardinality, second.cardinality).clamp(min=1)
         shared = (first.shared - second.shared) / self.shared_scale.to(a)
-        squared = best.to(a) / larger + shared.square().sum(-1)
+        squared = best / larger + shared.square().sum(-1)
         noise = torch.rand(shape, generator=self.generator).to(a)
         return squared.sqrt().reshape(shape) + self.jitter * noise
 
@@ -128,39 +129,15 @@ def set_distance(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class TARP(Check):
-    """Coverage of balls around random references.
-
-    Attributes:
-        credibilities: The shares f for each kind of references, each ``(n,)``.
-    """
+class TARP(RankCheck):
+    """Coverage of balls around random references: ``ranks`` are the shares f."""
 
     title: ClassVar[str] = "TARP with a distance between sets"
+    x_label: ClassVar[str] = "credibility"
     explanation: ClassVar[str] = (
         "The line is the expected coverage of balls around reference points, less "
         "their credibility. Panels say what the reference points are drawn from."
     )
-
-    credibilities: Mapping[str, Array]
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """Mean of f, and its variance over that of uniform numbers."""
-        return {
-            name: {
-                "num": len(f),
-                "mean": float(f.mean()),
-                "variance_ratio": float(12 * ((f - 0.5) ** 2).mean()),
-            }
-            for name, f in self.credibilities.items()
-        }
-
-    def plot(self) -> "Figure":
-        """Plot expected coverage less credibility for each kind of references."""
-        return plot_ecdf_differences(
-            self.credibilities, self.level, "credibility", self.failures
-        )
 
 
 def tarp(
@@ -183,23 +160,7 @@ def tarp(
     }
     found: dict[str, Array] = {}
     for name, (reference, rows) in cases.items():
-        truth = distance(reference, draws.theta)
-        others = _distances(distance, reference, rows)
-        found[name] = pit(truth, others, generator)
-    p_values = {name: rank_p_value(f) for name, f in found.items()}
-    return TARP(p_values, false_alarm_rate, found)
-
-
-def _distances(distance: SetDistance, reference: Tensor, rows: Tensor) -> Tensor:
-    step = max(1, _CHUNK // rows.shape[1])
-    return torch.cat([distance(reference, part) for part in rows.split(step)])
-
-
-def _assignment_costs(cost: Tensor) -> Tensor:
-    """Least total cost of each square cost matrix ``(N, K, K)``."""
-    values = cost.double().cpu().numpy()
-    best = np.empty(len(values))
-    for i, matrix in enumerate(values):
-        rows, columns = linear_sum_assignment(matrix)
-        best[i] = matrix[rows, columns].sum()
-    return torch.from_numpy(best)
+        parts = rows.split(max(1, _CHUNK // draws.num))
+        others = torch.cat([distance(reference, part) for part in parts])
+        found[name] = pit(distance(reference, draws.theta), others, generator)
+    return TARP.of(found, false_alarm_rate)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sets.checks import as_row
 from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
 from .sources import Sources, checked_weights, fit_sources
@@ -153,10 +154,7 @@ def _truth(
     true_theta: Tensor, sources: Sources, columns: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     layout = sources.layout
-    layout.validate(true_theta, "true_theta")
-    if true_theta.numel() != layout.size:
-        raise ValueError(f"true_theta must be one row, got {tuple(true_theta.shape)}.")
-    row = true_theta.detach().cpu().reshape(1, -1)
+    row = as_row(true_theta, layout)
     found = _components(row, layout, sources.assign(row))[0].numpy()
     truth = {}
     for d, name in enumerate(layout.component_names):

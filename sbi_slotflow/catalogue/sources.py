@@ -33,6 +33,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..sets.checks import as_rows, as_weights
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 
@@ -92,12 +93,8 @@ class Sources:
 
     def subset(self, kept: Tensor) -> "Sources":
         """Return some of the sources, by index or mask."""
-        return replace(
-            self,
-            existence=self.existence[kept],
-            centre=self.centre[kept],
-            scale=self.scale[kept],
-        )
+        parts = ("existence", "centre", "scale")
+        return replace(self, **{name: getattr(self, name)[kept] for name in parts})
 
 
 def best_matching(gains: Tensor) -> Tensor:
@@ -194,23 +191,10 @@ def checked_weights(
     samples: Tensor, layout: ThetaLayout, weights: Tensor | None
 ) -> Tensor:
     """Weights of rows, float64, summing to one."""
-    layout.validate(samples, "samples")
-    if samples.ndim != 2 or not len(samples):
-        raise ValueError(
-            f"samples must have shape (S, {layout.size}) with S >= 1, got "
-            f"{tuple(samples.shape)}."
-        )
+    as_rows(samples, layout)
     if weights is None:
         return torch.full((len(samples),), 1 / len(samples), dtype=torch.float64)
-    if weights.shape != samples.shape[:1]:
-        raise ValueError(
-            f"weights must have shape ({len(samples)},), got {tuple(weights.shape)}."
-        )
-    weights = weights.detach().cpu().double()
-    total = weights.sum()
-    if not (torch.isfinite(weights).all() and (weights >= 0).all() and total > 0):
-        raise ValueError("weights must be finite, not negative and not all zero.")
-    return weights / total
+    return as_weights(weights, len(samples))
 
 
 class _Fit:
@@ -244,12 +228,8 @@ class _Fit:
         variance = (weights * gaps.square()).sum(0) / weights.sum()
         scale = torch.maximum(variance.sqrt(), _LEAST_SCALE * self.span)
         centre = components[(gaps / scale).square().sum((1, 2)).argmin()]
-        return self._sources(
-            torch.full((k,), 0.5, dtype=torch.float64),
-            centre,
-            self._core_scale(centre),
-            self._rate(None),
-        )
+        half = torch.full((k,), 0.5, dtype=torch.float64)
+        return self._sources(half, centre, self._core_scale(centre), rate=0.5)
 
     def improved(self, sources: Sources) -> tuple[Sources, Tensor]:
         """Improve sources and assignments in turn until these settle."""
@@ -348,10 +328,8 @@ class _Fit:
         free[draw, owner[draw, source]] = False
         return free
 
-    def _rate(self, owner: Tensor | None) -> float:
-        """Components of the background, a draw; a half if nothing is assigned yet."""
-        if owner is None:
-            return 0.5
+    def _rate(self, owner: Tensor) -> float:
+        """Components of the background, a draw."""
         return float((self._free(owner).sum(-1) * self.weights).sum()) + self.least
 
     def _sources(

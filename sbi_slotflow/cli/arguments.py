@@ -69,64 +69,40 @@ def _add_infer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=_INFER_EXAMPLES + _EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    infer.add_argument(
+    add = infer.add_argument
+    add(
         "signals",
         metavar="SIGNALS",
         help="file.npy, file.h5:dataset or folder.zarr:array; the name after the colon "
         "may be left out where there is one array",
     )
-    infer.add_argument(
-        "--model",
-        required=True,
-        help="a model of `sbi-slotflow info`, or a file that "
-        "SlotDensityEstimator.save wrote",
-    )
-    infer.add_argument(
+    named = "a model of `sbi-slotflow info`, or a file that SlotDensityEstimator.save"
+    add("--model", required=True, help=f"{named} wrote")
+    add(
         "--problem",
         metavar="FILE.py:NAME",
         help="for a model file: the Problem or VariableKPrior that it was trained "
         "for, in a Python file of yours, which is run; or the name of a model of "
         "`sbi-slotflow info`, for its problem",
     )
-    infer.add_argument(
-        "--out", required=True, type=Path, help="result to write, .nc or .zarr"
-    )
-    infer.add_argument(
-        "--row",
-        type=at_least(0),
-        metavar="I",
-        help="analyse signal I of an array (N, T) alone, counted from 0",
-    )
-    infer.add_argument(
-        "--num-samples",
-        type=at_least(1),
-        metavar="S",
-        help="draws from each posterior (4,000 of one signal, 1,000 each of many)",
-    )
-    infer.add_argument(
-        "--seed", type=at_least(0), default=0, help="seed of the draws (0)"
-    )
-    infer.add_argument(
+    add("--out", required=True, type=Path, help="result to write, .nc or .zarr")
+    row = "analyse signal I of an array (N, T) alone, counted from 0"
+    add("--row", type=at_least(0), metavar="I", help=row)
+    num = "draws from each posterior (4,000 of one signal, 1,000 each of many)"
+    add("--num-samples", type=at_least(1), metavar="S", help=num)
+    add("--seed", type=at_least(0), default=0, help="seed of the draws (0)")
+    add(
         "--refine",
         action="store_true",
         help="make the posterior exact by importance sampling with the problem's "
         "likelihood, of at least 10,000 draws, resampled to S; k-hat in the result "
         "says whether to believe it. Slow for many signals",
     )
-    infer.add_argument(
-        "--catalogue",
-        type=Path,
-        metavar="FILE.csv",
-        help="write the sources as a table",
-    )
-    infer.add_argument(
-        "--plot",
-        action="store_true",
-        help="of one signal, write figures beside OUT (result.corner.png, ...)",
-    )
-    infer.add_argument(
-        "--quiet", action="store_true", help="print errors only, and no progress bar"
-    )
+    table = "write the sources as a table"
+    add("--catalogue", type=Path, metavar="FILE.csv", help=table)
+    plot = "of one signal, write figures beside OUT (result.corner.png, ...)"
+    add("--plot", action="store_true", help=plot)
+    add("--quiet", action="store_true", help="print errors only, and no progress bar")
 
 
 def at_least(least: int) -> Callable[[str], int]:

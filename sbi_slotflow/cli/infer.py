@@ -11,9 +11,9 @@ import os
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +55,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCH",
-    "Summary",
     "analyse",
     "figure_paths",
     "infer",
-    "infer_many",
     "open_checked",
     "parts_folder",
     "read_checked",
@@ -67,6 +65,11 @@ __all__ = [
 
 
 _SAMPLES_OF_ONE, _SAMPLES_OF_MANY = 4_000, 1_000
+BATCH = 16
+"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
+
+# The file that marks a folder as a run's, and its format.
+_RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -96,19 +99,13 @@ def infer(args: argparse.Namespace) -> None:
     default = _SAMPLES_OF_MANY if many else _SAMPLES_OF_ONE
     settings = Settings(args.num_samples or default, args.seed, args.refine)
     if many:
-        _many(model, signals, settings, attrs, args)
+        _infer_many(model, signals, settings, attrs, args)
     else:
         attrs |= {"seed": str(args.seed), "refined": int(args.refine)}
-        analyse(
-            model,
-            torch.from_numpy(signals.read(0, 1)),
-            settings,
-            attrs,
-            args.out,
-            figures=figure_paths(args.out) if args.plot else None,
-            catalogue=args.catalogue,
-            quiet=args.quiet,
-        )
+        figures = figure_paths(args.out) if args.plot else None
+        extra = {"catalogue": args.catalogue, "quiet": args.quiet}
+        x = torch.from_numpy(signals.read(0, 1))
+        analyse(model, x, settings, attrs, args.out, figures=figures, **extra)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -226,56 +223,6 @@ def _write_figures(
     return list(paths.values())
 
 
-def _many(
-    model: Model,
-    signals: SignalFile,
-    settings: Settings,
-    attrs: dict[str, Any],
-    args: argparse.Namespace,
-) -> None:
-    summary = infer_many(
-        model, signals, settings, args.out, args.catalogue, attrs, args.quiet
-    )
-    num = signals.shape[0]
-    if summary.foreign:
-        warn(
-            f"{summary.foreign} of {num:,} signals are unlike the training data "
-            "(training_p_value < 0.001); do not trust their posteriors"
-        )
-    if summary.unreliable:
-        warn(
-            f"{summary.unreliable} of {num:,} refined posteriors have pareto_k above "
-            "0.7 and cannot be relied on"
-        )
-    if not args.quiet:
-        counts = ", ".join(f"K = {k}: {n:,}" for k, n in summary.most_probable.items())
-        print(f"{num:,} signals; the most probable {counts}")
-        written = [] if args.catalogue is None else [args.catalogue]
-        print_written([args.out, *written])
-
-
-BATCH = 16
-"""Signals in a batch. Draws depend on it, as each batch has a random stream."""
-
-# The file that marks a folder as a run's, and its format.
-_RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What to tell of many signals.
-
-    Attributes:
-        most_probable: How many signals have each K as the most probable one.
-        foreign: Signals that are unlike the training data (p < 0.001).
-        unreliable: Signals whose weights cannot be relied on (k-hat > 0.7).
-    """
-
-    most_probable: dict[int, int]
-    foreign: int
-    unreliable: int
-
-
 def read_checked(signals: SignalFile) -> str:
     """Read all signals once, and return the SHA-256 of their float32 values."""
     num = 1 if len(signals.shape) == 1 else signals.shape[0]
@@ -293,50 +240,52 @@ def read_checked(signals: SignalFile) -> str:
     return digest.hexdigest()
 
 
-def infer_many(
+def _infer_many(
     model: Model,
     signals: SignalFile,
     settings: Settings,
-    out: Path,
-    catalogue: Path | None,
     attrs: dict[str, Any],
-    quiet: bool,
-) -> Summary:
+    args: argparse.Namespace,
+) -> None:
     """Analyse many signals and write one result.
 
     The answers of each batch lie in ``OUT.parts`` until all are there, so that a run
     can be taken up again.
     """
-    num = signals.shape[0]
-    folder = parts_folder(out)
+    num, folder = signals.shape[0], parts_folder(args.out)
     _open_run(folder, {**attrs, **asdict(settings), "num": num, "batch": BATCH})
-    starts = range(0, num, BATCH)
-    parts = [folder / f"{start:09}.nc" for start in starts]
-    done = sum(
-        min(BATCH, num - s) for s, p in zip(starts, parts, strict=True) if p.exists()
-    )
-    with tqdm(
-        total=num,
-        initial=done,
-        unit="signal",
-        desc="Signals",
-        file=sys.stderr,
-        disable=quiet,
-    ) as bar:
-        for start, part in zip(starts, parts, strict=True):
-            if part.exists():
-                continue
-            stop = min(start + BATCH, num)
-            x = torch.from_numpy(signals.read(start, stop))
-            answers = answer(model, x, settings, start // BATCH)
-            write_tree(batch_tree(model, answers, start, attrs), part)
-            bar.update(stop - start)
-    summary = _summary(parts)
-    join_parts(parts, out)
-    if catalogue is not None:
-        join_csv(parts, catalogue)
-    _close_run(folder, parts)
-    return summary
+    stops = {s: min(s + BATCH, num) for s in range(0, num, BATCH)}
+    parts = {start: folder / f"{start:09}.nc" for start in stops}
+    done = sum(stops[start] - start for start, part in parts.items() if part.exists())
+    style = {"unit": "signal", "desc": "Signals", "disable": args.quiet}
+    with tqdm(total=num, initial=done, file=sys.stderr, **style) as bar:
+        for start, part in parts.items():
+            if not part.exists():
+                x = torch.from_numpy(signals.read(start, stops[start]))
+                answers = answer(model, x, settings, start // BATCH)
+                write_tree(batch_tree(model, answers, start, attrs), part)
+                bar.update(len(x))
+    counts = _counts(parts.values())
+    join_parts([*parts.values()], args.out)
+    written = [args.out]
+    if args.catalogue is not None:
+        join_csv([*parts.values()], args.catalogue)
+        written.append(args.catalogue)
+    _close_run(folder, parts.values())
+    if foreign := counts.pop("foreign", 0):
+        warn(
+            f"{foreign} of {num:,} signals are unlike the training data "
+            "(training_p_value < 0.001); do not trust their posteriors"
+        )
+    if unreliable := counts.pop("unreliable", 0):
+        warn(
+            f"{unreliable} of {num:,} refined posteriors have pareto_k above 0.7 and "
+            "cannot be relied on"
+        )
+    if not args.quiet:
+        most = ", ".join(f"{k}: {n:,}" for k, n in sorted(counts.items()))
+        print(f"{num:,} signals; the most probable {most}")
+        print_written(written)
 
 
 def parts_folder(out: Path) -> Path:
@@ -374,7 +323,7 @@ def _open_run(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _close_run(folder: Path, parts: list[Path]) -> None:
+def _close_run(folder: Path, parts: Iterable[Path]) -> None:
     """Remove what the run put into its folder, and the folder if that was all."""
     for path in [*parts, *folder.glob(f"{ASIDE}*"), folder / _RUN]:
         path.unlink(missing_ok=True)
@@ -387,16 +336,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:8]}..."
 
 
-def _summary(parts: list[Path]) -> Summary:
-    counts: Counter[int] = Counter()
-    foreign = unreliable = 0
+def _counts(parts: Iterable[Path]) -> Counter[str]:
+    """How many signals have each K as the most probable one, or are to be doubted."""
+    counts: Counter[str] = Counter()
     for part in parts:
         groups = read_part(part).children
         probs = groups["cardinality"].to_dataset()["probability"].values
-        counts.update(probs.argmax(-1).tolist())
+        counts.update(f"K = {k}" for k in probs.argmax(-1).tolist())
         stats = groups["sample_stats"].to_dataset()
         if "training_p_value" in stats:
-            foreign += int((stats["training_p_value"].values < 1e-3).sum())
+            counts["foreign"] += int((stats["training_p_value"].values < 1e-3).sum())
         if "pareto_k" in stats:
-            unreliable += int((~(stats["pareto_k"].values <= 0.7)).sum())
-    return Summary(dict(sorted(counts.items())), foreign, unreliable)
+            counts["unreliable"] += int((~(stats["pareto_k"].values <= 0.7)).sum())
+    return counts

@@ -4,7 +4,6 @@ import hashlib
 import runpy
 import warnings
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,14 @@ from torch import Tensor
 
 from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
-from ..posterior import refine
+from ..posterior import UnreliableWeights, refine
 from ..posterior.network import SlotPosterior
-from ..posterior.refined import UnreliableWeights
-from ..pretrained.recipes import RECIPES, available_weights, load_pretrained
+from ..pretrained.recipes import (
+    RECIPES,
+    available_weights,
+    load_pretrained,
+    weights_file,
+)
 from ..problems import Problem
 from ..seeding import generator_for
 from ..sets.prior import VariableKPrior
@@ -66,8 +69,7 @@ def load_model(name: str, problem: str | None) -> Model:
             raise InputError(
                 f"--problem goes with a model file; {name} has a problem of its own"
             )
-        weights = files("sbi_slotflow") / "weights" / f"{name}.safetensors"
-        with as_file(weights) as path:
+        with weights_file(name) as path:
             digest = sha256(path)
         return Model(name, digest, load_pretrained(name), RECIPES[name].problem)
     path = Path(name)
@@ -214,13 +216,8 @@ def answer(
         parts = [given.log_prob(part) for part in draws.split(rows)]
         log_prob = torch.cat(parts).T
     draws = draws.transpose(0, 1)
-    return Answers(
-        given.cardinality().probs,
-        draws,
-        log_prob,
-        [posterior.catalogue(samples=rows, true_theta=true_theta) for rows in draws],
-        statistics,
-    )
+    found = [posterior.catalogue(samples=rows, true_theta=true_theta) for rows in draws]
+    return Answers(given.cardinality().probs, draws, log_prob, found, statistics)
 
 
 def _refined(
@@ -239,13 +236,8 @@ def _refined(
         with warnings.catch_warnings():
             # k-hat is in the result, and the command line tells of it in its own words.
             warnings.simplefilter("ignore", UnreliableWeights)
-            found = refine(
-                model.posterior,
-                model.problem.log_likelihood,
-                one,
-                num,
-                generator=generator,
-            )
+            likelihood = model.problem.log_likelihood
+            found = refine(model.posterior, likelihood, one, num, generator=generator)
         assert not isinstance(found, list)
         rows = found.sample((settings.num_samples,), generator=generator)
         values = model.posterior.prior.log_prob(rows).double()
@@ -259,10 +251,5 @@ def _refined(
         name: torch.tensor([row[name] for row in numbers], dtype=torch.float64)
         for name in numbers[0]
     }
-    return Answers(
-        torch.stack(probs),
-        torch.stack(draws),
-        torch.stack(log_prob),
-        catalogues,
-        statistics,
-    )
+    rows, values = torch.stack(draws), torch.stack(log_prob)
+    return Answers(torch.stack(probs), rows, values, catalogues, statistics)

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +71,12 @@ def signal_tree(
     from xarray import DataTree
 
     generator = generator_for(settings.seed, _TREE)
-    log_prob = answers.log_prob
     tree = to_datatree(
         answers.draws,
         model.posterior.prior.layout,
         x=x[0],
         true_theta=true_theta,
-        log_prob=log_prob,
+        log_prob=answers.log_prob,
         statistics={name: float(v[0]) for name, v in answers.statistics.items()},
         simulator=None if model.problem is None else model.problem.simulator,
         num_predictive=_NUM_PREDICTIVE,
@@ -111,24 +111,24 @@ def batch_tree(
         model_card=model.posterior.model_card,
         attrs=attrs,
     )
-    renamed = {
-        name: tree[name]
+    posterior, stats = (
+        tree[name]
         .to_dataset()
         .rename(chain="observation")
         .assign_coords(observation=observation)
         .drop_attrs()
         for name in ("posterior", "sample_stats")
-    }
-    statistics = {
-        name: ("observation", values.numpy())
-        for name, values in answers.statistics.items()
-    }
-    stats = renamed["sample_stats"].drop_vars("active").assign(statistics)
-    cardinality = _cardinality(answers).assign_coords(observation=observation)
+    )
+    stats = stats.drop_vars(["active"] if "lp" in stats else ["active", "draw"])
     groups = {
-        "cardinality": cardinality,
-        "posterior": renamed["posterior"],
-        "sample_stats": stats.drop_vars("draw") if "lp" not in stats else stats,
+        "cardinality": _cardinality(answers).assign_coords(observation=observation),
+        "posterior": posterior,
+        "sample_stats": stats.assign(
+            {
+                name: ("observation", values.numpy())
+                for name, values in answers.statistics.items()
+            }
+        ),
         "catalogue": _catalogue(answers.catalogues, start),
     }
     result = DataTree.from_dict(groups)
@@ -171,13 +171,8 @@ def check_out(path: Path, option: str, suffixes: Sequence[str] = _SUFFIXES) -> N
     expected = " or ".join(suffixes)
     if path.suffix not in suffixes:
         raise InputError(f"expected {option} to end in {expected}; got {path}")
-    if path.suffix == ".zarr":
-        try:
-            import zarr  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                f"{path} needs `pip install sbi-slotflow[zarr]`"
-            ) from error
+    if path.suffix == ".zarr" and find_spec("zarr") is None:
+        raise InputError(f"{path} needs `pip install sbi-slotflow[zarr]`")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,6 +199,7 @@ def check_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
 
 
 def _check_ours(path: Path) -> None:
+    """Raise InputError if something that is not ours lies at a path."""
     try:
         check_replaceable(path, "result", _is_ours)
     except FileExistsError as error:
@@ -305,8 +301,7 @@ def join_csv(parts: Sequence[Path], path: Path) -> None:
     with aside(path) as new, new.open("w", newline="") as file:
         for number, part in enumerate(parts):
             frame = _group(read_part(part), "catalogue").to_dataframe()
-            first = frame.pop("observation")
-            frame.insert(0, "observation", first)
+            frame.insert(0, "observation", frame.pop("observation"))
             frame.to_csv(file, index=False, header=not number)
 
 

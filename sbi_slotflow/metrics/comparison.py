@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..seeding import generator_for
+from ..sets.checks import as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from ..sets.matching import hungarian
@@ -356,11 +357,8 @@ def compare(
         ordered, target = frame.ordered(rows[name]), frame.ordered(rows["reference"])
         labelled = frame.labelled(rows[name])
         target_labelled = frame.labelled(rows["reference"])
-        error = None
-        if k > 1:
-            error = correlation_error(
-                frame.components(labelled), frame.components(target_labelled)
-            )
+        pair = frame.components(labelled), frame.components(target_labelled)
+        error = correlation_error(*pair) if k > 1 else None
         generator = generator_for(seed, 1)
         return Comparison(
             k=k,
@@ -381,13 +379,7 @@ def compare(
 def _probs(source: Tensor | Samples, layout: ThetaLayout, name: str) -> Tensor:
     """p(K) of a source, shape ``(Kmax + 1,)``."""
     if isinstance(source, Tensor):
-        layout.validate(source, name)
-        if source.ndim != 2 or len(source) == 0:
-            raise ValueError(
-                f"{name} must have shape (S, {layout.size}) with S > 0, got "
-                f"{tuple(source.shape)}."
-            )
-        counts = layout.cardinality(source).cpu()
+        counts = layout.cardinality(as_rows(source, layout, name))
         counts = counts.bincount(minlength=layout.max_cardinality + 1)
         return counts.double() / len(source)
     if not (hasattr(source, "sample") and hasattr(source, "cardinality")):
@@ -429,16 +421,10 @@ def _rows(
 def _parameters(
     names: Sequence[str], draws: Tensor, reference: Tensor
 ) -> tuple[ParameterDistance, ...]:
-    std = reference.std(0)
-    raw = wasserstein2(draws, reference)
-    columns = zip(
-        names,
-        (raw / std).tolist(),
-        raw.tolist(),
-        (draws.std(0) / std).tolist(),
-        strict=True,
-    )
-    return tuple(ParameterDistance(*column) for column in columns)
+    std, raw = reference.std(0), wasserstein2(draws, reference)
+    columns = torch.stack([raw / std, raw, draws.std(0) / std], dim=-1).tolist()
+    pairs = zip(names, columns, strict=True)
+    return tuple(ParameterDistance(name, *column) for name, column in pairs)
 
 
 def _number(value: float | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..seeding import draw_seed
+from ..sets.checks import as_probabilities, check_finite
 
 __all__ = [
     "FEWEST_DRAWS",
@@ -163,12 +164,8 @@ def c2st(
         random_state=draw_seed(generator) % 2**32,
     )
     with threadpool_limits(limits=1):
-        scores = cross_val_score(
-            classifier,
-            vectors.numpy(),
-            np.repeat([0, 1], num),
-            cv=PredefinedSplit(fold.numpy()),
-        )
+        kinds, folds = np.repeat([0, 1], num), PredefinedSplit(fold.numpy())
+        scores = cross_val_score(classifier, vectors.numpy(), kinds, cv=folds)
     return float(scores.mean())
 
 
@@ -241,9 +238,7 @@ def _checked(draws: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"{name} must hold at least 2 draws, got shape {tuple(x.shape)}."
             )
-        if not torch.isfinite(x).all():
-            bad = int((~torch.isfinite(x)).sum())
-            raise ValueError(f"{name} must be finite: NaN or Inf in {bad} entries.")
+        check_finite(x, name)
     if draws.shape[1:] != reference.shape[1:]:
         raise ValueError(
             f"draws must have shape (S, *{tuple(reference.shape[1:])}) as reference "
@@ -256,18 +251,7 @@ def _probabilities(
     probs: Tensor | Categorical, reference: Tensor | Categorical
 ) -> tuple[Tensor, Tensor]:
     """Both as float64 on the CPU, summing to one."""
-    found = []
-    for name, given in (("probs", probs), ("reference", reference)):
-        p = given if isinstance(given, Tensor) else given.probs
-        p = p.detach().double().cpu()
-        total = p.sum(-1, keepdim=True)
-        # Written so that NaN fails too.
-        if not ((p >= 0).all() and ((total - 1).abs() < 1e-4).all()):
-            raise ValueError(
-                f"{name} must be non-negative and sum to 1, got {p.tolist()}."
-            )
-        found.append(p / total)
-    p, q = found
+    p, q = as_probabilities(probs, "probs"), as_probabilities(reference, "reference")
     if p.shape[-1] != q.shape[-1]:
         raise ValueError(
             f"probs must have {q.shape[-1]} entries as reference has, got "

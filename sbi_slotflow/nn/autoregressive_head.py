@@ -10,7 +10,7 @@ steps, their evidence (:mod:`.cell_sets`). Given the cells, each component has a
 Gaussian, cut off at the ends of its cell and bent by a flow (:mod:`.local_density`).
 
 See Also:
-    :mod:`.modes`, where the Gaussians come from; :mod:`.independent_head`, slots
+    :mod:`.modes`, where the Gaussians come from; :mod:`.cell_head`, slots
     without order.
 """
 
@@ -32,7 +32,7 @@ from .cell_chain import (
 )
 from .cell_head import CellHead, trunk_network
 from .cell_sets import CellSets
-from .cells import CellAxis, OccupiedCells
+from .cells import CellAxis, OccupiedCells, unique_rows
 from .charts import Chart
 from .encoders import Encoding, Observations
 from .flows import RowContext
@@ -42,7 +42,6 @@ from .local_density import LocalDensity, LocalGaussian
 from .modes import ModeFinder, Modes
 from .set_distribution import SetsGivenK
 from .spec import Matching
-from .unique_rows import unique_rows
 
 __all__ = ["AutoregressiveHead"]
 
@@ -86,21 +85,9 @@ class AutoregressiveHead(CellHead):
     Gaussians of the components and the evidence by which the ``weighed_sets`` likeliest
     sets of cells are weighed; without, the network predicts the Gaussians from the
     tokens. The flow learns what is not Gaussian; without layers there is none.
-
-    Args:
-        chart: Chart of a component.
-        axis: The location axis.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of a component's context.
-        flow: Options of the flow.
-        fit: The signal, for Gauss-Newton.
-        refine_steps: Gauss-Newton steps; 0 for none.
-        weighed_sets: Sets of cells to weigh by their evidence; 0 for none.
-
-    Raises:
-        ValueError: If the chart is no density or a fit is missing.
     """
+
+    keeps_separation = True
 
     def __init__(
         self,
@@ -152,22 +139,17 @@ class AutoregressiveHead(CellHead):
             },
         )
 
-    @property
-    def keeps_separation(self) -> bool:
-        """Components know where the one before is."""
-        return True
-
     def given(
         self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
-        """Return the density given x; see :meth:`CellHead.given`."""
+        """Return the density given x; see :meth:`SetHead.given`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
-        finder, cells = self.find_modes, PrunedChain(self.cells, tokens, edges)
+        finder, weighed = self.find_modes, self.find_modes and self.weighed_sets
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
+            cells = PrunedChain(self.cells, tokens, edges)
         find_modes = None if finder is None else partial(finder, data.x)
-        if finder is not None and self.weighed_sets:
-            with torch.no_grad():
-                chain = PrunedChain(self.cells, tokens, edges)
-            cells = CellSets(chain, finder, self.weighed_sets, data.x)
+        if finder is not None and weighed:
+            cells = CellSets(cells, finder, self.weighed_sets, data.x)
             find_modes = cells.modes
         floored = FlooredCells(cells, UniformCells(self.axis, edges))
         return _JointSets(self, tokens, edges, floored, find_modes, data, shared)
@@ -179,7 +161,7 @@ class AutoregressiveHead(CellHead):
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
-        """Return what training maximises; see :meth:`CellHead.in_training`."""
+        """Return what training maximises; see :meth:`SetHead.in_training`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
         cells, finder = self.cells.given(tokens, edges), self.find_modes
         find_modes = None if finder is None else partial(finder, data.x)
@@ -196,17 +178,7 @@ class AutoregressiveHead(CellHead):
 
 
 class _JointSets(SetsGivenK):
-    """Joint components given B observations.
-
-    Args:
-        head: The head.
-        tokens: Tokens of the observations, shape ``(B, L, C)``.
-        edges: Edges of their cells, shape ``(B, L + 1)``.
-        cells: Distribution over the cells.
-        find_modes: Finds modes above sets of cells; None without Gauss-Newton steps.
-        data: The observations, for their scale.
-        shared: The shared parameters' density; None if there are none.
-    """
+    """Joint components given B observations."""
 
     def __init__(
         self,
@@ -250,12 +222,7 @@ class _JointSets(SetsGivenK):
         local = head.local.log_prob(here, mean, factor, (low, high), context)
         local = torch.where(allowed, local, -torch.inf)
         value = value.index_add(0, row, local) + log_det
-        log_shared = torch.zeros_like(value)
-        if self.shared is not None:
-            log_shared = self.shared.log_prob(
-                parts.shared, owner, parts.cardinality, sets.level
-            )
-        return value, log_shared
+        return value, self.log_shared(parts, owner, value, sets.level)
 
     @torch.no_grad()
     def sample(
@@ -285,10 +252,8 @@ class _JointSets(SetsGivenK):
             )
             before[rows] = cells[rows, k] + 0.5 + w[rows, k, 0]
         w = head.local_chart.absolute(w, cells, sets.centre[sets.which])
-        components, shared = head.components(w, mask), None
-        if self.shared is not None:
-            shared = self.shared.sample(owner, count, generator, sets.level)
-        return components, shared
+        components = head.components(w, mask)
+        return components, self.sample_shared(owner, count, generator, sets.level)
 
     def conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
         """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
@@ -341,16 +306,7 @@ class _JointSets(SetsGivenK):
         noise: Tensor,
         row: Tensor,
     ) -> RowContext:
-        """Contexts of component k of M rows, with the component before if it is near.
-
-        Args:
-            sets: The sets.
-            which: Set of each of the M, shape ``(M,)``.
-            k: Component of each.
-            w: Local coordinates of all rows, shape ``(N, Kmax, D)``.
-            noise: The same, whitened by the modes.
-            row: Row of each of the M.
-        """
+        """Contexts of component k of M rows, which see a near component before it."""
         near, own = sets.near[which, k].unsqueeze(-1), None
         # In training its weights shall have gradients, if only zeros.
         if self.head.trunk and (torch.is_grad_enabled() or near.any()):

@@ -16,10 +16,9 @@ from .charts import Chart, WhiteningChart
 from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
+from .paper import PAPER
 from .paper.circle import CircleChart
-from .paper.preset import PAPER
-from .registry import describe
-from .spec import EstimatorSpec, Matching
+from .spec import EstimatorSpec, Matching, describe, single_precision
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]
 
@@ -202,7 +201,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
-        """The paper's network of 31 million parameters; see :mod:`.paper.preset`.
+        """The paper's network of 31 million parameters; see :mod:`.paper`.
 
         Its chart is a surface, so ``log_prob`` raises; sampling works, and training by
         ``SlotNPE.train_online`` (sbi's own loop evaluates ``log_prob``). Use the
@@ -216,6 +215,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         """
         return replace(cls(problem=problem, **PAPER), **changes)
 
+    @single_precision()
     def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
         """Build an estimator.
 

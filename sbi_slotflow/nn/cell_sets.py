@@ -2,7 +2,7 @@ r"""Sets of cells, the likeliest of which are weighed by their evidence.
 
 For one observation and K, let :math:`\pi` be the chain (:mod:`.cell_chain`), S the
 sets of cells that it finds most probable (up to ``num_sets``, by beam search), and Z
-the evidence of each set of S (:mod:`.evidence`). The distribution is a self-normalised
+the evidence of each set of S (:mod:`.modes`). The distribution is a self-normalised
 mixture over S plus a tail,
 
 .. math::
@@ -49,10 +49,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cell_chain import LOG_ZERO, PrunedChain, Tilt, draw_cells
-from .cells import OccupiedCells
-from .evidence import log_evidence
-from .modes import ModeFinder, Modes
-from .unique_rows import unique_rows
+from .cells import OccupiedCells, unique_rows
+from .modes import ModeFinder, Modes, log_evidence
 
 __all__ = ["CellSets"]
 
@@ -127,12 +125,6 @@ class CellSets:
 
     The sets of an observation and K are weighed when first asked for, on their own, so
     that no result depends on what else was asked for. No gradient passes.
-
-    Args:
-        chain: The chain given the observations.
-        find_modes: Finder of modes, for the evidence.
-        num_sets: Sets to weigh at most, for each observation and cardinality.
-        data: The observations, shape ``(B, T)``.
     """
 
     def __init__(
@@ -310,12 +302,7 @@ class CellSets:
     def _likeliest(
         self, chain: PrunedChain, count: int, num: int
     ) -> tuple[Tensor, Tensor]:
-        """Look for the likeliest sets of one observation and K, by beam search.
-
-        Returns:
-            The sets, shape ``(S, Kmax)``, likeliest first, and their log
-            probabilities, shape ``(S,)``, float64.
-        """
+        """Look for the likeliest sets of one observation and K, by beam search."""
         edges = chain.edges[0]
         cells = torch.zeros(1, self._size - 1).to(edges).long()
         total, earliest = edges.new_zeros(1), edges.new_full((1,), -torch.inf)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..sets.layout import ThetaLayout
 from ..sets.marginals import Marginal, Marginals
 from ..sets.transforms import Shear, Transform
-from .registry import build, register
+from .spec import build, register
 
 __all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_angle"]
 

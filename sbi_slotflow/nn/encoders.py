@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .registry import register
+from .spec import register
 
 __all__ = [
     "Encoding",
@@ -102,13 +102,7 @@ class MLPEncoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (eq. 7).
-
-    Args:
-        width: Length of a token.
-        num_heads: Attention heads.
-        residual: Whether attention is added to its input instead of replacing it.
-    """
+    """Multi-head self-attention (eq. 7)."""
 
     def __init__(self, width: int, num_heads: int, residual: bool) -> None:
         super().__init__()

@@ -20,22 +20,18 @@ from ..seeding import forked_rng, generator_for
 from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
+from .cell_head import IndependentHead
+from .cells import CellAxis
 from .charts import Chart, chart_from_spec
+from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
+from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
-from .head_specs import component_head_from_spec
-from .heads import (
-    CardinalityHead,
-    NoiseHead,
-    PriorSharedHead,
-    SharedGivenX,
-    SharedHead,
-)
-from .registry import build
-from .set_distribution import NetworkSets
-from .spec import EstimatorSpec
+from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedGivenX, SharedHead
+from .set_distribution import NetworkSets, SetHead
+from .spec import EstimatorSpec, build, single_precision
 
-__all__ = ["SlotDensityEstimator"]
+__all__ = ["SlotDensityEstimator", "component_head_from_spec"]
 
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
 _VERSION = 2
@@ -59,6 +55,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     x_shift: Tensor
     x_scale: Tensor
 
+    @single_precision()
     def __init__(
         self,
         spec: EstimatorSpec,
@@ -281,7 +278,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         Raises:
             TypeError, ValueError: If x is malformed.
         """
-        return NetworkSets(self, x)
+        x = self.checked(x)
+        encoding, head = self.encode(x), self.component_head
+        data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
+        log_k = self.cardinality_head(encoding.cardinality)
+        sets = head.given(encoding, data, shared)
+        return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
@@ -397,16 +399,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {num}), got {tuple(condition.shape)}."
             )
-        if not torch.isfinite(condition).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
         condition = condition.to(self.x_scale.dtype)
-        if condition.numel():
-            far = float((condition.double() - self.x_shift).abs().max())
-            if not far < _FARTHEST * float(self.x_scale):
-                raise ValueError(
-                    f"x must be on the scale of the training data, {self.x_scale:.3g}, "
-                    f"got values as far as {far:.3g} from their mean."
-                )
+        far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
+        if not far < _FARTHEST * self.x_scale:  # nor is NaN
+            if not torch.isfinite(condition).all():
+                raise ValueError("x must be finite, got NaN or Inf.")
+            raise ValueError(
+                f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
+                f"values as far as {far:.3g} from their mean."
+            )
         return condition
 
     def _checked_cardinality(self, cardinality: Tensor) -> Tensor:
@@ -431,3 +432,48 @@ def _shared_head(
     if spec.noise_from_fit:
         return NoiseHead(chart, spec.num_data, features, spec.layout.max_cardinality)
     return SharedHead(chart, features, spec.layout.max_cardinality)
+
+
+def component_head_from_spec(
+    spec: EstimatorSpec, probe: Encoding, fit: SignalFit | None = None
+) -> SetHead:
+    """Build the head that ``spec.slots`` describes."""
+    chart = chart_from_spec(spec.chart)
+    options: dict[str, Any] = dict(spec.slots)
+    if options.get("kind") != "anchored":
+        slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
+        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
+        return ComponentHead(chart, slots, flow)
+    del options["kind"]
+    axis = CellAxis(**options.pop("axis"))
+    described = options.pop("fit")
+    if fit is None and described is not None:
+        fit = build("fit", described)
+    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
+        raise ValueError(
+            f"slots='anchored' need an encoder that keeps {axis.num_cells} tokens, "
+            "one for each cell of the location axis; use slots='attention' or "
+            "slots='global' with this one."
+        )
+    if axis.parameter != spec.layout.order_by:
+        raise ValueError(
+            "slots='anchored' need components in the order of their location: order_by "
+            f"must be {axis.parameter}, got {spec.layout.order_by}."
+        )
+    sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
+    coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
+    if coupling == "joint":
+        return AutoregressiveHead(
+            chart,
+            axis,
+            *sizes,
+            flow=spec.flow,
+            fit=fit,
+            refine_steps=refine_steps,
+            **options,
+        )
+    if refine_steps:
+        raise ValueError(
+            "refine_slots fits all components together; it needs coupling='joint'."
+        )
+    return IndependentHead(chart, axis, *sizes, flow=spec.flow, **options)

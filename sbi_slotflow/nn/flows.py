@@ -195,13 +195,6 @@ class LocationScale(Transform):
 
     Sigma is diagonal, the exponential of a bounded log-scale; L is lower triangular
     with ones on its diagonal. It starts near the identity.
-
-    Args:
-        features: Number F of coordinates.
-        context_features: Length C of a context.
-        hidden_features: Width of the network.
-        own_features: Length P of what each row sees besides; it moves the coefficients
-            linearly.
     """
 
     def __init__(

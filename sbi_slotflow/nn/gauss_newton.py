@@ -136,16 +136,6 @@ def fit_mode(
     """Take Gauss-Newton steps from a start.
 
     Sets that have not converged after ``num_steps`` get up to four times as many.
-
-    Args:
-        fit: The least squares of the observations.
-        to_components: Maps coordinates ``(n, K, D)`` of the sets with indices ``(n,)``
-            to components, one by one.
-        owner: Observation of each set, shape ``(N,)``.
-        start: Coordinates to start from, shape ``(N, K, D)``, float64.
-        mask: Active components, shape ``(N, K)``.
-        num_steps: Number of steps.
-        bounds: Least and largest coordinates, each broadcasting to ``(N, K, D)``.
     """
     num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)
@@ -164,6 +154,8 @@ def fit_mode(
         # Where the data are zero, what a unit of w adds to the signal is the scale.
         unit = curvature.diagonal(dim1=-2, dim2=-1).amax(-1)
         least = _LEAST_VARIANCE * (power[owner[index]] + unit)
+        # Nothing has a scale where no component explains data that are zero.
+        least = least.clamp(min=torch.finfo(least.dtype).tiny)
         variance = torch.maximum(equations.residual / num_data, least)
         scaled = blocks / variance[:, None, None]
         gradient = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(

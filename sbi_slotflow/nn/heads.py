@@ -40,13 +40,7 @@ __all__ = [
 
 
 class CardinalityHead(nn.Module):
-    """Classifier over K = 0..Kmax.
-
-    Args:
-        embedding_features: Length of the cardinality embedding.
-        log_prior: log p(K) of the training prior, shape ``(Kmax + 1,)``; -inf excludes
-            a cardinality.
-    """
+    """Classifier over K = 0..Kmax."""
 
     log_prior: Tensor
 
@@ -65,16 +59,7 @@ class CardinalityHead(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """Density of the shared parameters given x and K.
-
-    Args:
-        chart: Chart of the shared parameters.
-        embedding_features: Length of the shared embedding.
-        max_cardinality: Largest cardinality Kmax.
-        hidden_features: Width of the flow's networks.
-        num_layers: Coupling layers of the flow.
-        num_bins: Bins of its splines.
-    """
+    """Density of the shared parameters given x and K."""
 
     def __init__(
         self,
@@ -98,17 +83,7 @@ class SharedHead(nn.Module):
     def log_prob(
         self, shared: Tensor, context: RowContext, level: Tensor | None = None
     ) -> Tensor:
-        """Evaluate the log density of N rows.
-
-        Args:
-            shared: Shared parameters, shape ``(N, S)``.
-            context: Contexts of the rows: embeddings and K.
-            level: Log of the residual's standard deviation in each row, shape
-                ``(N,)``; read by :class:`NoiseHead` alone.
-
-        Returns:
-            Log densities, shape ``(N,)``.
-        """
+        """Evaluate the log density of N rows."""
         u, log_det = self.chart.forward(shared)
         value = self.flow.log_prob(u, context) + log_det
         return torch.where(self.chart.contains(shared), value, -torch.inf)
@@ -131,15 +106,6 @@ class NoiseHead(nn.Module):
 
     is nearly normal given the residual's standard deviation :math:`\hat\sigma`; it is
     cut off at the ends of the prior's support, and a flow learns the rest.
-
-    Args:
-        chart: Chart of sigma, for its support.
-        num_data: Length T of x.
-        embedding_features: Length of the shared embedding.
-        max_cardinality: Largest cardinality Kmax.
-
-    Raises:
-        ValueError: If sigma is not the only shared parameter.
     """
 
     def __init__(
@@ -203,9 +169,6 @@ class PriorSharedHead(nn.Module):
     """Stands in for a head that is switched off: the shared parameters' prior.
 
     In a chart's coordinates the prior is standard normal.
-
-    Args:
-        chart: Chart of the shared parameters.
     """
 
     def __init__(self, chart: Chart) -> None:
@@ -233,13 +196,7 @@ class PriorSharedHead(nn.Module):
 
 
 class SharedGivenX:
-    """The shared parameters' density given B observations.
-
-    Args:
-        head: The head.
-        embedding: Shared embeddings of the observations, shape ``(B, C)``.
-        num_cardinalities: Number Kmax + 1 of cardinalities.
-    """
+    """The shared parameters' density given B observations."""
 
     def __init__(
         self,

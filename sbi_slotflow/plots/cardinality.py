@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..sets.checks import as_count
+from ..sets.checks import as_count, as_probabilities
 from ..sets.circular import circular_mean, near
 from .style import DATA, POSTERIOR, SMALL, TRUTH, Figure, dress, legend_above
 
@@ -45,9 +45,6 @@ def plot_cardinality(
         true_cardinality: The true K if known; a triangle marks it.
         reference: Another posterior's, of the same length: grey bars beside the blue.
         labels: What to call the two in the legend.
-
-    Returns:
-        A figure with one axes.
 
     Raises:
         ValueError: If the probabilities are not a vector of non-negative numbers that
@@ -97,17 +94,11 @@ def plot_cardinality(
 
 
 def _checked(cardinality: Probabilities, name: str) -> np.ndarray:
-    if isinstance(cardinality, Categorical):
-        cardinality = cardinality.probs
-    probs = torch.as_tensor(cardinality).detach().cpu().double().numpy()
+    probs = as_probabilities(cardinality, name).numpy()
     if probs.ndim != 1 or not len(probs):
         raise ValueError(
             f"{name} must hold the probabilities of one observation, shape "
             f"(Kmax + 1,), got shape {probs.shape}."
-        )
-    if not (probs >= 0).all() or abs(probs.sum() - 1) > 1e-3:
-        raise ValueError(
-            f"{name} must hold probabilities that add up to 1, got {probs.tolist()}."
         )
     return probs
 
@@ -179,9 +170,6 @@ def plot_width_scaling(
         widths: Widths of each signal, shape ``(B,)``, by parameter: what
             :func:`posterior_widths` returns.
         labels: Labels of the axes by parameter, with units; the names if None.
-
-    Returns:
-        A figure with an axes a parameter.
 
     Raises:
         ValueError: If a shape is wrong, a K or a width is not positive, or there is

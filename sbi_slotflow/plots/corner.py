@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..catalogue import fit_sources
 from ..metrics.comparison import Frame
+from ..sets.checks import as_row, as_rows
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from .style import (
@@ -26,8 +27,6 @@ from .style import (
     SMALL,
     TRUTH,
     Figure,
-    checked_row,
-    checked_samples,
     padded,
     thinned,
 )
@@ -121,10 +120,8 @@ def _contours(axes: Axes, across: Column, up: Column) -> None:
     if across.reference is not None and up.reference is not None:
         density = _density(across.reference, up.reference, box)
         if density.max() > 0:
-            levels = np.unique(_thresholds(density))
-            axes.contour(
-                *centres, density.T, levels=levels, colors=REFERENCE, linewidths=0.9
-            )
+            style = {"levels": np.unique(_thresholds(density)), "colors": REFERENCE}
+            axes.contour(*centres, density.T, linewidths=0.9, **style)
     for line, value in ((axes.axvline, across.truth), (axes.axhline, up.truth)):
         if value is not None:
             line(value, color=TRUTH, linestyle="--", linewidth=0.9)
@@ -159,10 +156,8 @@ def _padded_centres(low: float, high: float) -> np.ndarray:
 
 def _corner_ticks(axes: Axes, bottom: bool, left: bool, num_ticks: int) -> None:
     for axis, shown in ((axes.xaxis, bottom), (axes.yaxis, left)):
-        if not shown:
-            axis.set_major_locator(NullLocator())
-            continue
-        axis.set_major_locator(MaxNLocator(num_ticks, prune="both"))
+        ticks = MaxNLocator(num_ticks, prune="both") if shown else NullLocator()
+        axis.set_major_locator(ticks)
         formatter = ScalarFormatter(useOffset=False)
         formatter.set_scientific(False)
         axis.set_major_formatter(formatter)
@@ -183,16 +178,10 @@ def _corner_label(axes: Axes, label: str, small: bool, *, below: bool) -> None:
         style = {"ha": "center", "va": "top"}
     else:
         style = {"rotation": 90, "ha": "right", "va": "center"}
-    axes.annotate(
-        label,
-        xy=(0.5, 0.0) if below else (0.0, 0.5),
-        xycoords="axes fraction",
-        xytext=(0, -distance) if below else (-distance, 0),
-        textcoords="offset points",
-        multialignment="center",
-        fontsize=SMALL,
-        **style,
-    )
+    style |= {"multialignment": "center", "fontsize": SMALL}
+    shift = (0, -distance) if below else (-distance, 0)
+    coords = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(label, (0.5, 0.0) if below else (0.0, 0.5), shift, **coords, **style)
 
 
 _MOST_DRAWS = 10_000
@@ -241,9 +230,6 @@ def plot_corner(
             whole.
         labels: What to call the samples and the reference in the legend.
 
-    Returns:
-        A figure with n (n + 1) / 2 axes for n parameters.
-
     Raises:
         TypeError: If samples, reference or ``true_theta`` is not a floating-point
             tensor.
@@ -253,18 +239,18 @@ def plot_corner(
     """
     periods = layout.periods if periods is None else periods
     _check_names(layout, names or (), units or (), periods)
-    samples = checked_samples(samples, layout)
+    samples = as_rows(samples, layout)
     cardinality = layout.cardinality(samples)
     k = int(cardinality.mode().values) if k is None else k
     rows = _given(samples, layout, k, "sample")
     frame = Frame(rows, layout, k, periods, match)
     other = None
     if reference is not None:
-        other = checked_samples(reference, layout, "reference")
+        other = as_rows(reference, layout, "reference")
         other = _given(other, layout, k, "row of the reference")
     true: list[float | None] = [None] * len(frame.names)
     if true_theta is not None:
-        row = checked_row(true_theta, layout).unsqueeze(0)
+        row = as_row(true_theta, layout)
         same = int(layout.cardinality(row)) == k
         # On the turn of the circle on which the draws are.
         turns = [periods.get(name, math.inf) for name, _ in frame.names]
@@ -304,9 +290,6 @@ def plot_source_corners(
         columns: Sources in a row.
         units: Units of parameters by name, for the labels.
 
-    Returns:
-        A figure with D (D + 1) / 2 axes for each source of at least 20 draws.
-
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
         ValueError: If a shape does not fit, a number is out of range, or there is no
@@ -315,7 +298,7 @@ def plot_source_corners(
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
     _check_names(layout, units or {})
-    samples = thinned(checked_samples(samples, layout), _MOST_DRAWS)
+    samples = thinned(as_rows(samples, layout), _MOST_DRAWS)
     sources = fit_sources(samples, layout, min_probability=min_probability)
     owner = sources.assign(samples)
     shown = ((owner >= 0).sum(0) >= _FEWEST_DRAWS).nonzero().flatten().tolist()
@@ -324,7 +307,7 @@ def plot_source_corners(
     components = layout.unpack(layout.canonical(samples)).components
     truth = None
     if true_theta is not None:
-        row = checked_row(true_theta, layout).unsqueeze(0)
+        row = as_row(true_theta, layout)
         true_owner = sources.assign(row)[0]
         true_components = layout.unpack(layout.canonical(row)).components[0]
         truth = [true_components[j] if j >= 0 else None for j in true_owner.tolist()]
@@ -349,14 +332,8 @@ def plot_source_corners(
             left / width, (top + 0.08) / height, title, fontsize=FONT, va="bottom"
         )
     handles = _shades() + ([] if truth is None else [_truth_line()])
-    figure.legend(
-        handles=handles,
-        loc="upper right",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=SMALL,
-        borderpad=0.2,
-    )
+    style = {"ncols": len(handles), "frameon": False, "fontsize": SMALL}
+    figure.legend(handles=handles, loc="upper right", borderpad=0.2, **style)
     return figure
 
 
@@ -416,16 +393,9 @@ def _corner(
     if any(column.truth is not None for column in columns):
         handles.append(_truth_line())
     if handles:
-        figure.legend(
-            handles=handles,
-            loc="upper left",
-            bbox_to_anchor=(edge, 1 - 0.36 / height),
-            ncols=len(handles),
-            frameon=False,
-            fontsize=SMALL,
-            borderpad=0,
-            borderaxespad=0,
-        )
+        style = {"ncols": len(handles), "frameon": False, "fontsize": SMALL}
+        style |= {"bbox_to_anchor": (edge, 1 - 0.36 / height), "loc": "upper left"}
+        figure.legend(handles=handles, borderpad=0, borderaxespad=0, **style)
     return figure
 
 
@@ -459,18 +429,9 @@ def _grid(
     figure: Figure, num: int, place: tuple[float, float, float, float]
 ) -> GridSpec:
     """A square grid of panels at (left, bottom, right, top) in inches."""
-    width, height = figure.get_size_inches()
-    left, bottom, right, top = place
-    return figure.add_gridspec(
-        num,
-        num,
-        left=left / width,
-        right=right / width,
-        bottom=bottom / height,
-        top=top / height,
-        wspace=0.08,
-        hspace=0.08,
-    )
+    sides = np.asarray(place) / np.tile(figure.get_size_inches(), 2)
+    ends = dict(zip(("left", "bottom", "right", "top"), sides.tolist(), strict=True))
+    return figure.add_gridspec(num, num, wspace=0.08, hspace=0.08, **ends)
 
 
 def _shades() -> list[Artist]:

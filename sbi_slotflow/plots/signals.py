@@ -9,15 +9,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..sets.checks import as_observation, as_row, as_rows
 from .style import (
     DATA,
     POSTERIOR,
     SHADES,
     TRUTH,
     Figure,
-    checked_data,
-    checked_row,
-    checked_samples,
     dress,
     legend_above,
     padded,
@@ -51,22 +49,19 @@ def plot_reconstruction(
         max_points: Longer streams are cut to this many samples, and their titles say
             so.
 
-    Returns:
-        A figure with one axes a stream.
-
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
         ValueError: If a shape does not fit, or samples are empty or malformed.
     """
-    samples = checked_samples(samples, problem.layout)
-    data = checked_data(x)
+    samples = as_rows(samples, problem.layout)
+    data = as_observation(x)[0].numpy()
     signals = problem.simulator.signal(thinned(samples, _MOST_DRAWS))
     if signals.shape[-1] != len(data):
         raise ValueError(f"x must have {signals.shape[-1]} entries, got {len(data)}.")
     low, median, high = np.quantile(signals.cpu().numpy(), [0.05, 0.5, 0.95], axis=0)
     truth = None
     if true_theta is not None:
-        row = checked_row(true_theta, problem.layout)
+        row = as_row(true_theta, problem.layout)[0]
         truth = problem.simulator.signal(row).cpu().numpy()
 
     streams = problem.streams
@@ -103,18 +98,7 @@ def plot_spectrum(
 ) -> MatplotlibFigure:
     """Plot the spectrum of x with the posterior of frequency and amplitude.
 
-    Args:
-        problem: A problem whose x has a spectrum, ``problems.sinusoids(...)`` for one.
-        samples: Theta rows, shape ``(S, E)``.
-        x: The observation, shape ``(T,)`` or ``(1, T)``.
-        true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
-
-    Returns:
-        A figure with two axes.
-
-    Raises:
-        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
-        ValueError: If x has no spectrum, a shape does not fit, or samples are empty or
-            malformed.
+    The problem must have one, as ``problems.sinusoids(...)`` does; the arguments are
+    those of :func:`plot_reconstruction`.
     """
     return problem.plot_spectrum(samples, x, true_theta)

@@ -1,4 +1,4 @@
-"""Colours, fonts and dress that the figures share, and checks of what they are given.
+"""Colours, fonts and dress that the figures share, and thinning of draws.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart: data are grey, the
 posterior is blue, the truth is vermilion.
@@ -8,13 +8,10 @@ import math
 from collections.abc import Sequence
 from io import BytesIO
 
-import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
 from torch import Tensor
-
-from ..sets.layout import ThetaLayout
 
 __all__ = []
 
@@ -66,36 +63,6 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
     """The interval, wider at either end by a share of its length."""
     margin = share * (high - low)
     return low - margin, high + margin
-
-
-def checked_samples(
-    samples: Tensor, layout: ThetaLayout, name: str = "samples"
-) -> Tensor:
-    """Theta rows, shape ``(S, E)``, on the CPU."""
-    layout.validate(samples, name)
-    if samples.ndim != 2 or not len(samples):
-        raise ValueError(
-            f"{name} must have shape (S, {layout.size}) with S >= 1, got "
-            f"{tuple(samples.shape)}."
-        )
-    return samples.detach().cpu()
-
-
-def checked_row(theta: Tensor, layout: ThetaLayout) -> Tensor:
-    """One theta row, shape ``(E,)``."""
-    layout.validate(theta, "true_theta")
-    if theta.numel() != layout.size:
-        raise ValueError(f"true_theta must be one row, got {tuple(theta.shape)}.")
-    return theta.detach().cpu().reshape(-1)
-
-
-def checked_data(x: Tensor) -> np.ndarray:
-    """One observation, shape ``(T,)``."""
-    if x.ndim not in (1, 2) or x.numel() != x.shape[-1]:
-        raise ValueError(
-            f"x must be one observation, (T,) or (1, T), got {tuple(x.shape)}."
-        )
-    return x.detach().cpu().reshape(-1).numpy()
 
 
 def thinned(samples: Tensor, most: int) -> Tensor:

@@ -33,10 +33,6 @@ def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
         history: Entries with ``step``, ``learning_rate``, and ``train_*`` and
             ``val_*`` for each term: ``SlotNPE.history`` after ``train_online``.
 
-    Returns:
-        A figure with an axes for each term that is not zero throughout, and one for the
-        learning rate.
-
     Raises:
         ValueError: If the history is empty or lacks a key.
     """
@@ -63,9 +59,10 @@ def plot_training(history: Sequence[Mapping[str, float]]) -> Figure:
             mark = "." if len(steps) < 30 else ""
             axes.plot(steps, values, mark + "-", color=colour, linewidth=1.2)
         dress(axes, "", "", _TITLES[term])
-    panels[num - 1].plot(steps, rate, color=REFERENCE, linewidth=1.2)
-    panels[num - 1].set_ylim(bottom=0)
-    dress(panels[num - 1], "", "", "learning rate")
+    last = panels[num - 1]
+    last.plot(steps, rate, color=REFERENCE, linewidth=1.2)
+    last.set_ylim(bottom=0)
+    dress(last, "", "", "learning rate")
     for axes in panels[:num]:
         axes.set_xlabel("step", fontsize=FONT)
         axes.tick_params(labelbottom=True)

@@ -23,7 +23,7 @@ component.
 
 ArviZ 1.x needs Python 3.12; its parts ``arviz-base``, ``arviz-stats`` and
 ``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts,
-here and in :mod:`sbi_slotflow.posterior.psis`.
+here and in :mod:`sbi_slotflow.posterior.weights`.
 """
 
 import json
@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from ..seeding import draw_seed, generator_for
+from ..sets.checks import as_row
 from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
-from .resampling import systematic
+from .weights import systematic
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -129,12 +130,7 @@ def to_datatree(
         prior_rows = _chains(prior_samples, layout, "prior_samples")
         groups["prior"] = _dataset(prior_rows, layout)
     if true_theta is not None:
-        layout.validate(true_theta, "true_theta")
-        if true_theta.numel() != layout.size:
-            raise ValueError(
-                f"true_theta must be one row, got {tuple(true_theta.shape)}."
-            )
-        row = true_theta.reshape(1, 1, -1)
+        row = as_row(true_theta, layout).unsqueeze(0)
         dataset = _dataset(row, layout).isel(chain=0, draw=0, drop=True)
         names = {name: f"true_{name}" for name in map(str, dataset.data_vars)}
         groups["constant_data"] = dataset.rename(names)

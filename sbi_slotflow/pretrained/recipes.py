@@ -6,6 +6,7 @@ and seed by ``python -m sbi_slotflow.pretrained NAME``; a run keeps its state in
 """
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -28,10 +29,12 @@ __all__ = [
     "model_card",
     "pretrain",
     "training_reference",
+    "weights_file",
 ]
 
 # Signals that describe a problem's training data, and the stream of their seed.
 _REFERENCE_SIGNALS, _REFERENCE = 4_000, 3
+_WEIGHTS = files("sbi_slotflow") / "weights"
 
 
 @dataclass(frozen=True)
@@ -115,54 +118,54 @@ def training_reference(name: str) -> TrainingReference:
 
 def available_weights() -> tuple[str, ...]:
     """Names of the sets of weights in this installation."""
-    folder = files("sbi_slotflow") / "weights"
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in _WEIGHTS.iterdir()}
     cards = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     return tuple(sorted(name for name in cards if f"{name}.safetensors" in names))
 
 
+def weights_file(
+    name: str, suffix: str = "safetensors"
+) -> AbstractContextManager[Path]:
+    """Give the path of a shipped file while its context lasts."""
+    names = available_weights()
+    if name not in names:
+        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")
+    return as_file(_WEIGHTS / f"{name}.{suffix}")
+
+
 def model_card(name: str) -> dict[str, Any]:
-    """Return how a set of weights was trained and what was measured of it."""
-    _check_name(name)
-    card = files("sbi_slotflow") / "weights" / f"{name}.json"
-    return json.loads(card.read_text())
+    """Return how a set of weights was trained and what was measured of it.
+
+    Args:
+        name: See :func:`load_pretrained`.
+    """
+    with weights_file(name, "json") as path:
+        return json.loads(path.read_text())
 
 
 def load_pretrained(
     name: str, device: str | torch.device | None = None
 ) -> SlotPosterior:
-    """Load a posterior that is ready to use.
+    """Load a posterior that is ready to use; :func:`model_card` tells of it.
 
     Args:
         name: ``"sinusoids-tiny"``, ``"sinusoids-paper"`` or ``"sinusoids-crowded"``,
             for the problem of that preset, ``problems.sinusoids("tiny")`` say.
         device: Device of the posterior; the CPU if None.
 
-    Returns:
-        The posterior; :func:`model_card` says how it was trained and how good it is.
-
     Raises:
         ValueError: If there are no such weights.
     """
-    _check_name(name)
-    with as_file(files("sbi_slotflow") / "weights" / f"{name}.safetensors") as path:
+    with weights_file(name) as path:
         estimator = SlotDensityEstimator.load(path)
-    problem = RECIPES[name].problem
     if device is not None:
         estimator = estimator.to(device)
+    problem = RECIPES[name].problem
     posterior = SlotPosterior(
-        estimator, problem.prior, simulator=problem.simulator, device=device
+        estimator, problem.prior, problem.simulator, device=device
     )
-    reference = files("sbi_slotflow") / "weights" / f"{name}.reference.safetensors"
-    if reference.is_file():  # not every set of weights has one
-        with as_file(reference) as path:
+    if (_WEIGHTS / f"{name}.reference.safetensors").is_file():  # not every set has one
+        with weights_file(name, "reference.safetensors") as path:
             posterior.set_training_reference(TrainingReference.load(path))
     posterior.model_card = model_card(name)
     return posterior
-
-
-def _check_name(name: str) -> None:
-    """Raise ValueError unless there are weights of this name."""
-    names = available_weights()
-    if name not in names:
-        raise ValueError(f"name must be one of {list(names)}, got {name!r}.")

@@ -29,13 +29,10 @@ from ..sets.checks import Numbers
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
-from .noise import WhiteNoise
-from .simulator import AdditiveSimulator
+from .simulator import AdditiveSimulator, WhiteNoise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..posterior.chains import CollapsedDraws
 
 __all__ = [
     "Likelihood",
@@ -69,14 +66,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log p(x | theta) of a simulator, called as ``log_likelihood(theta, x)``.
-
-    :meth:`given` is for whoever asks often about the same x: what it returns owns all
-    that can be computed of x beforehand.
-
-    Attributes:
-        simulator: The simulator.
-    """
+    """Log p(x | theta) of a simulator, called as ``log_likelihood(theta, x)``."""
 
     simulator: AdditiveSimulator
 
@@ -85,13 +75,9 @@ class Likelihood:
         return self.simulator.log_likelihood(theta, x)
 
     def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
-        """Log p(x | theta) as a function of theta alone.
+        """Log p(x | theta) as a function of theta alone, rows that broadcast with x.
 
-        Args:
-            x: Observations, shape ``(T,)`` or ``(B, T)``.
-
-        Returns:
-            A function of rows ``(..., E)`` that broadcast with x.
+        It owns all that can be computed of x, ``(T,)`` or ``(B, T)``, beforehand.
         """
         return lambda theta: self(theta, x)
 
@@ -174,19 +160,11 @@ class Problem:
         return Likelihood(self.simulator)
 
     def build_encoder(self, **options: Any) -> nn.Module:
-        """Return a fresh encoder for this problem's data.
-
-        Args:
-            options: Options of the encoder's class.
-        """
+        """Return a fresh encoder for this problem's data, with its class's options."""
         return MLPEncoder(self.num_data, **options)
 
     def build_token_encoder(self, **options: Any) -> nn.Module | None:
-        """Return a fresh encoder with a token for each cell of the location axis.
-
-        Args:
-            options: Options of the encoder's class.
-        """
+        """Return a fresh encoder with a token for each cell of the location axis."""
         return None
 
     def location_axis(self) -> CellAxis | None:
@@ -201,32 +179,18 @@ class Problem:
         """Return the transform of a component to what the flow sees."""
         return WhiteningChart(self.prior.component_marginals)
 
-    def collapsed(self, x: Tensor, **options: Any) -> "CollapsedDraws":
-        """Draw from the exact posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
-
-        Raises:
-            TypeError: If this problem has no sampler of its own.
-        """
+    def collapsed(self, x: Tensor, **options: Any) -> Any:
+        """Draw from the exact posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`."""
         raise TypeError(f"problem {self.name!r} has no collapsed sampler.")
 
     def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
-        """Approximate the posterior without a network.
-
-        See :func:`sbi_slotflow.rjmcmc.laplace_proposal`.
-
-        Raises:
-            TypeError: If this problem has none.
-        """
+        """Return what :func:`sbi_slotflow.rjmcmc.laplace_proposal` does."""
         raise TypeError(f"problem {self.name!r} has no Laplace proposal.")
 
     def plot_spectrum(
         self, samples: Tensor, x: Tensor, true_theta: Tensor | None = None
     ) -> "Figure":
-        """Plot spectrum and posterior; see :func:`sbi_slotflow.plots.plot_spectrum`.
-
-        Raises:
-            ValueError: If x has no spectrum.
-        """
+        """Plot spectrum and posterior; see :func:`sbi_slotflow.plots.plot_spectrum`."""
         raise ValueError(
             f"plot_spectrum needs a problem with a spectrum, got {self.name!r}."
         )
@@ -270,11 +234,7 @@ class Trace(Problem):
             )
 
     def build_token_encoder(self, **options: Any) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell.
-
-        Args:
-            options: Options of the encoder.
-        """
+        """Return a :class:`TokenEncoder` with a token for each cell."""
         return TokenEncoder(TraceTokens(self.num_data, self.cells), **options)
 
     def location_axis(self) -> CellAxis:

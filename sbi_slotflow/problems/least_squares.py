@@ -11,7 +11,7 @@ cost of T K D numbers a set. A signal whose inner products have closed forms can
 less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from torch.func import jvp
 from torch.quasirandom import SobolEngine
 
 from ..nn.gauss_newton import NormalEquations
-from ..nn.registry import build, describe, register
+from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
 
 __all__ = ["AdditiveFit", "AdditiveLeastSquares"]
@@ -38,7 +38,7 @@ class AdditiveFit:
     """Normal equations of K components in white noise.
 
     A file can describe it if the signal is a registered part
-    (:mod:`sbi_slotflow.nn.registry`); an estimator that was saved with another signal
+    (:mod:`sbi_slotflow.nn.spec`); an estimator that was saved with another signal
     is loaded with ``fit=...``.
 
     Attributes:
@@ -46,9 +46,6 @@ class AdditiveFit:
             its own, by operations that torch can differentiate in forward mode.
         marginals: Prior marginals of the D parameters, ``prior.component_marginals``.
         location: Index of the location among the parameters.
-
-    Raises:
-        ValueError: If ``location`` is no index of a parameter.
     """
 
     component_signal: Callable[[Tensor], Tensor]
@@ -90,12 +87,7 @@ class AdditiveFit:
 
 @dataclass(frozen=True)
 class AdditiveLeastSquares:
-    """Least squares of given observations.
-
-    Attributes:
-        fit: The signal.
-        data: The observations, shape ``(B, T)``.
-    """
+    """Least squares of given observations ``(B, T)``."""
 
     fit: AdditiveFit
     data: Tensor
@@ -103,41 +95,28 @@ class AdditiveLeastSquares:
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
 
-        The candidates are the same low-discrepancy set for every component: evenly
-        spread over its interval and over the quantiles of the other marginals. One
-        component after the other takes the candidate that leaves least residual power,
-        in two rounds; see :class:`~sbi_slotflow.nn.gauss_newton.LeastSquares`.
+        Candidates are one low-discrepancy set, spread over intervals and quantiles. One
+        component after the other takes the one that leaves least power, in two rounds.
         """
         candidates = self._candidates(low.double(), high.double())
-        size = self._num_sets(mask.shape[-1] * _SEARCH_POINTS)
-        parts = zip(
-            owner.split(size), candidates.split(size), mask.split(size), strict=True
-        )
-        return torch.cat(
-            [
-                self._choose(self.data[index], part, active)
-                for index, part, active in parts
-            ]
-        )
+        signals = mask.shape[-1] * _SEARCH_POINTS
+        parts = self._parts(signals, owner, candidates, mask)
+        return torch.cat([self._choose(self.data[i], *part) for i, *part in parts])
 
     def normal_equations(
         self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
         """Linearise the sum of the components about their present values."""
         components = components.double()
-        size = self._num_sets(components.shape[-2] * components.shape[-1])
-        parts = zip(
-            owner.split(size), components.split(size), mask.split(size), strict=True
-        )
-        found = [
-            self._linearise(self.data[index].double(), part, active)
-            for index, part, active in parts
-        ]
+        signals = components.shape[-2] * components.shape[-1]
+        parts = self._parts(signals, owner, components, mask)
+        found = [self._linearise(self.data[i].double(), *part) for i, *part in parts]
         return NormalEquations(*(torch.cat(each) for each in zip(*found, strict=True)))
 
-    def _num_sets(self, signals: int) -> int:
-        """Sets handled at once, with that many signals each."""
-        return max(1, _MOST_NUMBERS // max(1, signals * self.data.shape[-1]))
+    def _parts(self, signals: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Sets to handle at once, with that many signals each."""
+        size = max(1, _MOST_NUMBERS // max(1, signals * self.data.shape[-1]))
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     def _linearise(
         self, data: Tensor, components: Tensor, mask: Tensor
@@ -167,15 +146,10 @@ class AdditiveLeastSquares:
         # The sequence's first point is the corner, where a quantile may be infinite.
         engine = SobolEngine(len(self.fit.marginals))
         points = engine.draw(_SEARCH_POINTS + 1, dtype=torch.float64)[1:].to(low.device)
-        columns = []
-        for d, marginal in enumerate(self.fit.marginals):
-            fraction = points[:, d]
-            if d == self.fit.location:
-                width = (high - low).unsqueeze(-1)
-                columns.append(low.unsqueeze(-1) + width * fraction)
-            else:
-                value = marginal.quantile(fraction)
-                columns.append(value.expand(*low.shape, -1))
+        named = zip(self.fit.marginals, points.unbind(-1), strict=True)
+        columns = [m.quantile(share).expand(*low.shape, -1) for m, share in named]
+        place = points[:, self.fit.location]
+        columns[self.fit.location] = torch.lerp(low[..., None], high[..., None], place)
         return torch.stack(columns, -1)
 
     def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:

@@ -33,8 +33,7 @@ from ..sets.checks import Numbers
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
 from .base import Problem
-from .noise import WhiteNoise
-from .simulator import AdditiveSimulator
+from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = ["ExactLinearGaussianPosterior", "LinearGaussian", "linear_gaussian"]
 
@@ -99,11 +98,7 @@ def linear_gaussian(max_cardinality: int = 3) -> LinearGaussian:
 
 
 class ExactLinearGaussianPosterior(Refinable):
-    """Closed-form posterior.
-
-    Args:
-        problem: The linear-Gaussian problem.
-    """
+    """Closed-form posterior of a linear-Gaussian problem."""
 
     def __init__(self, problem: LinearGaussian) -> None:
         self.problem, self.prior = problem, problem.prior
@@ -130,22 +125,14 @@ class ExactLinearGaussianPosterior(Refinable):
     def with_cardinality_prior(
         self, weights: Sequence[float] | Tensor
     ) -> "ExactLinearGaussianPosterior":
-        """Return the posterior under another prior of K.
-
-        Args:
-            weights: Weights of K = 0..Kmax.
-        """
+        """Return the posterior under another prior of K, weights of 0..Kmax."""
         prior = self.prior.with_cardinality(weights)
         new = ExactLinearGaussianPosterior(replace(self.problem, prior=prior))
         return new if self.default_x is None else new.set_default_x(self.default_x)
 
 
 class LinearGaussianSets(SetDistribution):
-    """The closed-form posterior given B observations.
-
-    Args:
-        problem: The linear-Gaussian problem.
-        x: Observations, shape ``(B, T)``.
+    """The closed-form posterior given observations ``(B, T)``.
 
     Attributes:
         log_evidence: log p(x | K), float64, shape ``(B, Kmax + 1)``.
@@ -162,10 +149,9 @@ class LinearGaussianSets(SetDistribution):
         mean = k.unsqueeze(-1) * problem.mean.double()
         miss = self._inside.unsqueeze(-2) - mean
         rest = x.square().sum(-1) - self._inside.square().sum(-1)
-        square = miss.square().sum(-1) / variance
-        square = square + rest.unsqueeze(-1) / problem.sigma**2
-        log_det = num_params * variance.log()
-        log_det = log_det + 2 * (num_data - num_params) * math.log(problem.sigma)
+        square = miss.square().sum(-1) / variance + rest[:, None] / problem.sigma**2
+        log_det = 2 * (num_data - num_params) * math.log(problem.sigma)
+        log_det = num_params * variance.log() + log_det
         log_det = log_det + num_data * math.log(2 * math.pi)
         self.log_evidence = -0.5 * (square + log_det)
 

@@ -5,18 +5,80 @@ r"""Simulators whose signal is the sum of the components' signals.
     \epsilon \sim p(\epsilon | s_1 \ldots s_S)
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..sets.checks import Numbers, as_floats
+from ..sets.checks import Numbers, as_count, as_floats
 from ..sets.layout import ThetaLayout
-from .noise import NoiseModel
 
-__all__ = ["AdditiveSimulator", "SummedSignal"]
+__all__ = [
+    "AdditiveSimulator",
+    "NoiseModel",
+    "SummedSignal",
+    "WhiteNoise",
+    "white_log_prob",
+]
+
+
+class NoiseModel(Protocol):
+    """What a simulator needs of its noise; both may depend on shared parameters."""
+
+    def sample(
+        self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw noise of the shape of ``signal`` (B, T) given ``shared`` (B, S)."""
+        ...
+
+    def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
+        """Log density (...) of residuals (..., T) given ``shared`` (..., S)."""
+        ...
+
+
+@dataclass(frozen=True)
+class WhiteNoise:
+    r"""Independent Gaussian noise of one standard deviation.
+
+    .. math::
+        \log p(r) = -T \log\sigma - \tfrac{T}{2} \log 2\pi - \|r\|^2 / (2\sigma^2)
+
+    Attributes:
+        sigma: The standard deviation, or None to read it from a shared parameter.
+        shared_index: Which shared parameter is the standard deviation.
+    """
+
+    sigma: float | None = None
+    shared_index: int = 0
+
+    def scale(self, shared: Tensor) -> Tensor:
+        """Standard deviation of each row, shape ``shared.shape[:-1]``."""
+        if self.sigma is None:
+            return shared[..., self.shared_index]
+        return shared.new_full(shared.shape[:-1], self.sigma)
+
+    def sample(
+        self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw noise of the shape of ``signal``."""
+        noise = torch.empty_like(signal).normal_(generator=generator)
+        return noise.mul_(self.scale(shared).unsqueeze(-1))
+
+    def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
+        """Log density of residuals, -inf where sigma is not positive."""
+        return white_log_prob(residual, self.scale(shared))
+
+
+def white_log_prob(residual: Tensor, sigma: Tensor) -> Tensor:
+    """Log density of residuals ``(..., T)``, -inf where sigma is not positive."""
+    sigma = sigma.to(residual)
+    norm = residual.shape[-1] * (sigma.log() + 0.5 * math.log(2 * math.pi))
+    value = -norm - 0.5 * residual.square().sum(-1) / sigma.square()
+    return torch.where(sigma > 0, value, value.new_full((), -math.inf))
 
 
 @runtime_checkable
@@ -66,12 +128,8 @@ class AdditiveSimulator:
             raise TypeError(
                 f"layout must be a prior's layout, got {type(layout).__name__}."
             )
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        self.component_signal = component_signal
-        self.noise = noise
-        self.layout = layout
-        self.chunk_size = chunk_size
+        self.component_signal, self.noise, self.layout = component_signal, noise, layout
+        self.chunk_size = as_count(chunk_size, "chunk_size")
 
     def __call__(
         self, theta: Tensor, generator: torch.Generator | None = None
@@ -103,18 +161,11 @@ class AdditiveSimulator:
         return self._in_chunks(self._signal, theta)
 
     def component_signals(self, theta: Tensor) -> Tensor:
-        """Return each component's signal, zero where there is none.
-
-        Args:
-            theta: Rows of shape ``(..., E)``.
-
-        Returns:
-            Signals of shape ``(..., Kmax, T)``.
-        """
+        """Each component's signal ``(..., Kmax, T)``, zero where there is none."""
         self.layout.validate(theta)
         parts = self.layout.unpack(theta)
         signals = self._each(parts.components)
-        return torch.where(parts.mask.unsqueeze(-1), signals, signals.new_zeros(()))
+        return torch.where(parts.mask.unsqueeze(-1), signals, 0.0)
 
     def log_likelihood(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta) exactly.
@@ -140,10 +191,9 @@ class AdditiveSimulator:
         data = data.reshape(-1, data.shape[-1]) if x.ndim > 1 else data
         values = []
         for start in range(0, len(rows), self.chunk_size):
-            stop = start + self.chunk_size
-            part = rows[start:stop]
+            part = rows[start : start + self.chunk_size]
             signal = self._signal(part)
-            here = data[start:stop] if x.ndim > 1 else x.double()
+            here = data[start : start + len(part)] if x.ndim > 1 else x.double()
             if here.shape[-1] != signal.shape[-1]:
                 raise ValueError(
                     f"x must have {signal.shape[-1]} entries on its last axis, got "
@@ -156,12 +206,7 @@ class AdditiveSimulator:
         return torch.cat(values).reshape(batch)
 
     def checked_data(self, x: Numbers) -> Tensor:
-        """Return data as a floating-point tensor.
-
-        Raises:
-            TypeError: If x holds no real numbers.
-            ValueError: If x has no axis, NaN or Inf.
-        """
+        """Return data as a floating-point tensor with an axis, free of NaN and Inf."""
         x = as_floats(x, "x")
         if x.ndim < 1:
             raise ValueError("x must have at least one axis, got a scalar.")
@@ -172,13 +217,7 @@ class AdditiveSimulator:
     def noise_log_prob(
         self, residual: Tensor, signal: Tensor, shared: Tensor
     ) -> Tensor:
-        """Log density of residuals; override it for noise that follows the signal.
-
-        Args:
-            residual: Data less signals, shape ``(B, T)``.
-            signal: Signals, shape ``(B, T)``.
-            shared: Shared parameters, shape ``(B, S)``.
-        """
+        """Log density of residuals; override it for noise that follows the signal."""
         return self.noise.log_prob(residual, shared)
 
     def _signal(self, rows: Tensor) -> Tensor:

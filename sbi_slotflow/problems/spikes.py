@@ -17,11 +17,11 @@ from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import Independent
 
-from ..nn.registry import register
+from ..nn.spec import register
+from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .base import Trace, log_uniform, uniform
-from .noise import WhiteNoise
-from .simulator import AdditiveSimulator
+from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = ["SpikeSignal", "spikes"]
 
@@ -31,11 +31,7 @@ _CELLS = 64
 @register("signal")
 @dataclass(frozen=True)
 class SpikeSignal:
-    """Gaussian pulses of components (time, width, amplitude).
-
-    Attributes:
-        num_samples: Number T of samples.
-    """
+    """Gaussian pulses of components (time, width, amplitude), at T samples."""
 
     num_samples: int
 
@@ -83,8 +79,7 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
         raise ValueError(
             f"num_samples must be a positive multiple of {_CELLS}, got {num_samples}."
         )
-    if max_cardinality < 1:
-        raise ValueError(f"max_cardinality must be at least 1, got {max_cardinality}.")
+    as_count(max_cardinality, "max_cardinality")
     parts = [uniform(0.0, 1.0), log_uniform(0.006, 0.03), uniform(0.5, 2.0)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),

@@ -1,16 +1,16 @@
 """Reference samplers of the exact posterior, and a proposal made by hand.
 
-``SlotFlowMove`` subclasses a move of Eryn, which is imported when it is asked for.
+What builds on Eryn, an optional dependency, is imported when it is asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..posterior.chains import CollapsedDraws
-from .eryn_bridge import ErynSampler, eryn_sampler
-from .exact import collapsed, laplace_proposal
-from .fixed_k import fixed_k
+from ..posterior.draws import CollapsedDraws
+from .exact import collapsed, fixed_k, laplace_proposal
 
 if TYPE_CHECKING:
+    from .eryn_bridge import ErynSampler, eryn_sampler
     from .eryn_moves import SlotFlowMove
 
 __all__ = [
@@ -25,8 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SlotFlowMove":
-        from .eryn_moves import SlotFlowMove
-
-        return SlotFlowMove
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "eryn_moves" if name == "SlotFlowMove" else "eryn_bridge"
+    return getattr(import_module(f".{module}", __name__), name)

@@ -1,10 +1,22 @@
 r"""Reversible-jump MCMC with Eryn (Karnesis et al. 2023) for the package's problems.
 
 One branch holds the components, a second one of exactly one leaf the shared parameters.
-Prior and likelihood are the problem's own (:mod:`.eryn_target`); walkers at ten
-temperatures move by :class:`ComponentStretchMove` given K, by births and deaths drawn
-from the prior or, with :class:`SlotFlowMove`, from trained slots between K's, and by
-swaps between temperatures.
+Prior and likelihood are the problem's own; walkers at ten temperatures move by
+:class:`ComponentStretchMove` given K, by births and deaths drawn from the prior or,
+with :class:`SlotFlowMove`, from trained slots between K's, and by swaps between
+temperatures.
+
+Eryn keeps components as *leaves* of a branch: Kmax places of which K are in use. It
+chooses the place of a birth among the Kmax - K free ones and the victim of a death
+among the K + 1 used ones, and corrects for neither. That is right for the target
+
+.. math::
+    \log \pi = \log p(K) + \log p(s) + \sum_{k=1}^{K} \log p(\theta_k) - \log Z_K
+
+which is the package's density of the set less log K!: the C(Kmax, K) choices of places
+and the two missing probabilities cancel, so K's marginal is p(K). Where no leaf is in
+use at all, Eryn sets the log-prior to zero, whatever the prior says. Without shared
+parameters that is K = 0, so the prior is scaled to be one there.
 
 What to know of Eryn 1.2.6:
 
@@ -27,35 +39,50 @@ What to know of Eryn 1.2.6:
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..nn.charts import WhiteningChart
 from ..posterior.component_proposals import PriorComponents
 from ..posterior.draws import PosteriorDraws
+from ..posterior.importance import likelihood_of
 from ..problems.base import Problem
-from .eryn_start import Samples, start_rows
-from .eryn_target import COMPONENTS, JointPrior, Leaves, joint_log_likelihood
+from ..seeding import forked_rng, generator_for
+from ..sets.checks import as_count
+from ..sets.layout import ThetaLayout
+from ..sets.prior import VariableKPrior
+from .eryn_moves import (
+    COMPONENTS,
+    SHARED,
+    Arrays,
+    ComponentStretchMove,
+    Floats,
+    SlotFlowMove,
+    leaf_limits,
+)
+
+# After .eryn_moves, which makes sure that Eryn can be imported.
+from eryn.ensemble import EnsembleSampler  # isort: skip
+from eryn.moves import ReversibleJumpMove  # isort: skip
+from eryn.state import State  # isort: skip
+from eryn.utils import PeriodicContainer  # isort: skip
 
 __all__ = ["ErynSampler", "eryn_sampler"]
 
 # Temperatures rise by equal factors up to this one; the last is infinite.
 _MAX_TEMPERATURE = 1e3
+# Scatter of walkers around the truth, in the prior's standard deviations.
+_SCATTER = 1e-3
 
 
 class ErynSampler:
     """An Eryn sampler with its walkers; made by :func:`eryn_sampler`.
-
-    Args:
-        problem: The problem.
-        x: The observation, shape ``(T,)``.
-        sampler: Eryn's ``EnsembleSampler``.
-        start: Rows at which walkers start, ``(temperatures, walkers, E)``.
-        seed: Seed of all randomness.
 
     Attributes:
         sampler: Eryn's ``EnsembleSampler``.
@@ -64,10 +91,8 @@ class ErynSampler:
     def __init__(
         self, problem: Problem, x: Tensor, sampler: Any, start: Tensor, seed: int
     ) -> None:
-        from eryn.state import State
-
         self.problem, self.x, self.sampler = problem, x, sampler
-        self._leaves = Leaves(problem.layout)
+        self._leaves = _Leaves(problem.layout)
         coords, inds = self._leaves.from_rows(start)
         self._state: Any = State(coords, inds=inds)
         sampler.random_state = _numpy_state(seed, 0)
@@ -91,16 +116,11 @@ class ErynSampler:
             The cold walkers, theta of shape ``(walkers, num_steps // thin, E)``.
 
         Raises:
+            TypeError: If a number is no integer.
             ValueError: If a number is too small.
         """
-        for name, value, least in (
-            ("num_steps", num_steps, 1),
-            ("burn_in", burn_in, 0),
-            ("thin", thin, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value}.")
-        if num_steps < thin:
+        burn_in, thin = as_count(burn_in, "burn_in", 0), as_count(thin, "thin")
+        if as_count(num_steps, "num_steps") < thin:
             raise ValueError(f"num_steps must be at least thin, got {num_steps}.")
         rows = []
         with self._global_generator(), warnings.catch_warnings():
@@ -156,7 +176,7 @@ def eryn_sampler(
     start: Literal["prior", "truth", "slotflow"] = "prior",
     *,
     theta: Tensor | None = None,
-    posterior: Samples | None = None,
+    posterior: Any = None,
     num_walkers: int = 20,
     num_temperatures: int = 10,
     moves: Sequence[Any] | None = None,
@@ -183,29 +203,15 @@ def eryn_sampler(
             ``num_repeats_in_model``.
 
     Raises:
-        ImportError: If Eryn is not installed.
-        TypeError: If problem is no ``Problem``.
+        TypeError: If problem is no ``Problem``, or a number no integer.
         ValueError: If an argument has a wrong shape or value, is missing, or a start
             lies outside the prior's support.
     """
-    from .eryn_import import require_eryn
-
-    require_eryn()
-    from eryn.ensemble import EnsembleSampler
-    from eryn.moves import ReversibleJumpMove
-    from eryn.utils import PeriodicContainer
-
-    from .eryn_moves import ComponentStretchMove, SlotFlowMove, leaf_limits
-
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}.")
-    for name, value, least in (
-        ("num_walkers", num_walkers, 2),
-        ("num_temperatures", num_temperatures, 1),
-        ("seed", seed, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value}.")
+    num_walkers = as_count(num_walkers, "num_walkers", 2)
+    num_temperatures = as_count(num_temperatures, "num_temperatures")
+    seed = as_count(seed, "seed", 0)
     data = torch.as_tensor(x)
     if data.shape not in ((problem.num_data,), (1, problem.num_data)):
         raise ValueError(
@@ -215,12 +221,12 @@ def eryn_sampler(
     if not torch.isfinite(data).all():
         raise ValueError("x must be finite, got NaN or Inf.")
     data = data.reshape(-1)
-    rows = start_rows(
+    rows = _start_rows(
         problem, data, start, theta, posterior, num_temperatures * num_walkers, seed
     )
     prior, layout = problem.prior, problem.layout
     low, high = leaf_limits(prior)
-    branches = Leaves(layout).branches
+    branches = _Leaves(layout).branches
     pairs = [move if isinstance(move, tuple) else (move, 1.0) for move in moves or ()]
     jumps = [pair for pair in pairs if isinstance(pair[0], ReversibleJumpMove)]
     others = [pair for pair in pairs if not isinstance(pair[0], ReversibleJumpMove)]
@@ -232,15 +238,16 @@ def eryn_sampler(
         key_order={name: list(parameters) for name, parameters in branches.items()},
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)
+    ladder = np.geomspace(1, 1 / _MAX_TEMPERATURE, num_temperatures)
     sampler = EnsembleSampler(
         num_walkers,
         {name: len(parameters) for name, parameters in branches.items()},
-        joint_log_likelihood(problem, data),
-        {"all_models_together": JointPrior(prior)},
+        _joint_log_likelihood(problem, data),
+        {"all_models_together": _JointPrior(prior)},
         provide_groups=True,
         vectorize=True,
         tempering_kwargs=(
-            {"betas": _ladder(num_temperatures)} if num_temperatures > 1 else {}
+            {"betas": np.append(ladder[:-1], 0.0)} if num_temperatures > 1 else {}
         ),
         branch_names=list(branches),
         nleaves_max=high,  # pyright: ignore[reportArgumentType]
@@ -261,11 +268,145 @@ def eryn_sampler(
     )
 
 
-def _ladder(num: int) -> Any:
-    """Inverse temperatures of ``num`` > 1 rungs."""
-    return np.append(np.geomspace(1, 1 / _MAX_TEMPERATURE, num)[:-1], 0.0)
-
-
 def _numpy_state(seed: int, stream: int) -> Any:
     words = np.random.SeedSequence((seed, stream)).generate_state(8)
     return np.random.RandomState(words).get_state()
+
+
+def _start_rows(
+    problem: Problem,
+    x: Tensor,
+    start: str,
+    theta: Tensor | None,
+    posterior: Any,
+    num: int,
+    seed: int,
+) -> Tensor:
+    """Draw the rows ``(num, E)`` at which walkers start; see :func:`eryn_sampler`."""
+    generator = generator_for(seed)
+    if start == "prior":
+        rows = problem.prior.sample((num,), generator)
+    elif start == "truth":
+        if theta is None:
+            raise ValueError('theta must be given for start="truth".')
+        problem.layout.validate(theta)
+        rows = theta.expand(num, -1)
+    elif start == "slotflow":
+        if posterior is None:
+            raise ValueError('posterior must be given for start="slotflow".')
+        with forked_rng(generator):
+            rows = posterior.sample((num,), x=x).cpu()
+    else:
+        raise ValueError(
+            f"start must be 'prior', 'truth' or 'slotflow', got {start!r}."
+        )
+    outside = ~torch.isfinite(problem.prior.log_prob(rows))
+    if outside.any():
+        raise ValueError(
+            f"start={start!r} must give rows in the prior's support, got "
+            f"{int(outside.sum())} of {num} outside."
+        )
+    return _scattered(problem, rows, generator) if start == "truth" else rows
+
+
+def _scattered(problem: Problem, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Scatter rows a little, in the chart's coordinates and within the support."""
+    parts = problem.layout.unpack(rows.double())
+
+    def moved(values: Tensor, chart: Any) -> Tensor:
+        u, _ = chart.forward(values)
+        noise = torch.randn(u.shape, generator=generator, dtype=u.dtype)
+        return chart.inverse(u + _SCATTER * noise)
+
+    components = torch.where(
+        parts.mask.unsqueeze(-1),
+        moved(parts.components, problem.build_chart()),
+        parts.components,
+    )
+    shared = parts.shared
+    if problem.layout.num_shared:
+        shared = moved(shared, WhiteningChart(problem.prior.shared_marginals))
+    new = problem.layout.pack(parts.cardinality, components, shared)
+    inside = torch.isfinite(problem.prior.log_prob(new))
+    return torch.where(inside.unsqueeze(-1), new, rows.double())
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """The branches of a layout, and the way between theta rows and leaves."""
+
+    layout: ThetaLayout
+
+    @property
+    def branches(self) -> dict[str, tuple[str, ...]]:
+        """Names of the branches and of their parameters."""
+        names = {COMPONENTS: self.layout.component_names}
+        shared = self.layout.shared_names
+        return names | ({SHARED: shared} if shared else {})
+
+    def from_rows(self, theta: Tensor) -> tuple[Arrays, Arrays]:
+        """Eryn's ``coords`` and ``inds`` of rows ``(temperatures, walkers, E)``."""
+        parts = self.layout.unpack(theta.double())
+        coords = {COMPONENTS: parts.components.numpy().copy()}
+        inds = {COMPONENTS: parts.mask.numpy().copy()}
+        if self.layout.num_shared:
+            coords[SHARED] = parts.shared.unsqueeze(-2).numpy().copy()
+            inds[SHARED] = np.ones(coords[SHARED].shape[:-1], dtype=bool)
+        return coords, inds
+
+    def to_rows(self, coords: Arrays, inds: Arrays) -> Tensor:
+        """Collect leaves into float64 rows ``(temperatures, walkers, E)``."""
+        used = inds[COMPONENTS]
+        order = np.argsort(~used, axis=-1, kind="stable")[..., None]
+        components = np.take_along_axis(coords[COMPONENTS], order, axis=-2)
+        shared = coords[SHARED][..., 0, :] if self.layout.num_shared else None
+        return self.layout.pack(
+            torch.from_numpy(used.sum(-1)),
+            torch.from_numpy(components),
+            None if shared is None else torch.from_numpy(shared),
+        )
+
+
+class _JointPrior:
+    """Prior over all branches at once, with the names that Eryn asks for."""
+
+    def __init__(self, prior: VariableKPrior) -> None:
+        self.prior, self.leaves = prior, _Leaves(prior.layout)
+        self.key_order = [name for b in self.leaves.branches.values() for name in b]
+        empty = prior.log_cardinality_probs[0].item()
+        scaled = prior.layout.num_shared == 0 and np.isfinite(empty)
+        self._offset = empty if scaled else 0.0
+
+    def logpdf(
+        self, coords: Arrays, inds: Arrays, supps: Any = None, branch_supps: Any = None
+    ) -> Floats:
+        """Evaluate the log-prior of every walker, ``(temperatures, walkers)``."""
+        rows = self.leaves.to_rows(coords, inds)
+        k = self.prior.layout.cardinality(rows)
+        value = self.prior.log_prob(rows) - torch.lgamma(k.double() + 1)
+        return (value - self._offset).numpy()
+
+
+def _joint_log_likelihood(problem: Problem, x: Tensor) -> Callable[[Any, Any], Floats]:
+    """The likelihood of x as a function of the leaves in use and of their walkers.
+
+    Leaves are ``(n, parameters)`` and walkers ``(n,)``, for each branch.
+    """
+    evaluate = likelihood_of(problem.log_likelihood, x.double())
+    layout = problem.layout
+
+    def log_likelihood(params: Any, groups: Any) -> Floats:
+        if layout.num_shared:
+            (leaves, shared), (owner, _) = params, groups
+        else:
+            leaves, owner = params, groups
+            shared = np.zeros((owner.max(initial=-1) + 1, 0))
+        size = len(shared), layout.max_cardinality, layout.num_component_params
+        components = np.zeros(size)
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        components[owner, place] = leaves
+        counts = np.bincount(owner, minlength=len(shared))
+        parts = [torch.from_numpy(array) for array in (counts, components, shared)]
+        return evaluate(layout.pack(*parts)).numpy()
+
+    return log_likelihood

@@ -16,7 +16,10 @@ leaves, those not in use included, and its factor z^(n - 1) counts the dimension
 all, so that the leaves in use do not keep their distribution.
 """
 
+import importlib
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -30,14 +33,42 @@ from ..posterior.component_proposals import ComponentProposal, PooledComponents
 from ..seeding import generator_for
 from ..sets.checks import Numbers
 from ..sets.prior import VariableKPrior
-from .eryn_import import require_eryn
-from .eryn_target import COMPONENTS, SHARED, Arrays, Floats
+
+
+def require_eryn() -> None:
+    """Import Eryn, an optional dependency, into today's surroundings.
+
+    Eryn 1.2.6 calls ``numpy.in1d``, which numpy 2.4 no longer has, and imports ArviZ,
+    whose plots use ``matplotlib.style.core`` without importing it, which matplotlib
+    3.11 no longer does by itself. Both names are put back where they are missing.
+
+    Raises:
+        ImportError: If Eryn is not installed.
+    """
+    if not hasattr(np, "in1d"):
+        setattr(np, "in1d", np.isin)  # noqa: B010  numpy's stubs know no such name
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore")  # the module is deprecated
+        importlib.import_module("matplotlib.style.core")
+    try:
+        importlib.import_module("eryn.ensemble")
+    except ImportError as error:
+        raise ImportError(
+            "Eryn is needed for this sampler: pip install sbi-slotflow[rjmcmc]."
+        ) from error
+
 
 require_eryn()
 
 from eryn.moves import MHMove, ReversibleJumpMove  # noqa: E402
 
-__all__ = ["ComponentStretchMove", "SlotFlowMove", "leaf_limits"]
+__all__ = ["ComponentStretchMove", "SlotFlowMove", "leaf_limits", "require_eryn"]
+
+# Names of the branches.
+COMPONENTS, SHARED = "components", "shared"
+
+Floats = NDArray[np.float64]
+Arrays = dict[str, NDArray[Any]]
 
 
 def leaf_limits(prior: VariableKPrior) -> tuple[dict[str, int], dict[str, int]]:
@@ -110,9 +141,9 @@ class SlotFlowMove(ReversibleJumpMove):
         super().__init__(nleaves_max=nleaves_max, nleaves_min=nleaves_min, **kwargs)
         self.branch, self.update_share = branch, update_share
         # the distinct proposals, and which of them serves K = 0 (never asked), 1, ...
-        self._proposals = list({id(one): one for one in each}.values())
-        index = [[id(p) for p in self._proposals].index(id(one)) for one in each]
-        self._proposal_of = np.array([0, *index])
+        found = {id(one): one for one in each}
+        self._proposals = list(found.values())
+        self._proposal_of = np.array([0, *(list(found).index(id(one)) for one in each)])
 
     @classmethod
     def from_posterior(
@@ -161,9 +192,7 @@ class SlotFlowMove(ReversibleJumpMove):
     ) -> tuple[Arrays, Arrays, Floats]:
         """Propose one change for every walker; see Eryn's ``ReversibleJumpMove``.
 
-        Returns:
-            New coordinates, new ``inds`` and the logarithm of the proposals' ratio,
-            -inf where there is no component to update.
+        The log ratio of proposals is -inf where there is no component to update.
         """
         coords = all_coords[self.branch].copy()
         inds = all_inds[self.branch].copy()
@@ -191,11 +220,8 @@ class SlotFlowMove(ReversibleJumpMove):
                 coords[t, w, leaf[t, w]] = new.double().numpy()
         t, w = np.nonzero(change)
         inds[t, w, leaf[t, w]] = change[t, w] == 1
-        return (
-            all_coords | {self.branch: coords},
-            all_inds | {self.branch: inds},
-            factors,
-        )
+        new_coords = all_coords | {self.branch: coords}
+        return new_coords, all_inds | {self.branch: inds}, factors
 
 
 class ComponentStretchMove(MHMove):

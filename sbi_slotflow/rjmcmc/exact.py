@@ -1,18 +1,30 @@
-"""Samplers that a problem brings along: a reference, a proposal without network.
+r"""Samplers that a problem brings along, and the exact posterior of one K.
 
-Which moves and which algebra they use is the problem's own; see the hooks ``collapsed``
-and ``laplace_proposal`` of :class:`~sbi_slotflow.problems.Problem`.
+Moves and algebra are the problem's own; see the hooks ``collapsed`` and
+``laplace_proposal`` of :class:`~sbi_slotflow.problems.Problem`.
+
+:func:`fixed_k` weights the draws of a Laplace proposal at one K by
+
+.. math::
+    \frac{p(\Theta, \sigma | K)\, p(x | \Theta, \sigma)}
+         {q(\Theta, \sigma | K)},
+
+whose mean is p(x | K). This is the reference for widths where one mode rules, and for
+evidences.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..posterior.chains import CollapsedDraws
-from ..problems import Problem
+from ..posterior import refine
+from ..posterior.draws import CollapsedDraws, RefinedPosterior
+from ..problems.base import Problem
 
-__all__ = ["collapsed", "laplace_proposal"]
+__all__ = ["collapsed", "fixed_k", "laplace_proposal"]
 
 
 def collapsed(problem: Problem, x: Tensor, **options: Any) -> CollapsedDraws:
@@ -58,6 +70,51 @@ def laplace_proposal(
         ValueError: If x is malformed or a cardinality impossible.
     """
     return _checked(problem).laplace_proposal(x, cardinalities=cardinalities, seed=seed)
+
+
+def fixed_k(
+    problem: Problem,
+    x: Tensor,
+    k: int,
+    *,
+    num_samples: int = 20_000,
+    seed: int = 0,
+) -> RefinedPosterior:
+    """Draw from p(Theta, sigma | x, K).
+
+    Args:
+        problem: A problem with a Laplace proposal.
+        x: The observation, shape ``(T,)`` or ``(1, T)``.
+        k: The cardinality.
+        num_samples: Number of weighted draws.
+        seed: Seed.
+
+    Returns:
+        Weighted draws; ``log_evidence`` is log p(x | K), without p(K).
+
+    Raises:
+        TypeError, ValueError: See :func:`laplace_proposal`; or if the prior excludes k.
+
+    Warns:
+        UnreliableWeights: If k-hat exceeds 0.7 or too few draws are effective, as where
+            a component is too weak to have one mode.
+    """
+    weights = torch.zeros(problem.prior.max_cardinality + 1)
+    if not 0 <= k < len(weights) or problem.prior.cardinality_probs[k] == 0:
+        raise ValueError(f"k must be a cardinality that the prior allows, got {k!r}.")
+    weights[k] = 1.0
+    given_k = replace(problem, prior=problem.prior.with_cardinality(weights))
+    proposal = given_k.laplace_proposal(x, seed=seed)
+    result = refine(
+        proposal,
+        proposal.log_likelihood,
+        x.reshape(-1),
+        num_samples,
+        defensive=0.0,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    assert isinstance(result, RefinedPosterior)
+    return result
 
 
 def _checked(problem: Problem) -> Problem:

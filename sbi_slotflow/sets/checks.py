@@ -12,14 +12,18 @@ Example:
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ..callers import caller_stacklevel
+
+if TYPE_CHECKING:
+    from .layout import ThetaLayout
 
 __all__ = [
     "Numbers",
@@ -27,7 +31,13 @@ __all__ = [
     "as_cardinality",
     "as_count",
     "as_floats",
+    "as_observation",
+    "as_probabilities",
+    "as_row",
+    "as_rows",
     "as_shape",
+    "as_weights",
+    "check_finite",
     "warn_without_slots",
 ]
 
@@ -38,6 +48,8 @@ Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 
 # Rows from which a fault of all of them is no chance.
 _MANY = 20
+# What probabilities may miss of 1.
+_ROUNDING = 1e-4
 
 
 def as_floats(value: Numbers, name: str) -> Tensor:
@@ -112,6 +124,69 @@ def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}.")
     return size
+
+
+def as_rows(samples: Tensor, layout: "ThetaLayout", name: str = "samples") -> Tensor:
+    """Check theta rows ``(S, E)``, at least one; returns them on the CPU."""
+    layout.validate(samples, name)
+    if samples.ndim != 2 or not len(samples):
+        raise ValueError(
+            f"{name} must have shape (S, {layout.size}) with S >= 1, got "
+            f"{tuple(samples.shape)}."
+        )
+    return samples.detach().cpu()
+
+
+def as_row(theta: Tensor, layout: "ThetaLayout", name: str = "true_theta") -> Tensor:
+    """Check one theta row, ``(E,)`` or ``(1, E)``; returns it as ``(1, E)``."""
+    layout.validate(theta, name)
+    if theta.numel() != layout.size:
+        raise ValueError(f"{name} must be one row, got {tuple(theta.shape)}.")
+    return theta.detach().cpu().reshape(1, -1)
+
+
+def as_observation(x: Tensor, length: int | None = None) -> Tensor:
+    """Check one finite signal, ``(T,)`` or ``(1, T)``; returns it as ``(1, T)``."""
+    size = x.shape[-1] if length is None and x.ndim else length
+    if x.ndim not in (1, 2) or x.shape[-1] != size or x.numel() != size:
+        of = "" if length is None else f" of length {length}"
+        raise ValueError(f"x must be one observation{of}, got shape {tuple(x.shape)}.")
+    check_finite(x)
+    return x.detach().cpu().reshape(1, -1)
+
+
+def as_probabilities(value: Numbers | Categorical, name: str) -> Tensor:
+    """Check probabilities ``(..., C)``; returns them in float64 on the CPU."""
+    value = value.probs if isinstance(value, Categorical) else value
+    probs = as_floats(value, name).detach().cpu().double()
+    total = probs.sum(-1, keepdim=True)
+    # Written so that NaN fails too.
+    good = (probs >= 0).all(-1) & ((total - 1).abs() < _ROUNDING).all(-1)
+    if not good.all():
+        raise ValueError(
+            f"{name} must be probabilities that add up to 1, got "
+            f"{probs[~good][0].tolist()}."
+        )
+    return probs / total
+
+
+def as_weights(weights: Tensor, num: int, name: str = "weights") -> Tensor:
+    """Check weights ``(num,)``; returns them in float64 on the CPU, adding up to 1."""
+    if weights.shape != (num,):
+        raise ValueError(
+            f"{name} must have shape ({num},), got {tuple(weights.shape)}."
+        )
+    weights = weights.detach().cpu().double()
+    if not ((weights >= 0).all() and 0 < weights.sum() < torch.inf):
+        raise ValueError(f"{name} must be finite, not negative and not all zero.")
+    return weights / weights.sum()
+
+
+def check_finite(values: Tensor, name: str = "x") -> None:
+    """Raise ValueError if an entry is NaN or infinite."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite: NaN or Inf in {bad} entries.")
 
 
 def warn_without_slots(theta: Tensor) -> None:

@@ -369,7 +369,7 @@ class _SetSupport(constraints.Constraint):
 
 
 def cardinality_weights(
-    cardinality: Sequence[float] | Tensor | Distribution,
+    cardinality: Sequence[float] | np.ndarray | Tensor | Distribution,
 ) -> Tensor:
     """Normalise weights of K = 0..Kmax.
 

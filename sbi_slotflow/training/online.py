@@ -30,47 +30,23 @@ from .recipes import RecipeName, make_recipe
 __all__ = [
     "OnlineSettings",
     "OnlineTraining",
-    "TrainingState",
-    "check_state_replaceable",
     "load_state",
     "optimizer_tensors",
     "restore_optimizer",
-    "save_state",
 ]
 
 _FORMAT = "sbi_slotflow.TrainingState"
 _VERSION = 1
+_INIT, _VALIDATION, _STEPS = 0, 1, 2  # streams of the seed
+_TERMS = ("cardinality", "flow", "shared", "correct")
+_logger = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainingState:
-    """What a run needs to go on."""
-
-    tensors: dict[str, Tensor]
-    progress: dict[str, Any]
-    settings: dict[str, Any]
-
-
-def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
-    """Write a state atomically: a kill at any moment leaves a whole file."""
-    meta = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "progress": state.progress,
-        "settings": state.settings,
-    }
-    write_tensors(path, state.tensors, meta)
-
-
-def check_state_replaceable(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError if a file is there that is no state of a run."""
-    check_tensors_replaceable(path, _FORMAT)
-
-
-def load_state(path: str | os.PathLike[str]) -> TrainingState:
-    """Read a state."""
-    tensors, meta = read_tensors(path, _FORMAT, _VERSION)
-    return TrainingState(tensors, meta["progress"], meta["settings"])
+def load_state(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a run's state, and its ``progress`` and ``settings``."""
+    return read_tensors(path, _FORMAT, _VERSION)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -93,14 +69,12 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-_INIT, _VALIDATION, _STEPS = 0, 1, 2  # streams of the seed
-_TERMS = ("cardinality", "flow", "shared", "correct")
-_logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class OnlineSettings:
-    """Settings of a run; a resumed run must repeat them."""
+    """Settings of a run, see :meth:`SlotNPE.train_online`; a resumed run repeats them.
+
+    ``part`` says what is trained, see :meth:`SlotDensityEstimator.loss_terms`.
+    """
 
     num_simulations: int
     batch_size: int = 128
@@ -114,14 +88,9 @@ class OnlineSettings:
     part: Literal["all", "cells"] = "all"
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_simulations",
-            "batch_size",
-            "num_validation",
-            "validate_every",
-        ):
-            as_count(getattr(self, name), name)
-        as_count(self.seed, "seed", least=0)
+        counts = ("num_simulations", "batch_size", "num_validation", "validate_every")
+        for name in (*counts, "seed"):
+            as_count(getattr(self, name), name, least=int(name != "seed"))
         for name in ("learning_rate", "clip_max_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -136,7 +105,14 @@ class OnlineSettings:
 
 
 class OnlineTraining:
-    """One run of online training, fresh or resumed."""
+    """One run of online training, fresh or resumed from its checkpoint.
+
+    The estimator is built by ``build(theta, x)`` on a first batch. The simulator maps
+    theta ``(B, E)`` to x ``(B, *event)``; its randomness must come from torch's global
+    generator, which is seeded for every step. :attr:`history` has an entry for each
+    validation: step, learning rate, and the mean of each term over the steps since the
+    last one (``train_*``) and over the validation bank (``val_*``).
+    """
 
     def __init__(
         self,
@@ -174,9 +150,9 @@ class OnlineTraining:
                 self.estimator, multi_avg_fn=_warmed_average(settings.ema_decay)
             )
         if resume and self._checkpoint is not None and self._checkpoint.exists():
-            self._restore(load_state(self._checkpoint))
+            self._restore(*load_state(self._checkpoint))
         elif self._checkpoint is not None:
-            check_state_replaceable(self._checkpoint)
+            check_tensors_replaceable(self._checkpoint, _FORMAT)
         self.resumed_from = self._step
 
     @property
@@ -223,7 +199,7 @@ class OnlineTraining:
                     if on_validation is not None:
                         on_validation(entry)
                 if self._checkpoint is not None and (last or self._step % every == 0):
-                    save_state(self._checkpoint, self._state())
+                    write_tensors(self._checkpoint, *self._state())
                 bar.update()
         return self.averaged.eval()
 
@@ -281,34 +257,25 @@ class OnlineTraining:
             x = self._simulator(theta)
         return theta.to(self.device), x.to(self.device)
 
-    def _state(self) -> TrainingState:
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"model.{k}": v for k, v in self.estimator.state_dict().items()}
         if self._average is not None:
             average = self._average.state_dict()
             tensors |= {f"average.{k}": v for k, v in average.items()}
         moments = optimizer_tensors(self._recipe.optimizer)
         tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
-        progress = {
-            "step": self._step,
-            "schedule": self._recipe.schedule_state(),
-            "sums": self._sums,
-            "since": self._since,
-            "history": self.history,
-        }
-        return TrainingState(tensors, progress, self._fingerprint())
+        progress = {"step": self._step, "schedule": self._recipe.schedule_state()}
+        progress |= {"sums": self._sums, "since": self._since, "history": self.history}
+        meta = {"format": _FORMAT, "version": _VERSION, "progress": progress}
+        return tensors, {**meta, "settings": self._fingerprint()}
 
-    def _restore(self, state: TrainingState) -> None:
-        expected = self._fingerprint()
-        if state.settings != expected:
-            names = sorted(
-                name
-                for name in expected.keys() | state.settings.keys()
-                if expected.get(name) != state.settings.get(name)
-            )
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        new, old, progress = self._fingerprint(), meta["settings"], meta["progress"]
+        if old != new:
             pairs = "; ".join(
-                f"{name} was {_short(state.settings.get(name))}, now "
-                f"{_short(expected.get(name))}"
-                for name in names
+                f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
+                for name in sorted(new.keys() | old.keys())
+                if new.get(name) != old.get(name)
             )
             raise ValueError(
                 f"checkpoint {self._checkpoint} belongs to another run ({pairs}). Give "
@@ -318,7 +285,7 @@ class OnlineTraining:
         def part(prefix: str) -> dict[str, Tensor]:
             return {
                 name.removeprefix(prefix): value
-                for name, value in state.tensors.items()
+                for name, value in tensors.items()
                 if name.startswith(prefix)
             }
 
@@ -326,10 +293,10 @@ class OnlineTraining:
         if self._average is not None:
             self._average.load_state_dict(part("average."))
         restore_optimizer(self._recipe.optimizer, part("optimizer."))
-        self._recipe.load_schedule_state(state.progress["schedule"])
-        self._step = state.progress["step"]
-        self._sums, self._since = state.progress["sums"], state.progress["since"]
-        self.history = state.progress["history"]
+        self._recipe.load_schedule_state(progress["schedule"])
+        self._step = progress["step"]
+        self._sums, self._since = progress["sums"], progress["since"]
+        self.history = progress["history"]
 
     def _fingerprint(self) -> dict[str, Any]:
         spec = self.estimator.spec.to_json()

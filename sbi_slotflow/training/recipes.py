@@ -7,7 +7,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -18,67 +18,27 @@ __all__ = ["Recipe", "RecipeName", "make_recipe"]
 RecipeName = Literal["adamw", "paper"]
 
 
-class Recipe(Protocol):
+@dataclass
+class Recipe:
     """An optimizer and its schedule."""
 
     optimizer: Optimizer
+    schedule: LambdaLR | ReduceLROnPlateau
 
     def after_step(self) -> None:
         """Advance the schedule after an optimizer step."""
-        ...
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
 
     def after_validation(self, loss: float) -> None:
         """Tell the schedule a validation loss."""
-        ...
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(loss)
 
     def schedule_state(self) -> dict[str, Any]:
         """State of the schedule, plain JSON."""
-        ...
-
-    def load_schedule_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`schedule_state`."""
-        ...
-
-
-@dataclass
-class _CosineRecipe:
-    optimizer: Optimizer
-    schedule: LambdaLR
-
-    def after_step(self) -> None:
-        self.schedule.step()
-
-    def after_validation(self, loss: float) -> None:
-        pass
-
-    def schedule_state(self) -> dict[str, Any]:
-        return {"step": self.schedule.last_epoch}
-
-    def load_schedule_state(self, state: dict[str, Any]) -> None:
-        # The rate is a function of the step alone.
-        self.schedule.last_epoch = state["step"]
-        rates = [
-            base * factor(state["step"])
-            for base, factor in zip(
-                self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-            )
-        ]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-@dataclass
-class _PlateauRecipe:
-    optimizer: Optimizer
-    schedule: ReduceLROnPlateau
-
-    def after_step(self) -> None:
-        pass
-
-    def after_validation(self, loss: float) -> None:
-        self.schedule.step(loss)
-
-    def schedule_state(self) -> dict[str, Any]:
+        if isinstance(self.schedule, LambdaLR):  # the rate follows from the step
+            return {"step": self.schedule.last_epoch}
         return {
             "best": self.schedule.best,
             "num_bad_epochs": self.schedule.num_bad_epochs,
@@ -86,11 +46,16 @@ class _PlateauRecipe:
         }
 
     def load_schedule_state(self, state: dict[str, Any]) -> None:
-        self.schedule.best = state["best"]
-        self.schedule.num_bad_epochs = state["num_bad_epochs"]
-        for group, rate in zip(
-            self.optimizer.param_groups, state["rates"], strict=True
-        ):
+        """Restore :meth:`schedule_state`."""
+        schedule = self.schedule
+        if isinstance(schedule, LambdaLR):
+            schedule.last_epoch = step = state["step"]
+            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = [base * factor(step) for base, factor in pairs]
+        else:
+            schedule.best, rates = state["best"], state["rates"]
+            schedule.num_bad_epochs = state["num_bad_epochs"]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
 
@@ -110,9 +75,9 @@ def make_recipe(
             decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
             return min(1.0, (step + 1) / warm_up) * decay
 
-        return _CosineRecipe(optimizer, LambdaLR(optimizer, factor))
+        return Recipe(optimizer, LambdaLR(optimizer, factor))
     if name == "paper":
         adam = Adam(parameters, lr=1e-4 if learning_rate is None else learning_rate)
         plateau = ReduceLROnPlateau(adam, factor=0.5, patience=6, min_lr=1e-6)
-        return _PlateauRecipe(adam, plateau)
+        return Recipe(adam, plateau)
     raise ValueError(f"recipe must be 'adamw' or 'paper', got {name!r}.")

@@ -15,18 +15,13 @@ from .online import OnlineSettings, OnlineTraining
 __all__ = ["Part", "Stage", "StageBuilder", "train_stages"]
 
 
-_LOCAL = tuple(
-    f"{name}."
-    for name in (
-        "component_head.trunk",
-        "component_head.gaussian",
-        "component_head.local",
-        "net.to_context",
-        "shared_head",
-    )
+_LOCAL = (
+    "component_head.trunk.",
+    "component_head.gaussian.",
+    "component_head.local.",
+    "net.to_context.",
+    "shared_head.",
 )
-
-
 Part = Literal["all", "cells", "local"]
 
 
@@ -72,29 +67,20 @@ def train_stages(
     weights: dict[str, Tensor] | None = None
     estimator = None
     for i, stage in enumerate(stages):
-        build = StageBuilder(
-            slot_nn(
-                problem, loss_weights=(stage.cardinality_weight, 1.0, 1.0), **builder
-            ),
-            weights,
-            stage.part,
-        )
+        loss = (stage.cardinality_weight, 1.0, 1.0)
+        network = slot_nn(problem, loss_weights=loss, **builder)
+        build = StageBuilder(network, weights, stage.part)
         settings = OnlineSettings(
-            num_simulations=stage.num_simulations,
+            stage.num_simulations,
             learning_rate=stage.learning_rate,
             num_validation=1_024,
             validate_every=100,
             seed=i,
             part="cells" if stage.part == "cells" else "all",
         )
-        estimator = OnlineTraining(
-            build,
-            problem.prior,
-            problem.simulator,
-            settings,
-            device=device,
-            checkpoint=stem.with_name(f"{stem.name}-{i + 1}.safetensors"),
-        ).run()
+        given = (build, problem.prior, problem.simulator, settings)
+        state = stem.with_name(f"{stem.name}-{i + 1}.safetensors")
+        estimator = OnlineTraining(*given, device=device, checkpoint=state).run()
         weights = estimator.state_dict()
     if estimator is None:
         raise ValueError("stages must hold at least one stage, got none.")

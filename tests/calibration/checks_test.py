@@ -296,7 +296,7 @@ def test_tarp_curve_is_the_one_of_sbi():
         show_progress_bar=False,
     )
     ours = np.searchsorted(
-        np.sort(check.credibilities["posterior"]), levels.numpy(), side="right"
+        np.sort(check.ranks["posterior"]), levels.numpy(), side="right"
     ) / len(draws.theta)
     # They count draws, we rank among them: values differ by up to 1 / 100.
     assert np.abs(ours - coverage.numpy()).max() < 0.06

@@ -58,6 +58,21 @@ def test_draws_have_the_cardinality_that_is_claimed(fault):
     assert (layout.cardinality(given) == 3).all()
 
 
+def test_each_observation_of_a_batch_gets_its_own_draws():
+    x = problem.simulator(
+        problem.prior.sample((4,), generator_for(3)), generator_for(4)
+    )
+    totals = []
+    for number, posterior in enumerate((exact, faults.FaultyPosterior(exact))):
+        generator = generator_for(8, number)
+        rows = posterior.sample_batched((NUM,), x, generator=generator)
+        totals.append(layout.unpack(rows).components.double().sum((-2, -1)))
+    right, found = (total.mean(0) for total in totals)
+    error = 5 * (totals[0].var(0) * 2 / NUM).sqrt()
+    assert ((found - right).abs() < error).all()
+    assert (right[:, None] - right).abs().max() > 5 * error.max()  # they differ
+
+
 @pytest.mark.parametrize("factor", [0.8, 1.5])
 def test_narrowed_scales_standard_deviations_and_keeps_means(factor):
     found = components(faults.narrowed(exact, factor), 1)

@@ -17,7 +17,8 @@ import zarr
 from matplotlib.image import imread
 
 from sbi_slotflow import load_pretrained, model_card, problems
-from sbi_slotflow.cli import main, stream
+from sbi_slotflow.cli import infer as module
+from sbi_slotflow.cli import main
 from sbi_slotflow.pretrained.recipes import available_weights
 from sbi_slotflow.seeding import generator_for
 
@@ -34,7 +35,7 @@ GROUPS = ("cardinality", "posterior", "sample_stats", "catalogue")
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "BATCH", BATCH)
+        patch.setattr(module, "BATCH", BATCH)
         yield
 
 
@@ -195,7 +196,7 @@ def test_an_interrupted_run_is_taken_up_again(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals, out = save_npy(tmp_path / "x.npy", X), tmp_path / "r.nc"
-    answered, real = [], stream.answer
+    answered, real = [], module.answer
 
     def interrupted(model, x, settings, batch):
         if batch == 1 and len(answered) == 1:
@@ -204,7 +205,7 @@ def test_an_interrupted_run_is_taken_up_again(
         return real(model, x, settings, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "answer", interrupted)
+        patch.setattr(module, "answer", interrupted)
         done = infer(signals, out)
         assert done.status == 130
         assert "the same command goes on" in done.err
@@ -228,7 +229,7 @@ def test_another_runs_parts_are_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "answer", interrupted)
+        patch.setattr(module, "answer", interrupted)
         assert infer(signals, out).status == 130
     done = infer(signals, out, "--seed", 5)
     assert done.status == 2
@@ -467,13 +468,13 @@ def test_what_appears_during_a_run_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals, out = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.nc"
-    real = stream.answer
+    real = module.answer
 
     def meanwhile(*args: Any) -> Any:
         out.write_text("mine")
         return real(*args)
 
-    monkeypatch.setattr(stream, "answer", meanwhile)
+    monkeypatch.setattr(module, "answer", meanwhile)
     refused(infer(signals, out, "--quiet"), "no result that sbi_slotflow wrote")
     assert out.read_text() == "mine"
     assert (tmp_path / "r.nc.parts").is_dir()  # nothing that was computed is lost
@@ -497,13 +498,13 @@ def test_files_of_others_among_the_parts_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals, parts = save_npy(tmp_path / "x.npy", X[:2]), tmp_path / "r.nc.parts"
-    real = stream.answer
+    real = module.answer
 
     def meanwhile(*args: Any) -> Any:
         (parts / "notes.txt").write_text("mine")
         return real(*args)
 
-    monkeypatch.setattr(stream, "answer", meanwhile)
+    monkeypatch.setattr(module, "answer", meanwhile)
     assert infer(signals, tmp_path / "r.nc").status == 0
     assert contents(parts) == {"notes.txt": b"mine"}
 

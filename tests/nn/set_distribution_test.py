@@ -1,6 +1,7 @@
 """A network given data: one distribution, whoever asks it, and in whatever order."""
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -189,3 +190,39 @@ def test_a_signal_of_zeros_breaks_no_fit(preset: Any) -> None:
     rows = posterior.sample((50,), x, k=3, generator=seeded(9))
     assert rows.isfinite().all()
     assert posterior.log_prob(rows, x).isfinite().all()
+
+
+@pytest.fixture
+def double_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("build", [slot_nn, slot_nn.paper])
+@pytest.mark.usefixtures("double_default")
+def test_networks_are_of_single_precision_whatever_the_default(build: Any) -> None:
+    theta = tiny.prior.sample((8,), seeded(1)).float()
+    x = tiny.simulator(theta, seeded(2)).float()
+    estimator = build(tiny)(theta, x)
+    assert {p.dtype for p in estimator.parameters()} == {torch.float32}
+    assert torch.get_default_dtype() == torch.float64
+    assert estimator.loss(theta, x).dtype == torch.float32
+    assert estimator.eval().sample((2,), x, generator=seeded(3)).dtype == torch.float32
+
+
+def test_draws_do_not_depend_on_the_default_precision(signals: Tensor) -> None:
+    def draw() -> tuple[Tensor, Tensor]:
+        posterior = load_pretrained("sinusoids-tiny")
+        rows = posterior.sample((20,), signals[0], generator=seeded(1))
+        return rows, posterior.log_prob(rows, signals[0])
+
+    expected = draw()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for part, wanted in zip(found, expected, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, wanted)

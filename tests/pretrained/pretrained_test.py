@@ -86,3 +86,16 @@ def test_unknown_weights_are_refused(name) -> None:
     for function in (load_pretrained, model_card, pretrain):
         with pytest.raises(ValueError, match="name must be one of"):
             function(name)
+
+
+def test_a_signal_of_zeros_has_a_posterior() -> None:
+    # Where no component explains data that are zero, nothing has a scale: precisions
+    # were 0 / 0, which linear algebra refused in words of its own.
+    posterior = load_pretrained("sinusoids-tiny")
+    x = torch.zeros(300)
+    for k in range(4):
+        draws = posterior.sample(
+            (20,), x, k=k, generator=torch.Generator().manual_seed(k)
+        )
+        assert posterior.prior.support.check(draws).all()
+        assert posterior.log_prob(draws, x).isfinite().all()

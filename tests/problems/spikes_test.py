@@ -12,12 +12,12 @@ from scipy import stats
 from torch import Tensor
 
 from sbi_slotflow import SlotDensityEstimator, slot_nn
-from sbi_slotflow.nn.cells import CellAxis
+from sbi_slotflow.nn.cells import CellAxis, OccupiedCells
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
-from sbi_slotflow.nn.registry import build, describe
+from sbi_slotflow.nn.spec import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes
 from sbi_slotflow.problems import least_squares as additive_fit
 from sbi_slotflow.sets.marginals import ClosedMarginal
@@ -213,7 +213,7 @@ def test_a_peak_is_a_calibrated_gaussian_about_the_truth(problem: Trace) -> None
     coordinates, _ = chart.coordinates(inside)
     anchors = torch.where(mask, coordinates[..., 0].floor().long(), 0)
     starts = anchors.double()
-    peaks = finder(x, owner, anchors, starts, starts + 1, mask)
+    peaks = finder(x, OccupiedCells(owner, anchors, starts, starts + 1, mask))
     w = chart.relative(coordinates, anchors, peaks.centre)
     w = torch.where(mask.unsqueeze(-1), w, 0.0)
     z = solve_lower(peaks.factor, (w - peaks.mode).flatten(1)).reshape(w.shape)[mask]
@@ -223,9 +223,9 @@ def test_a_peak_is_a_calibrated_gaussian_about_the_truth(problem: Trace) -> None
     # all 480: 5 standard errors; the little that is not Gaussian is within them
     assert abs(z.square().mean().item() - 1) < 5 * math.sqrt(2 / 480)
     assert z.abs().max() < 5
-    # The last feature but one is the log of the noise level: 12 of 512 are fitted.
+    # The log of the noise level: 12 of 512 are fitted.
     noise = parts.shared[:, 0].double().log()
-    error = peaks.features[:, 0, -2] - noise
+    error = peaks.level - noise
     assert error.abs().max() < 6 / math.sqrt(2 * 500)
 
 
@@ -267,9 +267,9 @@ def test_a_peak_is_found_far_in_the_tail_of_a_normal_parameter() -> None:
     finder = ModeFinder(chart, LocalTransform(chart, CellAxis(0, 8)), fit, 6)
     zero = torch.zeros(1, dtype=torch.int64)
     start = torch.tensor([[3.0]], dtype=torch.float64)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    peaks = finder(x, zero, torch.full((1, 1), 3), start, start + 1, mask)
-    w = finder.local_chart.absolute(peaks.mode, torch.full((1, 1), 3), peaks.centre)
+    mask, cells = torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), 3)
+    peaks = finder(x, OccupiedCells(zero, cells, start, start + 1, mask))
+    w = finder.local_chart.absolute(peaks.mode, cells, peaks.centre)
     found = finder.local_chart.components(w)[0, 0]
     # 5 deviations: 0.01 / sqrt(sum of squares), 0.005 for either
     assert (found - truth[0]).abs().max() < 0.025

@@ -22,14 +22,16 @@ from sbi_slotflow.posterior.component_proposals import PriorComponents
 from sbi_slotflow.problems.base import Problem
 from sbi_slotflow.problems.linear_gaussian import LinearGaussian
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
-from sbi_slotflow.rjmcmc.eryn_bridge import eryn_sampler
-from sbi_slotflow.rjmcmc.eryn_import import require_eryn
 from sbi_slotflow.seeding import generator_for
 
 pytest.importorskip("eryn")
-require_eryn()
 
-from sbi_slotflow.rjmcmc.eryn_moves import SlotFlowMove, leaf_limits  # noqa: E402
+from sbi_slotflow.rjmcmc.eryn_bridge import eryn_sampler
+from sbi_slotflow.rjmcmc.eryn_moves import (
+    SlotFlowMove,
+    leaf_limits,
+    require_eryn,
+)
 
 gaussian = problems.linear_gaussian()
 exact = gaussian.exact_posterior()
@@ -41,7 +43,7 @@ WEIGHTS = [0.4, 0.3, 0.2, 0.1]
 class PriorOnly(Problem):
     """Sinusoids of which nothing was observed."""
 
-    def log_likelihood(self, theta, x):
+    def log_likelihood(self, theta, x):  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.zeros(theta.shape[:-1], dtype=torch.float64)
 
     def build_chart(self):
@@ -310,13 +312,13 @@ def test_bad_arguments_are_named():
         eryn_sampler(gaussian, x, "truth")
     with pytest.raises(ValueError, match="posterior must be given"):
         eryn_sampler(gaussian, x, "slotflow")
-    with pytest.raises(ValueError, match="num_walkers must be an integer >= 2, got 1"):
+    with pytest.raises(ValueError, match="num_walkers must be at least 2, got 1"):
         eryn_sampler(gaussian, x, num_walkers=1)
     outside = tiny.prior.sample((1,), generator_for(0))[0]
     outside[1] = 5.0
     with pytest.raises(ValueError, match="in the prior's support"):
         eryn_sampler(tiny, observation(tiny), "truth", theta=outside)
-    with pytest.raises(ValueError, match="num_steps must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         eryn_sampler(gaussian, x, **short).run(0)
     gap = gaussian.prior.with_cardinality([0.5, 0.0, 0.5, 0.0])
     with pytest.raises(ValueError, match=r"consecutive.*K = \[0, 2\]"):

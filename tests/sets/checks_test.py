@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import numpy as np
@@ -5,7 +6,18 @@ import pytest
 import torch
 
 from sbi_slotflow import problems
-from sbi_slotflow.sets.checks import as_floats, as_shape
+from sbi_slotflow.sets.checks import (
+    as_floats,
+    as_observation,
+    as_probabilities,
+    as_row,
+    as_rows,
+    as_shape,
+    as_weights,
+)
+from sbi_slotflow.sets.layout import ThetaLayout
+
+LAYOUT = ThetaLayout(2, ("a",))
 
 
 @pytest.mark.parametrize(
@@ -67,3 +79,53 @@ def test_rows_of_broken_cardinality_warn_if_there_are_many():
         prior.support.check(broken[:5])
         prior.support.check(torch.cat([broken, rows[:1]]))
         prior.support.check(rows.unsqueeze(1))
+
+
+def test_rows_and_observations_of_either_shape_are_one_batch():
+    row = torch.tensor([1.0, 0.5, 0.0])
+    assert torch.equal(as_row(row, LAYOUT), row[None])
+    assert torch.equal(as_row(row[None], LAYOUT), row[None])
+    assert torch.equal(as_rows(row.expand(4, -1), LAYOUT), row.expand(4, -1))
+    assert torch.equal(as_observation(row), row[None])
+    assert torch.equal(as_observation(row[None], 3), row[None])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_weights_of_any_size_add_up_to_one(scale):
+    found = as_weights(scale * torch.tensor([1.0, 0.0, 3.0]), 3)
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.0, 0.75]).double())
+
+
+def test_probabilities_are_those_of_a_categorical_to_the_last_digit():
+    probs = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+    found = as_probabilities(torch.distributions.Categorical(probs), "p")
+    assert torch.equal(found, as_probabilities(probs, "p"))
+    assert (found.sum(-1) - 1).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: as_rows(torch.zeros(0, 3), LAYOUT),
+            r"samples .* \(S, 3\) with S >= 1",
+        ),
+        (lambda: as_rows(torch.zeros(3), LAYOUT), r"S >= 1, got \(3,\)"),
+        (lambda: as_row(torch.zeros(2, 3), LAYOUT, "one"), "one must be one row"),
+        (lambda: as_observation(torch.zeros(2, 3)), r"one observation, .* \(2, 3\)"),
+        (lambda: as_observation(torch.zeros(())), r"one observation, .* \(\)"),
+        (lambda: as_observation(torch.zeros(3), 4), "one observation of length 4"),
+        (lambda: as_observation(torch.tensor([1.0, math.nan])), "in 1 entries"),
+        (lambda: as_probabilities([0.5, 0.4], "p"), r"p must be .* \[0\.5, 0\.4\]"),
+        (lambda: as_probabilities([1.5, -0.5], "p"), "p must be probabilities"),
+        (lambda: as_probabilities([math.nan, 1.0], "p"), "p must be probabilities"),
+        (lambda: as_weights(torch.ones(2), 3), r"weights must have shape \(3,\)"),
+        (lambda: as_weights(torch.zeros(2), 2, "w"), "w must be finite, not negative"),
+        (lambda: as_weights(torch.tensor([1, -0.1]), 2), "not negative"),
+        (lambda: as_weights(torch.tensor([1, math.inf]), 2), "must be finite"),
+        (lambda: as_weights(torch.tensor([1, math.nan]), 2), "must be finite"),
+    ],
+)
+def test_what_is_malformed_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

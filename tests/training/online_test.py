@@ -77,12 +77,11 @@ def same_weights(left: SlotDensityEstimator, right: SlotDensityEstimator) -> boo
 
 def assert_same_file(left: Path, right: Path) -> None:
     """Two checkpoints agree bit for bit: weights, averages, moments and history."""
-    first, second = load_state(left), load_state(right)
-    assert first.progress == second.progress
-    assert first.settings == second.settings
-    assert first.tensors.keys() == second.tensors.keys()
-    for name, value in first.tensors.items():
-        assert torch.equal(value, second.tensors[name]), name
+    (first, first_meta), (second, second_meta) = load_state(left), load_state(right)
+    assert first_meta == second_meta
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 class InterruptionError(Exception):
@@ -481,7 +480,7 @@ def test_nan_in_one_step_stops_the_run_and_its_checkpoint_stands(
     job = training(path, Recorder(nan_at=6), num_simulations=9 * 16)
     with pytest.raises(ValueError, match="x must be finite"):
         run(job, every=1)
-    assert load_state(path).progress["step"] == 5
+    assert load_state(path)[1]["progress"]["step"] == 5
     mended = training(path, num_simulations=9 * 16)
     assert mended.resumed_from == 5
     assert same_weights(run(mended), expected)
@@ -591,5 +590,5 @@ def test_trainer_passes_every_setting_on(
         "validate_every": 1,
     }
     trainer().train_online(PROBLEM.simulator, checkpoint=tmp_path / "run", **settings)
-    stored = load_state(tmp_path / "run").settings
+    stored = load_state(tmp_path / "run")[1]["settings"]
     assert {name: stored[name] for name in settings} == settings

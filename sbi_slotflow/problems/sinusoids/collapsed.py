@@ -10,22 +10,17 @@ sampling package is involved: this is what others are judged by.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...posterior.chains import CollapsedDraws
-from ...sets.checks import as_floats
+from ...posterior.draws import CollapsedDraws
+from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
-from .frequencies import SpectralDensity
-from .pursuit import SinusoidFit, matching_pursuit
-from .statistics import Floats, SineStatistics
-
-if TYPE_CHECKING:
-    from .problem import Sinusoids
+from .fit import Floats, SineStatistics
+from .pursuit import SinusoidFit, SpectralDensity, matching_pursuit
 
 __all__ = ["CollapsedSampler", "collapsed"]
 
@@ -46,7 +41,8 @@ _WORST_START = 60.0
 
 
 def collapsed(
-    problem: "Sinusoids",
+    prior: VariableKPrior,
+    statistics: SineStatistics,
     x: Tensor,
     *,
     seed: int = 0,
@@ -55,35 +51,15 @@ def collapsed(
     thin: int = 20,
     burn_in: int = 40_000,
 ) -> CollapsedDraws:
-    """Draw from the exact posterior p(K, Theta, sigma | x).
+    """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
-    Args:
-        problem: A sinusoid problem with white noise.
-        x: The observation, shape ``(T,)`` or ``(1, T)``.
-        seed: Seed; chains have streams of their own.
-        num_chains: Number of chains. They start from pursuits of different size.
-        num_draws: Draws kept from each chain.
-        thin: Moves between two draws.
-        burn_in: Moves at the start that are thrown away.
-
-    Returns:
-        Float64 draws, shape ``(num_chains, num_draws, E)``.
-
-    Raises:
-        ImportError: If numba is missing (``pip install sbi-slotflow[rjmcmc]``).
-        TypeError: If the problem is no sinusoid problem with white noise.
-        ValueError: If x is malformed or a number is not positive.
+    Chains start from pursuits of different size and have streams of their own.
     """
-    for name, number, least in (
-        ("num_chains", num_chains, 1),
-        ("num_draws", num_draws, 1),
-        ("thin", thin, 1),
-        ("burn_in", burn_in, 0),
-    ):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}.")
-    x = as_floats(x, "x")
-    sampler = CollapsedSampler(problem, x)
+    as_count(num_chains, "num_chains")
+    as_count(num_draws, "num_draws")
+    as_count(thin, "thin")
+    as_count(burn_in, "burn_in", 0)
+    sampler = CollapsedSampler(prior, statistics, x)
     skipped = math.ceil(burn_in / thin)
     chains, counts = [], []
     for chain in range(num_chains):
@@ -96,7 +72,7 @@ def collapsed(
     tried, accepted = np.sum(counts, axis=0).T
     shares = accepted / np.maximum(tried, 1)
     return CollapsedDraws(
-        problem.prior.layout,
+        prior.layout,
         torch.stack(chains),
         x.reshape(-1),
         acceptance=dict(zip(_MOVES, shares.tolist(), strict=True)),
@@ -106,18 +82,13 @@ def collapsed(
 class CollapsedSampler:
     """The sampler of one observation; :func:`collapsed` runs it.
 
-    Args:
-        problem: A sinusoid problem with white noise.
-        x: The observation.
-
     Attributes:
         best_size: Number of components that the Bayesian information criterion prefers.
-
-    Raises:
-        ImportError, TypeError, ValueError: See :func:`collapsed`.
     """
 
-    def __init__(self, problem: "Sinusoids", x: Tensor) -> None:
+    def __init__(
+        self, prior: VariableKPrior, statistics: SineStatistics, x: Tensor
+    ) -> None:
         try:
             from . import collapsed_kernel as _kernel
         except ImportError as error:
@@ -125,8 +96,7 @@ class CollapsedSampler:
                 "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
             ) from error
         self._kernel = _kernel
-        self.statistics = statistics = problem.statistics(x)
-        self.prior = problem.prior
+        self.prior, self.statistics = prior, statistics
         _check_families(self.prior)
         band = self.prior.component_marginals[2].bounds
         self.fits = matching_pursuit(
@@ -144,16 +114,10 @@ class CollapsedSampler:
         self._births = _kernel.Births(
             *_birth_density(self.fits[: self.best_size + 2], statistics, band, least)
         )
+        s = statistics
+        sizes = s.offsets, s.lengths.astype(float), s.intervals
         self._data = _kernel.Data(
-            statistics.energy,
-            float(statistics.num_data),
-            statistics.starts,
-            statistics.steps,
-            statistics.offsets,
-            statistics.lengths.astype(float),
-            statistics.intervals,
-            statistics.values,
-            statistics.slopes,
+            s.energy, float(s.num_data), s.starts, s.steps, *sizes, s.values, s.slopes
         )
         low, high = band
         amplitude = self.prior.component_marginals[0]
@@ -187,7 +151,7 @@ class CollapsedSampler:
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
         margin = 1e-6 * (high - low)
-        components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
+        components[:, 0] = components[:, 0].clip(low + margin, high - margin)
         low, high = self.prior.shared_marginals[0].bounds
         sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
         margin = 1e-3 * (high - low)
@@ -209,13 +173,7 @@ class CollapsedSampler:
     def run(
         self, start: Tensor, num_draws: int, thin: int, rng: np.random.Generator
     ) -> tuple[Tensor, np.ndarray]:
-        """Run one chain.
-
-        Args:
-            start: Theta row ``(E,)`` of positive prior density.
-            num_draws: Number of draws.
-            thin: Moves before each.
-            rng: Source of randomness.
+        """Run one chain from a row of positive prior density, ``thin`` moves a draw.
 
         Returns:
             Theta rows ``(num_draws, E)``, and for each move how often it was tried and

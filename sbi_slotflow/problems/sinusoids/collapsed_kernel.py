@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .statistics import Complexes, Floats
+from .fit import Complexes, Floats
 
 __all__ = ["Births", "Data", "Target", "run_chain"]
 
@@ -73,11 +73,8 @@ def _project(data, f):
         u = position - left
         v = 1.0 - u
         share = v * v * ((1 + 2 * u) * data.values[s, left] + u * data.slopes[s, left])
-        share += (
-            u
-            * u
-            * ((1 + 2 * v) * data.values[s, left + 1] - v * data.slopes[s, left + 1])
-        )
+        after = data.values[s, left + 1], data.slopes[s, left + 1]
+        share += u * u * ((1 + 2 * v) * after[0] - v * after[1])
         angle = -2 * math.pi * data.offsets[s] * f
         turned = share * complex(math.cos(angle), math.sin(angle))
         real += turned.real
@@ -266,18 +263,7 @@ def _step_size(rng, target):
 
 @njit(cache=True, nogil=True)
 def run_chain(rng, data, target, births, frequency, amplitudes, sigma, num_draws, thin):
-    """Run one chain.
-
-    Args:
-        rng: A numpy generator.
-        data: See :class:`Data`.
-        target: See :class:`Target`.
-        births: See :class:`Births`.
-        frequency: Frequencies to start from.
-        amplitudes: Their amplitudes (a, b), flat, inside the prior's bounds.
-        sigma: Noise level to start from.
-        num_draws: Number of states to return.
-        thin: Moves between them.
+    """Run one chain from frequencies, amplitudes (a, b), flat, and sigma.
 
     Returns:
         K ``(N,)``, frequencies ``(N, Kmax)``, amplitudes ``(N, 2 Kmax)``, sigma

@@ -105,29 +105,14 @@ class SineSignal:
         return 2 * num if self.analytic else num
 
     def __call__(self, components: Tensor) -> Tensor:
-        """Evaluate each component on its own.
-
-        Args:
-            components: (A, phi, f), shape ``(..., 3)``.
-
-        Returns:
-            Signals of shape ``(..., T)``.
-        """
+        """Signals ``(..., T)`` of components (A, phi, f) ``(..., 3)``."""
         flat = components.reshape(-1, 1, 3)
         mask = torch.ones(flat.shape[:2], dtype=torch.bool, device=flat.device)
         total = self.total(flat, mask)
         return total.reshape(*components.shape[:-1], self.num_samples)
 
     def total(self, components: Tensor, mask: Tensor) -> Tensor:
-        """Add up the active components of each row.
-
-        Args:
-            components: (A, phi, f), shape ``(B, Kmax, 3)``.
-            mask: Active components, shape ``(B, Kmax)``.
-
-        Returns:
-            Signals of shape ``(B, T)`` in the dtype of ``components``.
-        """
+        """Sum ``(B, T)`` of the active components ``(B, Kmax, 3)``, in their dtype."""
         amplitude, phase, frequency = components.unbind(-1)
         amplitude = torch.where(mask, amplitude, amplitude.new_zeros(()))
         turns = phase.double() / (2 * math.pi)
@@ -169,17 +154,7 @@ def _cosine_and_sine(turns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def moments(
     grids: Sequence[Grid], reference_time: float, frequency: Tensor, count: int = 3
 ) -> list[Tensor]:
-    """The first ``count`` of the sums M_0, M_1 and M_2.
-
-    Args:
-        grids: Time grids over which is summed.
-        reference_time: Time t_0.
-        frequency: Frequencies of any shape, float64.
-        count: How many, at most three.
-
-    Returns:
-        Complex sums of that shape.
-    """
+    """The first ``count`` of the sums M_0, M_1 and M_2 at float64 frequencies."""
     total = [torch.zeros_like(frequency, dtype=torch.complex128)] * count
     for grid in grids:
         middle = grid.middle - reference_time

@@ -1,7 +1,15 @@
 r"""A posterior of sinusoids made by hand: pursuit, Gauss-Newton, Laplace for each K.
 
-For each K the fits of :func:`matching_pursuit` give a density of the frequencies, see
-:mod:`.frequencies`. Then
+For each K the fits of :func:`matching_pursuit` give a density of the sorted
+frequencies, a mixture over how many of the components are weak. With m weak ones, K - m
+follow a Student t around the fit of K - m components, and m are drawn from the spectrum
+g of that fit's residual, wherever in the band they may be:
+
+.. math::
+    q(f | K) = \sum_m \frac{\alpha_m}{a_m} \sum_{|W| = m} t_\nu(f_{\setminus W})\;
+        m! \prod_{k \in W} g(f_k)
+
+cut to the band and to separated frequencies, a_m being the share that is not cut. Then
 
 .. math::
     q(K, f, \sigma, a, b) = q(K)\; q(f | K)\;
@@ -14,10 +22,13 @@ posterior, so that it can be refined, and be the classical rival of a trained on
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammaln
 from scipy.stats import gamma
 from torch import Tensor
 from torch.distributions import Categorical
@@ -25,44 +36,33 @@ from torch.distributions import Categorical
 from ...posterior.base import PosteriorOfOne
 from ...posterior.refine import Refinable
 from ...seeding import draw_seed
-from ...sets.checks import Numbers, as_floats
+from ...sets.checks import Numbers
 from ...sets.distribution import SetDistribution
 from ...sets.prior import VariableKPrior
-from ..noise import WhiteNoise
-from .frequencies import FrequencyProposal
-from .pursuit import SinusoidFit, matching_pursuit
-from .statistics import Floats, SineStatistics
-
-if TYPE_CHECKING:
-    from .problem import Sinusoids
+from ..base import Problem
+from ..simulator import WhiteNoise
+from .fit import Floats, SineStatistics
+from .pursuit import SinusoidFit, SpectralDensity, matching_pursuit
 
 __all__ = ["LaplaceProposal", "laplace_proposal"]
 
 _PILOT_DRAWS = 1_000
 # Noise level that counts as none, relative to the prior's largest.
 _LEAST = 1e-12
+# Of the frequencies: degrees of freedom, most weak components, draws that estimate the
+# shares a_m, least share of each m, least share of draws that must be allowed.
+_DEGREES, _MOST_WEAK, _NORM_DRAWS = 8.0, 2, 10_000
+_LEAST_WEIGHT, _LEAST_ACCEPTED = 0.02, 1e-3
 
 
 def laplace_proposal(
-    problem: "Sinusoids",
-    x: Numbers,
+    problem: Problem,
+    x: Tensor,
+    statistics: SineStatistics,
     cardinalities: Sequence[int] | None = None,
     seed: int = 0,
 ) -> "LaplaceProposal":
-    """Fit a :class:`LaplaceProposal` to one observation.
-
-    Args:
-        problem: A sinusoid problem with white noise.
-        x: The observation, shape ``(T,)`` or ``(1, T)``.
-        cardinalities: Cardinalities to consider; all that the prior allows if None.
-        seed: Seed of the pilot draws.
-
-    Raises:
-        TypeError: If the problem is of another kind.
-        ValueError: If x is malformed or a cardinality impossible.
-    """
-    x = as_floats(x, "x")
-    statistics = problem.statistics(x)
+    """Fit one observation; see :func:`sbi_slotflow.rjmcmc.laplace_proposal`."""
     prior = problem.prior
     possible = prior.cardinality_probs.nonzero().flatten().tolist()
     wanted = possible if cardinalities is None else sorted(set(cardinalities))
@@ -84,18 +84,12 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
 
     Rows are float64: at low noise a frequency is known better than float32 resolves.
 
-    Args:
-        problem: The sinusoid problem.
-        x: The observation, shape ``(T,)``.
-        statistics: Its statistics.
-        fits: Fits of 0, 1, ... components.
-        cardinalities: Those to consider, each with a fit.
-        seed: Seed of the pilot draws.
+    ``fits`` are those of 0, 1, ... components, ``cardinalities`` those to consider.
     """
 
     def __init__(
         self,
-        problem: "Sinusoids",
+        problem: Problem,
         x: Tensor,
         statistics: SineStatistics,
         fits: list[SinusoidFit],
@@ -113,17 +107,7 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
         return LaplaceSets(self.prior, self.modes, self._log_q_k)
 
     def log_likelihood(self, theta: Tensor, x: Numbers | None = None) -> Tensor:
-        """Evaluate log p(x | theta) from the sufficient statistics.
-
-        The same as the problem's own, at a cost that does not grow with the record.
-
-        Args:
-            theta: Rows ``(..., E)``.
-            x: Left out, or the observation of the proposal.
-
-        Returns:
-            Float64, shape ``(...)``.
-        """
+        """Evaluate log p(x | theta) from the statistics; x is the proposal's own."""
         if x is not None:
             self._check(x)
         return self.statistics.log_likelihood_of(theta, self.prior.layout, WhiteNoise())
@@ -144,10 +128,8 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
     def _pilot(self, seed: int) -> Tensor:
         """Importance-sampling estimates of log p(x | K), -inf where K has no mode."""
         rng = np.random.default_rng([seed, 1])
-        values = torch.full(
-            (self.prior.max_cardinality + 1,), -math.inf, dtype=torch.float64
-        )
         layout = self.prior.layout
+        values = torch.full_like(self.prior.log_cardinality_probs.double(), -math.inf)
         for k, mode in self.modes.items():
             for _ in range(2):  # the second with the shares that the first asks for
                 rows = mode.sample(_PILOT_DRAWS, rng)
@@ -165,13 +147,7 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
 
 
 class LaplaceSets(SetDistribution):
-    """Distribution over sets of a :class:`LaplaceProposal`.
-
-    Args:
-        prior: Prior over theta rows.
-        modes: Densities given K, by K.
-        log_q_k: log q(K), shape ``(Kmax + 1,)``.
-    """
+    """Distribution over sets, from densities by K and log q(K) ``(Kmax + 1,)``."""
 
     num_observations = 1
 
@@ -225,10 +201,8 @@ class LaplaceSets(SetDistribution):
         for k, mode in self.modes.items():
             chosen = parts.cardinality == k
             if chosen.any():
-                given_k = mode.log_prob(
-                    parts.components[chosen, :k].numpy(),
-                    parts.shared[chosen, 0].numpy(),
-                )
+                components = parts.components[chosen, :k].numpy()
+                given_k = mode.log_prob(components, parts.shared[chosen, 0].numpy())
                 values[chosen] = self.log_q_k[k] + torch.from_numpy(given_k)
         return values.reshape(theta.shape[:-1])
 
@@ -246,13 +220,12 @@ class _Mode:
         low, high = owner.sigma_bounds
         sigma = math.sqrt(max(fits[0].energy, 0.0) / statistics.num_data)
         self._least_energy = (_LEAST * high) ** 2 * statistics.num_data
-        self.frequencies = FrequencyProposal(
-            fits,
-            statistics,
-            self.band,
-            owner.prior.min_separation or 0.0,
+        sigma, gap = (
             min(max(sigma, low, _LEAST * high), high),
-            seed,
+            owner.prior.min_separation,
+        )
+        self.frequencies = FrequencyProposal(
+            fits, statistics, self.band, gap or 0.0, sigma, seed
         )
 
     def sample(self, size: int, rng: np.random.Generator) -> Tensor:
@@ -333,9 +306,139 @@ class _Mode:
         low, high = self.owner.sigma_bounds
         log_p = variable.logpdf(1 / sigma**2) + math.log(2) - 3 * np.log(sigma)
         mass = most - least
-        log_p = np.where(
-            mass < 1e-9,
-            -math.log(high - low),
-            log_p - np.log(np.maximum(mass, 1e-300)),
-        )
+        log_p = log_p - np.log(np.maximum(mass, 1e-300))
+        log_p = np.where(mass < 1e-9, -math.log(high - low), log_p)
         return np.where((sigma >= low) & (sigma <= high), log_p, -np.inf)
+
+
+class FrequencyProposal:
+    """The mixture q(f | K), from fits of K, K - 1, ... components; see the module.
+
+    How many fits there are decides how many may be weak.
+
+    Raises:
+        ValueError: If next to no draw keeps the separation within the band.
+    """
+
+    def __init__(
+        self,
+        fits: list[SinusoidFit],
+        statistics: SineStatistics,
+        band: tuple[float, float],
+        separation: float,
+        sigma: float,
+        seed: int,
+    ) -> None:
+        self.num = len(fits[0].frequency)
+        self.band, self.separation = band, separation
+        self.layers = [
+            _Layer(fit, weak, statistics, band, sigma)
+            for weak, fit in enumerate(fits[: _MOST_WEAK + 1])
+        ]
+        rng = np.random.default_rng([seed, 2, self.num])
+        draws = [layer.sample(_NORM_DRAWS, rng) for layer in self.layers]
+        shares = [self._allowed(drawn).mean() for drawn in draws]
+        self.log_accepted = np.log(np.maximum(shares, 0.5 / _NORM_DRAWS))
+        # A layer whose draws are almost never allowed could not be drawn from.
+        self._usable = np.array(shares) >= _LEAST_ACCEPTED
+        if not self._usable.any():
+            raise ValueError(
+                f"{self.num} frequencies near the fit almost never keep the separation "
+                f"{separation} within the band {band}."
+            )
+        self._set_shares(self._usable.astype(np.float64))
+
+    def sample(self, size: int, rng: np.random.Generator) -> Floats:
+        """Draw sorted frequencies, shape ``(size, K)``."""
+        weights = np.exp(self.log_weights)
+        which = rng.choice(len(self.layers), size=size, p=weights / weights.sum())
+        frequency = np.empty((size, self.num))
+        for i, layer in enumerate(self.layers):
+            left = np.flatnonzero(which == i)
+            while len(left):
+                frequency[left] = layer.sample(len(left), rng)
+                left = left[~self._allowed(frequency[left])]
+        return frequency
+
+    def log_prob(self, frequency: Floats) -> Floats:
+        """Log density of sorted frequencies ``(N, K)``, shape ``(N,)``."""
+        value = np.logaddexp.reduce(self._joint(frequency), axis=-1)
+        return np.where(self._allowed(frequency), value, -np.inf)
+
+    def adapt(self, frequency: Floats, log_weights: Floats) -> None:
+        """Set the shares alpha to those that weighted draws ask for."""
+        joint = self._joint(frequency)
+        normal = joint - np.logaddexp.reduce(joint, axis=-1, keepdims=True)
+        total = np.logaddexp.reduce(normal + log_weights[:, None], axis=0)
+        shares = np.exp(total - np.logaddexp.reduce(total))
+        self._set_shares(np.maximum(shares, _LEAST_WEIGHT) * self._usable)
+
+    def _set_shares(self, shares: Floats) -> None:
+        with np.errstate(divide="ignore"):
+            self.log_weights = np.log(shares / shares.sum())
+
+    def _joint(self, frequency: Floats) -> Floats:
+        terms = [layer.log_prob(frequency) for layer in self.layers]
+        return np.stack(terms, axis=-1) + self.log_weights - self.log_accepted
+
+    def _allowed(self, frequency: Floats) -> NDArray[np.bool_]:
+        low, high = self.band
+        inside = ((frequency >= low) & (frequency <= high)).all(-1)
+        gaps = np.diff(frequency, axis=-1)
+        return np.asarray(inside & (gaps >= self.separation).all(-1))
+
+
+class _Layer:
+    """Sets of which ``weak`` components come from the residual's spectrum."""
+
+    def __init__(
+        self,
+        fit: SinusoidFit,
+        weak: int,
+        statistics: SineStatistics,
+        band: tuple[float, float],
+        sigma: float,
+    ) -> None:
+        self.fit, self.weak = fit, weak
+        num = len(fit.frequency)
+        width = 1 / statistics.grids[0].duration
+        # No wider than about a resolution element.
+        least = np.eye(num) / (0.5 * width) ** 2
+        covariance = np.linalg.inv(fit.information / sigma**2 + least)
+        self.root = np.linalg.cholesky(covariance)
+        self.spectrum = SpectralDensity(fit, statistics, band, sigma**2, 0.8, 0.1)
+
+    def sample(self, size: int, rng: np.random.Generator) -> Floats:
+        """Draw, sorted but for strong components that crossed (a negative gap)."""
+        strong = rng.standard_normal((size, len(self.root))) @ self.root.T
+        scale = np.sqrt(_DEGREES / rng.chisquare(_DEGREES, size))
+        strong = self.fit.frequency + strong * scale[:, None]
+        if not self.weak:
+            return strong
+        drawn = self.spectrum.sample((size, self.weak), rng)
+        frequency = np.sort(np.concatenate([strong, drawn], axis=-1), axis=-1)
+        crossed = (np.diff(strong, axis=-1) < 0).any(-1)
+        frequency[crossed] = -1.0  # outside the band: not allowed
+        return frequency
+
+    def log_prob(self, frequency: Floats) -> Floats:
+        if not self.weak:
+            return self._log_t(frequency)
+        num = frequency.shape[-1]
+        log_g = self.spectrum.log_prob(frequency)
+        terms = [
+            self._log_t(np.delete(frequency, chosen, -1)) + log_g[:, chosen].sum(-1)
+            for chosen in map(list, combinations(range(num), self.weak))
+        ]
+        return gammaln(self.weak + 1) + np.logaddexp.reduce(np.stack(terms), axis=0)
+
+    def _log_t(self, frequency: Floats) -> Floats:
+        dim = len(self.root)
+        if not dim:
+            return np.zeros(len(frequency))
+        z = np.linalg.solve(self.root, (frequency - self.fit.frequency).T)
+        norm = gammaln(0.5 * (_DEGREES + dim)) - gammaln(0.5 * _DEGREES)
+        norm -= 0.5 * dim * math.log(_DEGREES * math.pi)
+        norm -= np.log(np.diag(self.root)).sum()
+        tail = 0.5 * (_DEGREES + dim)
+        return norm - tail * np.log1p(np.square(z).sum(0) / _DEGREES)

@@ -34,18 +34,14 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ...nn.cells import CellAxis
-from ...nn.charts import Chart
 from ...nn.token_encoder import TokenEncoder
 from ...seeding import forked_rng
 from ...sets.prior import VariableKPrior
-from ..base import Problem, uniform
-from ..noise import white_log_prob
-from ..simulator import AdditiveSimulator
+from ..base import uniform
+from ..simulator import AdditiveSimulator, white_log_prob
 from .fit import SineFit
 from .grid import Grid, SineSignal
-from .polar import PolarChart
-from .tokens import BandTokens
+from .problem import Oscillations
 
 __all__ = [
     "LineSimulator",
@@ -61,22 +57,11 @@ _CLUSTER_SPREAD = 0.05
 
 @dataclass(frozen=True)
 class RelativeNoise:
-    """White noise with a level given relative to the signal, in decibels.
-
-    Attributes:
-        shared_index: Which shared parameter is the signal-to-noise ratio.
-    """
-
-    shared_index: int = 0
+    """White noise of a level relative to the signal, the shared parameter, in dB."""
 
     def scale(self, signal: Tensor, shared: Tensor) -> Tensor:
-        """Standard deviation of the entries of x, of shape ``(...)``.
-
-        Args:
-            signal: Signals, shape ``(..., T)``.
-            shared: Shared parameters, shape ``(..., S)``.
-        """
-        ratio = 10 ** (-0.1 * shared[..., self.shared_index])
+        """Standard deviation ``(...)`` of the entries of x."""
+        ratio = 10 ** (-0.1 * shared[..., 0])
         return (signal.square().mean(-1) * ratio).sqrt()
 
     def sample(
@@ -104,55 +89,21 @@ class LineSimulator(AdditiveSimulator):
 
 
 @dataclass(frozen=True)
-class LineSpectrum(Problem):
-    """The line-spectrum problem.
+class LineSpectrum(Oscillations):
+    """The line-spectrum problem: complex lines on the circle of frequencies."""
 
-    Attributes:
-        grid: Time grid of the record.
-    """
-
-    grid: Grid
+    @property
+    def reference_time(self) -> float:
+        """Middle of the record, that of its first and its last sample."""
+        return self.grids[0].middle
 
     def build_token_encoder(self, pursuit: bool = True, **options: Any) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell of the circle.
-
-        Args:
-            pursuit: Whether lines are first found by matching pursuit.
-            options: Options of the encoder.
-        """
-        front_end = BandTokens(
-            [self.grid.num_samples],
-            [self.grid.rate],
-            self._band,
-            self.location_axis().num_cells,
-            self.layout.max_cardinality if pursuit else 0,
-            analytic=True,
-        )
-        return TokenEncoder(front_end, **options)
-
-    def location_axis(self) -> CellAxis:
-        """Frequency, in cells of the record's resolution."""
-        cells = self.grid.num_samples
-        width = self._band[1] - self._band[0]
-        return CellAxis(2, cells, (self.prior.min_separation or 0.0) * cells / width)
+        """As :meth:`Oscillations.build_token_encoder`, with a pursuit unless told."""
+        return super().build_token_encoder(pursuit, **options)
 
     def build_fit(self) -> SineFit:
         """Return the least squares of complex exponentials."""
-        return SineFit((self.grid,), ridge=1e-2, analytic=True)
-
-    def build_chart(self) -> Chart:
-        """Return a :class:`PolarChart` with phases at the middle of the record."""
-        return PolarChart(
-            self.prior.component_marginals,
-            amplitude=0,
-            phase=1,
-            frequency=2,
-            reference_time=self.build_fit().reference_time,
-        )
-
-    @property
-    def _band(self) -> tuple[float, float]:
-        return self.prior.component_marginals[2].bounds
+        return SineFit(self.grids, ridge=1e-2, analytic=True)
 
 
 def line_spectrum(*, num_samples: int = 50, max_cardinality: int = 10) -> LineSpectrum:
@@ -201,7 +152,7 @@ def line_spectrum(*, num_samples: int = 50, max_cardinality: int = 10) -> LineSp
     grid = Grid(float(num_samples), 1.0)
     signal = SineSignal((grid,), analytic=True)
     simulator = LineSimulator(signal, RelativeNoise(), prior.layout)
-    return LineSpectrum("line_spectrum", prior, simulator, grid)
+    return LineSpectrum("line_spectrum", prior, simulator, (grid,))
 
 
 def clustered(
@@ -212,11 +163,6 @@ def clustered(
     Each line lies :math:`d + |g|` to either side of the one drawn before, d the least
     separation and g normal with a standard deviation of 0.05; those nearer than d to
     any line are drawn again. All else is as in the prior.
-
-    Args:
-        problem: The problem.
-        num: Number of rows.
-        generator: Source of randomness.
 
     Returns:
         Theta rows, shape ``(num, E)``.

@@ -23,24 +23,19 @@ from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.paper.dual_stream import DualStreamEncoder
 from ...nn.token_encoder import TokenEncoder
-from ...sets.checks import Numbers
+from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform
-from ..noise import NoiseModel, WhiteNoise
-from ..simulator import AdditiveSimulator
-from .fit import SineFit
+from ..simulator import AdditiveSimulator, NoiseModel, WhiteNoise
+from .fit import SineFit, SineStatistics
 from .grid import Grid, SineSignal
 from .polar import PolarChart
-from .statistics import SineStatistics
 from .tokens import BandTokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ...posterior.chains import CollapsedDraws
-    from .laplace import LaplaceProposal
-
-__all__ = ["ResampledNoise", "Sinusoids", "sinusoids"]
+__all__ = ["Oscillations", "ResampledNoise", "Sinusoids", "sinusoids"]
 
 # Rows above which tabulating an observation's statistics pays.
 _MANY_ROWS = 100
@@ -83,8 +78,8 @@ _SETUPS: dict[str, _Setup] = {
 
 
 @dataclass(frozen=True)
-class Sinusoids(Problem):
-    """A sinusoid problem.
+class Oscillations(Problem):
+    """A problem of components (A, phi, f) in records on regular time grids.
 
     Attributes:
         grids: Time grids of the records, the longest first.
@@ -93,22 +88,69 @@ class Sinusoids(Problem):
     grids: tuple[Grid, ...]
 
     @property
-    def log_likelihood(self) -> Likelihood:
-        """Log p(x | theta), called as ``log_likelihood(theta, x)``.
+    def band(self) -> tuple[float, float]:
+        """Lowest and highest frequency."""
+        return self.prior.component_marginals[2].bounds
 
-        With white noise it is evaluated from :class:`SineStatistics` where that pays.
+    @property
+    def reference_time(self) -> float:
+        """Middle of the long record, where the encoder's spectrum shows phases."""
+        return 0.5 * self.grids[0].duration
+
+    def build_token_encoder(
+        self, pursuit: bool = False, **options: Any
+    ) -> TokenEncoder:
+        """Return a :class:`TokenEncoder` with a token for each cell of the band.
+
+        Args:
+            pursuit: Whether components are first found by matching pursuit, which
+                pays where the cardinality is uncertain.
+            options: Options of the encoder.
         """
+        front_end = BandTokens(
+            [grid.num_samples for grid in self.grids],
+            [grid.rate for grid in self.grids],
+            self.band,
+            self.location_axis().num_cells,
+            self.layout.max_cardinality if pursuit else 0,
+            self.build_fit().analytic,
+        )
+        return TokenEncoder(front_end, **options)
+
+    def location_axis(self) -> CellAxis:
+        """Frequency, in cells of the long record's resolution."""
+        width = self.band[1] - self.band[0]
+        cells = max(1, round(width * self.grids[0].duration))
+        return CellAxis(2, cells, (self.prior.min_separation or 0.0) * cells / width)
+
+    def build_fit(self) -> SineFit:
+        """Return the least squares of sinusoids."""
+        return SineFit(self.grids)
+
+    def build_chart(self) -> Chart:
+        """Return a :class:`PolarChart` with phases at the :attr:`reference_time`."""
+        return PolarChart(
+            self.prior.component_marginals,
+            amplitude=0,
+            phase=1,
+            frequency=2,
+            reference_time=self.reference_time,
+        )
+
+
+@dataclass(frozen=True)
+class Sinusoids(Oscillations):
+    """A sinusoid problem, see :func:`sinusoids`."""
+
+    @property
+    def log_likelihood(self) -> Likelihood:
+        """Log p(x | theta); of white noise from :class:`SineStatistics` if it pays."""
         if isinstance(self.simulator.noise, WhiteNoise):
             return SineLikelihood(self.simulator, self)
         return Likelihood(self.simulator)
 
     def statistics(self, x: Numbers) -> SineStatistics:
-        """Tabulate the statistics of one observation, ``(T,)`` or ``(1, T)``.
-
-        Raises:
-            TypeError: If x holds no real numbers.
-            ValueError: If x is malformed or the frequencies have no bounds.
-        """
+        """Tabulate the statistics of one observation, ``(T,)`` or ``(1, T)``."""
         x = self.simulator.checked_data(x)
         if x.numel() != self.num_data or x.ndim > 2:
             raise ValueError(
@@ -121,7 +163,7 @@ class Sinusoids(Problem):
                 f"the prior's frequency must have bounds, got a {frequency}."
             )
         data = x.detach().reshape(-1).cpu().double().numpy()
-        return SineStatistics.of(data, self.grids, frequency.bounds)
+        return SineStatistics.of(data, self.grids, self.band)
 
     @property
     def units(self) -> dict[str, str]:
@@ -140,26 +182,27 @@ class Sinusoids(Problem):
             for number, grid in enumerate(self.grids, 1)
         )
 
-    def collapsed(self, x: Tensor, **options: Any) -> "CollapsedDraws":
+    def collapsed(self, x: Tensor, **options: Any) -> Any:
         """Draw from the exact posterior; see :mod:`.collapsed`."""
         from .collapsed import collapsed
 
-        self._check_noise()
-        return collapsed(self, x, **options)
+        return collapsed(self.prior, *self._tabulated(x), **options)
 
-    def laplace_proposal(self, x: Tensor, **options: Any) -> "LaplaceProposal":
+    def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
         """Approximate the posterior without a network; see :mod:`.laplace`."""
         from .laplace import laplace_proposal
 
-        self._check_noise()
-        return laplace_proposal(self, x, **options)
+        statistics, x = self._tabulated(x)
+        return laplace_proposal(self, x, statistics, **options)
 
-    def _check_noise(self) -> None:
+    def _tabulated(self, x: Numbers) -> tuple[SineStatistics, Tensor]:
+        """Statistics of x for samplers of white noise, and x as floats."""
         if self.noise_level is None:
             raise TypeError(
                 "problem must be a sinusoid problem with white noise of unknown level, "
                 f"got {self.name!r} with {self.simulator.noise}."
             )
+        return self.statistics(x), as_floats(x, "x")
 
     def plot_spectrum(
         self, samples: Tensor, x: Tensor, true_theta: Tensor | None = None
@@ -167,17 +210,16 @@ class Sinusoids(Problem):
         """Plot spectrum and posterior; see :mod:`.spectrum_plot`."""
         from .spectrum_plot import plot_spectrum
 
-        return plot_spectrum(self, samples, x, true_theta)
+        return plot_spectrum(self, self.grids[0].rate, samples, x, true_theta)
 
     def build_encoder(self, **options: Any) -> nn.Module:
-        """Return a :class:`DualStreamEncoder` for the records.
+        """Return a :class:`DualStreamEncoder`, small unless ``options`` say otherwise.
 
-        Unless ``options`` say otherwise it is small: the longest record's spectrum is
-        cut to the band and kept at full resolution, others are read in time and strided
-        down to about 25 positions.
+        The longest record's spectrum is cut to the band and kept at full resolution,
+        others are read in time and strided down to about 25 positions.
         """
         long, *others = self.grids
-        low, high = self.prior.component_marginals[2].bounds
+        low, high = self.band
         margin = 0.1 * (high - low)
         first = max(0, math.floor((low - margin) * long.duration))
         last = min(long.num_samples // 2, math.ceil((high + margin) * long.duration))
@@ -195,49 +237,6 @@ class Sinusoids(Problem):
         lengths = [grid.num_samples for grid in self.grids]
         return DualStreamEncoder(lengths, **{**small, **options})
 
-    def build_token_encoder(
-        self, pursuit: bool = False, **options: Any
-    ) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell of the band.
-
-        Args:
-            pursuit: Whether components are first found by matching pursuit, which
-                pays where the cardinality is uncertain.
-            options: Options of the encoder.
-        """
-        front_end = BandTokens(
-            [grid.num_samples for grid in self.grids],
-            [grid.rate for grid in self.grids],
-            self.prior.component_marginals[2].bounds,
-            self.location_axis().num_cells,
-            self.layout.max_cardinality if pursuit else 0,
-        )
-        return TokenEncoder(front_end, **options)
-
-    def location_axis(self) -> CellAxis:
-        """Frequency, in cells of the long record's resolution."""
-        low, high = self.prior.component_marginals[2].bounds
-        cells = max(1, round((high - low) * self.grids[0].duration))
-        separation = self.prior.min_separation or 0.0
-        return CellAxis(2, cells, separation * cells / (high - low))
-
-    def build_fit(self) -> SineFit:
-        """Return the least squares of sinusoids."""
-        return SineFit(self.grids)
-
-    def build_chart(self) -> Chart:
-        """Return a :class:`PolarChart` with phases at the middle of the long record.
-
-        There the encoder's spectrum shows them directly.
-        """
-        return PolarChart(
-            self.prior.component_marginals,
-            amplitude=0,
-            phase=1,
-            frequency=2,
-            reference_time=0.5 * self.grids[0].duration,
-        )
-
 
 @dataclass(frozen=True)
 class SineLikelihood(Likelihood):
@@ -245,9 +244,6 @@ class SineLikelihood(Likelihood):
 
     Statistics that are tabulated once make the cost of a row independent of the
     record's length. A call does so for many rows, :meth:`given` in any case.
-
-    Attributes:
-        problem: The problem.
     """
 
     problem: Sinusoids
@@ -350,15 +346,11 @@ def sinusoids(
     setup = replace(setup, **changes)
     if changes:
         _check_setup(setup, known)
+    law = log_uniform if setup.log_amplitude else uniform
+    phase = uniform(0.0, 2 * math.pi)
+    parts = [law(*setup.amplitude), phase, uniform(*setup.frequency)]
     prior = VariableKPrior(
-        MultipleIndependent(
-            [
-                (log_uniform if setup.log_amplitude else uniform)(*setup.amplitude),
-                uniform(0.0, 2 * math.pi),
-                uniform(*setup.frequency),
-            ],
-            validate_args=False,
-        ),
+        MultipleIndependent(parts, validate_args=False),
         setup.weights if cardinality is None else cardinality,
         shared=None if known else Independent(uniform(*setup.sigma), 1),
         min_separation=setup.separation,
@@ -389,15 +381,11 @@ class ResampledNoise:
     standard deviation to between 0.71 and 1 sigma, depending on the sample (0.82 in
     the mean square), colours the noise and correlates the two records, so there is no
     simple likelihood. The fine grid's rate is the fastest record's over the square root
-    of two, which shares no step with either record.
-
-    Attributes:
-        grids: Time grids of the records.
-        shared_index: Which shared parameter is sigma.
+    of two, which shares no step with either record. The first shared parameter is
+    sigma.
     """
 
     grids: tuple[Grid, ...]
-    shared_index: int = 0
 
     def sample(
         self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
@@ -413,8 +401,7 @@ class ResampledNoise:
             left = position.floor().long().clamp(max=num - 2)
             weight = (position - left).to(signal)
             streams.append(fine[:, left] * (1 - weight) + fine[:, left + 1] * weight)
-        sigma = shared[..., self.shared_index].unsqueeze(-1)
-        return torch.cat(streams, dim=-1) * sigma
+        return torch.cat(streams, dim=-1) * shared[..., :1]
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Raise NotImplementedError: interpolated noise has no simple likelihood."""
@@ -451,15 +438,13 @@ def _check_setup(setup: _Setup, known: bool) -> None:
                 f"{name} must be (least, largest) with 0 <= least < largest"
                 f"{' and least > 0' if positive else ''}, got {(low, high)}."
             )
-    for grid in setup.grids:
-        if not isinstance(grid, Grid):
-            raise TypeError(
-                f"grids must be a Grid or several, got {type(grid).__name__}."
-            )
+    strange = [type(g).__name__ for g in setup.grids if not isinstance(g, Grid)]
+    if strange:
+        raise TypeError(f"grids must be a Grid or several, got {strange[0]}.")
     if not setup.grids:
         raise ValueError("grids must hold at least one time grid, got none.")
     durations = [grid.duration for grid in setup.grids]
-    if durations[0] < max(durations):
+    if durations[0] != max(durations):
         raise ValueError(f"grids must have the longest first, got {durations}.")
     slowest = min(grid.rate for grid in setup.grids)
     if setup.frequency[1] > 0.5 * slowest:

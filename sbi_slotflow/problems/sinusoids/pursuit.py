@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fit import SineFit, SineLeastSquares
-from .statistics import Complexes, Floats, SineStatistics
+from .fit import Complexes, Floats, SineFit, SineLeastSquares, SineStatistics
 
 __all__ = [
     "Pursued",
     "SinePursuit",
     "SinusoidFit",
+    "SpectralDensity",
     "matching_pursuit",
     "residual_power",
 ]
@@ -41,7 +41,7 @@ _NUM_STEPS = 2
 _NOTHING = 1e-30
 # Resolution elements that a frequency may move in a step.
 _FARTHEST = 0.5
-# Points of the search grid for each resolution element, and of the finer one.
+# Points for each resolution element: of the search grid, and of finer ones.
 _OVERSAMPLING, _FINE = 2, 8
 # Steps of a fit until it converges, halvings of each, and the relative ridge that keeps
 # coinciding frequencies solvable.
@@ -49,15 +49,10 @@ _MOST_STEPS, _HALVINGS, _RIDGE = 12, 4, 1e-10
 
 
 class Pursued(NamedTuple):
-    """Components that were found, in the order of their finding.
+    """Components that were found, in the order of their finding, ``(B, P)``.
 
-    Attributes:
-        found: Which of the P were found, shape ``(B, P)``.
-        phasor: Complex amplitudes at the reference time, shape ``(B, P)``.
-        frequency: Frequencies, shape ``(B, P)``.
-        gain: What each earned in nats, that of the first one not kept included, zero
-            beyond; shape ``(B, P)``.
-        residual: What is left of the data, shape ``(B, T)``.
+    ``gain`` is what each earned in nats, that of the first one not kept included, zero
+    beyond; ``residual`` is what is left of the data, ``(B, T)``.
     """
 
     found: Tensor
@@ -72,13 +67,8 @@ class SinePursuit:
 
     Data have a scale of about one, as those that a network reads; amplitudes too.
 
-    Args:
-        fit: Their least squares.
-        band: Lowest and highest frequency; a circle, if the data are complex and it is
-            all of their spectrum.
-        most: Largest number P of components.
-        least_gain: Nats below which a component is not kept.
-        num_steps: Gauss-Newton steps after each new component.
+    The band is a circle if the data are complex and it is all of their spectrum. A
+    component that earns less than ``least_gain`` nats is not kept.
     """
 
     def __init__(
@@ -91,7 +81,6 @@ class SinePursuit:
     ) -> None:
         self.fit, self.band, self.most = fit, band, most
         self.least_gain, self.num_steps = least_gain, num_steps
-        self.signal = fit.signal
         first = fit.grids[0]
         self.width = 1 / first.duration
         self._circular = fit.analytic and math.isclose(band[1] - band[0], first.rate)
@@ -119,9 +108,9 @@ class SinePursuit:
             if not len(left):
                 break
             peak, place = self._peak(residual[left])
-            old = phasor[left, :p], frequency[left, :p]
             new = [
-                torch.cat([a, b], -1) for a, b in zip(old, (peak, place), strict=True)
+                torch.cat([phasor[left, :p], peak], -1),
+                torch.cat([frequency[left, :p], place], -1),
             ]
             noise = energy[left] / num_data
             given = self.fit.given(data[left])
@@ -168,21 +157,16 @@ class SinePursuit:
     def _total(self, phasor: Tensor, frequency: Tensor) -> Tensor:
         phase = phasor.angle() - _TWO_PI * self.fit.reference_time * frequency
         components = torch.stack([phasor.abs(), phase, frequency], -1)
-        return self.signal.total(
-            components, torch.ones_like(frequency, dtype=torch.bool)
-        )
+        return self.fit.signal.total(components, torch.ones_like(phase) > 0)
 
 
 @dataclass(frozen=True)
 class SinusoidFit:
-    """Least-squares fit of K sinusoids.
+    """Least-squares fit of K sinusoids, in ascending frequency ``(K,)``.
 
-    Attributes:
-        frequency: Ascending, shape ``(K,)``.
-        amplitudes: Amplitudes (a, b) about the reference time, shape ``(K, 2)``.
-        energy: Sum of squared residuals.
-        information: Fisher information of the frequencies times sigma squared, the
-            amplitudes profiled out, shape ``(K, K)``.
+    Amplitudes are (a, b) about the reference time, shape ``(K, 2)``, energy the sum of
+    squared residuals, information the Fisher information ``(K, K)`` of the frequencies
+    times sigma squared, with the amplitudes profiled out.
     """
 
     frequency: Floats
@@ -198,17 +182,10 @@ def matching_pursuit(
     max_components: int,
     separation: float = 0.0,
 ) -> list[SinusoidFit]:
-    """Fit 0 to ``max_components`` sinusoids.
+    """Fit K = 0..``max_components`` sinusoids to x ``(T,)``.
 
-    Args:
-        x: The observation, shape ``(T,)``.
-        statistics: Its statistics.
-        band: Lowest and highest frequency.
-        max_components: Largest K.
-        separation: Least gap of two frequencies.
-
-    Returns:
-        A fit for each K = 0..max_components; fewer where no place is left.
+    Frequencies lie in the band, at least ``separation`` apart; there are fewer fits
+    where no place is left.
     """
     empty = np.empty(0)
     fits = [SinusoidFit(empty, np.empty((0, 2)), statistics.energy, np.empty((0, 0)))]
@@ -241,19 +218,57 @@ def matching_pursuit(
 def residual_power(
     statistics: SineStatistics, fit: SinusoidFit, frequency: Floats
 ) -> Floats:
-    """Energy that one more sinusoid would take from a fit's residual, about.
-
-    Args:
-        statistics: Statistics of the observation.
-        fit: The fit.
-        frequency: Where to evaluate it, shape ``(J,)``.
-
-    Returns:
-        Shape ``(J,)``.
-    """
+    """Energy that one more sinusoid of each frequency would take from a residual."""
     cross = statistics.gram(frequency, fit.frequency)
     left = statistics.projections(frequency).ravel() - cross @ fit.amplitudes.ravel()
     return 2 * np.square(left.reshape(-1, 2)).sum(-1) / statistics.num_data
+
+
+class SpectralDensity:
+    """Density of one more frequency, high where a fit's residual has power.
+
+    Piecewise constant on equal bins of the band, and a share uniform. ``sharpness`` is
+    the power of the likelihood that makes the peaks; 1 is the posterior of one more
+    component at that noise ``variance``.
+
+    Attributes:
+        cumulative: Cumulative probability of the bins.
+        log_density: Log density in each bin.
+    """
+
+    def __init__(
+        self,
+        fit: SinusoidFit,
+        statistics: SineStatistics,
+        band: tuple[float, float],
+        variance: float,
+        sharpness: float,
+        uniform_share: float,
+    ) -> None:
+        self.band = band
+        width = 1 / statistics.grids[0].duration
+        num = max(16, math.ceil((band[1] - band[0]) / width * _FINE))
+        middle = band[0] + (np.arange(num) + 0.5) * (band[1] - band[0]) / num
+        gain = 0.5 * sharpness * residual_power(statistics, fit, middle) / variance
+        peak = np.exp(gain - gain.max())
+        probs = uniform_share / num + (1 - uniform_share) * peak / peak.sum()
+        self.cumulative = np.cumsum(probs) / probs.sum()
+        self.log_density = np.log(probs * num / (band[1] - band[0]))
+
+    def sample(self, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
+        """Draw frequencies."""
+        num = len(self.cumulative)
+        place = np.searchsorted(self.cumulative, rng.random(shape)).clip(max=num - 1)
+        share = (place + rng.random(shape)) / num
+        return self.band[0] + share * (self.band[1] - self.band[0])
+
+    def log_prob(self, frequency: Floats) -> Floats:
+        """Log density, -inf outside the band."""
+        low, high = self.band
+        share = (frequency - low) / (high - low)
+        place = (share * len(self.log_density)).astype(np.int64)
+        values = self.log_density[place.clip(0, len(self.log_density) - 1)]
+        return np.where((frequency >= low) & (frequency <= high), values, -np.inf)
 
 
 class _Profile(NamedTuple):
@@ -315,17 +330,9 @@ def _profiled(given: SineLeastSquares, frequency: Floats) -> _Profile:
 def _linearised(
     given: SineLeastSquares, phasor: Tensor, frequency: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inner products of a component's derivatives, with each other and the data.
+    """Inner products ``(N, 3K, 3K)`` of derivatives, and with the data ``(N, 3K)``.
 
-    Derivatives are by the real and the imaginary part of its phasor and its frequency.
-
-    Args:
-        given: The least squares of N observations.
-        phasor: Phasors, shape ``(N, K)``.
-        frequency: Frequencies, shape ``(N, K)``.
-
-    Returns:
-        Shapes ``(N, 3 K, 3 K)`` and ``(N, 3 K)``.
+    Derivatives are by the real and the imaginary part of a phasor and its frequency.
     """
     one = torch.ones_like(phasor)
     alpha = torch.stack([one, 1j * one, 0 * one], -1)

@@ -1,7 +1,7 @@
 """The spectrum of the data with the posterior of frequency and amplitude."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -17,18 +17,14 @@ from ...plots.style import (
     SMALL,
     TRUTH,
     Figure,
-    checked_data,
-    checked_row,
-    checked_samples,
     dress,
     legend_above,
     padded,
     thinned,
 )
+from ...sets.checks import as_observation, as_row, as_rows
 from ...sets.layout import ThetaLayout
-
-if TYPE_CHECKING:
-    from .problem import Sinusoids
+from ..base import Problem
 
 __all__ = ["plot_spectrum"]
 
@@ -42,7 +38,8 @@ _PLACE = [2, 0]
 
 
 def plot_spectrum(
-    problem: "Sinusoids",
+    problem: Problem,
+    rate: float,
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,
@@ -64,25 +61,15 @@ def plot_spectrum(
     The upper panel holds the expected number of components per Hz, which needs no
     labels and integrates to E[K | x]. All cardinalities are taken together.
 
-    Args:
-        problem: A sinusoid problem.
-        samples: Theta rows, shape ``(S, E)``.
-        x: The observation, shape ``(T,)`` or ``(1, T)``.
-        true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
-
-    Returns:
-        A figure with two axes.
-
-    Raises:
-        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
-        ValueError: If a shape does not fit, or samples are empty or malformed.
+    ``rate`` is the sampling rate of the first stream; for the rest see
+    :func:`sbi_slotflow.plots.plot_spectrum`.
     """
     layout = problem.layout
-    samples = checked_samples(samples, layout)
-    data = checked_data(x)
+    samples = as_rows(samples, layout)
+    data = as_observation(x)[0].numpy()
     if len(data) != problem.num_data:
         raise ValueError(f"x must have {problem.num_data} entries, got {len(data)}.")
-    stream, rate = problem.streams[0], problem.grids[0].rate
+    stream = problem.streams[0]
     grid, spectrum = _amplitude_spectrum(data[: stream.num_samples], rate)
     band = _band(problem, grid[-1])
     drawn = _active(layout, samples)[:, _PLACE].numpy()
@@ -106,7 +93,7 @@ def plot_spectrum(
             Line2D([], [], color=POSTERIOR, marker=".", ls="", label="posterior draws")
         )
     if true_theta is not None:
-        true = _active(layout, checked_row(true_theta, layout)[None])[:, _PLACE].numpy()
+        true = _active(layout, as_row(true_theta, layout))[:, _PLACE].numpy()
         for axes in (upper, lower):
             for value in true[:, 0]:
                 axes.axvline(value, color=TRUTH, linestyle="--", linewidth=1, zorder=0)
@@ -162,15 +149,10 @@ def _write_above(axes: Axes, place: float, value: float, placed: list[float]) ->
     """Write a probability above a place, lower where it would hide another."""
     low, high = axes.get_xlim()
     level = sum(abs(place - other) < 0.05 * (high - low) for other in placed)
-    axes.annotate(
-        f"{value:.2f}",
-        (place, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, -9 - 10 * (level % 4)),
-        textcoords="offset points",
-        ha="center",
-        fontsize=SMALL,
-    )
+    where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center"}
+    where |= {"textcoords": "offset points", "fontsize": SMALL}
+    text = f"{value:.2f}"
+    axes.annotate(text, (place, 1.0), xytext=(0, -9 - 10 * (level % 4)), **where)
     placed.append(place)
 
 
@@ -180,7 +162,7 @@ def _amplitude_spectrum(data: np.ndarray, rate: float) -> tuple[np.ndarray, np.n
     return np.fft.rfftfreq(length, 1 / rate), spectrum
 
 
-def _band(problem: "Sinusoids", nyquist: float) -> tuple[float, float]:
+def _band(problem: Problem, nyquist: float) -> tuple[float, float]:
     """The prior's range of the frequency and a margin, within 0..Nyquist."""
     low, high = problem.prior.component_marginals[_PLACE[0]].bounds
     if not math.isfinite(high - low):

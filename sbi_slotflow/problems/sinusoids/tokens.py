@@ -8,7 +8,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-from ...nn.registry import register
+from ...nn.spec import register
 from .fit import SineFit
 from .grid import Grid, unit_circle
 from .pursuit import SinePursuit
@@ -44,8 +44,7 @@ class BandTokens(nn.Module):
     is all of their spectrum is a circle.
 
     Args:
-        lengths: Samples of each record.
-        rates: Samples per second of each record.
+        lengths, rates: Samples, and samples per second, of each record.
         band: Lowest and highest frequency.
         num_tokens: Number L of tokens.
         pursuit: Components to look for beforehand; 0 for none.
@@ -66,15 +65,9 @@ class BandTokens(nn.Module):
         analytic: bool = False,
     ) -> None:
         super().__init__()
-        self.spec: dict[str, Any] = {
-            "kind": self.kind,
-            "lengths": list(lengths),
-            "rates": list(rates),
-            "band": list(band),
-            "num_tokens": num_tokens,
-            "pursuit": pursuit,
-            "analytic": analytic,
-        }
+        lists = {"lengths": [*lengths], "rates": [*rates], "band": [*band]}
+        numbers = {"num_tokens": num_tokens, "pursuit": pursuit, "analytic": analytic}
+        self.spec: dict[str, Any] = {"kind": self.kind, **lists, **numbers}
         self.analytic = analytic
         self.circular = analytic and math.isclose(band[1] - band[0], rates[0])
         self.pursue = None
@@ -125,11 +118,7 @@ class BandTokens(nn.Module):
             self.channels += 3 * self._readings + _FOUND_CHANNELS
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read x ``(B, T)``.
-
-        Returns:
-            Channels ``(B, L, channels)``, levels ``(B, S)`` and edges ``(B, L + 1)``.
-        """
+        """Channels ``(B, L, C)``, levels ``(B, S)`` and edges ``(B, L + 1)`` of x."""
         amplitudes, tapered = self._read(x)
         level = torch.cat(
             [self._noise_level(i, r) for i, r in enumerate(x.split(self.lengths, -1))],
@@ -203,30 +192,17 @@ class BandTokens(nn.Module):
         cell = cell.clamp(0, self.num_tokens - 1)
         strength = pursued.phasor.abs() / (sigma * self.noise[0]).unsqueeze(-1)
         place = torch.arange(cell.shape[-1]).to(sigma).expand_as(cell)
-        each = torch.stack(
-            [
-                torch.ones_like(strength),
-                position - cell - 0.5,
-                strength.asinh(),
-                pursued.gain.asinh(),
-                0.1 * place,
-            ],
-            dim=-2,
-        )
+        offset, there = position - cell - 0.5, torch.ones_like(strength)
+        each = [there, offset, strength.asinh(), pursued.gain.asinh(), 0.1 * place]
+        each = torch.stack(each, dim=-2)
         each = torch.where(pursued.found.unsqueeze(-2), each, 0.0)
         found = x.new_zeros(len(x), _FOUND_CHANNELS, self.num_tokens)
         found.scatter_add_(-1, cell.unsqueeze(-2).expand_as(each), each.to(x))
         # What one more component anywhere would be worth, up to a constant.
         worth = (0.5 * left[1][:, 0].exp()).clamp(max=30.0).logsumexp(-1)
-        earned = torch.cat(
-            [
-                0.3 * pursued.gain.asinh(),
-                0.1 * pursued.found.sum(-1, keepdim=True),
-                sigma.log().unsqueeze(-1),
-                0.1 * worth.unsqueeze(-1),
-            ],
-            dim=-1,
-        )
+        count = 0.1 * pursued.found.sum(-1)
+        levels = torch.stack([count, sigma.log(), 0.1 * worth], -1)
+        earned = torch.cat([0.3 * pursued.gain.asinh(), levels], -1)
         return [*left, found], earned.to(x)
 
     @torch.no_grad()
@@ -253,12 +229,7 @@ class ChirpTransform(nn.Module):
     a chirp between two multiplications (Bluestein 1970; Rabiner, Schafer and Rader
     1969): three short FFTs in place of a matrix of N P numbers.
 
-    Args:
-        tapers: Tapers w, shape ``(W, N)``, float64.
-        rate: Samples r per second.
-        start: First frequency f_0 of the grid.
-        step: Its step.
-        num: Number P of frequencies.
+    Tapers w are float64, of shape ``(W, N)``.
     """
 
     def __init__(

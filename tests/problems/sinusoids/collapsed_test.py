@@ -29,8 +29,7 @@ from sbi.utils import BoxUniform, MultipleIndependent
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.problems.noise import WhiteNoise
-from sbi_slotflow.problems.simulator import AdditiveSimulator
+from sbi_slotflow.problems.simulator import AdditiveSimulator, WhiteNoise
 from sbi_slotflow.problems.sinusoids.collapsed import CollapsedSampler
 from sbi_slotflow.problems.sinusoids.grid import Grid, SineSignal
 from sbi_slotflow.rjmcmc import collapsed, fixed_k
@@ -106,6 +105,10 @@ def summaries(problem: Sinusoids, rows: Tensor, seed: int) -> dict[str, np.ndarr
     }
 
 
+def sampler_of(problem: Sinusoids, x: Tensor) -> CollapsedSampler:
+    return CollapsedSampler(problem.prior, problem.statistics(x), x)
+
+
 def run_from_the_prior(
     problem: Sinusoids, num: int, moves: int
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -115,7 +118,7 @@ def run_from_the_prior(
     x = problem.simulator(theta, generator)
     last, accepted = [], np.zeros(len(MOVES), dtype=int)
     for i in range(num):
-        sampler = CollapsedSampler(problem, x[i])
+        sampler = sampler_of(problem, x[i])
         rows, counts = sampler.run(theta[i], 1, moves, np.random.default_rng([1, i]))
         last.append(rows[-1])
         accepted += counts[:, 1]
@@ -258,14 +261,10 @@ def test_chains_start_with_numbers_that_are_not_ruled_out() -> None:
     def starts_of(sampler: CollapsedSampler) -> list[Tensor]:
         return [sampler.start(2 + shift) for shift in (0, -1, 1)]
 
-    faint = CollapsedSampler(
-        tiny, observe(tiny, [[0.5, 1, 0.9], [1.2, 4, 1.5]], 1.0, 3)
-    )
+    faint = sampler_of(tiny, observe(tiny, [[0.5, 1, 0.9], [1.2, 4, 1.5]], 1.0, 3))
     sizes = [int(tiny.layout.cardinality(start)) for start in starts_of(faint)]
     assert sizes[:2] == [2, 1]
-    sampler = CollapsedSampler(
-        tiny, observe(tiny, [[0.9, 1, 0.9], [1.2, 4, 1.5]], 0.4, 3)
-    )
+    sampler = sampler_of(tiny, observe(tiny, [[0.9, 1, 0.9], [1.2, 4, 1.5]], 0.4, 3))
     assert sampler.best_size == 2
     starts = starts_of(sampler)
     assert int(tiny.layout.cardinality(starts[1])) == 2  # one is ruled out
@@ -280,13 +279,13 @@ def test_chains_start_with_numbers_that_are_not_ruled_out() -> None:
 def test_none_is_reached() -> None:
     generator = torch.Generator().manual_seed(0)
     x = 0.5 * torch.randn(tiny.num_data, generator=generator)
-    sampler = CollapsedSampler(tiny, x)
+    sampler = sampler_of(tiny, x)
     start = theta_row(tiny, [[0.6, 1.0, 1.2]], 0.5)[0]
     rows, _ = sampler.run(start, 500, 20, np.random.default_rng(0))
     k = tiny.layout.cardinality(rows)
     assert (k[-100:] == 0).float().mean() > 0.9
     # and left: p(K = 0 | x) is small if there is a tone
-    loud = CollapsedSampler(tiny, observe(tiny, [[1.0, 1.0, 1.2]], 0.5, 0))
+    loud = sampler_of(tiny, observe(tiny, [[1.0, 1.0, 1.2]], 0.5, 0))
     rows, _ = loud.run(loud.start(0), 500, 20, np.random.default_rng(0))
     assert tiny.layout.cardinality(rows)[-1] == 1
 

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from sbi_slotflow import SlotDensityEstimator, SlotPosterior, slot_nn
-from sbi_slotflow.nn.registry import build
+from sbi_slotflow.nn.spec import build
 from sbi_slotflow.problems import LineSpectrum, line_spectrum
 from sbi_slotflow.problems.sinusoids.line_spectrum import clustered
 from sbi_slotflow.problems.sinusoids.pursuit import SinePursuit
@@ -93,7 +93,7 @@ def test_clustered_lines_are_neighbours_of_one_another(problem) -> None:
         "pairs",
         problem.prior.with_cardinality(weights),
         problem.simulator,
-        problem.grid,
+        problem.grids[0],
     )
     theta = clustered(pairs, 3_000, generator_for(2)).double()
     places = problem.layout.unpack(theta).components[:, :2, 2]

@@ -8,6 +8,7 @@ import torch
 
 from sbi_slotflow import problems
 from sbi_slotflow.problems import Sinusoids
+from sbi_slotflow.problems.sinusoids.fit import Floats, SineStatistics
 from sbi_slotflow.problems.sinusoids.pursuit import (
     Pursued,
     SinePursuit,
@@ -15,7 +16,6 @@ from sbi_slotflow.problems.sinusoids.pursuit import (
     matching_pursuit,
     residual_power,
 )
-from sbi_slotflow.problems.sinusoids.statistics import Floats, SineStatistics
 from sbi_slotflow.seeding import generator_for
 
 paper, crowded = problems.sinusoids("paper"), problems.sinusoids("crowded")
@@ -80,7 +80,7 @@ def test_the_residual_is_what_the_components_leave() -> None:
         - 2 * math.pi * search.fit.reference_time * pursued.frequency
     )
     components = torch.stack([pursued.phasor.abs(), phase, pursued.frequency], -1)
-    model = search.signal.total(components, pursued.found)
+    model = search.fit.signal.total(components, pursued.found)
     torch.testing.assert_close(x - model.float(), pursued.residual, atol=1e-4, rtol=0)
     # and what it earned is the drop in energy
     drop = (

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.problems.sinusoids.statistics import Floats, SineStatistics
+from sbi_slotflow.problems.sinusoids.fit import Floats, SineStatistics
 
 
 class Case:
