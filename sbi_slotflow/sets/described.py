@@ -137,4 +137,4 @@ def _rebuilt(spec: Any) -> Any:
         if key != "name"
     }
     options = {"validate_args": False} if is_law else {}
-    return kind(**values, **options)  # pyright: ignore[reportOptionalCall]
+    return kind(**values, **options)  # pyright: ignore
