@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from .nn.paper import CircleChart
     from .posterior import refine
     from .posterior.datatree import to_datatree
-    from .posterior.draws import PosteriorDraws
+    from .posterior.draws import PosteriorDraws, RefinedPosterior
     from .posterior.network import SlotPosterior
-    from .posterior.refined import RefinedPosterior
     from .pretrained.recipes import load_pretrained, model_card
     from .problems import Problem
     from .problems.simulator import AdditiveSimulator, WhiteNoise
@@ -60,7 +59,7 @@ __all__ = [
 _HOMES = {
     "AdditiveSimulator": "problems.simulator",
     "CircleChart": "nn.paper",
-    "PolarChart": "problems.sinusoids",
+    "PolarChart": "problems.sinusoids.polar",
     "PosteriorDraws": "posterior.draws",
     "Problem": "problems",
     "RefinedPosterior": "posterior",

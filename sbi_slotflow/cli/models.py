@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
-from ..posterior import refine
+from ..posterior import UnreliableWeights, refine
 from ..posterior.network import SlotPosterior
-from ..posterior.refined import UnreliableWeights
 from ..pretrained.recipes import (
     RECIPES,
     available_weights,

@@ -18,7 +18,9 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.distributions import Distribution
 
+from ..sets.described import describe_distribution
 from ..sets.layout import ThetaLayout
 
 __all__ = [
@@ -114,7 +116,11 @@ class EstimatorSpec:
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON would give it back: lists for tuples."""
+        """Return the spec as JSON would give it back: lists for tuples.
+
+        Raises:
+            ValueError: If a prior's distribution is of a class of the user's own.
+        """
         entries = _lists(asdict(self))
         # Whether a parameter is circular is the prior's to say; nothing here needs it.
         del entries["layout"]["periods"]
@@ -150,7 +156,8 @@ def _lists(value: Any) -> Any:
         return {key: _lists(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_lists(entry) for entry in value]
-    return value
+    # Only a distribution of the user's own is not described yet: it is refused here.
+    return describe_distribution(value) if isinstance(value, Distribution) else value
 
 
 @contextmanager

@@ -23,7 +23,7 @@ component.
 
 ArviZ 1.x needs Python 3.12; its parts ``arviz-base``, ``arviz-stats`` and
 ``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts,
-here and in :mod:`sbi_slotflow.posterior.psis`.
+here and in :mod:`sbi_slotflow.posterior.weights`.
 """
 
 import json
@@ -39,7 +39,7 @@ from ..seeding import draw_seed, generator_for
 from ..sets.checks import as_row
 from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
-from .resampling import systematic
+from .weights import systematic
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree

@@ -4,8 +4,9 @@ Draws may carry importance weights, and MCMC's come in chains. Either way they a
 posterior of one observation, without a density.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,9 +15,24 @@ from torch.distributions import Categorical
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from .base import PosteriorOfOne
-from .resampling import systematic
+from .weights import systematic
 
-__all__ = ["PosteriorDraws"]
+__all__ = [
+    "CollapsedDraws",
+    "PosteriorDraws",
+    "RefinedPosterior",
+    "UnreliableWeights",
+]
+
+
+# k-hat above which estimates from the weights are not to be trusted (Vehtari et al.
+# 2024), and effective draws below which they are too few.
+LARGEST_K_HAT = 0.7
+FEWEST_EFFECTIVE = 100
+
+
+class UnreliableWeights(UserWarning):
+    """Importance weights with a tail too heavy, or too few effective draws."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,77 @@ class PosteriorDraws(PosteriorOfOne):
         if self.log_weights is None:
             return self.theta, None
         return self.theta, self.weights.reshape(self.log_weights.shape)
+
+
+@dataclass(frozen=True)
+class RefinedPosterior(PosteriorDraws):
+    """Draws of the exact posterior of one observation.
+
+    Attributes:
+        log_evidence: Estimate of log p(x).
+        log_evidence_error: Its standard error.
+        pareto_k: k-hat of the weights; below 0.7 they can be believed.
+        diagnostics: Numbers of the method: those of tempering steps and of sweeps of
+            all moves, and the acceptance of each kind of move.
+    """
+
+    log_evidence: float = math.nan
+    log_evidence_error: float = math.nan
+    pareto_k: float = math.nan
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Effective sample size, k-hat, evidence, and the method's own numbers."""
+        return {
+            **super().statistics,
+            "pareto_k": self.pareto_k,
+            "log_evidence": self.log_evidence,
+            "log_evidence_error": self.log_evidence_error,
+            **self.diagnostics,
+        }
+
+    @property
+    def efficiency(self) -> float:
+        """Effective over actual number of draws."""
+        return self.ess / len(self.rows)
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether k-hat and the effective sample size pass."""
+        return self.pareto_k <= LARGEST_K_HAT and self.ess >= FEWEST_EFFECTIVE
+
+
+@dataclass(frozen=True)
+class CollapsedDraws(PosteriorDraws):
+    """Draws of the collapsed sampler, one chain a seed.
+
+    Attributes:
+        acceptance: Share of each kind of move that was accepted.
+    """
+
+    acceptance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Effective sample size of the weights, and each move's acceptance."""
+        moves = {f"acceptance_{move}": s for move, s in self.acceptance.items()}
+        return {**super().statistics, "disagreement": self.disagreement, **moves}
+
+    @property
+    def cardinality_by_chain(self) -> Tensor:
+        """Each chain's estimate of p(K | x), shape ``(chains, Kmax + 1)``."""
+        k = self.layout.cardinality(self.theta)
+        one_hot = torch.nn.functional.one_hot(k, self.layout.max_cardinality + 1)
+        return one_hot.double().mean(1)
+
+    @property
+    def disagreement(self) -> float:
+        """Mean total variation of p(K | x) between two chains, the sampler's floor."""
+        probs = self.cardinality_by_chain
+        first, second = torch.triu_indices(len(probs), len(probs), 1)
+        distance = 0.5 * (probs[first] - probs[second]).abs().sum(-1)
+        return float(distance.mean()) if len(distance) else math.nan
 
 
 class DrawnSets(SetDistribution):

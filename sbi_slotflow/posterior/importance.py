@@ -19,6 +19,7 @@ not counted, so that q' is the density of those that are.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .component_proposals import PriorComponents
 
-__all__ = ["WithExtraComponent"]
+__all__ = ["LogLikelihood", "WithExtraComponent", "likelihood_of"]
+
+LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
 # Probability from which a cardinality is deemed possible.
 _POSSIBLE = 1e-3
@@ -163,3 +166,37 @@ def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
     )
     k = torch.where(index < parts.cardinality, parts.cardinality - 1, parts.cardinality)
     return layout.pack(k, components, parts.shared)
+
+
+def likelihood_of(
+    log_likelihood: LogLikelihood, x: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return log p(x | theta) of given x as a checked function of theta; float64.
+
+    A likelihood that has a method ``given(x)`` is asked for it once, so that it may
+    tabulate what it needs of x.
+    """
+    given = getattr(log_likelihood, "given", None)
+    evaluate = partial(_of_both, log_likelihood, x) if given is None else given(x)
+
+    def checked(theta: Tensor) -> Tensor:
+        values = torch.as_tensor(evaluate(theta)).double()
+        expected = theta.shape[:-1]
+        if values.shape != expected:
+            raise ValueError(
+                f"log_likelihood must return shape {tuple(expected)} for theta of "
+                f"shape {tuple(theta.shape)}, got {tuple(values.shape)}."
+            )
+        bad = torch.isnan(values) | torch.isposinf(values)
+        if bad.any():
+            raise ValueError(
+                "log_likelihood must not be NaN or +inf, got it for "
+                f"{int(bad.sum())} of {bad.numel()} rows."
+            )
+        return values
+
+    return checked
+
+
+def _of_both(log_likelihood: LogLikelihood, x: Tensor, theta: Tensor) -> Tensor:
+    return log_likelihood(theta, x)

@@ -1,26 +1,230 @@
 r"""The trans-dimensional posterior q(K, Theta, s | x), sbi's ``DirectPosterior``.
 
-Slots draw inside the prior's support by construction. Only a least separation is not
-built in, see :mod:`sbi_slotflow.posterior.separated`.
+Slots draw inside the prior's support by construction, except for a least separation.
+Independent slots do not know of each other, so their sets are truncated to those that
+keep the separation: K is drawn first and the components given K are redrawn until they
+keep it, which leaves q(K | x) as it is, and densities are divided by the probability
+a_K(x) that a draw is kept:
+
+.. math::
+    q(\Theta, s | x, K) = q_{slots}(\Theta, s | x, K)\,
+        1[\Theta \text{ is separated}] / a_K(x)
+
+Where a_K(x) is below :data:`LEAST_ACCEPTANCE` two slots claim one component: the
+network deems K impossible and has learnt nothing of it. There the prior given K stands
+in for the slots.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, Protocol, cast
 
 import torch
 from sbi.inference.posteriors import DirectPosterior
+from sbi.utils.sbiutils import within_support
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ..nn.charts import Chart
 from ..nn.estimator import SlotDensityEstimator
+from ..nn.set_distribution import NetworkSets
+from ..seeding import generator_for
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
 from .datatree import SignalModel
 from .refine import Refinable
-from .separated import SeparatedSets
 
-__all__ = ["SlotPosterior"]
+__all__ = ["LEAST_ACCEPTANCE", "SeparatedSets", "SlotPosterior"]
+
+LEAST_ACCEPTANCE = 1e-3
+"""Acceptance below which the prior given K replaces the slots."""
+
+# Draws from which an acceptance is estimated.
+_NUM_DRAWS = 10_000
+# Rounds of redrawing before acceptances are looked at.
+_FIRST_ROUNDS = 5
+# Candidates drawn at once while few rows are left.
+_MIN_CANDIDATES = 1_024
+
+
+class SeparatedSets(SetDistribution):
+    """A network's distribution over sets, truncated to the prior's support.
+
+    Acceptances are estimated from a fixed seed when first asked for and then kept, so
+    that no result depends on the order of calls.
+
+    Args:
+        slots: The network's distribution given B observations.
+        prior: Its prior, which knows the separation.
+        max_rows: Most rows drawn at once.
+    """
+
+    def __init__(
+        self, slots: NetworkSets, prior: VariableKPrior, max_rows: int
+    ) -> None:
+        self.slots, self.prior, self.max_rows = slots, prior, max_rows
+        self.layout, self.num_observations = prior.layout, slots.num_observations
+        self._accepted: dict[tuple[int, int], Tensor] = {}
+        self._lock = Lock()
+
+    @property
+    def may_collide(self) -> bool:
+        """Whether slots can miss a separation that the prior asks for."""
+        asked = self.prior.min_separation is not None
+        return asked and not self.slots.keeps_separation
+
+    def cardinality(self) -> Categorical:
+        """Return q(K | x); see :meth:`SetDistribution.cardinality`."""
+        return self.slots.cardinality()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows that keep the separation; see :meth:`SetDistribution.sample`."""
+        shape, batch = torch.Size(sample_shape), self.num_observations
+        num, step = shape.numel(), max(1, self.max_rows // batch)
+        parts = [
+            self._draw(min(step, num - start), k, generator)
+            for start in range(0, max(num, 1), step)
+        ]
+        return torch.cat(parts).reshape(*shape, batch, self.layout.size)
+
+    def log_prob(self, theta: Tensor, norm: bool = True) -> Tensor:
+        """Evaluate log densities; see :meth:`SetDistribution.log_prob`.
+
+        Args:
+            theta: Rows of shape ``(S, B, E)``, components in any order.
+            norm: Whether to divide by the acceptance a_K(x), see
+                :meth:`log_acceptance`; exactly 1 without a separation.
+        """
+        values = self.slots.log_prob(theta)
+        if norm and self.may_collide:
+            k = self.layout.cardinality(theta)
+            accepted = self.log_acceptance(k.unique().tolist())
+            accepted = accepted.expand(*values.shape, -1)
+            k = k.expand(values.shape)
+            accepted = accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+            values = values - accepted
+            replaced = accepted < math.log(LEAST_ACCEPTANCE)
+            if replaced.any():
+                values = torch.where(replaced, self._stand_in(theta, k), values)
+        return torch.where(within_support(self.prior, theta), values, -torch.inf)
+
+    @torch.no_grad()
+    def log_acceptance(
+        self,
+        cardinalities: Sequence[int] | None = None,
+        num_draws: int = _NUM_DRAWS,
+    ) -> Tensor:
+        """Estimate log a_K(x).
+
+        Args:
+            cardinalities: Cardinalities to do it for; all if None.
+            num_draws: Draws for each K, from a fixed seed; the relative error of a_K is
+                about ``sqrt((1 / a_K - 1) / num_draws)``.
+
+        Returns:
+            Shape ``(B, Kmax + 1)``; zero for other cardinalities, for K < 2 and where
+            no separation is asked for.
+        """
+        prior, like = self.prior, self.slots.log_cardinality
+        columns = torch.zeros_like(like)
+        if not self.may_collide:
+            return columns
+        if cardinalities is None:
+            cardinalities = range(prior.max_cardinality + 1)
+        for k in cardinalities:
+            if k >= 2 and prior.cardinality_probs[k] > 0:
+                columns[:, k] = self._log_acceptance(k, num_draws)
+        return columns
+
+    def _log_acceptance(self, k: int, num_draws: int) -> Tensor:
+        """Log a_K of the observations, shape ``(B,)``, found once."""
+        with self._lock:
+            if (k, num_draws) not in self._accepted:
+                self._accepted[k, num_draws] = self._estimated(k, num_draws)
+            return self._accepted[k, num_draws]
+
+    def _estimated(self, k: int, num_draws: int) -> Tensor:
+        batch, device = self.num_observations, self.slots.log_cardinality.device
+        generator = generator_for(0, k, device=device)
+        kept = torch.zeros(batch, device=device)
+        step = max(1, self.max_rows // batch)
+        for start in range(0, num_draws, step):
+            num = min(step, num_draws - start)
+            rows = self.slots.sample((num,), k, generator)
+            kept += self.prior.separated(rows).sum(0)
+        # Half a draw keeps the logarithm finite where none was kept.
+        return ((kept + 0.5) / (num_draws + 0.5)).log()
+
+    def _draw(
+        self, num: int, k: int | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw rows ``(num, B, E)`` that keep the separation."""
+        rows = self.slots.sample((num,), k, generator).flatten(0, 1)
+        owner, counts = self.slots.owners(num), self.layout.cardinality(rows)
+        left = (~self.prior.separated(rows)).nonzero().squeeze(-1)
+        rounds = 1
+        while len(left):
+            if rounds == _FIRST_ROUNDS:
+                hopeless = self._hopeless(owner, counts, left)
+                rows[hopeless] = self._draw_prior(counts[hopeless], generator)
+                left = left[~torch.isin(left, hopeless)]
+                if not len(left):
+                    break
+            left = self._redraw(rows, left, owner, counts, generator)
+            rounds += 1
+        return rows.unflatten(0, (num, self.num_observations))
+
+    def _redraw(
+        self,
+        rows: Tensor,
+        left: Tensor,
+        owner: Tensor,
+        counts: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Redraw some rows in place; return those that still fail."""
+        # Several candidates for each row, of which the first that is kept counts.
+        num = max(1, _MIN_CANDIDATES // len(left))
+        tried = left.repeat_interleave(num)
+        new = self.slots.draw(owner[tried], counts[tried], generator)
+        kept = self.prior.separated(new).reshape(-1, num)
+        first = kept.int().argmax(-1)
+        chosen = new.reshape(len(left), num, -1)[torch.arange(len(left)), first]
+        found = kept.any(-1)
+        rows[left[found]] = chosen[found]
+        return left[~found]
+
+    def _hopeless(self, owner: Tensor, counts: Tensor, left: Tensor) -> Tensor:
+        """Rows whose (x, K) is among those of ``left`` and accepts too little."""
+        columns = self.log_acceptance(cast(list[int], counts[left].unique().tolist()))
+        hopeless = columns < math.log(LEAST_ACCEPTANCE)
+        return hopeless[owner, counts].nonzero().squeeze(-1)
+
+    def _draw_prior(self, counts: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw rows of given cardinalities from the prior."""
+        rows = counts.new_empty(len(counts), self.prior.layout.size).float()
+        for k in cast(list[int], counts.unique().tolist()):
+            weights = torch.zeros(self.prior.max_cardinality + 1)
+            weights[k] = 1.0
+            given_k = self.prior.with_cardinality(weights)
+            chosen = counts == k
+            rows[chosen] = given_k.sample((int(chosen.sum()),), generator)
+        return rows
+
+    def _stand_in(self, theta: Tensor, k: Tensor) -> Tensor:
+        """Log of q(K | x) p(Theta, s | K), the density where slots keep colliding."""
+        log_k = self.slots.log_cardinality.expand(*k.shape, -1)
+        log_k = log_k.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+        log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
+        return log_k + self.prior.log_prob(theta) - log_prior_k
 
 
 class ObservationWarning(Protocol):

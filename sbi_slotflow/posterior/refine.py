@@ -20,17 +20,15 @@ from torch import Tensor
 from ..callers import caller_stacklevel
 from ..sets.checks import Numbers, as_count
 from .base import Posterior
-from .importance import WithExtraComponent
-from .psis import pareto_smoothed
-from .refined import (
+from .draws import (
     FEWEST_EFFECTIVE,
     LARGEST_K_HAT,
-    LogLikelihood,
     RefinedPosterior,
     UnreliableWeights,
-    likelihood_of,
 )
+from .importance import LogLikelihood, WithExtraComponent, likelihood_of
 from .smc import temper
+from .weights import pareto_smoothed
 
 __all__ = ["Refinable", "refine"]
 

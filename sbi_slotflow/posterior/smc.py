@@ -29,10 +29,10 @@ from ..seeding import forked_rng
 from ..sets.layout import ThetaLayout
 from .base import Posterior
 from .component_proposals import PooledComponents
-from .importance import WithExtraComponent
+from .draws import RefinedPosterior
+from .importance import LogLikelihood, WithExtraComponent, likelihood_of
 from .moves import EXCHANGES, DifferenceMove, ExchangeMove, Move, Population, metropolis
-from .psis import pareto_smoothed
-from .refined import LogLikelihood, RefinedPosterior, likelihood_of
+from .weights import pareto_smoothed
 
 __all__ = ["temper"]
 

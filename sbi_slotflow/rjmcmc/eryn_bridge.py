@@ -51,7 +51,7 @@ from torch import Tensor
 from ..nn.charts import WhiteningChart
 from ..posterior.component_proposals import PriorComponents
 from ..posterior.draws import PosteriorDraws
-from ..posterior.refined import likelihood_of
+from ..posterior.importance import likelihood_of
 from ..problems.base import Problem
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import as_count

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ..posterior import refine
-from ..posterior.chains import CollapsedDraws
-from ..posterior.refined import RefinedPosterior
+from ..posterior.draws import CollapsedDraws, RefinedPosterior
 from ..problems.base import Problem
 
 __all__ = ["collapsed", "fixed_k", "laplace_proposal"]

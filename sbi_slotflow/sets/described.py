@@ -68,11 +68,11 @@ def describe_distribution(distribution: Distribution) -> dict[str, Any]:
     return _described(distribution)
 
 
-def distribution_from(spec: Mapping[str, Any]) -> Distribution:
+def distribution_from(spec: Mapping[str, Any] | Distribution) -> Distribution:
     """Rebuild a distribution, with float64 parameters that are not validated.
 
     Args:
-        spec: What :func:`describe_distribution` returned.
+        spec: What :func:`describe_distribution` returned; a distribution stays.
 
     Raises:
         ValueError: If the name is unknown.

@@ -21,8 +21,7 @@ from torch import Tensor
 from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.calibration import faults
 from sbi_slotflow.posterior.base import Posterior, PosteriorOfOne
-from sbi_slotflow.posterior.chains import CollapsedDraws
-from sbi_slotflow.posterior.draws import PosteriorDraws
+from sbi_slotflow.posterior.draws import CollapsedDraws, PosteriorDraws
 from sbi_slotflow.posterior.refine import refine
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import generator_for

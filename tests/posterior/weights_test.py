@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sbi_slotflow.posterior.psis import pareto_smoothed
+from sbi_slotflow.posterior.weights import pareto_smoothed
 from sbi_slotflow.seeding import generator_for
 
 

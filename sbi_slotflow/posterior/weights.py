@@ -1,4 +1,4 @@
-r"""Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024)."""
+"""Importance weights: their smoothed tail, and draws of equal weight made of them."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SmoothedWeights", "pareto_smoothed"]
+__all__ = ["SmoothedWeights", "pareto_smoothed", "systematic"]
 
 # Fewer draws have no tail to speak of.
 _MIN_DRAWS = 25
@@ -50,3 +50,24 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
     smoothed = log_weights.clone()
     smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
     return SmoothedWeights(smoothed, float(shape))
+
+
+def systematic(
+    weights: Tensor, num: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Choose draws systematically: each as often as its weight says, up to one.
+
+    Args:
+        weights: Weights, not all zero, shape ``(S,)``.
+        num: Number of draws to choose.
+        generator: Source of randomness.
+
+    Returns:
+        Indices in ascending order, shape ``(num,)``.
+    """
+    start = torch.rand((), dtype=torch.float64, generator=generator)
+    points = (torch.arange(num, dtype=torch.float64) + start) / max(1, num)
+    edges = weights.double().cumsum(0)
+    index = torch.searchsorted(edges, points * edges[-1], right=True)
+    # Rounding may push the last point beyond the last edge.
+    return index.clamp(max=int(weights.nonzero().max()))
