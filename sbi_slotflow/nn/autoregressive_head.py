@@ -15,6 +15,7 @@ See Also:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,11 +31,11 @@ from .cell_chain import (
     PrunedChain,
     UniformCells,
 )
-from .cell_head import CellHead, trunk_network
+from .cell_head import CellHead
 from .cell_sets import CellSets
 from .cells import CellAxis, OccupiedCells, unique_rows
 from .charts import Chart
-from .encoders import Encoding, Observations
+from .encoders import Encoding, Observations, trunk_network
 from .flows import RowContext
 from .gauss_newton import SignalFit
 from .heads import SharedGivenX
@@ -52,25 +53,15 @@ _SLACK = 1e-4
 
 
 class _Conditioned(NamedTuple):
-    """What follows from the cells of N rows, each distinct set once.
+    """What follows from the cells of N rows, each distinct set once."""
 
-    Attributes:
-        which: Set of each row, shape ``(N,)``.
-        cells: The S distinct sets.
-        upper: Largest positions, shape ``(S, Kmax)``.
-        contexts: Contexts of components, shape ``(S Kmax, C)``.
-        near: Whether a component is near the one before, shape ``(S, Kmax)``.
-        centre: Angles about which components' are unwrapped, shape ``(S, Kmax, P)``.
-        modes: Modes found by Gauss-Newton steps; None without.
-    """
-
-    which: Tensor
-    cells: OccupiedCells
-    upper: Tensor
-    contexts: Tensor
-    near: Tensor
-    centre: Tensor
-    modes: Modes | None
+    which: Tensor  # Set of each row, (N,)
+    cells: OccupiedCells  # The S distinct sets
+    upper: Tensor  # Largest positions, (S, Kmax)
+    contexts: Tensor  # Contexts of components, (S Kmax, C)
+    near: Tensor  # Whether a component is near the one before, (S, Kmax)
+    centre: Tensor  # Angles about which components' are unwrapped, (S, Kmax, P)
+    modes: Modes | None  # Modes found by Gauss-Newton steps; None without
 
     @property
     def level(self) -> Tensor | None:
@@ -177,22 +168,17 @@ class AutoregressiveHead(CellHead):
         return chain.log_prob(owner, cells, mask)
 
 
+@dataclass(eq=False)
 class _JointSets(SetsGivenK):
     """Joint components given B observations."""
 
-    def __init__(
-        self,
-        head: AutoregressiveHead,
-        tokens: Tensor,
-        edges: Tensor,
-        cells: CellDistribution,
-        find_modes: Callable[[OccupiedCells], Modes] | None,
-        data: Observations,
-        shared: SharedGivenX | None,
-    ) -> None:
-        self.head, self.tokens, self.edges = head, tokens, edges
-        self.cells, self.find_modes, self.shared = cells, find_modes, shared
-        self.scale = data.scale
+    head: AutoregressiveHead
+    tokens: Tensor
+    edges: Tensor
+    cells: CellDistribution
+    find_modes: Callable[[OccupiedCells], Modes] | None
+    data: Observations
+    shared: SharedGivenX | None
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -294,7 +280,7 @@ class _JointSets(SetsGivenK):
             *_neighbour(here.roll(-1, dims=1), to_next, has_next),
         ]
         if modes is not None:
-            seen.append(modes.features(self.scale).to(here))
+            seen.append(modes.features(self.data.scale).to(here))
         return self.head.trunk(torch.cat(seen, -1)).flatten(0, 1)
 
     def _context(

@@ -71,15 +71,9 @@ class CellDistribution(Protocol):
     """A distribution over ascending rows of cells, given observations."""
 
     def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
-        """Evaluate the log probability of N rows of cells.
+        """Evaluate log probabilities ``(N,)`` of ascending cells ``(N, Kmax)``.
 
-        Args:
-            owner: Observation of each row, shape ``(N,)``.
-            cells: Cells in ascending order, shape ``(N, Kmax)``.
-            mask: Active ones, shape ``(N, Kmax)``.
-
-        Returns:
-            Shape ``(N,)``; -inf for cells that leave no room for a set.
+        They are -inf for cells that leave no room for a set.
         """
         ...
 
@@ -300,17 +294,11 @@ class Tilt(NamedTuple):
     is a chain again, whose steps look ahead to what they leave possible (the twisted
     chains of Doob's h-transform). Each step is normalised, so that what looking ahead
     leaves out, a least separation's reach beyond the next cell, costs no exactness.
-
-    Attributes:
-        row: Which of P tilts is that of an observation and K, shape ``(B, Kmax + 1)``.
-        shift: Shifts s, shape ``(P, L)``.
-        ahead: Log of what is to come after component k at a cell, shape
-            ``(P, Kmax, L)``.
     """
 
-    row: Tensor
-    shift: Tensor
-    ahead: Tensor
+    row: Tensor  # Which of P tilts is that of an observation and K, (B, Kmax + 1)
+    shift: Tensor  # Shifts s, (P, L)
+    ahead: Tensor  # Log of what is to come after component k at a cell, (P, Kmax, L)
 
 
 class PrunedChain(ChainGivenX):

@@ -12,14 +12,14 @@ two modes, is as natural as one known to a hundredth of a cell.
 
 See Also:
     :class:`.autoregressive_head.AutoregressiveHead`, which draws components one after
-    the other, :class:`.cell_head.IndependentHead`, where they are independent;
+    the other, :class:`IndependentHead`, where they are independent;
     :mod:`.cell_chain` and :mod:`.local_density`, the two factors.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..sets.layout import ThetaParts
@@ -27,7 +27,7 @@ from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
 from .cells import CellAxis
 from .charts import Chart
-from .encoders import Encoding, Observations
+from .encoders import Encoding, Observations, trunk_network
 from .flows import RowContext
 from .heads import SharedGivenX
 from .local_density import LocalDensity, LocalGaussian
@@ -35,7 +35,7 @@ from .local_transform import LocalTransform
 from .set_distribution import SetHead, SetsGivenK
 from .spec import Matching
 
-__all__ = ["CellHead", "IndependentHead", "trunk_network"]
+__all__ = ["CellHead", "IndependentHead"]
 
 
 class CellHead(SetHead):
@@ -90,18 +90,15 @@ class CellHead(SetHead):
         return edges.to(encoding.context.device).expand(len(encoding.context), -1)
 
 
-def trunk_network(in_features: int, features: int) -> nn.Sequential:
-    """The network that makes a component's context."""
-    return nn.Sequential(
-        nn.Linear(in_features, features),
-        nn.GELU(),
-        nn.Linear(features, features),
-        nn.GELU(),
-    )
-
-
 class IndependentHead(CellHead):
-    """Components in cells, independent given x and K."""
+    r"""Components in cells that are independent given x and K, the paper's eq. 18.
+
+    .. math::
+        q(\theta_1 \ldots \theta_K | x, K) = \mathrm{perm}\left[
+            q_i(a(\theta_j))\, q(\theta_j | a(\theta_j), x, K) \right], i, j \le K
+
+    Slot i has its own distribution q_i over cells, :class:`.cell_chain.CellMarginals`.
+    """
 
     def __init__(
         self,

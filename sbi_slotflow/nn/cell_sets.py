@@ -75,49 +75,28 @@ _MODE_BYTES = 2**24
 
 
 class _Weighed(NamedTuple):
-    """Weighed sets of one observation and K.
+    """Weighed sets of one observation and K."""
 
-    Attributes:
-        tilt: What the chain is tilted by.
-        cells: The sets, likeliest first, shape ``(S, Kmax)``.
-        modes: Their modes.
-        log_chain: Log probabilities by the chain, shape ``(S,)``.
-        log_weight: Log weights w, shape ``(S,)``.
-        log_tail: Log of c, shape ``()``.
-        outside: c r, shape ``()``.
-    """
-
-    tilt: Tilt
-    cells: Tensor
-    modes: Modes
-    log_chain: Tensor
-    log_weight: Tensor
-    log_tail: Tensor
-    outside: Tensor
+    tilt: Tilt  # What the chain is tilted by
+    cells: Tensor  # The sets, likeliest first, (S, Kmax)
+    modes: Modes  # Their modes
+    log_chain: Tensor  # Log probabilities by the chain, (S,)
+    log_weight: Tensor  # Log weights w, (S,)
+    log_tail: Tensor  # Log of c, ()
+    outside: Tensor  # c r, ()
 
 
 class _Table(NamedTuple):
-    """Weighed sets of P pairs of an observation and a cardinality.
+    """Weighed sets of P pairs of an observation and a cardinality."""
 
-    Attributes:
-        key: ``observation * (Kmax + 1) + K`` of the pairs, shape ``(P,)``.
-        shift: Shifts of the chain's cells, shape ``(P, L)``.
-        ahead: What they leave to come, see :class:`.cell_chain.Tilt`.
-        cells: The sets, shape ``(P, S, Kmax)``.
-        log_weight: Log weights w, -inf for no set, shape ``(P, S)``.
-        log_tail: Log of c, shape ``(P,)``.
-        outside: c r, shape ``(P,)``.
-        kept: Which of the kept modes is that of a set, -1 for none, ``(P, S)``.
-    """
-
-    key: Tensor
-    shift: Tensor
-    ahead: Tensor
-    cells: Tensor
-    log_weight: Tensor
-    log_tail: Tensor
-    outside: Tensor
-    kept: Tensor
+    key: Tensor  # observation * (Kmax + 1) + K of the pairs, (P,)
+    shift: Tensor  # Shifts of the chain's cells, (P, L)
+    ahead: Tensor  # What they leave to come, see :class:`.cell_chain.Tilt`
+    cells: Tensor  # The sets, (P, S, Kmax)
+    log_weight: Tensor  # Log weights w, -inf for no set, (P, S)
+    log_tail: Tensor  # Log of c, (P,)
+    outside: Tensor  # c r, (P,)
+    kept: Tensor  # Which of the kept modes is that of a set, -1 for none, (P, S)
 
 
 class CellSets:
@@ -177,9 +156,12 @@ class CellSets:
         table, pair, known = self._weighed(sets.owner, sets.mask)
         place = _find(table, pair, sets.cells)
         kept = table.kept.flatten()[place.clamp(min=0)]
-        index = torch.where(place >= 0, kept, -1)
-        new = (index < 0).nonzero().squeeze(-1)
-        found = known.rows(index.clamp(min=0))
+        return self._completed(known, torch.where(place >= 0, kept, -1), sets)
+
+    def _completed(self, known: Modes, place: Tensor, sets: OccupiedCells) -> Modes:
+        """Modes of sets at places ``(S,)`` among known ones; -1 for one to be found."""
+        new = (place < 0).nonzero().squeeze(-1)
+        found = known.rows(place.clamp(min=0))
         if len(new):
             fitted = self.find_modes(self.data, sets.part(new))
             for part, fresh in zip(found, fitted, strict=True):
@@ -257,13 +239,7 @@ class CellSets:
         if known is None:
             modes = self.find_modes(self.data, sets)
         else:
-            place = _place(known.cells, cells)
-            modes = known.modes.rows(place.clamp(min=0))
-            new = (place < 0).nonzero().squeeze(-1)
-            if len(new):
-                fitted = self.find_modes(self.data, sets.part(new))
-                for part, fresh in zip(modes, fitted, strict=True):
-                    part[new] = fresh
+            modes = self._completed(known.modes, _place(known.cells, cells), sets)
         evidence = log_evidence(modes, sets, self.find_modes.local_chart)
         likelihood = -self.data.shape[-1] * modes.level
         low = likelihood < likelihood.amax() - _AS_HIGH

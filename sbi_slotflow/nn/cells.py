@@ -37,21 +37,13 @@ _TOLERANCE = 1e-6
 
 
 class OccupiedCells(NamedTuple):
-    """S sets of cells, one cell for each component.
+    """S sets of cells, one cell for each component."""
 
-    Attributes:
-        owner: Observation of each set, shape ``(S,)``.
-        cells: Cells in ascending order, zero where inactive, shape ``(S, Kmax)``.
-        starts: Where they start, same shape.
-        ends: Where they end, same shape.
-        mask: Active components, same shape.
-    """
-
-    owner: Tensor
-    cells: Tensor
-    starts: Tensor
-    ends: Tensor
-    mask: Tensor
+    owner: Tensor  # Observation of each set, (S,)
+    cells: Tensor  # Cells in ascending order, zero where inactive, (S, Kmax)
+    starts: Tensor  # Where they start, same shape
+    ends: Tensor  # Where they end, same shape
+    mask: Tensor  # Active components, same shape
 
     @classmethod
     def among(

@@ -8,6 +8,7 @@ Slot i's context c_i conditions the flow in the chart's coordinates u.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..sets.layout import ThetaParts
 from ..sets.matching import hungarian, log_permanent
 from .charts import Chart
-from .encoders import Encoding, Observations
+from .encoders import Encoding, Observations, trunk_network
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
 from .set_distribution import SetHead, SetsGivenK
@@ -26,17 +27,14 @@ __all__ = ["AttentionSlots", "ComponentHead", "GlobalSlots", "Slots", "slots_fro
 
 
 class GlobalSlots(nn.Module):
-    """Slots that see the global context and their index.
+    r"""Slots that see the global context and their index (the paper's eq. 13-14).
 
-    Args:
-        context_features: Length of the global context.
-        max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of a trunk that mixes the parts of a context; None hands
-            the concatenation on as it is.
-        condition_on_cardinality: Whether a slot sees K.
+    .. math::
+        c_i = [g, e_i, e_K]
 
-    Attributes:
-        num_features: Length of a slot context.
+    the pooled context g beside one-hot vectors of the slot and, unlike in the authors'
+    code, of K: the posterior of a component depends on how many there are. A trunk
+    mixes the parts unless ``trunk_features`` is None.
     """
 
     def __init__(
@@ -53,31 +51,14 @@ class GlobalSlots(nn.Module):
         if condition_on_cardinality:
             raw += max_cardinality + 1
         self.num_features = raw if trunk_features is None else trunk_features
-        self.trunk = (
-            nn.Identity()
-            if trunk_features is None
-            else nn.Sequential(
-                nn.Linear(raw, trunk_features),
-                nn.GELU(),
-                nn.Linear(trunk_features, trunk_features),
-                nn.GELU(),
-            )
-        )
+        self.trunk: nn.Module = nn.Identity()
+        if trunk_features is not None:
+            self.trunk = trunk_network(raw, trunk_features)
 
     def forward(
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
-        """Build the contexts of N rows, each distinct one once.
-
-        Args:
-            encoding: Embeddings of the observations.
-            owner: Observation of each row, shape ``(N,)``.
-            cardinality: K of each row, shape ``(N,)``.
-            slot: Slot of each row, in 0..K-1, shape ``(N,)``.
-
-        Returns:
-            Contexts of the rows.
-        """
+        """Contexts of N rows ``(N,)`` of slots in 0..K-1, each distinct one once."""
         return self.with_owners(encoding, owner, cardinality, slot)[0]
 
     def with_owners(
@@ -106,18 +87,6 @@ class AttentionSlots(nn.Module):
 
     T holds the tokens, and q_r makes one query for each head. As queries and results
     live in the tokens' own space, nothing is computed for each token.
-
-    Args:
-        context_features: Length of the global context.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of a slot.
-        condition_on_cardinality: Whether a slot sees K.
-        num_rounds: Rounds of attention.
-        num_heads: Attention heads.
-
-    Attributes:
-        num_features: Length of a slot context.
     """
 
     def __init__(
@@ -149,7 +118,7 @@ class AttentionSlots(nn.Module):
     def forward(
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
-        """Build the contexts of N rows; see :meth:`GlobalSlots.forward`."""
+        """Contexts of N rows; see :meth:`GlobalSlots.forward`."""
         start, owners = self.start.with_owners(encoding, owner, cardinality, slot)
         slots = start.values
         assert encoding.tokens is not None
@@ -219,18 +188,14 @@ class ComponentHead(SetHead):
         return u, torch.where(mask, log_det, log_det.new_zeros(()))
 
 
+@dataclass(eq=False)
 class _SlotSets(SetsGivenK):
     """Sets of slots given B observations."""
 
-    def __init__(
-        self,
-        head: ComponentHead,
-        encoding: Encoding,
-        shared: SharedGivenX | None,
-        matching: Matching,
-    ) -> None:
-        self.head, self.encoding = head, encoding
-        self.shared, self.matching = shared, matching
+    head: ComponentHead
+    encoding: Encoding
+    shared: SharedGivenX | None
+    matching: Matching
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""

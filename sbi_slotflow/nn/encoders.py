@@ -1,10 +1,5 @@
 r"""Encoders: from data to the embeddings that the heads and the slots read.
 
-:class:`DualStreamEncoder` is section 3.1 of the paper: each stream passes through three
-convolutions, sinusoidal positions (eq. 6) and multi-head self-attention (eq. 7), and
-is pooled by mean, maximum and attention (eq. 8). The cardinality reads the first
-stream only, through a second attention (eq. 9); the slots read both (eq. 11-12).
-
 An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a tensor
 ``(B, C)`` that then serves all readers. sbi's embedding nets are of the second kind.
 """
@@ -25,6 +20,7 @@ __all__ = [
     "SelfAttention",
     "encode",
     "projection",
+    "trunk_network",
 ]
 
 
@@ -137,4 +133,14 @@ def projection(in_features: int, out_features: int) -> nn.Module:
         nn.Linear(in_features, out_features),
         nn.GELU(),
         nn.Linear(out_features, out_features),
+    )
+
+
+def trunk_network(in_features: int, features: int) -> nn.Sequential:
+    """The network that makes a component's context."""
+    return nn.Sequential(
+        nn.Linear(in_features, features),
+        nn.GELU(),
+        nn.Linear(features, features),
+        nn.GELU(),
     )

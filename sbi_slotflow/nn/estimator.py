@@ -102,19 +102,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return self.net
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
-        """Return the training loss of each row.
+        """Return the training loss ``(B,)``: the weighted sum of :meth:`loss_terms`.
 
-        Args:
-            input: Theta rows, shape ``(B, E)``.
-            condition: Data, shape ``(B, T)``.
-            kwargs: Ignored; sbi's trainers may pass their own.
-
-        Returns:
-            Shape ``(B,)``: the weighted sum of :meth:`loss_terms`.
-
-        Raises:
-            TypeError, ValueError: If theta or x is malformed, or the training prior
-                excludes a row's K.
+        Other keywords, which sbi's trainers may pass, are ignored.
         """
         return self.weigh(self.loss_terms(input, condition))
 
@@ -219,17 +209,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return self.given(condition).log_prob(input)
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
-        """Evaluate log q(K | x).
-
-        Args:
-            condition: Data, shape ``(B, T)``.
-
-        Returns:
-            Shape ``(B, Kmax + 1)``.
-
-        Raises:
-            TypeError, ValueError: If x is malformed.
-        """
+        """Evaluate log q(K | x) of data ``(B, T)``, shape ``(B, Kmax + 1)``."""
         return self.given(condition).log_cardinality
 
     @torch.no_grad()
@@ -266,14 +246,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return sets.draw(owner, k, generator).reshape(*shape, self.layout.size)
 
     def given(self, x: Tensor) -> NetworkSets:
-        """Return the distribution over sets given B observations.
+        """Return the distribution over sets given data ``(B, T)``.
 
-        Args:
-            x: Observations, shape ``(B, T)``.
-
-        Returns:
-            :class:`~.set_distribution.NetworkSets`, which encodes x once and holds all
-            that is remembered of it.
+        It encodes x once and holds all that is remembered of it.
 
         Raises:
             TypeError, ValueError: If x is malformed.
@@ -380,19 +355,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return estimator.eval()
 
     def checked(self, condition: Tensor) -> Tensor:
-        """Return x in float32, if it is a finite batch of the right length.
+        """Return x in float32, if it is a finite batch ``(B, T)`` on the data's scale.
 
         Raises:
-            TypeError: If x is not a floating-point tensor.
-            ValueError: If its shape is not ``(B, T)``, it has NaN or Inf, or it is far
-                beyond the scale of the training data.
+            TypeError, ValueError: If it is not.
         """
         if not isinstance(condition, Tensor) or not condition.is_floating_point():
-            kind = (
-                condition.dtype
-                if isinstance(condition, Tensor)
-                else type(condition).__name__
-            )
+            kind = getattr(condition, "dtype", type(condition).__name__)
             raise TypeError(f"x must be a floating-point tensor, got {kind}.")
         num = self.condition_shape[0]
         if condition.ndim != 2 or condition.shape[-1] != num:
@@ -421,9 +390,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return cast(Tensor, k.long())
 
 
-def _shared_head(
-    spec: EstimatorSpec, features: int
-) -> SharedHead | NoiseHead | PriorSharedHead | None:
+def _shared_head(spec: EstimatorSpec, features: int) -> SharedHead | NoiseHead | None:
     if spec.shared_chart is None:
         return None
     chart = chart_from_spec(spec.shared_chart)

@@ -12,8 +12,8 @@ lower triangular, component k given those before it is again Gaussian, with a me
 is linear in their deviations and the k-th diagonal block of C as its factor.
 
 See Also:
-    :mod:`.modes`, the integral over the cells; :mod:`.local_density`, which turns
-    each conditional Gaussian into a density inside the cell.
+    :mod:`.local_density`, which turns each conditional Gaussian into a density inside
+    the cell.
 """
 
 import math
@@ -41,27 +41,20 @@ _MARGIN = 0.1
 
 
 class Modes(NamedTuple):
-    """Gaussian approximations of the posterior above S sets of cells.
+    """Gaussian approximations of the posterior above S sets of cells."""
 
-    Attributes:
-        mode: Local coordinates, shape ``(S, K, D)``, angles zero.
-        centre: Angles of the P circular ones, shape ``(S, K, P)``.
-        factor: Lower triangular factors C of the covariance over all components, shape
-            ``(S, K D, K D)``.
-        summary: Mode, log deviations and the log of their share that is left once the
-            components before are known, shape ``(S, K, 3 D)``.
-        decrement: Nats that another step promises, shape ``(S,)``.
-        level: Log of the residuals' standard deviation, shape ``(S,)``.
-        height: Log of likelihood times prior at the mode, but for a constant of each
-            observation and K, shape ``(S,)``.
-    """
-
-    mode: Tensor
-    centre: Tensor
+    mode: Tensor  # Local coordinates, (S, K, D), angles zero
+    centre: Tensor  # Angles of the P circular ones, (S, K, P)
+    # Lower triangular factors C of the covariance over all components, (S, K D, K
+    # D)
     factor: Tensor
+    # Mode, log deviations and the log of their share that is left once the
+    # components before are known, (S, K, 3 D)
     summary: Tensor
-    decrement: Tensor
-    level: Tensor
+    decrement: Tensor  # Nats that another step promises, (S,)
+    level: Tensor  # Log of the residuals' standard deviation, (S,)
+    # Log of likelihood times prior at the mode, but for a constant of each
+    # observation and K, (S,)
     height: Tensor
 
     def features(self, scale: Tensor) -> Tensor:
@@ -173,13 +166,8 @@ class ModeFinder:
             # Only as many components as the largest of these sets has.
             most = max(1, int(sets.mask[here].sum(-1).max()))
             found = self._fit(fit, sets.part(here, most))
-            modes.mode[here, :most] = found.mode
-            modes.centre[here, :most] = found.centre
-            modes.factor[here, : most * width, : most * width] = found.factor
-            modes.summary[here, :most] = found.summary
-            modes.decrement[here] = found.decrement
-            modes.level[here] = found.level
-            modes.height[here] = found.height
+            for whole, part in zip(modes, found, strict=True):
+                whole[here, *(slice(length) for length in part.shape[1:])] = part
         return modes
 
     def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
@@ -268,7 +256,19 @@ _TINY, _ALMOST_ONE = 1e-300, 1 - 1e-16
 
 
 def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Tensor:
-    """Evaluate log Z, shape ``(S,)``, float64."""
+    r"""Evidence of S sets of cells: the likelihood's integral over them, ``(S,)``.
+
+    With h the height of the Laplace approximation above the cells,
+
+    .. math::
+        \log Z = h + \tfrac12 \log\det \Sigma
+            + \log \int_{\text{cells}} \mathcal{N}(w; m, \Sigma)\, dw
+
+    up to a constant of each observation and K. The last term is estimated by sequential
+    importance sampling (Genz 1992): each coordinate is drawn from its truncated
+    Gaussian given those before, and the masses of the truncations multiply. The points
+    are the same for every set.
+    """
     mask = sets.mask
     width, size = modes.mode.shape[-1], int(mask.sum(-1).max()) if len(mask) else 0
     upper, middle = chart.axis.upper(sets.ends, mask), sets.cells + 0.5

@@ -1,4 +1,9 @@
-"""The paper's encoder of a long and a short record (section 3.1)."""
+"""The paper's encoder of a long and a short record (section 3.1).
+
+Each stream passes through three convolutions, sinusoidal positions (eq. 6) and
+self-attention (eq. 7), and is pooled by mean, maximum and attention (eq. 8). The
+cardinality reads the first stream only (eq. 9); the slots read both (eq. 11-12).
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,21 +25,20 @@ __all__ = [
 ]
 
 
+# First and last Fourier bin to keep, or None for all.
+Band = tuple[int, int] | None
+
+
 class FrontEnd(nn.Module):
-    """Base of the front ends."""
+    """Maps a stream ``(B, T)`` to ``(B, channels, positions)``, for convolutions."""
 
     channels: int = 1
 
-    def __init__(
-        self,
-        length: int,
-        centre_phase: bool = False,
-        band: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, length: int, centre_phase: bool, band: Band) -> None:
         super().__init__()
         self.length = length
         self.centre_phase = centre_phase
-        self.band = None if band is None else (int(band[0]), int(band[1]))
+        self.band = band
 
 
 class TimeDomain(FrontEnd):
@@ -54,12 +58,7 @@ class FrequencyDomain(FrontEnd):
 
     turn: Tensor
 
-    def __init__(
-        self,
-        length: int,
-        centre_phase: bool = False,
-        band: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, length: int, centre_phase: bool, band: Band) -> None:
         super().__init__(length, centre_phase, band)
         self.channels = 2 if band is None else 3
         if band is not None and not 0 <= band[0] < band[1] <= length // 2:
@@ -101,12 +100,7 @@ class TimeFrequencyDomain(FrontEnd):
 
     window: Tensor
 
-    def __init__(
-        self,
-        length: int,
-        centre_phase: bool = False,
-        band: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, length: int, centre_phase: bool, band: Band) -> None:
         super().__init__(length, centre_phase, band)
         self.width = max(8, 2 * round(math.sqrt(length) / 2))
         self.channels = 2 * (self.width // 2 + 1)
@@ -133,10 +127,7 @@ _FRONT_ENDS: dict[str, type[FrontEnd]] = {
 
 
 def make_front_end(
-    domain: str,
-    length: int,
-    centre_phase: bool = False,
-    band: tuple[int, int] | None = None,
+    domain: str, length: int, centre_phase: bool = False, band: Band = None
 ) -> FrontEnd:
     """Make the front end of a domain."""
     if domain not in _FRONT_ENDS:
@@ -190,11 +181,8 @@ class DualStreamEncoder(nn.Module):
     ) -> None:
         super().__init__()
         bands = [None] * len(lengths) if bands is None else bands
-        for name, value in (
-            ("domains", domains),
-            ("strides", strides),
-            ("bands", bands),
-        ):
+        each = {"domains": domains, "strides": strides, "bands": bands}
+        for name, value in each.items():
             if len(value) != len(lengths):
                 raise ValueError(
                     f"{name} must have one entry for each of the {len(lengths)} "
@@ -220,12 +208,8 @@ class DualStreamEncoder(nn.Module):
 
         def stack(i: int) -> "_ConvStack":
             band = bands[i]
-            front_end = make_front_end(
-                domains[i],
-                lengths[i],
-                centre_phase,
-                None if band is None else (band[0], band[1]),
-            )
+            kept = None if band is None else (int(band[0]), int(band[1]))
+            front_end = make_front_end(domains[i], lengths[i], centre_phase, kept)
             return _ConvStack(front_end, channels, kernels, strides[i])
 
         def attention() -> "SelfAttention":
