@@ -1,6 +1,6 @@
 """Data and posterior in the time and frequency domains."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -22,14 +22,11 @@ from .style import (
     thinned,
 )
 
-if TYPE_CHECKING:
-    from ..problems.base import Problem
-
 _MOST_DRAWS = 1_000
 
 
 def plot_reconstruction(
-    problem: "Problem",
+    problem: Any,
     samples: Tensor,
     x: Tensor,
     true_theta: Tensor | None = None,
@@ -42,7 +39,8 @@ def plot_reconstruction(
     together; the line is their median. At most 1,000 draws are used, evenly spaced.
 
     Args:
-        problem: A problem; its ``streams`` split x and give times.
+        problem: A :class:`~sbi_slotflow.Problem`; its ``streams`` split x and give
+            times.
         samples: Theta rows, shape ``(S, E)``.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
@@ -94,7 +92,7 @@ def plot_reconstruction(
 
 
 def plot_spectrum(
-    problem: "Problem", samples: Tensor, x: Tensor, true_theta: Tensor | None = None
+    problem: Any, samples: Tensor, x: Tensor, true_theta: Tensor | None = None
 ) -> MatplotlibFigure:
     """Plot the spectrum of x with the posterior of frequency and amplitude.
 
