@@ -145,6 +145,6 @@ def check_angle(marginal: Marginal) -> None:
     low, high = marginal.bounds
     if not marginal.is_uniform or abs(low) > 1e-6 or abs(high - _TWO_PI) > 1e-5:
         raise ValueError(
-            "an angle must have a prior that is uniform on [0, 2 pi), got "
+            "an angle must be uniform on [0, 2 pi), got "
             f"{marginal} on [{low:g}, {high:g}]."
         )

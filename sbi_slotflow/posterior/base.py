@@ -37,18 +37,17 @@ from .datatree import SignalModel, to_datatree
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
-    from ..problems.base import Problem
+__all__ = ["Posterior", "PosteriorOfOne", "check_keywords"]
 
-__all__ = ["Posterior", "PosteriorOfOne", "check_sampling"]
-
-# sbi's keywords of sampling: the values that ask for what is done anyway (None for
-# all), and what to say of the others.
+# sbi's keywords: the values that ask for what is done anyway (None for all), and what
+# to say of the others.
+_Keywords = dict[str, tuple[tuple[Any, ...] | None, str]]
 _DIRECT = (
     "theta has a discrete entry and a dimension that varies, on which sbi's MCMC and "
     "VI do not work. Draw directly; refine() corrects the draws with a likelihood"
 )
 _ONE_PASS = "draws are made in one pass and need no rejection, which takes no time"
-_SAMPLING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+_SAMPLING: _Keywords = {
     "show_progress_bars": (None, ""),
     "max_sampling_batch_size": (None, ""),
     "reject_outside_prior": ((True,), "draws lie in the prior's support anyway"),
@@ -57,14 +56,11 @@ _SAMPLING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "sample_with": ((None, "direct"), _DIRECT),
 }
 _NO_ASCENT = "the densest draw is taken; there is no gradient ascent"
-_MAXIMISING: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "show_progress_bars": (None, ""),
-    "force_update": (None, ""),
-    "save_best_every": (None, ""),
+_MAXIMISING: _Keywords = {
     "init_method": (("posterior",), "draws of the posterior are compared"),
-    "num_iter": ((), _NO_ASCENT),
-    "num_to_optimize": ((), _NO_ASCENT),
-    "learning_rate": ((), _NO_ASCENT),
+    **dict.fromkeys(("show_progress_bars", "force_update"), (None, "")),
+    "save_best_every": (None, ""),
+    **dict.fromkeys(("num_iter", "num_to_optimize", "learning_rate"), ((), _NO_ASCENT)),
 }
 _NUM_SAMPLES = 4_000
 
@@ -95,11 +91,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def given(self, x: Tensor) -> SetDistribution:
-        """Return the distribution over sets given observations.
-
-        Args:
-            x: Finite floating-point observations, shape ``(B, *event)``.
-        """
+        """Return the distribution over sets given checked, finite ``(B, *event)``."""
 
     def observations(self, x: Numbers | None) -> Tensor:
         """Return checked observations ``(B, *event)``; the default x if None."""
@@ -131,14 +123,9 @@ class Posterior(ABC):
 
     @torch.no_grad()
     def cardinality(self, x: Numbers | None = None) -> Categorical:
-        """Return q(K | x) over 0..Kmax.
+        """Return q(K | x) over 0..Kmax, of batch shape ``(B,)`` for a batch of x.
 
-        Args:
-            x: One observation, or a batch; the default x if None.
-
-        Returns:
-            A categorical without batch shape for one observation ``(*event)``, of batch
-            shape ``(B,)`` for a batch ``(B, *event)``, B = 1 included.
+        One observation ``(*event)`` gives no batch shape, a batch of one gives (1,).
         """
         x = self._observed(x)
         found = self.given(self.observations(x)).cardinality()
@@ -170,7 +157,7 @@ class Posterior(ABC):
             TypeError: If an argument is of a wrong type or a keyword unknown.
             ValueError: If x is a batch or malformed, or k out of range.
         """
-        check_sampling("sample", kwargs)
+        check_keywords("sample", kwargs)
         distribution, _ = self._given_one(x, "sample", "; use .sample_batched()")
         return self._rows(distribution, sample_shape, k, generator)[..., 0, :]
 
@@ -186,7 +173,7 @@ class Posterior(ABC):
 
         See :meth:`sample`.
         """
-        check_sampling("sample_batched", kwargs)
+        check_keywords("sample_batched", kwargs)
         with torch.no_grad():
             distribution = self.given(self.observations(x))
         return self._rows(distribution, sample_shape, k, generator)
@@ -196,15 +183,8 @@ class Posterior(ABC):
     ) -> Tensor:
         """Evaluate the log density of sets given one observation.
 
-        Args:
-            theta: Rows of shape ``(..., E)``, components in any order.
-            x: One observation, or a batch of one; the default x if None.
-            args: See :meth:`log_prob_batched`.
-            kwargs: See :meth:`log_prob_batched`.
-
-        Returns:
-            Log densities ``(...)``, ``(1,)`` for a single row; -inf outside the prior's
-            support.
+        See :meth:`log_prob_batched`; theta has shape ``(..., E)``, and the result
+        ``(...)``, or ``(1,)`` for a single row.
         """
         batch = self._one(x, "log_prob", "; use .log_prob_batched()")
         rows = torch.atleast_2d(as_floats(theta, "theta"))
@@ -271,7 +251,7 @@ class Posterior(ABC):
         Returns:
             One theta row, shape ``(1, E)``.
         """
-        _check_keywords("map", kwargs, _MAXIMISING)
+        check_keywords("map", kwargs, _MAXIMISING)
         distribution, batch = self._given_one(x, "map")
         k = int(distribution.cardinality().probs.argmax())
         generator = generator_for(0, device=batch.device)
@@ -284,12 +264,8 @@ class Posterior(ABC):
     ) -> Tensor:
         """Return the noise-free signals ``(..., T)`` of draws ``(..., E)``.
 
-        Args:
-            samples: Theta rows.
-            simulator: Simulator with a method ``signal``; the posterior's own if None.
-
-        Raises:
-            ValueError: If there is no simulator.
+        They are made by ``simulator.signal``; the posterior's own simulator if None.
+        ValueError if there is none.
         """
         simulator = simulator or self.simulator
         if simulator is None:
@@ -307,7 +283,7 @@ class Posterior(ABC):
         generator: torch.Generator | None = None,
         samples: Tensor | None = None,
         *,
-        problem: "Problem | None" = None,
+        problem: Any = None,
         true_theta: Tensor | None = None,
         log_prob: bool = True,
         num_predictive: int = 100,
@@ -323,19 +299,14 @@ class Posterior(ABC):
             generator: Source of randomness; a new one, whose seed is kept in the
                 attributes, if None.
             samples: Draws ``(S, E)`` to use instead of new ones.
-            problem: The problem that x belongs to, for prior and simulator, and for
-                ``lp`` where the posterior has no density: the log posterior up to a
-                constant.
+            problem: The :class:`~sbi_slotflow.Problem` of x, for prior and simulator,
+                and for ``lp`` where the posterior has no density: the log posterior up
+                to a constant. It must have the posterior's layout.
             true_theta: A true theta row, if known.
             log_prob: Whether to evaluate the draws' log density, ``lp``.
-            num_predictive: Draws in ``posterior_predictive``, if there is a simulator;
-                0 for none.
+            num_predictive: See :func:`~sbi_slotflow.to_datatree`.
             num_prior: Draws of the prior, if it is known; 0 for none.
             attrs: Further attributes of the tree.
-
-        Raises:
-            ValueError: If x is a batch, or samples or the problem do not fit the
-                layout.
         """
         if problem is not None and problem.layout != self._layout:
             raise ValueError(
@@ -356,9 +327,8 @@ class Posterior(ABC):
             values = values + problem.log_likelihood(rows, batch[0])
         if values is not None:
             values = values.reshape(-1, samples.shape[-2])
-        on_cpu = generator
-        if generator.device.type != "cpu":
-            on_cpu = generator_for(draw_seed(generator))
+        on_gpu = generator.device.type != "cpu"
+        on_cpu = generator_for(draw_seed(generator)) if on_gpu else generator
         prior = getattr(self if problem is None else problem, "prior", None)
         prior_samples = None
         if num_prior and prior is not None:
@@ -392,21 +362,9 @@ class Posterior(ABC):
     ) -> "Dataset":
         """Turn draws into a list of sources; see :func:`~sbi_slotflow.build_catalogue`.
 
-        Args:
-            x: One observation; the default x if None.
-            num_samples: Number of draws. If None, 4,000; or all draws of a sampler,
-                weighted.
-            generator: Source of randomness; torch's global generator if None.
-            samples: Draws ``(S, E)`` to use instead of new ones.
-            ci_prob: Probability inside the credible intervals.
-            min_probability: Sources that are less probable are not listed.
-            true_theta: A true theta row, if known.
-
-        Returns:
-            A dataset with a row a source; ``to_dataframe()`` makes a table of it.
-
-        Raises:
-            ValueError: If x is a batch, or an argument is malformed or out of range.
+        The draws are those of :meth:`to_datatree`, ``num_samples`` new ones from
+        ``generator`` (torch's global one if None) or ``samples``; the other arguments
+        are those of the function.
         """
         from ..catalogue import build_catalogue
 
@@ -431,7 +389,7 @@ class Posterior(ABC):
 
     @property
     def _statistics(self) -> Mapping[str, float]:
-        """Numbers for ``to_datatree`` that tell how good the draws are."""
+        """Numbers that tell how good the draws are, by name, for ``to_datatree``."""
         return {}
 
     def _log_prob(
@@ -475,8 +433,8 @@ class Posterior(ABC):
         if x.shape not in (event, (*x.shape[:1], *event)):
             sizes = ", ".join(map(str, event))
             raise ValueError(
-                f"x must have shape ({sizes}{',' * (len(event) == 1)}) or (batch, "
-                f"{sizes}), got {tuple(x.shape)}."
+                f"x must have shape {tuple(event)} or (batch, {sizes}), got "
+                f"{tuple(x.shape)}."
             )
         if not x.numel():
             raise ValueError(
@@ -546,22 +504,15 @@ class PosteriorOfOne(Posterior):
         """The distribution given the observation."""
 
 
-def check_sampling(method: str, keywords: Mapping[str, Any]) -> None:
-    """Raise unless keywords of sampling are sbi's and ask for what is done anyway.
+def check_keywords(
+    method: str, given: Mapping[str, Any], known: _Keywords = _SAMPLING
+) -> None:
+    """Raise unless each keyword is sbi's and asks for what is done anyway.
 
     Raises:
         NotImplementedError: If one asks for something else.
         TypeError: If one is unknown.
     """
-    _check_keywords(method, keywords, _SAMPLING)
-
-
-def _check_keywords(
-    method: str,
-    given: Mapping[str, Any],
-    known: Mapping[str, tuple[tuple[Any, ...] | None, str]],
-) -> None:
-    """Raise unless each keyword is sbi's and asks for what is done anyway."""
     for name, value in given.items():
         if name not in known:
             raise TypeError(

@@ -49,16 +49,12 @@ class ComponentProposal(Protocol):
 
 @dataclass(frozen=True)
 class PriorComponents:
-    """The prior of one component as a proposal.
-
-    Attributes:
-        component: Distribution with event shape ``(D,)``, ``prior.component``.
-    """
+    """The prior of one component, ``prior.component``, as a proposal."""
 
     component: Distribution
 
     def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw n components, shape ``(n, D)``."""
+        """See :class:`ComponentProposal`."""
         with forked_rng(generator):
             return self.component.sample(torch.Size((n,))).reshape(n, -1)
 
@@ -70,16 +66,10 @@ class PriorComponents:
 
 
 class PooledComponents:
-    """Components like those of a population of sets, see the module.
+    """Components like those of a population of rows ``(M, E)``, see the module.
 
-    Args:
-        theta: Rows of the population, shape ``(M, E)``.
-        prior: Prior over the rows.
-        prior_share: Share d of the prior of a component, in (0, 1].
-        chart: Chart of a component, a density; whitening by the prior if None.
-
-    Raises:
-        ValueError: If the share is out of range.
+    The prior's share d lies in (0, 1]; the chart is a density, whitening by the prior
+    if None.
     """
 
     def __init__(
@@ -106,8 +96,8 @@ class PooledComponents:
         slices = components[order[: num * size]].reshape(num, size, -1)
         place = slices[..., layout.order_by]
         width = place[:, -1] - place[:, 0]
-        self.weights = (width + 1e-12) ** _WIDTH_POWER
-        self.weights = self.weights / self.weights.sum()
+        weights = (width + 1e-12) ** _WIDTH_POWER
+        self.weights = weights / weights.sum()
         u, _ = chart.forward(slices)
         self.mean = u.mean(1)
         away = u - self.mean.unsqueeze(1)
@@ -130,7 +120,7 @@ class PooledComponents:
         self.height = self.weights / scale * math.exp(log_norm)
 
     def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw n components, shape ``(n, D)``."""
+        """See :class:`ComponentProposal`."""
         broad = self.prior.sample_component(n, generator).double()
         if self.prior_share == 1:
             return broad

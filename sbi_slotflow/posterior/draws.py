@@ -17,12 +17,7 @@ from ..sets.layout import ThetaLayout
 from .base import PosteriorOfOne
 from .weights import systematic
 
-__all__ = [
-    "CollapsedDraws",
-    "PosteriorDraws",
-    "RefinedPosterior",
-    "UnreliableWeights",
-]
+__all__ = ["CollapsedDraws", "PosteriorDraws", "RefinedPosterior", "UnreliableWeights"]
 
 
 # k-hat above which estimates from the weights are not to be trusted (Vehtari et al.
@@ -57,28 +52,24 @@ class PosteriorDraws(PosteriorOfOne):
     log_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.theta.ndim != 3:
-            raise ValueError(
-                "theta must have shape (chains, draws, E), got "
-                f"{tuple(self.theta.shape)}."
-            )
+        shape = tuple(self.theta.shape)
+        if len(shape) != 3:
+            raise ValueError(f"theta must have shape (chains, draws, E), got {shape}.")
         self.layout.validate(self.theta)
         if not self.theta.numel():
-            raise ValueError(
-                f"theta must hold at least one draw, got {tuple(self.theta.shape)}."
-            )
+            raise ValueError(f"theta must hold at least one draw, got {shape}.")
         if self.log_weights is None:
             return
-        if self.log_weights.shape != self.theta.shape[:-1]:
+        if self.log_weights.shape != shape[:-1]:
             raise ValueError(
-                f"log_weights must have shape {tuple(self.theta.shape[:-1])}, got "
+                f"log_weights must have shape {shape[:-1]}, got "
                 f"{tuple(self.log_weights.shape)}."
             )
-        largest = self.log_weights.max()
-        if not torch.isfinite(largest):
+        largest = self.log_weights.max().item()
+        if not math.isfinite(largest):
             raise ValueError(
-                "log_weights must have a finite largest entry, got "
-                f"{largest.item()}: no draw has a positive weight."
+                f"log_weights must have a finite largest entry, got {largest}: no draw "
+                "has a positive weight."
             )
 
     @property
@@ -120,7 +111,7 @@ class PosteriorDraws(PosteriorOfOne):
     def _statistics(self) -> dict[str, float]:
         return self.statistics
 
-    def _distribution(self) -> "DrawnSets":
+    def _distribution(self) -> SetDistribution:
         return DrawnSets(self.layout, self.rows, self.weights)
 
     def _drawn(
@@ -187,7 +178,7 @@ class CollapsedDraws(PosteriorDraws):
 
     @property
     def statistics(self) -> dict[str, float]:
-        """Effective sample size of the weights, and each move's acceptance."""
+        """Effective sample size, disagreement, and each move's acceptance."""
         moves = {f"acceptance_{move}": s for move, s in self.acceptance.items()}
         return {**super().statistics, "disagreement": self.disagreement, **moves}
 
@@ -208,13 +199,7 @@ class CollapsedDraws(PosteriorDraws):
 
 
 class DrawnSets(SetDistribution):
-    """Distribution of weighted rows.
-
-    Args:
-        layout: Layout of theta.
-        rows: Theta rows in canonical order, shape ``(S, E)``.
-        weights: Weights that sum to one, float64, shape ``(S,)``.
-    """
+    """Distribution of rows ``(S, E)`` with weights ``(S,)`` that sum to one."""
 
     num_observations = 1
 
@@ -233,14 +218,7 @@ class DrawnSets(SetDistribution):
         k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw rows of equal weight, shape ``(*sample_shape, 1, E)``.
-
-        Draws are resampled systematically: each appears as often as its weight says, up
-        to one. From draws of equal weight it takes evenly spaced ones.
-
-        Raises:
-            ValueError: If no draw of positive weight has k components.
-        """
+        """Draw rows of equal weight, resampled by :func:`.weights.systematic`."""
         weights = self.weights
         if k is not None:
             weights = weights * (self.layout.cardinality(self.rows) == k)
@@ -252,11 +230,7 @@ class DrawnSets(SetDistribution):
         return self.rows[index].reshape(*sample_shape, 1, self.layout.size)
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """Raise: draws have no density.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError: draws have no density."""
         raise NotImplementedError(
             "log_prob does not exist for draws. Ask the posterior that they were drawn "
             "from, or a problem's prior and log_likelihood."

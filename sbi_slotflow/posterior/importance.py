@@ -41,17 +41,9 @@ _IN_DOUBT = 15.0
 
 
 class WithExtraComponent:
-    """The proposal q', see the module.
+    """The proposal q' of q given B observations, see the module.
 
-    Args:
-        proposal: The proposal q, given B observations.
-        prior: Prior over the theta rows.
-        share: Share epsilon of draws with a component from the prior.
-        log_target: Maps rows ``(S, B, E)`` to the log of the unnormalised posterior
-            ``(S, B)``.
-
-    Raises:
-        ValueError: If the share is out of range.
+    ``log_target`` maps rows ``(S, B, E)`` to the log of the unnormalised posterior.
     """
 
     def __init__(
@@ -61,8 +53,6 @@ class WithExtraComponent:
         share: float,
         log_target: Callable[[Tensor], Tensor],
     ) -> None:
-        if not 0 <= share < 1:
-            raise ValueError(f"defensive must lie in [0, 1), got {share}.")
         self.proposal, self.prior, self.share = proposal, prior, share
         self.log_target = log_target
         # Cardinalities that may get one more component, (B, Kmax + 1).

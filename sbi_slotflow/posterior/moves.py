@@ -27,16 +27,11 @@ from .component_proposals import ComponentProposal
 __all__ = ["DifferenceMove", "ExchangeMove", "Move", "Population", "metropolis"]
 
 EXCHANGES = {"birth or death": (0, 1), "redraw": (1, 1), "split or merge": (1, 2)}
+Moving = Literal["set", "component", "shared"]
 
 
 class Population(NamedTuple):
-    """Particles with what their target needs.
-
-    Attributes:
-        theta: Canonical rows, shape ``(N, E)``.
-        log_q: Log density of the proposal, shape ``(N,)``.
-        log_p: Log of prior times likelihood, shape ``(N,)``.
-    """
+    """Canonical rows, log density of the proposal, log of prior times likelihood."""
 
     theta: Tensor
     log_q: Tensor
@@ -60,16 +55,10 @@ class Move(Protocol):
     def propose(
         self, theta: Tensor, others: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Propose.
+        """Propose rows for theta ``(N, E)`` given others that stay ``(M, E)``.
 
-        Args:
-            theta: Rows to move, ``(N, E)``.
-            others: Rows of particles that stay, ``(M, E)``.
-            generator: Source of randomness.
-
-        Returns:
-            New rows ``(N, E)``, and the log of the reverse over the forward proposal
-            density ``(N,)``, -inf where there is nothing to propose.
+        Returns new rows ``(N, E)``, and the log of the reverse over the forward
+        proposal density ``(N,)``, -inf where there is nothing to propose.
         """
         ...
 
@@ -83,15 +72,7 @@ def metropolis(
 ) -> tuple[Population, float]:
     """Move one half of the particles given the other, then the other way round.
 
-    Args:
-        population: The particles.
-        move: The move.
-        beta: Temperature of the target.
-        evaluate: Makes particles of rows.
-        generator: Source of randomness.
-
-    Returns:
-        The population and the share that was accepted.
+    ``evaluate`` makes particles of rows. Returns them and the share that was accepted.
     """
     num = len(population.theta)
     order = torch.randperm(num, generator=generator)
@@ -122,12 +103,8 @@ def metropolis(
 class DifferenceMove:
     """Moves sets along differences of others, see the module.
 
-    Args:
-        layout: Layout of theta.
-        chart: Chart of a component.
-        shared_chart: Chart of the shared parameters, None if there are none.
-        moving: ``"set"`` moves everything, ``"component"`` one component,
-            ``"shared"`` the shared parameters.
+    ``moving`` is all of a ``"set"``, one ``"component"``, or the ``"shared"``
+    parameters, whose chart is None if there are none.
     """
 
     def __init__(
@@ -135,7 +112,7 @@ class DifferenceMove:
         layout: ThetaLayout,
         chart: Chart,
         shared_chart: Chart | None,
-        moving: Literal["set", "component", "shared"],
+        moving: Moving,
     ) -> None:
         self.layout, self.chart, self.shared_chart = layout, chart, shared_chart
         self.moving, self.name = moving, f"difference ({moving})"
@@ -146,9 +123,10 @@ class DifferenceMove:
         """See :class:`Move`."""
         layout = self.layout
         parts, pool = layout.unpack(theta), layout.unpack(others)
-        here, there = self._coordinates(parts), self._coordinates(pool)
+        here, here_shared, log_det = self._coordinates(parts)
         first, second, found = _partners(parts.cardinality, pool.cardinality, generator)
-        step = _Coordinates(*(b[first] - b[second] for b in there[:2]))
+        there = self._coordinates(pool)[:2]
+        step, step_shared = (part[first] - part[second] for part in there)
         active = parts.mask
         dim = active.sum(-1) * self.chart.num_features + layout.num_shared
         if self.moving == "shared":
@@ -165,57 +143,37 @@ class DifferenceMove:
         gamma = gamma * (0.5 + torch.rand(len(dim), generator=generator))
         leap = torch.rand(len(dim), generator=generator) < 0.1
         gamma = torch.where(leap, torch.ones_like(gamma), gamma)
-        components = here.components + torch.where(
-            active.unsqueeze(-1), gamma[:, None, None] * step.components, 0.0
-        )
-        moved = self.chart.inverse(components)
-        moved = torch.where(active.unsqueeze(-1), moved, parts.components.double())
+        active = active.unsqueeze(-1)
+        moved = here + torch.where(active, gamma[:, None, None] * step, 0.0)
+        moved = self.chart.inverse(moved)
+        moved = torch.where(active, moved, parts.components.double())
         shared = parts.shared.double()
         if self.shared_chart is not None and self.moving != "component":
-            shared = self.shared_chart.inverse(
-                here.shared + gamma.unsqueeze(-1) * step.shared
-            )
+            shared = here_shared + gamma.unsqueeze(-1) * step_shared
+            shared = self.shared_chart.inverse(shared)
         new = layout.pack(parts.cardinality, moved, shared)
-        log_ratio = self._log_det(parts) - self._log_det(layout.unpack(new))
+        log_ratio = log_det - self._coordinates(layout.unpack(new))[2]
         # Steps are symmetric between sets in canonical order.
         found &= (layout.canonical(new) == new).all(-1)
         return new, torch.where(found, log_ratio, -math.inf)
 
-    def _coordinates(self, parts: ThetaParts) -> "_Coordinates":
-        components, _ = self._chart(parts)
-        shared = parts.shared.double()
-        if self.shared_chart is not None:
-            shared, _ = self.shared_chart.forward(shared)
-        return _Coordinates(components, shared)
-
-    def _log_det(self, parts: ThetaParts) -> Tensor:
-        """Log |du / dtheta| of the active parameters."""
-        _, log_det = self._chart(parts)
+    def _coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates u of components and shared parameters, and log |du / dtheta|."""
+        components, shared = parts.components.double(), parts.shared.double()
+        point = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
+        active = parts.mask.unsqueeze(-1)
+        u, log_det = self.chart.forward(torch.where(active, components, point))
         total = torch.where(parts.mask, log_det, 0.0).sum(-1)
         if self.shared_chart is not None:
-            total = total + self.shared_chart.forward(parts.shared.double())[1]
-        return total
-
-    def _chart(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
-        components = parts.components.double()
-        point = self.chart.inverse(components.new_zeros(1, self.chart.num_features))
-        return self.chart.forward(
-            torch.where(parts.mask.unsqueeze(-1), components, point)
-        )
-
-
-class _Coordinates(NamedTuple):
-    components: Tensor
-    shared: Tensor
+            shared, log_det = self.shared_chart.forward(shared)
+            total = total + log_det
+        return u, shared, total
 
 
 class ExchangeMove:
     """Takes r components out of a set and puts s drawn from g in, see the module.
 
-    Args:
-        layout: Layout of theta.
-        name: A key of ``EXCHANGES``.
-        components: Makes the density g of the sets that stay.
+    The name is a key of ``EXCHANGES``; ``components`` makes g of the sets that stay.
     """
 
     def __init__(

@@ -71,10 +71,8 @@ def refine(
     Warns:
         UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are effective.
     """
-    if method not in get_args(Method):
-        raise ValueError(
-            f"method must be one of {list(get_args(Method))}, got {method!r}."
-        )
+    if method not in (known := list(get_args(Method))):
+        raise ValueError(f"method must be one of {known}, got {method!r}.")
     num_samples = as_count(num_samples, "num_samples")
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
@@ -83,22 +81,15 @@ def refine(
             f"{type(posterior).__name__} has no density, and cannot be refined."
         )
     batch = posterior.observations(x)
+    settings = num_samples, defensive, generator
     if method == "importance":
-        results = _weigh(
-            posterior, log_likelihood, batch, num_samples, defensive, generator
-        )
+        results = _weigh(posterior, log_likelihood, batch, *settings)
     else:
-        results = [
-            temper(posterior, log_likelihood, one, num_samples, defensive, generator)
-            for one in batch
-        ]
+        results = [temper(posterior, log_likelihood, one, *settings) for one in batch]
     for result in results:
         if not result.is_reliable:
-            warnings.warn(
-                _complaint(result, method),
-                UnreliableWeights,
-                stacklevel=caller_stacklevel(),
-            )
+            text, level = _complaint(result, method), caller_stacklevel()
+            warnings.warn(text, UnreliableWeights, stacklevel=level)
     return results[0] if len(batch) == 1 else results
 
 
@@ -112,18 +103,7 @@ class Refinable(Posterior):
         num_samples: int = 10_000,
         **options: Any,
     ) -> RefinedPosterior | list[RefinedPosterior]:
-        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`.
-
-        Args:
-            log_likelihood: Maps rows ``(..., E)`` and observations ``(..., *event)``
-                that broadcast to log p(x | theta).
-            x: One observation, or a batch; the default x if None.
-            num_samples: Draws for each observation.
-            options: ``method``, ``defensive``, ``generator``.
-
-        Returns:
-            The refined posterior, or a list of them for a batch of more than one.
-        """
+        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`."""
         return refine(self, log_likelihood, x, num_samples, **options)
 
 
@@ -148,9 +128,8 @@ def _weigh(
     possible = counted & torch.isfinite(log_p) & torch.isfinite(log_q)
     log_weights = torch.where(possible, log_p - log_q, -torch.inf)
     results = []
-    for b in range(len(x)):
-        smoothed, pareto_k = pareto_smoothed(log_weights[:, b])
-        raw = log_weights[:, b]
+    for b, raw in enumerate(log_weights.unbind(1)):
+        smoothed, pareto_k = pareto_smoothed(raw)
         mean = raw.logsumexp(0) - math.log(num_samples)
         relative = (raw - mean).exp().std() / math.sqrt(num_samples)
         results.append(
@@ -168,13 +147,10 @@ def _weigh(
 
 
 def _complaint(result: RefinedPosterior, method: Method) -> str:
-    advice = (
-        'Try method="smc", more samples, or a posterior that fits better.'
-        if method == "importance"
-        else "Try more samples, or a posterior that fits better."
-    )
+    first = 'method="smc", ' if method == "importance" else ""
     return (
         f"the weights cannot be relied on: k-hat = {result.pareto_k:.2f} (should be "
         f"below {LARGEST_K_HAT}), {result.ess:.0f} of {len(result.rows)} draws are "
-        f"effective (should be above {FEWEST_EFFECTIVE}). {advice}"
+        f"effective (should be above {FEWEST_EFFECTIVE}). Try {first}more samples, or "
+        "a posterior that fits better."
     )

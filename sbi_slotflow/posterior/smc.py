@@ -20,6 +20,7 @@ of as many particles. The small share of the prior lets moves reach every set.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +32,16 @@ from .base import Posterior
 from .component_proposals import PooledComponents
 from .draws import RefinedPosterior
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
-from .moves import EXCHANGES, DifferenceMove, ExchangeMove, Move, Population, metropolis
-from .weights import pareto_smoothed
+from .moves import (
+    EXCHANGES,
+    DifferenceMove,
+    ExchangeMove,
+    Move,
+    Moving,
+    Population,
+    metropolis,
+)
+from .weights import pareto_smoothed, systematic
 
 __all__ = ["temper"]
 
@@ -58,11 +67,7 @@ def temper(
     defensive: float,
     generator: torch.Generator | None,
 ) -> RefinedPosterior:
-    """Run SMC for one observation ``(*event)``; see :func:`refine`.
-
-    Raises:
-        ValueError: If no particle has a positive weight.
-    """
+    """Run SMC for one observation ``(*event)``; see :func:`refine`."""
     prior, likelihood = posterior.prior, likelihood_of(log_likelihood, x)
 
     def log_target(theta: Tensor) -> Tensor:
@@ -92,12 +97,15 @@ def temper(
         inside = torch.isfinite(log_prior)
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
 
-    start, counted = _start(proposal, num_samples, generator)
+    # Draws from q'', and which of them count.
+    start, counted = (part[:, 0] for part in proposal.sample(num_samples, generator))
+    with forked_rng(generator):
+        chosen = torch.rand(num_samples) < _PRIOR_SHARE
+        broad = prior.sample(torch.Size((num_samples,))).to(start)
     dtype = start.dtype
-    population = evaluate(start.double())
-    population = population._replace(
-        log_q=torch.where(counted, population.log_q, math.inf)
-    )
+    population = evaluate(torch.where(chosen.unsqueeze(-1), broad, start).double())
+    log_q = torch.where(counted | chosen, population.log_q, math.inf)
+    population = population._replace(log_q=log_q)
     moves = _moves(posterior)
     beta, steps, sweeps = 0.0, 0, 0
     log_evidence, variance, worst = 0.0, 0.0, -math.inf
@@ -114,7 +122,8 @@ def temper(
         beta, steps = beta + step, steps + 1
         if 1 - beta < 1e-9 or steps == _MAX_STEPS:
             beta = 1.0
-        population = population.rows(_resample(log_weights, generator))
+        index = systematic(log_weights.softmax(-1), num_samples, generator)
+        population = population.rows(index)
         settled: Callable[[Population], bool] = _Drift(beta)
         if beta == 1.0:
             # Errors of good weights are random, and small before anything is moved.
@@ -189,28 +198,14 @@ class _Forgetting:
         return numbers - numbers.mean(-1, keepdim=True)
 
 
-def _start(
-    proposal: WithExtraComponent,
-    num: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Draw from q'', and tell which draws count."""
-    theta, counted = (part[:, 0] for part in proposal.sample(num, generator))
-    with forked_rng(generator):
-        chosen = torch.rand(num) < _PRIOR_SHARE
-        broad = proposal.prior.sample(torch.Size((num,))).to(theta)
-    return torch.where(chosen.unsqueeze(-1), broad, theta), counted | chosen
-
-
 def _moves(posterior: Posterior) -> list[Move]:
     prior, chart = posterior.prior, posterior.chart
     shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
     differences = [
-        DifferenceMove(prior.layout, chart, shared, "set"),
-        DifferenceMove(prior.layout, chart, shared, "component"),
+        DifferenceMove(prior.layout, chart, shared, moving)
+        for moving in get_args(Moving)
+        if moving != "shared" or shared is not None
     ]
-    if shared is not None:
-        differences.append(DifferenceMove(prior.layout, chart, shared, "shared"))
 
     def pooled(theta: Tensor) -> PooledComponents:
         return PooledComponents(theta, prior, chart=chart)
@@ -228,21 +223,17 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
     gain = population.log_p - population.log_q
     gain = torch.where(torch.isfinite(population.log_q), gain, -math.inf)
     most = 1 - beta
-
-    def effective(step: float) -> float:
-        return _effective_share(step * gain)
-
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
     if _effective_share(pareto_smoothed(most * gain).log_weights) >= _ENOUGH_SHARE:
         return most, most * gain
     most = min(most, max(beta, _FIRST_STEP))
     low, high = 0.0, most
-    if effective(most) >= _EFFECTIVE_SHARE:
+    if _effective_share(most * gain) >= _EFFECTIVE_SHARE:
         low = most
     while high - low > 1e-3 * high and high > 1e-6:
         middle = 0.5 * (low + high)
-        if effective(middle) >= _EFFECTIVE_SHARE:
+        if _effective_share(middle * gain) >= _EFFECTIVE_SHARE:
             low = middle
         else:
             high = middle
@@ -257,12 +248,3 @@ def _effective_share(log_weights: Tensor) -> float:
 
 def _log_mean(log_weights: Tensor) -> float:
     return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
-
-
-def _resample(log_weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Systematic resampling, indices ``(N,)``."""
-    num = len(log_weights)
-    edges = log_weights.double().softmax(-1).cumsum(0)
-    start = torch.rand((), dtype=torch.float64, generator=generator)
-    points = (torch.arange(num) + start) / num * edges[-1]
-    return torch.searchsorted(edges, points).clamp(max=num - 1)

@@ -14,20 +14,16 @@ _MIN_DRAWS = 25
 
 
 class SmoothedWeights(NamedTuple):
-    """Pareto-smoothed log weights ``(S,)`` and the tail's shape."""
+    """Pareto-smoothed log weights ``(S,)`` and k-hat, the shape of their upper tail."""
 
     log_weights: Tensor
     pareto_k: float
 
 
 def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
-    """Smooth the tail of importance weights (Vehtari et al. 2024).
+    """Smooth the tail of log importance weights ``(S,)``.
 
-    Args:
-        log_weights: Log weights of one observation's draws, shape ``(S,)``.
-
-    Returns:
-        Smoothed log weights and k-hat, the shape of their upper tail.
+    Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024.
     """
     finite = torch.isfinite(log_weights)
     values = log_weights[finite].double().cpu().numpy()
@@ -55,15 +51,9 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
 def systematic(
     weights: Tensor, num: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Choose draws systematically: each as often as its weight says, up to one.
+    """Choose draws of weights ``(S,)``: each as often as its weight says, up to one.
 
-    Args:
-        weights: Weights, not all zero, shape ``(S,)``.
-        num: Number of draws to choose.
-        generator: Source of randomness.
-
-    Returns:
-        Indices in ascending order, shape ``(num,)``.
+    Indices ``(num,)`` ascend; of equal weights they are evenly spaced.
     """
     start = torch.rand((), dtype=torch.float64, generator=generator)
     points = (torch.arange(num, dtype=torch.float64) + start) / max(1, num)

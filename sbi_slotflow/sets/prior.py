@@ -98,8 +98,8 @@ class VariableKPrior(Distribution):
         self._component_law = _law(self.component, self.component_marginals)
         self.shared_marginals, self._shared_law = Marginals(()), None
         if self.shared is not None:
-            periods = self.layout.shared_periods
-            self.shared_marginals = marginals_of(self.shared, periods)
+            turns = self.layout.shared_periods
+            self.shared_marginals = marginals_of(self.shared, turns)
             self._shared_law = _law(self.shared, self.shared_marginals)
         self.min_separation = self._checked_separation(min_separation)
         super().__init__(

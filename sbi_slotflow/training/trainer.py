@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
-from ..posterior.base import check_sampling
+from ..posterior.base import check_keywords
 from ..posterior.network import SlotPosterior
 from ..sets.checks import Numbers, as_floats
 from ..sets.prior import VariableKPrior
@@ -187,7 +187,7 @@ class SlotNPE(NPE):
             NotImplementedError: If ``sample_with`` is not ``"direct"``.
             RuntimeError: If nothing was trained yet.
         """
-        check_sampling("build_posterior", {"sample_with": sample_with})
+        check_keywords("build_posterior", {"sample_with": sample_with})
         estimator = self._neural_net if density_estimator is None else density_estimator
         if estimator is None:
             raise RuntimeError("no estimator: call train() or train_online() first.")

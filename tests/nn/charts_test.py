@@ -347,7 +347,7 @@ def test_circle_chart_stays_inside_the_support(preset: str) -> None:
 
 def test_polar_chart_refuses_a_phase_that_is_not_a_whole_turn() -> None:
     marginals = marginals_of(joint(uniform(0.5, 1.5), uniform(0.0, 3.0)))
-    with pytest.raises(ValueError, match=r"phase must be uniform on \[0, 2 pi\)"):
+    with pytest.raises(ValueError, match=r"angle must be uniform on \[0, 2 pi\)"):
         PolarChart(marginals)
 
 
@@ -364,7 +364,7 @@ def test_circle_chart_refuses_another_number_of_parameters() -> None:
 
 
 def test_circle_chart_refuses_a_phase_that_is_not_a_whole_turn() -> None:
-    with pytest.raises(ValueError, match=r"phase must be uniform on \[0, 2 pi\)"):
+    with pytest.raises(ValueError, match=r"angle must be uniform on \[0, 2 pi\)"):
         CircleChart([ClosedMarginal("uniform", 0.0, 1.0)] * 3)
 
 

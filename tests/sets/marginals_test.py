@@ -575,7 +575,7 @@ def test_a_distribution_of_the_users_own_is_mapped_inside_its_support(
 
 def test_a_quantile_of_the_users_own_gives_the_exact_map() -> None:
     prior = VariableKPrior(Truncated(), [0.0, 1.0])
-    reference = stats.truncnorm(-1.0, 2.0)
+    reference: Any = stats.truncnorm(-1.0, 2.0)
     values = torch.from_numpy(reference.ppf(np.linspace(1e-4, 1 - 1e-4, 101)))
     u, log_det = prior.component_marginals.forward(values.unsqueeze(-1))
     expected = stats.norm.ppf(reference.cdf(values))
