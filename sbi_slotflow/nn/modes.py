@@ -111,6 +111,13 @@ class Modes(NamedTuple):
                 noise[rows, k] = solve_lower(factor, w[rows, k] - mean)
         return means, noise
 
+    def marginal(self, which: Tensor, k: Tensor) -> Tensor:
+        """Factors ``(N, D, D)`` of component k of N sets, the others unknown."""
+        width = self.mode.shape[-1]
+        steps = torch.arange(width, device=which.device)
+        rows = self.factor[which.unsqueeze(-1), k.unsqueeze(-1) * width + steps]
+        return torch.linalg.cholesky(rows @ rows.mT)
+
 
 class ModeFinder:
     """Finds modes above sets of cells."""
