@@ -94,7 +94,7 @@ class AutoregressiveHead(CellHead):
     ) -> None:
         super().__init__(chart, axis)
         self.max_cardinality = max_cardinality
-        features = self.own_features = self.local_chart.num_features
+        features = self.local_chart.num_features
         self.find_modes: ModeFinder | None = None
         self.gaussian: LocalGaussian | None = None
         seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)

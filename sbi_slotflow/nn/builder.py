@@ -133,14 +133,12 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             next to the data (yes).
         trunk_features: Width of a component's context (128); None, of global slots
             only, leaves the parts of the context side by side.
-        flow_hidden_features: Of the flow: width of its networks (64).
-        flow_bins: Of the flow: bins of the splines (8).
-        flow_blocks: Of the flow: residual blocks in each network (1).
+        flow_hidden_features, flow_bins, flow_blocks: Of the flow: width of its networks
+            (64), bins of the splines (8), residual blocks in each network (1).
         flow_network: Of the flow: ``"projected"`` (the default) or ``"residual"``, see
             :class:`ConditionalFlow`.
         tail_bound: Of the flow: half width of the splines' interval (5).
-        phase_weight: Of the paper's chart: weight w_phi (1).
-        frequency_weight: Of the paper's chart: weight w_f (1).
+        phase_weight, frequency_weight: Of the paper's chart: w_phi and w_f (1 each).
 
     Raises:
         TypeError, ValueError: If an option is out of range or misspelt.

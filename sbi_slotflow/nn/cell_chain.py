@@ -135,12 +135,7 @@ class _Steps(ABC):
         return cells
 
     def next_log_probs(
-        self,
-        owner: Tensor,
-        count: Tensor,
-        k: Tensor,
-        before: Tensor,
-        earliest: Tensor,
+        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, earliest: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log probabilities of the next cell of N sets."""
         states = owner, count, k, before, earliest

@@ -42,7 +42,6 @@ class CellHead(SetHead):
     """Density of a set of components in cells."""
 
     local: LocalDensity
-    own_features: int
 
     def __init__(self, chart: Chart, axis: CellAxis) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class IndependentHead(CellHead):
     ) -> None:
         super().__init__(chart, axis)
         self.max_cardinality = max_cardinality
-        features, self.own_features = self.local_chart.num_features, 0
+        features = self.local_chart.num_features
         self.cells = CellMarginals(axis, token_features, max_cardinality)
         self.trunk = trunk_network(token_features + max_cardinality + 1, trunk_features)
         self.gaussian = LocalGaussian(

@@ -94,16 +94,10 @@ class CellAxis:
         return torch.maximum(starts, before + self.separation)
 
     def feasible(self, earliest: Tensor, left: Tensor, edges: Tensor) -> Tensor:
-        """Tell which cells a component may take.
+        """Tell which cells ``(N, L)`` among edges ``(N, L + 1)`` a component may take.
 
-        Args:
-            earliest: Earliest position of the component before, -inf for none, shape
-                ``(N,)``.
-            left: Components still to come after this one, shape ``(N,)``.
-            edges: Edges of the cells, shape ``(N, L + 1)``.
-
-        Returns:
-            Shape ``(N, L)``.
+        The one before is at ``earliest`` ``(N,)`` or later, -inf for none, and ``left``
+        ``(N,)`` are still to come after this one.
         """
         least = self.lower(edges[:, :-1], earliest.unsqueeze(-1))
         room = least + self.separation * left.unsqueeze(-1) < self.num_cells

@@ -25,35 +25,22 @@ __all__ = [
 
 
 class Encoding(NamedTuple):
-    """Embeddings of a batch of observations.
+    """Embeddings of a batch of observations."""
 
-    Attributes:
-        context: Read by the slots, shape ``(B, C)``.
-        cardinality: Read by the cardinality head, shape ``(B, C')``.
-        shared: Read by the shared-parameter head, shape ``(B, C'')``.
-        tokens: What attention slots attend to, shape ``(B, L, C''')``; None if the
-            encoder keeps no tokens.
-        edges: Positions of the edges of the location axis's cells, float64, shape
-            ``(B, L + 1)``; None for cells of width one.
-    """
-
-    context: Tensor
-    cardinality: Tensor
-    shared: Tensor
+    context: Tensor  # Read by the slots, (B, C)
+    cardinality: Tensor  # Read by the cardinality head, (B, C')
+    shared: Tensor  # Read by the shared-parameter head, (B, C'')
+    # What attention slots attend to and cells read, (B, L, C'''), if kept
     tokens: Tensor | None = None
+    # Edges of the location axis's cells, float64, (B, L + 1); None for width one
     edges: Tensor | None = None
 
 
 class Observations(NamedTuple):
-    """The data themselves, for those who fit them.
+    """The data themselves, for those who fit them."""
 
-    Attributes:
-        x: Observations, shape ``(B, T)``.
-        scale: Unit in which networks are told of their levels, shape ``()``.
-    """
-
-    x: Tensor
-    scale: Tensor
+    x: Tensor  # Observations, (B, T)
+    scale: Tensor  # Unit in which networks are told of their levels, ()
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Encoding:
@@ -66,13 +53,7 @@ def encode(encoder: nn.Module, x: Tensor) -> Encoding:
 
 @register("encoder")
 class MLPEncoder(nn.Module):
-    """Fully connected encoder for short, unstructured data.
-
-    Args:
-        num_features: Length T of x.
-        hidden_features: Width of the layers and of the embedding.
-        num_layers: Number of hidden layers.
-    """
+    """Fully connected encoder for short, unstructured data of ``num_features``."""
 
     kind: ClassVar[str] = "mlp"
 

@@ -305,11 +305,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimator to one file: safetensors, the spec as JSON in its header.
 
-        The file is written aside and moved into place, so that an interrupted save
-        leaves the old file whole.
-
-        Args:
-            path: Where to write, by custom ending in ``.safetensors``.
+        The file, by custom ``*.safetensors``, is written aside and moved into place, so
+        that an interrupted save leaves the old one whole.
         """
         meta = {"format": _FORMAT, "version": _VERSION, "spec": self.spec.to_json()}
         write_tensors(path, self.state_dict(), meta)

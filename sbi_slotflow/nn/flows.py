@@ -14,7 +14,7 @@ projects each distinct context once.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from nflows.nn.nets import ResidualNet
@@ -35,16 +35,11 @@ _MAX_ROWS = 32768
 
 
 class RowContext(NamedTuple):
-    """Contexts of N rows: n distinct values and which of them each row sees.
+    """Contexts of N rows: n distinct values and which of them each row sees."""
 
-    Attributes:
-        values: Distinct contexts, shape ``(n, C)``.
-        which: Position in ``values`` of each row's context, shape ``(N,)``.
-        own: What each row sees besides, shape ``(N, P)``; None for nothing, or zeros.
-    """
-
-    values: Tensor
-    which: Tensor
+    values: Tensor  # Distinct contexts, (n, C)
+    which: Tensor  # Which of them each row sees, (N,)
+    # What each row sees besides, (N, P); None for nothing, or zeros
     own: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "RowContext":
@@ -90,15 +85,11 @@ class ConditionalFlow(nn.Module):
 
         def make_network(in_features: int, out_features: int) -> nn.Module:
             net = _ProjectedNet if network == "projected" else _GatheredResidualNet
-            return net(
-                in_features,
-                out_features,
-                hidden_features,
-                context_features,
-                num_blocks,
-                own_features,
-            )
+            widths = in_features, out_features, hidden_features, context_features
+            return net(*widths, num_blocks, own_features)
 
+        affine = _AffineCoupling if from_identity else AffineCouplingTransform
+        tails: dict[str, Any] = {"tails": "linear", "tail_bound": tail_bound}
         layers: list[Transform] = []
         if location_scale:
             layers.append(
@@ -109,21 +100,9 @@ class ConditionalFlow(nn.Module):
                 layers.append(RandomPermutation(features))
             mask = torch.arange(features) % 2 == (0 if features == 1 else 1)
             if i % 2 == 0:
-                layers.append(
-                    _SplineCoupling(
-                        mask,
-                        make_network,
-                        num_bins,
-                        tails="linear",
-                        tail_bound=tail_bound,
-                    )
-                )
+                layers.append(_SplineCoupling(mask, make_network, num_bins, **tails))
             else:
-                layers.append(
-                    _AffineCoupling(mask, make_network)
-                    if from_identity
-                    else AffineCouplingTransform(mask, make_network)
-                )
+                layers.append(affine(mask, make_network))
             if from_identity:
                 _start_at_identity(layers[-1], num_bins)
         self.transform = CompositeTransform(layers)
@@ -144,10 +123,7 @@ class ConditionalFlow(nn.Module):
     ) -> Tensor:
         """Draw coordinates ``(N, F)``, one sample for each row."""
         num = len(context.which)
-        values = context.values
-        noise = torch.empty(
-            num, self.features, dtype=values.dtype, device=values.device
-        )
+        noise = context.values.new_empty(num, self.features)
         noise.normal_(generator=generator)
         parts = [
             self.transform.inverse(

@@ -33,9 +33,7 @@ class NormalEquations(NamedTuple):
 
     residual: Tensor  # Sum of squared residuals, (N,)
     gradient: Tensor  # Minus the gradient of half of it, (N, K D)
-    # Its Gauss-Newton curvature, (N, K D, K D); zero for components that are not
-    # there
-    curvature: Tensor
+    curvature: Tensor  # Gauss-Newton curvature, (N, K D, K D); zero where inactive
 
 
 class LeastSquares(Protocol):
@@ -50,28 +48,19 @@ class LeastSquares(Protocol):
         ...
 
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        """Estimate components with locations in given intervals.
+        """Estimate components ``(N, K, D)``, float64, with locations in intervals.
 
-        Args:
-            owner: Observation of each set, shape ``(N,)``.
-            low: Lower ends of the intervals, shape ``(N, K)``.
-            high: Upper ends.
-            mask: Active components, shape ``(N, K)``.
-
-        Returns:
-            Components, shape ``(N, K, D)``, float64.
+        ``owner`` ``(N,)`` is the observation of each set, ``low`` and ``high``
+        ``(N, K)`` are the ends, and ``mask`` ``(N, K)`` tells its active components.
         """
         ...
 
     def normal_equations(
         self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
-        """Linearise the sum of the components about their present values.
+        """Linearise the sum of components ``(N, K, D)`` about their present values.
 
-        Args:
-            owner: Observation of each set, shape ``(N,)``.
-            components: Shape ``(N, K, D)``.
-            mask: Active components, shape ``(N, K)``.
+        See :meth:`start` for ``owner`` and ``mask``.
         """
         ...
 

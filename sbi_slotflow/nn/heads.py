@@ -111,11 +111,7 @@ class NoiseHead(nn.Module):
     """
 
     def __init__(
-        self,
-        chart: Chart,
-        num_data: int,
-        embedding_features: int,
-        max_cardinality: int,
+        self, chart: Chart, num_data: int, embedding_features: int, max_cardinality: int
     ) -> None:
         super().__init__()
         if chart.num_features != 1:
@@ -187,10 +183,7 @@ class SharedGivenX:
     """The shared parameters' density given B observations."""
 
     def __init__(
-        self,
-        head: SharedHead | NoiseHead,
-        embedding: Tensor,
-        num_cardinalities: int,
+        self, head: SharedHead | NoiseHead, embedding: Tensor, num_cardinalities: int
     ) -> None:
         self.head, self._sizes = head, num_cardinalities
         every = torch.eye(num_cardinalities).to(embedding).repeat(len(embedding), 1)

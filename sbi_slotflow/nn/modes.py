@@ -45,17 +45,13 @@ class Modes(NamedTuple):
 
     mode: Tensor  # Local coordinates, (S, K, D), angles zero
     centre: Tensor  # Angles of the P circular ones, (S, K, P)
-    # Lower triangular factors C of the covariance over all components, (S, K D, K
-    # D)
-    factor: Tensor
+    factor: Tensor  # Lower triangular C of the covariance of all, (S, K D, K D)
     # Mode, log deviations and the log of their share that is left once the
     # components before are known, (S, K, 3 D)
     summary: Tensor
     decrement: Tensor  # Nats that another step promises, (S,)
     level: Tensor  # Log of the residuals' standard deviation, (S,)
-    # Log of likelihood times prior at the mode, but for a constant of each
-    # observation and K, (S,)
-    height: Tensor
+    height: Tensor  # Log likelihood times prior there, up to a constant of x, K, (S,)
 
     def features(self, scale: Tensor) -> Tensor:
         """What a network is told of each mode, shape ``(S, K, 3 D + 2)``.
@@ -88,11 +84,7 @@ class Modes(NamedTuple):
     def mean(self, which: Tensor, k: int, noise: Tensor) -> Tensor:
         """Means ``(N, D)`` of component k of N sets, given those before it.
 
-        Args:
-            which: The sets, shape ``(N,)``.
-            k: The component.
-            noise: Deviations of those before, in units of :meth:`block`, shape
-                ``(N, k, D)``.
+        Their deviations ``(N, k, D)`` are in units of :meth:`block`.
         """
         mean = self.mode[which, k]
         if not k:
@@ -105,15 +97,9 @@ class Modes(NamedTuple):
         return mean + (mixing[which] @ known.unsqueeze(-1)).squeeze(-1)
 
     def whiten(self, w: Tensor, which: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Means given those before, and deviations from them, of all components.
+        """Means given those before, and deviations from them, of components ``w``.
 
-        Args:
-            w: Local coordinates, shape ``(N, K, D)``.
-            which: Set of each row, shape ``(N,)``.
-            mask: Active components, shape ``(N, K)``.
-
-        Returns:
-            Both of shape ``(N, K, D)``, zero where inactive.
+        All are of shape ``(N, K, D)``, zero where inactive.
         """
         means, noise = torch.zeros_like(w), torch.zeros_like(w)
         for k in range(int(mask.sum(-1).max()) if len(mask) else 0):

@@ -34,31 +34,20 @@ class SetsGivenK(ABC):
 
     @abstractmethod
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate log q(Theta | x, K) and log q(s | Theta, x, K) of N sets.
+        """Evaluate log q(Theta | x, K) and log q(s | Theta, x, K) of N sets, ``(N,)``.
 
-        Args:
-            parts: The sets, taken apart.
-            owner: Observation of each set, shape ``(N,)``.
-
-        Returns:
-            Both of shape ``(N,)``, the first with respect to Lebesgue measure on the
-            canonical region.
+        ``owner`` ``(N,)`` is the observation of each; the first density is with respect
+        to Lebesgue measure on the canonical region.
         """
 
     @abstractmethod
     def sample(
         self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw N sets.
+        """Draw N sets with active components ``mask`` ``(N, Kmax)``.
 
-        Args:
-            mask: Active components of each set, shape ``(N, Kmax)``.
-            owner: Observation of each set, shape ``(N,)``.
-            generator: Source of randomness.
-
-        Returns:
-            Components ``(N, Kmax, D)`` in any order, zero where inactive, and shared
-            parameters ``(N, S)``, None if there are none.
+        Components ``(N, Kmax, D)`` are in any order, zero where inactive; shared
+        parameters ``(N, S)`` are None if there are none.
         """
 
     def log_shared(
@@ -83,26 +72,15 @@ class SetsGivenK(ABC):
 
 
 class SetHead(nn.Module, ABC):
-    """Density of a set of components.
-
-    Attributes:
-        chart: Chart of a component.
-        keeps_separation: Whether every draw keeps the least separation.
-    """
+    """Density of a set of components."""
 
     chart: Chart
-    keeps_separation: bool = False
+    keeps_separation: bool = False  # whether every draw keeps the least separation
 
     def given(
         self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
-        """Return q(Theta, s | x, K) of B observations.
-
-        Args:
-            encoding: Their embeddings.
-            data: The observations themselves.
-            shared: The shared parameters' density; None if there are none.
-        """
+        """Return q(Theta, s | x, K) of B observations; ``shared`` is q(s | x, K)."""
         return self.in_training(encoding, data, shared, "permanent")
 
     @abstractmethod

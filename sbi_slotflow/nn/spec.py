@@ -40,11 +40,7 @@ _PROVIDERS = ("sbi_slotflow.nn", "sbi_slotflow.problems")
 
 
 def register(role: str) -> Callable[[Part], Part]:
-    """Decorate a class as a part that files can name.
-
-    Args:
-        role: What the part is, ``"encoder"`` for one.
-    """
+    """Decorate a class as a part with a role, ``"encoder"`` for one."""
 
     def add(part: Part) -> Part:
         _PARTS.setdefault(role, {})[part.kind] = part  # pyright: ignore
@@ -79,40 +75,24 @@ Matching = Literal["hungarian", "permanent", "ordered"]
 
 @dataclass(frozen=True)
 class EstimatorSpec:
-    """Everything that rebuilds an estimator but its weights.
-
-    Attributes:
-        layout: Layout of theta.
-        num_data: Length T of x.
-        cardinality_weights: Training prior p(K), K = 0..Kmax.
-        chart: Spec of the components' chart.
-        shared_chart: Spec of the shared parameters' chart, or None if there are none.
-        encoder: Spec of the encoder, or None for a module of the user's own.
-        shared_head: Whether the shared parameters are inferred; else draws come from
-            their prior.
-        noise_from_fit: Whether the shared parameter is the noise level and is read from
-            what the fit of refined slots leaves.
-        flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
-        slots: Kind and options of the slots, see
-            :func:`~sbi_slotflow.nn.component_head.slots_from_spec`.
-        matching: How training matches slots with components.
-        mean_flow_loss: Whether the flow's loss is averaged over components (the
-            paper) instead of summed (the likelihood of the set).
-        loss_weights: Weights of the cardinality, flow and shared terms of the loss.
-    """
+    """Everything that rebuilds an estimator but its weights."""
 
     layout: ThetaLayout
-    num_data: int
-    cardinality_weights: tuple[float, ...]
-    chart: dict[str, Any]
-    shared_chart: dict[str, Any] | None
-    encoder: dict[str, Any] | None
-    shared_head: bool = True
+    num_data: int  # Length T of x
+    cardinality_weights: tuple[float, ...]  # Training prior p(K), K = 0..Kmax
+    chart: dict[str, Any]  # Spec of the components' chart
+    shared_chart: dict[str, Any] | None  # That of the shared parameters; None without
+    encoder: dict[str, Any] | None  # None for a module of the user's own
+    shared_head: bool = True  # Else draws come from their prior
+    # Whether sigma is read from what Gauss-Newton steps leave
     noise_from_fit: bool = False
-    flow: dict[str, Any] = field(default_factory=dict)
+    flow: dict[str, Any] = field(default_factory=dict)  # Options of ConditionalFlow
+    # Their kind and options, see slots_from_spec
     slots: dict[str, Any] = field(default_factory=dict)
     matching: Matching = "hungarian"
+    # Over components (the paper), instead of the set's likelihood
     mean_flow_loss: bool = False
+    # Cardinality, flow and shared terms
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def to_json(self) -> dict[str, Any]:

@@ -27,15 +27,7 @@ _ATTEND_EVERY = 3
 
 @register("front end")
 class TraceTokens(nn.Module):
-    """Samples of a trace, a few to each token.
-
-    Args:
-        length: Samples T of the trace.
-        num_tokens: Number L of tokens, a divisor of T.
-
-    Raises:
-        ValueError: If it is no divisor.
-    """
+    """Samples of a trace of length T, a few to each of L tokens; L divides T."""
 
     kind: ClassVar[str] = "trace"
 
@@ -80,11 +72,8 @@ class TraceTokens(nn.Module):
 class TokenEncoder(nn.Module):
     """Encoder that keeps a token for every cell of the location axis.
 
-    Args:
-        front_end: A front end or its spec.
-        width: Length of a token.
-        hidden_features: Length of the pooled embeddings.
-        num_heads: Attention heads.
+    Tokens have length ``width``, pooled embeddings ``hidden_features``; the front end
+    may be given by its spec.
     """
 
     kind: ClassVar[str] = "tokens"

@@ -146,9 +146,7 @@ class DualStreamEncoder(nn.Module):
         domains: Domain in which each stream is read: ``"frequency"`` (real and
             imaginary part of the FFT), ``"time"`` or ``"time-frequency"`` (short-time
             Fourier transform).
-        channels: Channels of the three convolutions.
-        kernels: Their kernel sizes.
-        strides: Their strides, three for each stream.
+        channels, kernels, strides: Of the three convolutions; strides of each stream.
         num_heads: Attention heads.
         hidden_features: Length of the cardinality embedding.
         context_features: Length of the slots' context (``hidden_features`` if None).
