@@ -59,7 +59,7 @@ __all__ = [
 _HOMES = {
     "AdditiveSimulator": "problems.simulator",
     "CircleChart": "nn.paper",
-    "PolarChart": "problems.sinusoids",
+    "PolarChart": "problems.sinusoids.polar",
     "PosteriorDraws": "posterior.draws",
     "Problem": "problems",
     "RefinedPosterior": "posterior",

@@ -37,7 +37,7 @@ from sbi_slotflow import (
     plots,
     slot_nn,
 )
-from sbi_slotflow.posterior.refine import UnreliableWeights
+from sbi_slotflow.posterior import UnreliableWeights
 from sbi_slotflow.problems import Trace
 from sbi_slotflow.seeding import generator_for
 

@@ -24,7 +24,7 @@ import time
 import warnings
 
 from sbi_slotflow import load_pretrained, metrics, plots, problems, rjmcmc
-from sbi_slotflow.posterior.refine import UnreliableWeights
+from sbi_slotflow.posterior import UnreliableWeights
 from sbi_slotflow.seeding import generator_for
 
 FAST = "SLOTFLOW_TUTORIALS_FAST" in os.environ  # set by our tests, never by you

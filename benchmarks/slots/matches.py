@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
-from sbi_slotflow.nn.cell_head import CellHead
+from sbi_slotflow.nn.cell_head import IndependentHead
 from sbi_slotflow.nn.component_head import ComponentHead
 from sbi_slotflow.nn.encoders import Observations
-from sbi_slotflow.nn.independent_head import IndependentHead
+from sbi_slotflow.nn.set_distribution import SetHead
 from sbi_slotflow.posterior.network import SlotPosterior
 from sbi_slotflow.sets.circular import near
 from sbi_slotflow.sets.layout import ThetaLayout, ThetaParts
@@ -131,7 +131,7 @@ def slot_stability(
 
 def _given(
     posterior: SlotPosterior, theta: Tensor, x: Tensor
-) -> tuple[ComponentHead | CellHead, ThetaParts, Any]:
+) -> tuple[SetHead, ThetaParts, Any]:
     """The head, true sets taken apart, and the head's distribution given x."""
     estimator = posterior.posterior_estimator.eval()
     layout = posterior.prior.layout

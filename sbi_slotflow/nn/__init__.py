@@ -3,12 +3,11 @@
 from ..sets.matching import hungarian, log_permanent
 from .builder import slot_nn
 from .charts import Chart, WhiteningChart
-from .component_head import ComponentHead
+from .component_head import AttentionSlots, ComponentHead, GlobalSlots
 from .encoders import Encoding, MLPEncoder
 from .estimator import SlotDensityEstimator
 from .flows import ConditionalFlow, RowContext
 from .heads import CardinalityHead, PriorSharedHead, SharedHead
-from .slots import AttentionSlots, GlobalSlots
 from .spec import EstimatorSpec
 
 __all__ = [

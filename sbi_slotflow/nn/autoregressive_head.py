@@ -10,11 +10,12 @@ steps, their evidence (:mod:`.cell_sets`). Given the cells, each component has a
 Gaussian, cut off at the ends of its cell and bent by a flow (:mod:`.local_density`).
 
 See Also:
-    :mod:`.modes`, where the Gaussians come from; :mod:`.independent_head`, slots
+    :mod:`.modes`, where the Gaussians come from; :mod:`.cell_head`, slots
     without order.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,11 +31,11 @@ from .cell_chain import (
     PrunedChain,
     UniformCells,
 )
-from .cell_head import CellHead, trunk_network
+from .cell_head import CellHead
 from .cell_sets import CellSets
-from .cells import CellAxis, OccupiedCells
+from .cells import CellAxis, OccupiedCells, unique_rows
 from .charts import Chart
-from .encoders import Encoding, Observations
+from .encoders import Encoding, Observations, trunk_network
 from .flows import RowContext
 from .gauss_newton import SignalFit
 from .heads import SharedGivenX
@@ -42,7 +43,6 @@ from .local_density import LocalDensity, LocalGaussian
 from .modes import ModeFinder, Modes
 from .set_distribution import SetsGivenK
 from .spec import Matching
-from .unique_rows import unique_rows
 
 __all__ = ["AutoregressiveHead"]
 
@@ -53,25 +53,15 @@ _SLACK = 1e-4
 
 
 class _Conditioned(NamedTuple):
-    """What follows from the cells of N rows, each distinct set once.
+    """What follows from the cells of N rows, each distinct set once."""
 
-    Attributes:
-        which: Set of each row, shape ``(N,)``.
-        cells: The S distinct sets.
-        upper: Largest positions, shape ``(S, Kmax)``.
-        contexts: Contexts of components, shape ``(S Kmax, C)``.
-        near: Whether a component is near the one before, shape ``(S, Kmax)``.
-        centre: Angles about which components' are unwrapped, shape ``(S, Kmax, P)``.
-        modes: Modes found by Gauss-Newton steps; None without.
-    """
-
-    which: Tensor
-    cells: OccupiedCells
-    upper: Tensor
-    contexts: Tensor
-    near: Tensor
-    centre: Tensor
-    modes: Modes | None
+    which: Tensor  # Set of each row, (N,)
+    cells: OccupiedCells  # The S distinct sets
+    upper: Tensor  # Largest positions, (S, Kmax)
+    contexts: Tensor  # Contexts of components, (S Kmax, C)
+    near: Tensor  # Whether a component is near the one before, (S, Kmax)
+    centre: Tensor  # Angles about which components' are unwrapped, (S, Kmax, P)
+    modes: Modes | None  # Modes found by Gauss-Newton steps; None without
 
     @property
     def level(self) -> Tensor | None:
@@ -86,21 +76,9 @@ class AutoregressiveHead(CellHead):
     Gaussians of the components and the evidence by which the ``weighed_sets`` likeliest
     sets of cells are weighed; without, the network predicts the Gaussians from the
     tokens. The flow learns what is not Gaussian; without layers there is none.
-
-    Args:
-        chart: Chart of a component.
-        axis: The location axis.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        trunk_features: Width of a component's context.
-        flow: Options of the flow.
-        fit: The signal, for Gauss-Newton.
-        refine_steps: Gauss-Newton steps; 0 for none.
-        weighed_sets: Sets of cells to weigh by their evidence; 0 for none.
-
-    Raises:
-        ValueError: If the chart is no density or a fit is missing.
     """
+
+    keeps_separation = True
 
     def __init__(
         self,
@@ -152,15 +130,10 @@ class AutoregressiveHead(CellHead):
             },
         )
 
-    @property
-    def keeps_separation(self) -> bool:
-        """Components know where the one before is."""
-        return True
-
     def given(
         self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
-        """Return the density given x; see :meth:`CellHead.given`."""
+        """Return the density given x; see :meth:`SetHead.given`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
         finder, weighed = self.find_modes, self.find_modes and self.weighed_sets
         with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
@@ -179,7 +152,7 @@ class AutoregressiveHead(CellHead):
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
-        """Return what training maximises; see :meth:`CellHead.in_training`."""
+        """Return what training maximises; see :meth:`SetHead.in_training`."""
         edges, tokens = self.edges(encoding), _tokens(encoding)
         cells, finder = self.cells.given(tokens, edges), self.find_modes
         find_modes = None if finder is None else partial(finder, data.x)
@@ -195,32 +168,17 @@ class AutoregressiveHead(CellHead):
         return chain.log_prob(owner, cells, mask)
 
 
+@dataclass(eq=False)
 class _JointSets(SetsGivenK):
-    """Joint components given B observations.
+    """Joint components given B observations."""
 
-    Args:
-        head: The head.
-        tokens: Tokens of the observations, shape ``(B, L, C)``.
-        edges: Edges of their cells, shape ``(B, L + 1)``.
-        cells: Distribution over the cells.
-        find_modes: Finds modes above sets of cells; None without Gauss-Newton steps.
-        data: The observations, for their scale.
-        shared: The shared parameters' density; None if there are none.
-    """
-
-    def __init__(
-        self,
-        head: AutoregressiveHead,
-        tokens: Tensor,
-        edges: Tensor,
-        cells: CellDistribution,
-        find_modes: Callable[[OccupiedCells], Modes] | None,
-        data: Observations,
-        shared: SharedGivenX | None,
-    ) -> None:
-        self.head, self.tokens, self.edges = head, tokens, edges
-        self.cells, self.find_modes, self.shared = cells, find_modes, shared
-        self.scale = data.scale
+    head: AutoregressiveHead
+    tokens: Tensor
+    edges: Tensor
+    cells: CellDistribution
+    find_modes: Callable[[OccupiedCells], Modes] | None
+    data: Observations
+    shared: SharedGivenX | None
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -250,12 +208,7 @@ class _JointSets(SetsGivenK):
         local = head.local.log_prob(here, mean, factor, (low, high), context)
         local = torch.where(allowed, local, -torch.inf)
         value = value.index_add(0, row, local) + log_det
-        log_shared = torch.zeros_like(value)
-        if self.shared is not None:
-            log_shared = self.shared.log_prob(
-                parts.shared, owner, parts.cardinality, sets.level
-            )
-        return value, log_shared
+        return value, self.log_shared(parts, owner, value, sets.level)
 
     @torch.no_grad()
     def sample(
@@ -285,10 +238,8 @@ class _JointSets(SetsGivenK):
             )
             before[rows] = cells[rows, k] + 0.5 + w[rows, k, 0]
         w = head.local_chart.absolute(w, cells, sets.centre[sets.which])
-        components, shared = head.components(w, mask), None
-        if self.shared is not None:
-            shared = self.shared.sample(owner, count, generator, sets.level)
-        return components, shared
+        components = head.components(w, mask)
+        return components, self.sample_shared(owner, count, generator, sets.level)
 
     def conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
         """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
@@ -329,7 +280,7 @@ class _JointSets(SetsGivenK):
             *_neighbour(here.roll(-1, dims=1), to_next, has_next),
         ]
         if modes is not None:
-            seen.append(modes.features(self.scale).to(here))
+            seen.append(modes.features(self.data.scale).to(here))
         return self.head.trunk(torch.cat(seen, -1)).flatten(0, 1)
 
     def _context(
@@ -341,16 +292,7 @@ class _JointSets(SetsGivenK):
         noise: Tensor,
         row: Tensor,
     ) -> RowContext:
-        """Contexts of component k of M rows, with the component before if it is near.
-
-        Args:
-            sets: The sets.
-            which: Set of each of the M, shape ``(M,)``.
-            k: Component of each.
-            w: Local coordinates of all rows, shape ``(N, Kmax, D)``.
-            noise: The same, whitened by the modes.
-            row: Row of each of the M.
-        """
+        """Contexts of component k of M rows, which see a near component before it."""
         near, own = sets.near[which, k].unsqueeze(-1), None
         # In training its weights shall have gradients, if only zeros.
         if self.head.trunk and (torch.is_grad_enabled() or near.any()):

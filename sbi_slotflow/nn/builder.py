@@ -16,11 +16,9 @@ from .charts import Chart, WhiteningChart
 from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
+from .paper import PAPER
 from .paper.circle import CircleChart
-from .paper.preset import PAPER
-from .precision import single_precision
-from .registry import describe
-from .spec import EstimatorSpec, Matching
+from .spec import EstimatorSpec, Matching, describe, single_precision
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]
 
@@ -45,6 +43,10 @@ _INTEGERS = {
     "flow_bins": 2,
     "flow_blocks": 1,
 }
+# Options that only some networks have.
+_OF_ENCODER = ("hidden_features", "encoder_options", "domains")
+_OF_SLOTS = ("condition_on_cardinality", "location_scale")
+_OF_LAYERS = ("flow_bins", "flow_blocks", "flow_network", "tail_bound")
 
 
 @runtime_checkable
@@ -88,35 +90,30 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     ``NPE(prior, density_estimator=slot_nn(problem))``. The defaults are those of the
     shipped weights: components in cells of the location axis where the problem has one,
-    with Gauss-Newton steps where its signal can be fitted. :meth:`paper` gives the
-    paper's network.
-
-    An option that is left at None takes the default that its description names. One
-    that is set but has nothing to configure raises a ValueError when the network is
-    built: no option is ignored.
+    with Gauss-Newton steps where its signal can be fitted. An option at None takes the
+    default that is named here. One that is set but has nothing to configure raises a
+    ValueError when the network is built.
 
     Attributes:
-        problem: The problem, or a bare :class:`~sbi_slotflow.VariableKPrior` (then
-            each parameter is whitened on its own and x read by an MLP, unless
-            ``chart`` and ``encoder`` say otherwise). ``SlotNPE`` fills it in from its
-            prior if it is None.
-        chart: ``"default"`` asks the problem for a true chart, ``"circle"`` takes the
-            paper's (:class:`CircleChart`); or a chart of your own.
-        encoder: A module of your own, mapping x ``(B, T)`` to ``(B, C)``; sbi's
-            embedding nets fit. None asks the problem for one.
-        slots: ``"anchored"`` (each component in a cell of the problem's location axis,
-            see :mod:`.cell_head`), ``"attention"`` (each slot looks for its component
-            among the encoder's tokens) or ``"global"`` (the paper: all slots read one
-            pooled vector). ``"default"`` is anchored where the problem declares a
-            location and nothing is asked of encoder or chart; else attention where the
-            encoder keeps tokens.
+        problem: The problem, or a bare :class:`~sbi_slotflow.VariableKPrior` (each
+            parameter is then whitened on its own and x read by an MLP). ``SlotNPE``
+            fills it in from its prior.
+        chart: ``"default"`` (the problem's true chart), ``"circle"`` (the paper's
+            :class:`CircleChart`), or a chart of your own.
+        encoder: A module of your own, mapping x ``(B, T)`` to ``(B, C)``, as sbi's
+            embedding nets do, or to an Encoding. None asks the problem for one.
+        slots: ``"anchored"`` (each component in a cell of the location axis, see
+            :mod:`.cell_head`), ``"attention"`` (each slot looks for its component among
+            the encoder's tokens) or ``"global"`` (the paper: all slots read one pooled
+            vector). ``"default"`` is anchored where the problem declares a location and
+            nothing is asked of encoder or chart; else attention where there are tokens.
         flow_layers: Coupling layers of the flow (4). 0 for none: with Gauss-Newton
             steps, the Laplace approximations alone, cut off at their cells' ends.
         mean_flow_loss: Whether the flow's loss is averaged over components (no).
         z_score_x: Whether x is shifted and scaled by one number each (yes).
         loss_weights: Weights of the cardinality, flow and shared terms (1 each).
-        shared_head: Of shared parameters: whether they are inferred (yes; the paper's
-            noise head); else draws come from their prior.
+        shared_head: Of shared parameters: whether they are inferred (yes); else draws
+            come from their prior.
         hidden_features: Of the problem's encoder: width of its embeddings (128).
         encoder_options: Of the problem's encoder: further options.
         domains: Of a :class:`DualStreamEncoder`: domain of each stream.
@@ -125,12 +122,11 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         refine_slots: Of joint anchored slots: Gauss-Newton steps (3 where the problem's
             signal can be fitted, else 0).
         weighed_sets: Of Gauss-Newton steps: sets of cells at most that are weighed by
-            their evidence at inference, for each observation and K (512); 0 leaves them
-            to the network.
-        matching: Of independent slots: ``"hungarian"`` (the paper; the default),
-            ``"permanent"`` (the likelihood of the set) or ``"ordered"`` (slot i learns
-            the i-th component in canonical order). Slots part ways soonest under the
-            first; the second ends at the highest likelihood where components overlap.
+            their evidence, for each observation and K (512); 0 for none.
+        matching: Of independent slots: ``"hungarian"`` (the paper; the default; slots
+            part ways soonest), ``"permanent"`` (the likelihood of the set; the highest
+            where components overlap) or ``"ordered"`` (slot i learns the i-th component
+            in canonical order).
         condition_on_cardinality: Of attention and global slots: whether a slot sees K
             (yes).
         location_scale: Of attention and global slots: whether a Gaussian layer stands
@@ -203,7 +199,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
-        """The paper's network of 31 million parameters; see :mod:`.paper.preset`.
+        """The paper's network of 31 million parameters; see :mod:`.paper`.
 
         Its chart is a surface, so ``log_prob`` raises; sampling works, and training by
         ``SlotNPE.train_online`` (sbi's own loop evaluates ``log_prob``). Use the
@@ -290,27 +286,28 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             # A copy: two estimators from one builder share no weights.
             return deepcopy(self.encoder), describe("encoder", self.encoder)
         options["hidden_features"] = self.hidden_features or 128
-        if isinstance(self.problem, VariableKPrior):
-            encoder: nn.Module = MLPEncoder(num_data, **options)
-        else:
-            assert self.problem is not None
-            built = None
-            if self._anchored:
-                built = self.problem.build_token_encoder(**options)
-            encoder = built or self.problem.build_encoder(**options)
+        encoder: nn.Module | None = None
+        if self._known is None:
+            encoder = MLPEncoder(num_data, **options)
+        elif self._anchored:
+            encoder = self._known.build_token_encoder(**options)
+        if encoder is None:
+            assert self._known is not None
+            encoder = self._known.build_encoder(**options)
         return encoder, describe("encoder", encoder)
 
     @property
+    def _known(self) -> ProblemLike | None:
+        """The problem, if it is more than a prior."""
+        return None if isinstance(self.problem, VariableKPrior) else self.problem
+
+    @property
     def _axis(self) -> CellAxis | None:
-        if self.problem is None or isinstance(self.problem, VariableKPrior):
-            return None
-        return self.problem.location_axis()
+        return None if self._known is None else self._known.location_axis()
 
     @property
     def _fit(self) -> SignalFit | None:
-        if self.problem is None or isinstance(self.problem, VariableKPrior):
-            return None
-        return self.problem.build_fit()
+        return None if self._known is None else self._known.build_fit()
 
     @property
     def _noise_alone(self) -> bool:
@@ -385,71 +382,39 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     def _check_used(self, slots: dict[str, Any]) -> None:
         """Raise ValueError if an option is set that has nothing to configure."""
         anchored, joint = slots["kind"] == "anchored", _is_joint(slots)
-        steps = slots.get("refine_steps", 0)
-        laplace = bool(steps) and not self.flow_layers
-        layers = self.flow_layers > 0
+        steps, layers = slots.get("refine_steps", 0), self.flow_layers
         scaled = not anchored and self.location_scale is not False
-        own_encoder = self.encoder is not None
         shared = bool(self._prior.shared_marginals)
-        problems = "the problem's own encoder"
-        # What is set, whether it has something to configure, and what it goes with.
-        for name, is_set, used, need in (
-            ("hidden_features", self.hidden_features, not own_encoder, problems),
-            ("encoder_options", self.encoder_options, not own_encoder, problems),
-            ("domains", self.domains, not own_encoder, problems),
-            ("coupling", self.coupling, anchored, "slots='anchored'"),
+        asked = {
+            **vars(self),
+            "trunk_features": self.trunk_features != "default",
+            "trunk_features=None": self.trunk_features is None,
+            "shared_head=False": not self.shared_head,
+            "loss_weights[2]": self.loss_weights[2] != 1.0,
+        }
+        for name in _OF_SLOTS:
+            asked[name] = asked[name] is not None
+        # Whether what options configure is there, what it is, and the options.
+        for used, need, *names in (
+            (self.encoder is None, "the problem's own encoder", *_OF_ENCODER),
+            (anchored, "slots='anchored'", "coupling"),
+            (joint, "slots='anchored', coupling='joint'", "refine_slots"),
+            (steps, "refine_slots", "weighed_sets"),
+            (not joint, "slots that are independent", "matching"),
+            (not anchored, "slots='attention' or slots='global'", *_OF_SLOTS),
             (
-                "refine_slots",
-                self.refine_slots,
-                joint,
-                "slots='anchored', coupling='joint'",
-            ),
-            ("weighed_sets", self.weighed_sets, steps, "refine_slots"),
-            ("matching", self.matching, not joint, "slots that are independent"),
-            (
-                "condition_on_cardinality",
-                self.condition_on_cardinality is not None,
-                not anchored,
-                "slots='attention' or slots='global'",
-            ),
-            (
-                "location_scale",
-                self.location_scale is not None,
-                not anchored,
-                "slots='attention' or slots='global'",
-            ),
-            (
-                "trunk_features",
-                self.trunk_features != "default",
-                not laplace,
+                layers or not steps,
                 "a flow: flow_layers=0 with refine_slots has no trunk",
+                "trunk_features",
             ),
-            (
-                "trunk_features=None",
-                self.trunk_features is None,
-                slots["kind"] == "global",
-                "slots='global'",
-            ),
-            ("flow_bins", self.flow_bins, layers, "flow_layers > 0"),
-            ("flow_blocks", self.flow_blocks, layers, "flow_layers > 0"),
-            ("flow_network", self.flow_network, layers, "flow_layers > 0"),
-            ("tail_bound", self.tail_bound, layers, "flow_layers > 0"),
-            (
-                "flow_hidden_features",
-                self.flow_hidden_features,
-                layers or scaled,
-                "flow_layers > 0",
-            ),
-            ("shared_head=False", not self.shared_head, shared, "shared parameters"),
-            (
-                "loss_weights[2]",
-                self.loss_weights[2] != 1.0,
-                shared,
-                "shared parameters",
-            ),
+            (slots["kind"] == "global", "slots='global'", "trunk_features=None"),
+            (layers, "flow_layers > 0", *_OF_LAYERS),
+            (layers or scaled, "flow_layers > 0", "flow_hidden_features"),
+            (shared, "shared parameters", "shared_head=False", "loss_weights[2]"),
         ):
-            if is_set and not used:
-                raise ValueError(f"{name} would do nothing: it needs {need}.")
+            for name in names:
+                if asked[name] and not used:
+                    raise ValueError(f"{name} would do nothing: it needs {need}.")
 
     def _chart(self) -> Chart:
         if self.chart == "circle":
@@ -465,10 +430,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             )
         if isinstance(self.chart, Chart):
             return self.chart
-        if isinstance(self.problem, VariableKPrior):
-            return WhiteningChart(self.problem.component_marginals)
-        assert self.problem is not None
-        return self.problem.build_chart()
+        if self._known is None:
+            return WhiteningChart(self._prior.component_marginals)
+        return self._known.build_chart()
 
 
 def _is_joint(slots: dict[str, Any]) -> bool:

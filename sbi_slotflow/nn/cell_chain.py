@@ -41,8 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .cells import CellAxis
-from .unique_rows import unique_rows
+from .cells import CellAxis, unique_rows
 
 __all__ = [
     "CellChain",
@@ -72,15 +71,9 @@ class CellDistribution(Protocol):
     """A distribution over ascending rows of cells, given observations."""
 
     def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
-        """Evaluate the log probability of N rows of cells.
+        """Evaluate log probabilities ``(N,)`` of ascending cells ``(N, Kmax)``.
 
-        Args:
-            owner: Observation of each row, shape ``(N,)``.
-            cells: Cells in ascending order, shape ``(N, Kmax)``.
-            mask: Active ones, shape ``(N, Kmax)``.
-
-        Returns:
-            Shape ``(N,)``; -inf for cells that leave no room for a set.
+        They are -inf for cells that leave no room for a set.
         """
         ...
 
@@ -92,12 +85,7 @@ class CellDistribution(Protocol):
 
 
 class _Steps(ABC):
-    """Cells drawn one after the other.
-
-    Args:
-        axis: The location axis.
-        edges: Edges of the observations' cells, shape ``(B, L + 1)``.
-    """
+    """Cells drawn one after the other."""
 
     def __init__(self, axis: CellAxis, edges: Tensor) -> None:
         self.axis, self.edges = axis, edges
@@ -154,19 +142,7 @@ class _Steps(ABC):
         before: Tensor,
         earliest: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the next cell of N sets.
-
-        Args:
-            owner: Observation of each set, shape ``(N,)``.
-            count: Components of each set.
-            k: Component whose cell is next.
-            before: Cell of the one before, -1 for none.
-            earliest: Earliest position of the one before, -inf for none.
-
-        Returns:
-            Those of M distinct states, shape ``(M, L)``, and the state of each set,
-            shape ``(N,)``. Impossible cells have less than half of ``LOG_ZERO``.
-        """
+        """Log probabilities of the next cell of N sets."""
         states = owner, count, k, before, earliest
         # In training few states are equal.
         which = torch.arange(len(owner), device=owner.device)
@@ -196,10 +172,6 @@ class FlooredCells:
 
     No feasible set then has probability zero, so that weights of draws can correct
     whatever p is wrong about.
-
-    Args:
-        cells: The distribution p.
-        floor: The floor u.
     """
 
     def __init__(self, cells: CellDistribution, floor: UniformCells) -> None:
@@ -234,15 +206,7 @@ class FlooredCells:
 
 
 class CellChain(nn.Module):
-    """Cells as a Markov chain along the axis.
-
-    Args:
-        axis: The location axis.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        hidden_features: Width of the scores' networks.
-        reach: Cells after a cell whose scores depend on it in full.
-    """
+    """Cells as a Markov chain along the axis."""
 
     def __init__(
         self,
@@ -272,12 +236,7 @@ class CellChain(nn.Module):
         nn.init.zeros_(self.near_score.weight)
 
     def given(self, tokens: Tensor, edges: Tensor) -> "ChainGivenX":
-        """Return the chain of B observations, as it is trained.
-
-        Args:
-            tokens: Their tokens, shape ``(B, L, C)``.
-            edges: Edges of their cells, shape ``(B, L + 1)``.
-        """
+        """Return the chain of B observations, as it is trained."""
         return ChainGivenX(self, tokens, edges)
 
 
@@ -335,30 +294,15 @@ class Tilt(NamedTuple):
     is a chain again, whose steps look ahead to what they leave possible (the twisted
     chains of Doob's h-transform). Each step is normalised, so that what looking ahead
     leaves out, a least separation's reach beyond the next cell, costs no exactness.
-
-    Attributes:
-        row: Which of P tilts is that of an observation and K, shape ``(B, Kmax + 1)``.
-        shift: Shifts s, shape ``(P, L)``.
-        ahead: Log of what is to come after component k at a cell, shape
-            ``(P, Kmax, L)``.
     """
 
-    row: Tensor
-    shift: Tensor
-    ahead: Tensor
+    row: Tensor  # Which of P tilts is that of an observation and K, (B, Kmax + 1)
+    shift: Tensor  # Shifts s, (P, L)
+    ahead: Tensor  # Log of what is to come after component k at a cell, (P, Kmax, L)
 
 
 class PrunedChain(ChainGivenX):
-    """A chain for inference: tilted, and without :data:`NEGLIGIBLE` cells.
-
-    Args:
-        chain: The chain.
-        tokens: Tokens of the observations, shape ``(B, L, C)``.
-        edges: Edges of their cells, shape ``(B, L + 1)``.
-
-    Attributes:
-        tilt: What the chain is tilted by; None for nothing.
-    """
+    """A chain for inference: tilted, and without :data:`NEGLIGIBLE` cells."""
 
     tilt: Tilt | None = None
 
@@ -410,14 +354,7 @@ class PrunedChain(ChainGivenX):
 
 
 class CellMarginals(nn.Module):
-    """Cells of the i-th of K components, independent of the others'.
-
-    Args:
-        axis: The location axis.
-        token_features: Length of a token.
-        max_cardinality: Largest cardinality Kmax.
-        hidden_features: Width of the scores' network.
-    """
+    """Cells of the i-th of K components, independent of the others'."""
 
     def __init__(
         self,
@@ -435,15 +372,7 @@ class CellMarginals(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Log probabilities of every slot's cell.
-
-        Args:
-            tokens: Tokens, shape ``(B, L, C)``.
-
-        Returns:
-            Shape ``(B, Kmax, Kmax, L)`` (K - 1, slot, cell); slots from K on are
-            meaningless.
-        """
+        """Log probabilities of every slot's cell."""
         odds = self.scores(tokens).mT  # (B, K - 1, L)
         size = self.max_cardinality
         before, after = _symmetric(odds, size), _symmetric(odds.flip(-1), size)
@@ -462,11 +391,7 @@ class CellMarginals(nn.Module):
 
 
 def _symmetric(odds: Tensor, size: int) -> Tensor:
-    """Log elementary symmetric polynomials of all odds before each cell.
-
-    Returns:
-        Shape ``(B, Kmax, L, size + 1)``.
-    """
+    """Log elementary symmetric polynomials of all odds before each cell."""
     state = odds.new_full((*odds.shape[:-1], size + 1), LOG_ZERO)
     state[..., 0] = 0.0
     states = []
@@ -482,13 +407,7 @@ def _shift(state: Tensor) -> Tensor:
 
 
 def draw_cells(steps: Tensor, which: Tensor, level: Tensor) -> Tensor:
-    """Draw cells from distributions, one for each row.
-
-    Args:
-        steps: Cumulative probabilities of M distributions, shape ``(M, L)``, float64.
-        which: Distribution of each row, shape ``(N,)``.
-        level: Uniform variables, shape ``(N,)``.
-    """
+    """Draw cells from distributions, one for each row."""
     # One search through all distributions, the m-th of which covers [m, m + 1].
     size = steps.shape[-1]
     first = torch.arange(len(steps)).to(steps).unsqueeze(-1)

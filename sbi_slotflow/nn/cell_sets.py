@@ -2,7 +2,7 @@ r"""Sets of cells, the likeliest of which are weighed by their evidence.
 
 For one observation and K, let :math:`\pi` be the chain (:mod:`.cell_chain`), S the
 sets of cells that it finds most probable (up to ``num_sets``, by beam search), and Z
-the evidence of each set of S (:mod:`.evidence`). The distribution is a self-normalised
+the evidence of each set of S (:mod:`.modes`). The distribution is a self-normalised
 mixture over S plus a tail,
 
 .. math::
@@ -49,10 +49,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cell_chain import LOG_ZERO, PrunedChain, Tilt, draw_cells
-from .cells import OccupiedCells
-from .evidence import log_evidence
-from .modes import ModeFinder, Modes
-from .unique_rows import unique_rows
+from .cells import OccupiedCells, unique_rows
+from .modes import ModeFinder, Modes, log_evidence
 
 __all__ = ["CellSets"]
 
@@ -77,49 +75,28 @@ _MODE_BYTES = 2**24
 
 
 class _Weighed(NamedTuple):
-    """Weighed sets of one observation and K.
+    """Weighed sets of one observation and K."""
 
-    Attributes:
-        tilt: What the chain is tilted by.
-        cells: The sets, likeliest first, shape ``(S, Kmax)``.
-        modes: Their modes.
-        log_chain: Log probabilities by the chain, shape ``(S,)``.
-        log_weight: Log weights w, shape ``(S,)``.
-        log_tail: Log of c, shape ``()``.
-        outside: c r, shape ``()``.
-    """
-
-    tilt: Tilt
-    cells: Tensor
-    modes: Modes
-    log_chain: Tensor
-    log_weight: Tensor
-    log_tail: Tensor
-    outside: Tensor
+    tilt: Tilt  # What the chain is tilted by
+    cells: Tensor  # The sets, likeliest first, (S, Kmax)
+    modes: Modes  # Their modes
+    log_chain: Tensor  # Log probabilities by the chain, (S,)
+    log_weight: Tensor  # Log weights w, (S,)
+    log_tail: Tensor  # Log of c, ()
+    outside: Tensor  # c r, ()
 
 
 class _Table(NamedTuple):
-    """Weighed sets of P pairs of an observation and a cardinality.
+    """Weighed sets of P pairs of an observation and a cardinality."""
 
-    Attributes:
-        key: ``observation * (Kmax + 1) + K`` of the pairs, shape ``(P,)``.
-        shift: Shifts of the chain's cells, shape ``(P, L)``.
-        ahead: What they leave to come, see :class:`.cell_chain.Tilt`.
-        cells: The sets, shape ``(P, S, Kmax)``.
-        log_weight: Log weights w, -inf for no set, shape ``(P, S)``.
-        log_tail: Log of c, shape ``(P,)``.
-        outside: c r, shape ``(P,)``.
-        kept: Which of the kept modes is that of a set, -1 for none, ``(P, S)``.
-    """
-
-    key: Tensor
-    shift: Tensor
-    ahead: Tensor
-    cells: Tensor
-    log_weight: Tensor
-    log_tail: Tensor
-    outside: Tensor
-    kept: Tensor
+    key: Tensor  # observation * (Kmax + 1) + K of the pairs, (P,)
+    shift: Tensor  # Shifts of the chain's cells, (P, L)
+    ahead: Tensor  # What they leave to come, see :class:`.cell_chain.Tilt`
+    cells: Tensor  # The sets, (P, S, Kmax)
+    log_weight: Tensor  # Log weights w, -inf for no set, (P, S)
+    log_tail: Tensor  # Log of c, (P,)
+    outside: Tensor  # c r, (P,)
+    kept: Tensor  # Which of the kept modes is that of a set, -1 for none, (P, S)
 
 
 class CellSets:
@@ -127,12 +104,6 @@ class CellSets:
 
     The sets of an observation and K are weighed when first asked for, on their own, so
     that no result depends on what else was asked for. No gradient passes.
-
-    Args:
-        chain: The chain given the observations.
-        find_modes: Finder of modes, for the evidence.
-        num_sets: Sets to weigh at most, for each observation and cardinality.
-        data: The observations, shape ``(B, T)``.
     """
 
     def __init__(
@@ -185,9 +156,12 @@ class CellSets:
         table, pair, known = self._weighed(sets.owner, sets.mask)
         place = _find(table, pair, sets.cells)
         kept = table.kept.flatten()[place.clamp(min=0)]
-        index = torch.where(place >= 0, kept, -1)
-        new = (index < 0).nonzero().squeeze(-1)
-        found = known.rows(index.clamp(min=0))
+        return self._completed(known, torch.where(place >= 0, kept, -1), sets)
+
+    def _completed(self, known: Modes, place: Tensor, sets: OccupiedCells) -> Modes:
+        """Modes of sets at places ``(S,)`` among known ones; -1 for one to be found."""
+        new = (place < 0).nonzero().squeeze(-1)
+        found = known.rows(place.clamp(min=0))
         if len(new):
             fitted = self.find_modes(self.data, sets.part(new))
             for part, fresh in zip(found, fitted, strict=True):
@@ -265,13 +239,7 @@ class CellSets:
         if known is None:
             modes = self.find_modes(self.data, sets)
         else:
-            place = _place(known.cells, cells)
-            modes = known.modes.rows(place.clamp(min=0))
-            new = (place < 0).nonzero().squeeze(-1)
-            if len(new):
-                fitted = self.find_modes(self.data, sets.part(new))
-                for part, fresh in zip(modes, fitted, strict=True):
-                    part[new] = fresh
+            modes = self._completed(known.modes, _place(known.cells, cells), sets)
         evidence = log_evidence(modes, sets, self.find_modes.local_chart)
         likelihood = -self.data.shape[-1] * modes.level
         low = likelihood < likelihood.amax() - _AS_HIGH
@@ -310,12 +278,7 @@ class CellSets:
     def _likeliest(
         self, chain: PrunedChain, count: int, num: int
     ) -> tuple[Tensor, Tensor]:
-        """Look for the likeliest sets of one observation and K, by beam search.
-
-        Returns:
-            The sets, shape ``(S, Kmax)``, likeliest first, and their log
-            probabilities, shape ``(S,)``, float64.
-        """
+        """Look for the likeliest sets of one observation and K, by beam search."""
         edges = chain.edges[0]
         cells = torch.zeros(1, self._size - 1).to(edges).long()
         total, earliest = edges.new_zeros(1), edges.new_full((1,), -torch.inf)

@@ -30,28 +30,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CellAxis", "OccupiedCells"]
+__all__ = ["CellAxis", "OccupiedCells", "unique_rows"]
 
 # Slack in comparisons of positions, in cells.
 _TOLERANCE = 1e-6
 
 
 class OccupiedCells(NamedTuple):
-    """S sets of cells, one cell for each component.
+    """S sets of cells, one cell for each component."""
 
-    Attributes:
-        owner: Observation of each set, shape ``(S,)``.
-        cells: Cells in ascending order, zero where inactive, shape ``(S, Kmax)``.
-        starts: Where they start, same shape.
-        ends: Where they end, same shape.
-        mask: Active components, same shape.
-    """
-
-    owner: Tensor
-    cells: Tensor
-    starts: Tensor
-    ends: Tensor
-    mask: Tensor
+    owner: Tensor  # Observation of each set, (S,)
+    cells: Tensor  # Cells in ascending order, zero where inactive, (S, Kmax)
+    starts: Tensor  # Where they start, same shape
+    ends: Tensor  # Where they end, same shape
+    mask: Tensor  # Active components, same shape
 
     @classmethod
     def among(
@@ -119,3 +111,21 @@ class CellAxis:
 
     def _shift(self, like: Tensor) -> Tensor:
         return self.separation * torch.arange(like.shape[-1]).to(like)
+
+
+def unique_rows(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Find the distinct rows of some columns.
+
+    Column by column, which is faster than ``torch.unique(dim=0)``.
+    """
+    which = torch.zeros_like(columns[0], dtype=torch.int64)
+    for column in columns:
+        if (column == column[:1]).all():
+            continue
+        values, index = torch.unique(column, return_inverse=True)
+        _, which = torch.unique(which * len(values) + index, return_inverse=True)
+    num = int(which.max()) + 1 if len(which) else 0
+    # Any row of each kind stands for it.
+    rows = torch.arange(len(which), device=which.device)
+    sample = which.new_zeros(num).scatter(0, which, rows)
+    return tuple(column[sample] for column in columns), which

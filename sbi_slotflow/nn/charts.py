@@ -21,7 +21,7 @@ from torch import Tensor
 from ..sets.layout import ThetaLayout
 from ..sets.marginals import Marginal, Marginals
 from ..sets.transforms import Shear, Transform
-from .registry import build, register
+from .spec import build, register
 
 __all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_angle"]
 
@@ -145,6 +145,6 @@ def check_angle(marginal: Marginal) -> None:
     low, high = marginal.bounds
     if not marginal.is_uniform or abs(low) > 1e-6 or abs(high - _TWO_PI) > 1e-5:
         raise ValueError(
-            "an angle must have a prior that is uniform on [0, 2 pi), got "
+            "an angle must be uniform on [0, 2 pi), got "
             f"{marginal} on [{low:g}, {high:g}]."
         )

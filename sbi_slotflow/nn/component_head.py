@@ -7,53 +7,160 @@ r"""The components' density given x and K: slots, a chart and the flow they shar
 Slot i's context c_i conditions the flow in the chart's coordinates u.
 """
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
 from ..sets.matching import hungarian, log_permanent
 from .charts import Chart
-from .encoders import Encoding, Observations
+from .encoders import Encoding, Observations, trunk_network
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
-from .set_distribution import SetsGivenK
-from .slots import Slots
+from .set_distribution import SetHead, SetsGivenK
 from .spec import Matching
 
-__all__ = ["ComponentHead"]
+__all__ = ["AttentionSlots", "ComponentHead", "GlobalSlots", "Slots", "slots_from_spec"]
 
 
-class ComponentHead(nn.Module):
-    """Density of a set of components.
+class GlobalSlots(nn.Module):
+    r"""Slots that see the global context and their index (the paper's eq. 13-14).
 
-    Args:
-        chart: Chart of a component.
-        slots: Maker of slot contexts.
-        flow: Flow over the chart's coordinates.
+    .. math::
+        c_i = [g, e_i, e_K]
+
+    the pooled context g beside one-hot vectors of the slot and, unlike in the authors'
+    code, of K: the posterior of a component depends on how many there are. A trunk
+    mixes the parts unless ``trunk_features`` is None.
     """
+
+    def __init__(
+        self,
+        context_features: int,
+        max_cardinality: int,
+        trunk_features: int | None = 128,
+        condition_on_cardinality: bool = True,
+    ) -> None:
+        super().__init__()
+        self.max_cardinality = max_cardinality
+        self.condition_on_cardinality = condition_on_cardinality
+        raw = context_features + max_cardinality
+        if condition_on_cardinality:
+            raw += max_cardinality + 1
+        self.num_features = raw if trunk_features is None else trunk_features
+        self.trunk: nn.Module = nn.Identity()
+        if trunk_features is not None:
+            self.trunk = trunk_network(raw, trunk_features)
+
+    def forward(
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
+    ) -> RowContext:
+        """Contexts of N rows ``(N,)`` of slots in 0..K-1, each distinct one once."""
+        return self.with_owners(encoding, owner, cardinality, slot)[0]
+
+    def with_owners(
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
+    ) -> tuple[RowContext, Tensor]:
+        """Return :meth:`forward` and the observation of each distinct context."""
+        size = self.max_cardinality
+        code = (owner * (size + 1) + cardinality) * size + slot
+        distinct, index = torch.unique(code, return_inverse=True)
+        rest, slots = distinct // size, distinct % size
+        owners, cardinalities = rest // (size + 1), rest % (size + 1)
+        context = encoding.context[owners]
+        parts = [context, nn.functional.one_hot(slots, size).to(context)]
+        if self.condition_on_cardinality:
+            parts.append(nn.functional.one_hot(cardinalities, size + 1).to(context))
+        return RowContext(self.trunk(torch.cat(parts, dim=-1)), index), owners
+
+
+class AttentionSlots(nn.Module):
+    r"""Slots that look for their component among the encoder's tokens.
+
+    .. math::
+        s^{0} = \mathrm{trunk}(c_i), \qquad
+        s^{r} = s^{r-1} + \mathrm{MLP}_r\left([s^{r-1}, T^\top
+            \mathrm{softmax}(T q_r(s^{r-1}))]\right)
+
+    T holds the tokens, and q_r makes one query for each head. As queries and results
+    live in the tokens' own space, nothing is computed for each token.
+    """
+
+    def __init__(
+        self,
+        context_features: int,
+        token_features: int,
+        max_cardinality: int,
+        trunk_features: int = 128,
+        condition_on_cardinality: bool = True,
+        num_rounds: int = 2,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        width = self.num_features = trunk_features
+        self.num_heads = num_heads
+        self.start = GlobalSlots(
+            context_features, max_cardinality, width, condition_on_cardinality
+        )
+        self.norm = nn.LayerNorm(token_features)
+        found = num_heads * token_features
+        self.queries = nn.ModuleList(nn.Linear(width, found) for _ in range(num_rounds))
+        self.mixers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width + found, width), nn.GELU(), nn.Linear(width, width)
+            )
+            for _ in range(num_rounds)
+        )
+
+    def forward(
+        self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
+    ) -> RowContext:
+        """Contexts of N rows; see :meth:`GlobalSlots.forward`."""
+        start, owners = self.start.with_owners(encoding, owner, cardinality, slot)
+        slots = start.values
+        assert encoding.tokens is not None
+        tokens = self.norm(encoding.tokens)[owners]
+        for query, mixer in zip(self.queries, self.mixers, strict=True):
+            heads = query(slots).unflatten(-1, (self.num_heads, -1))
+            weights = (heads @ tokens.mT / math.sqrt(tokens.shape[-1])).softmax(-1)
+            found = (weights @ tokens).flatten(1)
+            slots = slots + mixer(torch.cat([slots, found], dim=-1))
+        return RowContext(slots, start.which)
+
+
+Slots = GlobalSlots | AttentionSlots
+
+
+def slots_from_spec(
+    spec: dict[str, Any], probe: Encoding, max_cardinality: int
+) -> Slots:
+    """Build slots from their spec."""
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    context_features = probe.context.shape[-1]
+    if kind == "global":
+        return GlobalSlots(context_features, max_cardinality, **options)
+    if kind != "attention":
+        raise ValueError(f"slots must be 'global' or 'attention', got {kind!r}.")
+    if probe.tokens is None:
+        raise ValueError(
+            "slots='attention' need an encoder that returns an Encoding with tokens; "
+            "use slots='global' with this one."
+        )
+    return AttentionSlots(
+        context_features, probe.tokens.shape[-1], max_cardinality, **options
+    )
+
+
+class ComponentHead(SetHead):
+    """Slots that share a flow over a chart's coordinates."""
 
     def __init__(self, chart: Chart, slots: Slots, flow: ConditionalFlow) -> None:
         super().__init__()
         self.chart, self.slots, self.flow = chart, slots, flow
-
-    @property
-    def keeps_separation(self) -> bool:
-        """Independent slots do not know of each other."""
-        return False
-
-    def given(
-        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
-    ) -> SetsGivenK:
-        """Return q(Theta, s | x, K) of B observations.
-
-        The density is exact up to K = 12, see :func:`log_permanent`.
-
-        Args:
-            encoding: Their embeddings.
-            data: The observations themselves, which slots do not read.
-            shared: The shared parameters' density; None if there are none.
-        """
-        return _SlotSets(self, encoding, shared, "permanent")
 
     def in_training(
         self,
@@ -62,15 +169,7 @@ class ComponentHead(nn.Module):
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> SetsGivenK:
-        """Return what training maximises; see :meth:`given`.
-
-        Args:
-            encoding: Embeddings of B observations.
-            data: The observations themselves.
-            shared: The shared parameters' density.
-            matching: ``"permanent"`` is the density itself; ``"hungarian"`` and
-                ``"ordered"`` take the log density of one assignment.
-        """
+        """Return what training maximises; see :meth:`SetHead.in_training`."""
         return _SlotSets(self, encoding, shared, matching)
 
     def coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
@@ -89,18 +188,14 @@ class ComponentHead(nn.Module):
         return u, torch.where(mask, log_det, log_det.new_zeros(()))
 
 
+@dataclass(eq=False)
 class _SlotSets(SetsGivenK):
     """Sets of slots given B observations."""
 
-    def __init__(
-        self,
-        head: ComponentHead,
-        encoding: Encoding,
-        shared: SharedGivenX | None,
-        matching: Matching,
-    ) -> None:
-        self.head, self.encoding = head, encoding
-        self.shared, self.matching = shared, matching
+    head: ComponentHead
+    encoding: Encoding
+    shared: SharedGivenX | None
+    matching: Matching
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -118,23 +213,18 @@ class _SlotSets(SetsGivenK):
             row, slot = parts.mask.nonzero(as_tuple=True)
             each = self.head.flow.log_prob(u[row, matched[row, slot]], contexts)
             value = log_det.sum(-1).index_add(0, row, each)
-        log_shared = torch.zeros_like(value)
-        if self.shared is not None:
-            log_shared = self.shared.log_prob(parts.shared, owner, parts.cardinality)
-        return value, log_shared
+        return value, self.log_shared(parts, owner, value, None)
 
     @torch.no_grad()
     def sample(
         self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Draw sets; see :meth:`SetsGivenK.sample`."""
-        contexts, shared = self.contexts(mask, owner), None
+        contexts = self.contexts(mask, owner)
         drawn = self.head.chart.inverse(self.head.flow.sample(contexts, generator))
         components = drawn.new_zeros(*mask.shape, drawn.shape[-1])
         components[mask] = drawn
-        if self.shared is not None:
-            shared = self.shared.sample(owner, mask.sum(-1), generator)
-        return components, shared
+        return components, self.sample_shared(owner, mask.sum(-1), generator, None)
 
     def contexts(self, mask: Tensor, owner: Tensor) -> RowContext:
         """Contexts of the active slots, in the order of ``mask.nonzero()``."""
@@ -144,11 +234,7 @@ class _SlotSets(SetsGivenK):
     def _pairwise_log_density(
         self, u: Tensor, mask: Tensor, contexts: RowContext
     ) -> Tensor:
-        """Log densities of all coordinates under all slots of their row.
-
-        Returns:
-            Shape ``(N, Kmax, Kmax)`` (slot, component), zero outside the K x K block.
-        """
+        """Log densities of all coordinates under all slots of their row."""
         block = mask.unsqueeze(-1) & mask.unsqueeze(-2)
         row, slot, component = block.nonzero(as_tuple=True)
         which = contexts.which.new_zeros(mask.shape).masked_scatter(

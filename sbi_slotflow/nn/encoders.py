@@ -1,10 +1,5 @@
 r"""Encoders: from data to the embeddings that the heads and the slots read.
 
-:class:`DualStreamEncoder` is section 3.1 of the paper: each stream passes through three
-convolutions, sinusoidal positions (eq. 6) and multi-head self-attention (eq. 7), and
-is pooled by mean, maximum and attention (eq. 8). The cardinality reads the first
-stream only, through a second attention (eq. 9); the slots read both (eq. 11-12).
-
 An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a tensor
 ``(B, C)`` that then serves all readers. sbi's embedding nets are of the second kind.
 """
@@ -15,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .registry import register
+from .spec import register
 
 __all__ = [
     "Encoding",
@@ -25,6 +20,7 @@ __all__ = [
     "SelfAttention",
     "encode",
     "projection",
+    "trunk_network",
 ]
 
 
@@ -102,13 +98,7 @@ class MLPEncoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (eq. 7).
-
-    Args:
-        width: Length of a token.
-        num_heads: Attention heads.
-        residual: Whether attention is added to its input instead of replacing it.
-    """
+    """Multi-head self-attention (eq. 7)."""
 
     def __init__(self, width: int, num_heads: int, residual: bool) -> None:
         super().__init__()
@@ -143,4 +133,14 @@ def projection(in_features: int, out_features: int) -> nn.Module:
         nn.Linear(in_features, out_features),
         nn.GELU(),
         nn.Linear(out_features, out_features),
+    )
+
+
+def trunk_network(in_features: int, features: int) -> nn.Sequential:
+    """The network that makes a component's context."""
+    return nn.Sequential(
+        nn.Linear(in_features, features),
+        nn.GELU(),
+        nn.Linear(features, features),
+        nn.GELU(),
     )

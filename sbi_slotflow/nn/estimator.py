@@ -20,23 +20,18 @@ from ..seeding import forked_rng, generator_for
 from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
+from .cell_head import IndependentHead
+from .cells import CellAxis
 from .charts import Chart, chart_from_spec
+from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
+from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
-from .head_specs import component_head_from_spec
-from .heads import (
-    CardinalityHead,
-    NoiseHead,
-    PriorSharedHead,
-    SharedGivenX,
-    SharedHead,
-)
-from .precision import single_precision
-from .registry import build
-from .set_distribution import NetworkSets
-from .spec import EstimatorSpec
+from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedGivenX, SharedHead
+from .set_distribution import NetworkSets, SetHead
+from .spec import EstimatorSpec, build, single_precision
 
-__all__ = ["SlotDensityEstimator"]
+__all__ = ["SlotDensityEstimator", "component_head_from_spec"]
 
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
 _VERSION = 2
@@ -107,19 +102,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return self.net
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
-        """Return the training loss of each row.
+        """Return the training loss ``(B,)``: the weighted sum of :meth:`loss_terms`.
 
-        Args:
-            input: Theta rows, shape ``(B, E)``.
-            condition: Data, shape ``(B, T)``.
-            kwargs: Ignored; sbi's trainers may pass their own.
-
-        Returns:
-            Shape ``(B,)``: the weighted sum of :meth:`loss_terms`.
-
-        Raises:
-            TypeError, ValueError: If theta or x is malformed, or the training prior
-                excludes a row's K.
+        Other keywords, which sbi's trainers may pass, are ignored.
         """
         return self.weigh(self.loss_terms(input, condition))
 
@@ -224,17 +209,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return self.given(condition).log_prob(input)
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
-        """Evaluate log q(K | x).
-
-        Args:
-            condition: Data, shape ``(B, T)``.
-
-        Returns:
-            Shape ``(B, Kmax + 1)``.
-
-        Raises:
-            TypeError, ValueError: If x is malformed.
-        """
+        """Evaluate log q(K | x) of data ``(B, T)``, shape ``(B, Kmax + 1)``."""
         return self.given(condition).log_cardinality
 
     @torch.no_grad()
@@ -271,19 +246,19 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return sets.draw(owner, k, generator).reshape(*shape, self.layout.size)
 
     def given(self, x: Tensor) -> NetworkSets:
-        """Return the distribution over sets given B observations.
+        """Return the distribution over sets given data ``(B, T)``.
 
-        Args:
-            x: Observations, shape ``(B, T)``.
-
-        Returns:
-            :class:`~.set_distribution.NetworkSets`, which encodes x once and holds all
-            that is remembered of it.
+        It encodes x once and holds all that is remembered of it.
 
         Raises:
             TypeError, ValueError: If x is malformed.
         """
-        return NetworkSets(self, x)
+        x = self.checked(x)
+        encoding, head = self.encode(x), self.component_head
+        data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
+        log_k = self.cardinality_head(encoding.cardinality)
+        sets = head.given(encoding, data, shared)
+        return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
@@ -380,19 +355,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return estimator.eval()
 
     def checked(self, condition: Tensor) -> Tensor:
-        """Return x in float32, if it is a finite batch of the right length.
+        """Return x in float32, if it is a finite batch ``(B, T)`` on the data's scale.
 
         Raises:
-            TypeError: If x is not a floating-point tensor.
-            ValueError: If its shape is not ``(B, T)``, it has NaN or Inf, or it is far
-                beyond the scale of the training data.
+            TypeError, ValueError: If it is not.
         """
         if not isinstance(condition, Tensor) or not condition.is_floating_point():
-            kind = (
-                condition.dtype
-                if isinstance(condition, Tensor)
-                else type(condition).__name__
-            )
+            kind = getattr(condition, "dtype", type(condition).__name__)
             raise TypeError(f"x must be a floating-point tensor, got {kind}.")
         num = self.condition_shape[0]
         if condition.ndim != 2 or condition.shape[-1] != num:
@@ -421,9 +390,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return cast(Tensor, k.long())
 
 
-def _shared_head(
-    spec: EstimatorSpec, features: int
-) -> SharedHead | NoiseHead | PriorSharedHead | None:
+def _shared_head(spec: EstimatorSpec, features: int) -> SharedHead | NoiseHead | None:
     if spec.shared_chart is None:
         return None
     chart = chart_from_spec(spec.shared_chart)
@@ -432,3 +399,48 @@ def _shared_head(
     if spec.noise_from_fit:
         return NoiseHead(chart, spec.num_data, features, spec.layout.max_cardinality)
     return SharedHead(chart, features, spec.layout.max_cardinality)
+
+
+def component_head_from_spec(
+    spec: EstimatorSpec, probe: Encoding, fit: SignalFit | None = None
+) -> SetHead:
+    """Build the head that ``spec.slots`` describes."""
+    chart = chart_from_spec(spec.chart)
+    options: dict[str, Any] = dict(spec.slots)
+    if options.get("kind") != "anchored":
+        slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
+        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
+        return ComponentHead(chart, slots, flow)
+    del options["kind"]
+    axis = CellAxis(**options.pop("axis"))
+    described = options.pop("fit")
+    if fit is None and described is not None:
+        fit = build("fit", described)
+    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
+        raise ValueError(
+            f"slots='anchored' need an encoder that keeps {axis.num_cells} tokens, "
+            "one for each cell of the location axis; use slots='attention' or "
+            "slots='global' with this one."
+        )
+    if axis.parameter != spec.layout.order_by:
+        raise ValueError(
+            "slots='anchored' need components in the order of their location: order_by "
+            f"must be {axis.parameter}, got {spec.layout.order_by}."
+        )
+    sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
+    coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
+    if coupling == "joint":
+        return AutoregressiveHead(
+            chart,
+            axis,
+            *sizes,
+            flow=spec.flow,
+            fit=fit,
+            refine_steps=refine_steps,
+            **options,
+        )
+    if refine_steps:
+        raise ValueError(
+            "refine_slots fits all components together; it needs coupling='joint'."
+        )
+    return IndependentHead(chart, axis, *sizes, flow=spec.flow, **options)

@@ -60,23 +60,14 @@ class RowContext(NamedTuple):
 
 
 class ConditionalFlow(nn.Module):
-    """Normalizing flow over F coordinates given a context.
+    """Normalizing flow over F coordinates given a context ``(C,)``.
 
-    Args:
-        features: Number F of coordinates; with F = 1 the couplings act on the context
-            alone.
-        context_features: Length C of a context.
-        hidden_features: Width of the networks.
-        num_layers: Number of coupling layers; even ones are splines, odd ones affine.
-        num_bins: Bins of a spline.
-        tail_bound: Splines act on [-bound, bound] and are the identity outside.
-        num_blocks: Residual blocks of each network.
-        network: ``"projected"`` adds the projected context once, in the first layer;
-            ``"residual"`` is nflows' ``ResidualNet``, which sees it in every block.
-        location_scale: Whether to put a :class:`LocationScale` next to the data.
-        own_features: Length P of what each row sees besides its context.
-        from_identity: Whether the flow starts as the identity, where its input is
-            nearly normal already.
+    Even layers are splines, the identity outside of [-bound, bound], odd ones affine;
+    with F = 1 they act on the context alone. A ``"projected"`` network adds the context
+    once, in its first layer; a ``"residual"`` one is nflows' ``ResidualNet``, which
+    sees it in every block. ``own_features`` is the length of what each row sees besides
+    its context. ``from_identity`` starts at the identity, where the input is nearly
+    normal already.
     """
 
     def __init__(
@@ -138,15 +129,7 @@ class ConditionalFlow(nn.Module):
         self.transform = CompositeTransform(layers)
 
     def log_prob(self, u: Tensor, context: RowContext) -> Tensor:
-        """Evaluate the log density.
-
-        Args:
-            u: Coordinates, shape ``(N, F)``.
-            context: Contexts of the N rows.
-
-        Returns:
-            Log densities, shape ``(N,)``.
-        """
+        """Evaluate log densities ``(N,)`` of coordinates ``(N, F)``."""
         if torch.is_grad_enabled() or len(u) <= _MAX_ROWS:
             return self._log_prob(u, context)
         parts = [
@@ -159,15 +142,7 @@ class ConditionalFlow(nn.Module):
     def sample(
         self, context: RowContext, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw one sample for each row.
-
-        Args:
-            context: Contexts of the N rows.
-            generator: Source of randomness.
-
-        Returns:
-            Coordinates, shape ``(N, F)``.
-        """
+        """Draw coordinates ``(N, F)``, one sample for each row."""
         num = len(context.which)
         values = context.values
         noise = torch.empty(
@@ -195,13 +170,6 @@ class LocationScale(Transform):
 
     Sigma is diagonal, the exponential of a bounded log-scale; L is lower triangular
     with ones on its diagonal. It starts near the identity.
-
-    Args:
-        features: Number F of coordinates.
-        context_features: Length C of a context.
-        hidden_features: Width of the network.
-        own_features: Length P of what each row sees besides; it moves the coefficients
-            linearly.
     """
 
     def __init__(

@@ -29,17 +29,12 @@ _CONVERGED, _MORE_ROUNDS = 0.05, 3
 
 
 class NormalEquations(NamedTuple):
-    """Least squares of N sets, linearised.
+    """Least squares of N sets, linearised."""
 
-    Attributes:
-        residual: Sum of squared residuals, shape ``(N,)``.
-        gradient: Minus the gradient of half of it, shape ``(N, K D)``.
-        curvature: Its Gauss-Newton curvature, shape ``(N, K D, K D)``; zero for
-            components that are not there.
-    """
-
-    residual: Tensor
-    gradient: Tensor
+    residual: Tensor  # Sum of squared residuals, (N,)
+    gradient: Tensor  # Minus the gradient of half of it, (N, K D)
+    # Its Gauss-Newton curvature, (N, K D, K D); zero for components that are not
+    # there
     curvature: Tensor
 
 
@@ -91,22 +86,15 @@ class SignalFit(Protocol):
 
 
 class FittedMode(NamedTuple):
-    """A Gaussian approximation of the posterior of N sets.
+    """A Gaussian approximation of the posterior of N sets."""
 
-    Attributes:
-        mode: Coordinates of the mode, shape ``(N, K, D)``.
-        gradient: The gradient that is left there, shape ``(N, K D)``: of coordinates at
-            their bounds, or of a fit that has not converged.
-        precision: Curvature, shape ``(N, K D, K D)``, positive definite.
-        variance: Mean squared residual, shape ``(N,)``.
-        decrement: Nats that another step promises within the bounds, shape ``(N,)``.
-    """
-
-    mode: Tensor
+    mode: Tensor  # Coordinates of the mode, (N, K, D)
+    # The gradient that is left there, (N, K D): of coordinates at their bounds,
+    # or of a fit that has not converged
     gradient: Tensor
-    precision: Tensor
-    variance: Tensor
-    decrement: Tensor
+    precision: Tensor  # Curvature, (N, K D, K D), positive definite
+    variance: Tensor  # Mean squared residual, (N,)
+    decrement: Tensor  # Nats that another step promises within the bounds, (N,)
 
 
 class _State(NamedTuple):
@@ -136,16 +124,6 @@ def fit_mode(
     """Take Gauss-Newton steps from a start.
 
     Sets that have not converged after ``num_steps`` get up to four times as many.
-
-    Args:
-        fit: The least squares of the observations.
-        to_components: Maps coordinates ``(n, K, D)`` of the sets with indices ``(n,)``
-            to components, one by one.
-        owner: Observation of each set, shape ``(N,)``.
-        start: Coordinates to start from, shape ``(N, K, D)``, float64.
-        mask: Active components, shape ``(N, K)``.
-        num_steps: Number of steps.
-        bounds: Least and largest coordinates, each broadcasting to ``(N, K, D)``.
     """
     num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
     identity = torch.eye(size).to(start)

@@ -40,13 +40,7 @@ __all__ = [
 
 
 class CardinalityHead(nn.Module):
-    """Classifier over K = 0..Kmax.
-
-    Args:
-        embedding_features: Length of the cardinality embedding.
-        log_prior: log p(K) of the training prior, shape ``(Kmax + 1,)``; -inf excludes
-            a cardinality.
-    """
+    """Classifier over K = 0..Kmax."""
 
     log_prior: Tensor
 
@@ -65,52 +59,29 @@ class CardinalityHead(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """Density of the shared parameters given x and K.
+    """Density of the shared parameters ``(N, S)`` of N rows, given x and K.
 
-    Args:
-        chart: Chart of the shared parameters.
-        embedding_features: Length of the shared embedding.
-        max_cardinality: Largest cardinality Kmax.
-        hidden_features: Width of the flow's networks.
-        num_layers: Coupling layers of the flow.
-        num_bins: Bins of its splines.
+    ``level`` is the log of the residual's standard deviation in each row, shape
+    ``(N,)``; only :class:`NoiseHead` reads it.
     """
 
     def __init__(
-        self,
-        chart: Chart,
-        embedding_features: int,
-        max_cardinality: int,
-        hidden_features: int = 64,
-        num_layers: int = 1,
-        num_bins: int = 8,
+        self, chart: Chart, embedding_features: int, max_cardinality: int
     ) -> None:
         super().__init__()
         self.chart = chart
         self.flow = ConditionalFlow(
             chart.num_features,
             embedding_features + max_cardinality + 1,
-            hidden_features=hidden_features,
-            num_layers=num_layers if chart.num_features == 1 else 2 * num_layers,
-            num_bins=num_bins,
+            num_layers=1 if chart.num_features == 1 else 2,
         )
 
     def log_prob(
         self, shared: Tensor, context: RowContext, level: Tensor | None = None
     ) -> Tensor:
-        """Evaluate the log density of N rows.
-
-        Args:
-            shared: Shared parameters, shape ``(N, S)``.
-            context: Contexts of the rows: embeddings and K.
-            level: Log of the residual's standard deviation in each row, shape
-                ``(N,)``; read by :class:`NoiseHead` alone.
-
-        Returns:
-            Log densities, shape ``(N,)``.
-        """
+        """Evaluate the log density of N rows, shape ``(N,)``."""
         u, log_det = self.chart.forward(shared)
-        value = self.flow.log_prob(u, context) + log_det
+        value = self._log_density(u, context) + log_det
         return torch.where(self.chart.contains(shared), value, -torch.inf)
 
     def sample(
@@ -119,8 +90,14 @@ class SharedHead(nn.Module):
         generator: torch.Generator | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Draw the shared parameters ``(N, S)`` of N rows; see :meth:`log_prob`."""
-        return self.chart.inverse(self.flow.sample(context, generator))
+        """Draw the shared parameters ``(N, S)`` of N rows."""
+        return self.chart.inverse(self._draw(context, generator))
+
+    def _log_density(self, u: Tensor, context: RowContext) -> Tensor:
+        return self.flow.log_prob(u, context)
+
+    def _draw(self, context: RowContext, generator: torch.Generator | None) -> Tensor:
+        return self.flow.sample(context, generator)
 
 
 class NoiseHead(nn.Module):
@@ -131,15 +108,6 @@ class NoiseHead(nn.Module):
 
     is nearly normal given the residual's standard deviation :math:`\hat\sigma`; it is
     cut off at the ends of the prior's support, and a flow learns the rest.
-
-    Args:
-        chart: Chart of sigma, for its support.
-        num_data: Length T of x.
-        embedding_features: Length of the shared embedding.
-        max_cardinality: Largest cardinality Kmax.
-
-    Raises:
-        ValueError: If sigma is not the only shared parameter.
     """
 
     def __init__(
@@ -199,51 +167,28 @@ class NoiseHead(nn.Module):
         return low.unsqueeze(-1), high.unsqueeze(-1)
 
 
-class PriorSharedHead(nn.Module):
-    """Stands in for a head that is switched off: the shared parameters' prior.
-
-    In a chart's coordinates the prior is standard normal.
-
-    Args:
-        chart: Chart of the shared parameters.
-    """
+class PriorSharedHead(SharedHead):
+    """The shared parameters' prior, standard normal in a chart's coordinates."""
 
     def __init__(self, chart: Chart) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.chart = chart
 
-    def log_prob(
-        self, shared: Tensor, context: RowContext, level: Tensor | None = None
-    ) -> Tensor:
-        """Evaluate the prior's log density; see :meth:`SharedHead.log_prob`."""
-        u, log_det = self.chart.forward(shared)
+    def _log_density(self, u: Tensor, context: RowContext) -> Tensor:
         normal = torch.distributions.Normal(u.new_zeros(()), u.new_ones(()))
-        value = normal.log_prob(u).sum(-1) + log_det
-        return torch.where(self.chart.contains(shared), value, -torch.inf)
+        return normal.log_prob(u).sum(-1)
 
-    def sample(
-        self,
-        context: RowContext,
-        generator: torch.Generator | None = None,
-        level: Tensor | None = None,
-    ) -> Tensor:
-        """Draw from the prior; see :meth:`SharedHead.sample`."""
+    def _draw(self, context: RowContext, generator: torch.Generator | None) -> Tensor:
         u = torch.empty(len(context.which), self.chart.num_features)
-        return self.chart.inverse(u.to(context.values).normal_(generator=generator))
+        return u.to(context.values).normal_(generator=generator)
 
 
 class SharedGivenX:
-    """The shared parameters' density given B observations.
-
-    Args:
-        head: The head.
-        embedding: Shared embeddings of the observations, shape ``(B, C)``.
-        num_cardinalities: Number Kmax + 1 of cardinalities.
-    """
+    """The shared parameters' density given B observations."""
 
     def __init__(
         self,
-        head: SharedHead | NoiseHead | PriorSharedHead,
+        head: SharedHead | NoiseHead,
         embedding: Tensor,
         num_cardinalities: int,
     ) -> None:

@@ -12,10 +12,11 @@ lower triangular, component k given those before it is again Gaussian, with a me
 is linear in their deviations and the k-th diagonal block of C as its factor.
 
 See Also:
-    :mod:`.evidence`, the integral over the cells; :mod:`.local_density`, which turns
-    each conditional Gaussian into a density inside the cell.
+    :mod:`.local_density`, which turns each conditional Gaussian into a density inside
+    the cell.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
 from .local_transform import LocalTransform
 
-__all__ = ["ModeFinder", "Modes"]
+__all__ = ["ModeFinder", "Modes", "log_evidence"]
 
 # Bounds the memory of fitting and of whitening.
 _MAX_SETS = 512
@@ -40,27 +41,20 @@ _MARGIN = 0.1
 
 
 class Modes(NamedTuple):
-    """Gaussian approximations of the posterior above S sets of cells.
+    """Gaussian approximations of the posterior above S sets of cells."""
 
-    Attributes:
-        mode: Local coordinates, shape ``(S, K, D)``, angles zero.
-        centre: Angles of the P circular ones, shape ``(S, K, P)``.
-        factor: Lower triangular factors C of the covariance over all components, shape
-            ``(S, K D, K D)``.
-        summary: Mode, log deviations and the log of their share that is left once the
-            components before are known, shape ``(S, K, 3 D)``.
-        decrement: Nats that another step promises, shape ``(S,)``.
-        level: Log of the residuals' standard deviation, shape ``(S,)``.
-        height: Log of likelihood times prior at the mode, but for a constant of each
-            observation and K, shape ``(S,)``.
-    """
-
-    mode: Tensor
-    centre: Tensor
+    mode: Tensor  # Local coordinates, (S, K, D), angles zero
+    centre: Tensor  # Angles of the P circular ones, (S, K, P)
+    # Lower triangular factors C of the covariance over all components, (S, K D, K
+    # D)
     factor: Tensor
+    # Mode, log deviations and the log of their share that is left once the
+    # components before are known, (S, K, 3 D)
     summary: Tensor
-    decrement: Tensor
-    level: Tensor
+    decrement: Tensor  # Nats that another step promises, (S,)
+    level: Tensor  # Log of the residuals' standard deviation, (S,)
+    # Log of likelihood times prior at the mode, but for a constant of each
+    # observation and K, (S,)
     height: Tensor
 
     def features(self, scale: Tensor) -> Tensor:
@@ -140,14 +134,7 @@ class Modes(NamedTuple):
 
 
 class ModeFinder:
-    """Finds modes above sets of cells.
-
-    Args:
-        chart: Chart of a component, for its support.
-        local_chart: Local coordinates.
-        fit: The signal.
-        num_steps: Gauss-Newton steps.
-    """
+    """Finds modes above sets of cells."""
 
     def __init__(
         self, chart: Chart, local_chart: LocalTransform, fit: SignalFit, num_steps: int
@@ -179,13 +166,8 @@ class ModeFinder:
             # Only as many components as the largest of these sets has.
             most = max(1, int(sets.mask[here].sum(-1).max()))
             found = self._fit(fit, sets.part(here, most))
-            modes.mode[here, :most] = found.mode
-            modes.centre[here, :most] = found.centre
-            modes.factor[here, : most * width, : most * width] = found.factor
-            modes.summary[here, :most] = found.summary
-            modes.decrement[here] = found.decrement
-            modes.level[here] = found.level
-            modes.height[here] = found.height
+            for whole, part in zip(modes, found, strict=True):
+                whole[here, *(slice(length) for length in part.shape[1:])] = part
         return modes
 
     def _fit(self, fit: LeastSquares, sets: OccupiedCells) -> Modes:
@@ -266,3 +248,74 @@ def _covariance_factor(precision: Tensor) -> Tensor:
     upper = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
     identity = torch.eye(precision.shape[-1]).to(upper)
     return torch.linalg.solve_triangular(upper, identity, upper=True).mT
+
+
+# Points that the mass of a Gaussian between ends is averaged over, and their seed.
+_NUM_POINTS, _SEED = 16, 0
+_TINY, _ALMOST_ONE = 1e-300, 1 - 1e-16
+
+
+def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Tensor:
+    r"""Evidence of S sets of cells: the likelihood's integral over them, ``(S,)``.
+
+    With h the height of the Laplace approximation above the cells,
+
+    .. math::
+        \log Z = h + \tfrac12 \log\det \Sigma
+            + \log \int_{\text{cells}} \mathcal{N}(w; m, \Sigma)\, dw
+
+    up to a constant of each observation and K. The last term is estimated by sequential
+    importance sampling (Genz 1992): each coordinate is drawn from its truncated
+    Gaussian given those before, and the masses of the truncations multiply. The points
+    are the same for every set.
+    """
+    mask = sets.mask
+    width, size = modes.mode.shape[-1], int(mask.sum(-1).max()) if len(mask) else 0
+    upper, middle = chart.axis.upper(sets.ends, mask), sets.cells + 0.5
+    num = len(mask), _NUM_POINTS
+    engine = torch.quasirandom.SobolEngine(
+        max(1, size * width), scramble=True, seed=_SEED
+    )
+    levels = engine.draw(_NUM_POINTS, dtype=torch.float64).to(modes.mode)
+    noise = modes.mode.new_zeros(*num, size * width)
+    log_mass = modes.mode.new_zeros(num)
+    before = torch.full_like(log_mass, -torch.inf)
+    bottom, top = chart.ends()
+    for k in range(size):
+        active = mask[:, k, None]
+        for d in range(width):
+            j = k * width + d
+            row = modes.factor[:, j]
+            centre = modes.mode[:, k, d, None]
+            if j:
+                centre = centre + (noise[..., :j] @ row[:, :j, None]).squeeze(-1)
+            low, high = (end[d].expand(num).to(noise) for end in (bottom, top))
+            if not d:
+                least = chart.axis.lower(sets.starts[:, k, None].expand(num), before)
+                low, high = (
+                    end - middle[:, k, None] for end in (least, upper[:, k, None])
+                )
+            scale = row[:, j, None]
+            z, share = _truncated(
+                (low - centre) / scale, (high - centre) / scale, levels[:, j]
+            )
+            noise[..., j] = torch.where(active, z, 0.0)
+            log_mass = log_mass + torch.where(active, share, 0.0)
+            if not d:
+                place = middle[:, k, None] + centre + scale * z
+                before = torch.where(active, place, before)
+    scales = modes.factor.diagonal(dim1=-2, dim2=-1).log().unflatten(-1, (-1, width))
+    volume = torch.where(mask.unsqueeze(-1), scales, 0.0).sum((-2, -1))
+    return modes.height + volume + log_mass.logsumexp(-1) - math.log(_NUM_POINTS)
+
+
+def _truncated(low: Tensor, high: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantiles of a standard normal variable between ends, and their log mass."""
+    # In the lower tail, where masses keep their precision.
+    flip = low > 0
+    below, above = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    first = torch.special.ndtr(below)
+    mass = (torch.special.ndtr(above) - first).clamp(min=_TINY)
+    z = torch.special.ndtri((first + level * mass).clamp(_TINY, _ALMOST_ONE))
+    z = torch.where(flip, -z, z)
+    return torch.maximum(torch.minimum(z, high), low), mass.log()

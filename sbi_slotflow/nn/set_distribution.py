@@ -12,24 +12,25 @@ See Also:
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from ..sets.distribution import SetDistribution
-from ..sets.layout import ThetaParts
-from .encoders import Observations
+from ..sets.layout import ThetaLayout, ThetaParts
+from .charts import Chart
+from .encoders import Encoding, Observations
+from .heads import SharedGivenX
+from .spec import Matching
 
-if TYPE_CHECKING:
-    from .estimator import SlotDensityEstimator
-
-__all__ = ["NetworkSets", "SetsGivenK"]
+__all__ = ["NetworkSets", "SetHead", "SetsGivenK"]
 
 
 class SetsGivenK(ABC):
     """q(Theta, s | x, K) of B observations: what a component head makes of them."""
+
+    shared: SharedGivenX | None
 
     @abstractmethod
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,32 +61,81 @@ class SetsGivenK(ABC):
             parameters ``(N, S)``, None if there are none.
         """
 
+    def log_shared(
+        self, parts: ThetaParts, owner: Tensor, like: Tensor, level: Tensor | None
+    ) -> Tensor:
+        """The second of :meth:`log_terms`: 0 if there are no shared parameters."""
+        if self.shared is None:
+            return torch.zeros_like(like)
+        return self.shared.log_prob(parts.shared, owner, parts.cardinality, level)
 
-class NetworkSets(SetDistribution):
-    """What an estimator believes given B observations.
+    def sample_shared(
+        self,
+        owner: Tensor,
+        cardinality: Tensor,
+        generator: torch.Generator | None,
+        level: Tensor | None,
+    ) -> Tensor | None:
+        """The second of :meth:`sample`."""
+        if self.shared is None:
+            return None
+        return self.shared.sample(owner, cardinality, generator, level)
 
-    Args:
-        estimator: The estimator, whose weights must not change afterwards.
-        x: Observations, shape ``(B, T)``.
+
+class SetHead(nn.Module, ABC):
+    """Density of a set of components.
 
     Attributes:
-        keeps_separation: Whether draws keep the prior's least separation.
-        log_cardinality: log q(K | x), shape ``(B, Kmax + 1)``.
-
-    Raises:
-        TypeError, ValueError: If x is malformed.
+        chart: Chart of a component.
+        keeps_separation: Whether every draw keeps the least separation.
     """
 
-    def __init__(self, estimator: "SlotDensityEstimator", x: Tensor) -> None:
-        x = estimator.checked(x)
-        encoding, self._chart = estimator.encode(x), estimator.chart
-        self.layout, self.num_observations = estimator.layout, len(x)
-        self.keeps_separation = estimator.keeps_separation
-        self.log_cardinality = estimator.cardinality_head(encoding.cardinality)
-        shared = estimator.shared_given(encoding)
-        self._sets = estimator.component_head.given(
-            encoding, Observations(x, estimator.x_scale), shared
-        )
+    chart: Chart
+    keeps_separation: bool = False
+
+    def given(
+        self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
+    ) -> SetsGivenK:
+        """Return q(Theta, s | x, K) of B observations.
+
+        Args:
+            encoding: Their embeddings.
+            data: The observations themselves.
+            shared: The shared parameters' density; None if there are none.
+        """
+        return self.in_training(encoding, data, shared, "permanent")
+
+    @abstractmethod
+    def in_training(
+        self,
+        encoding: Encoding,
+        data: Observations,
+        shared: SharedGivenX | None,
+        matching: Matching,
+    ) -> SetsGivenK:
+        """Return what training maximises; see :meth:`given`.
+
+        Nothing is pruned, weighed or remembered, and gradients pass. Of independent
+        slots, ``matching="permanent"`` is the density itself (exact up to K = 12, see
+        :func:`log_permanent`); ``"hungarian"`` and ``"ordered"`` take the log density
+        of one assignment of components to slots.
+        """
+
+
+class NetworkSets(SetDistribution):
+    """What an estimator believes given B observations."""
+
+    def __init__(
+        self,
+        layout: ThetaLayout,
+        log_cardinality: Tensor,
+        head: SetHead,
+        sets: SetsGivenK,
+    ) -> None:
+        self.layout, self.num_observations = layout, len(log_cardinality)
+        self.log_cardinality = log_cardinality
+        self.keeps_separation, self._chart = head.keeps_separation, head.chart
+        self._sets = sets
 
     def cardinality(self) -> Categorical:
         """Return q(K | x); see :meth:`SetDistribution.cardinality`."""
@@ -112,10 +162,6 @@ class NetworkSets(SetDistribution):
         """Evaluate log densities; see :meth:`SetDistribution.log_prob`.
 
         A batch of one, of theta or of x, goes with any batch of the other.
-
-        Raises:
-            NotImplementedError: If the chart's image is a surface, as in
-                ``slot_nn.paper()``: its likelihood is no density of theta.
         """
         chart = self._chart
         if not chart.is_density:
@@ -158,16 +204,7 @@ class NetworkSets(SetDistribution):
         cardinality: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw N theta rows given K, in canonical order.
-
-        Args:
-            owner: Observation of each row, shape ``(N,)``.
-            cardinality: K of each row, shape ``(N,)``.
-            generator: Source of randomness.
-
-        Returns:
-            Rows of shape ``(N, E)``.
-        """
+        """Draw N theta rows given K, in canonical order."""
         mask = self.layout.mask(cardinality)
         components, shared = self._sets.sample(mask, owner, generator)
         return self.layout.canonical(self.layout.pack(cardinality, components, shared))

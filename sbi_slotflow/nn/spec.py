@@ -1,11 +1,78 @@
-"""The description of an estimator: everything but its weights, as plain JSON."""
+r"""Parts of a network by name, so that files can rebuild them.
 
+A part (an encoder, a front end, a transform, a least-squares fit) that a file can
+describe has a ``kind``, a ``spec`` of plain JSON that names it, and is registered::
+
+    @register("front end")
+    class TraceTokens(nn.Module):
+        kind = "trace"
+
+Its class is called with the spec's other entries, unless it has a ``from_spec``. A
+subclass is no registered part: it may compute something else.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any, Literal, TypeVar
 
+import torch
+from torch.distributions import Distribution
+
+from ..sets.described import describe_distribution
 from ..sets.layout import ThetaLayout
 
-__all__ = ["EstimatorSpec", "Matching"]
+__all__ = [
+    "EstimatorSpec",
+    "Matching",
+    "build",
+    "describe",
+    "register",
+    "single_precision",
+]
+
+Part = TypeVar("Part", bound=type)
+
+_PARTS: dict[str, dict[str, Any]] = {}
+# Packages whose import registers the parts that come with the library.
+_PROVIDERS = ("sbi_slotflow.nn", "sbi_slotflow.problems")
+
+
+def register(role: str) -> Callable[[Part], Part]:
+    """Decorate a class as a part that files can name.
+
+    Args:
+        role: What the part is, ``"encoder"`` for one.
+    """
+
+    def add(part: Part) -> Part:
+        _PARTS.setdefault(role, {})[part.kind] = part  # pyright: ignore
+        return part
+
+    return add
+
+
+def describe(role: str, part: object) -> dict[str, Any] | None:
+    """Return the spec of a registered part; None for one of the user's own."""
+    if type(part) in _PARTS.get(role, {}).values():
+        return part.spec  # pyright: ignore[reportAttributeAccessIssue]
+    return None
+
+
+def build(role: str, spec: Mapping[str, Any]) -> Any:
+    """Rebuild a part from its spec."""
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    if kind not in _PARTS.get(role, {}):
+        for provider in _PROVIDERS:
+            import_module(provider)
+    known = _PARTS.get(role, {})
+    if kind not in known:
+        raise ValueError(f"{role} kind must be one of {sorted(known)}, got {kind!r}.")
+    part = known[kind]
+    return part.from_spec(spec) if hasattr(part, "from_spec") else part(**options)
+
 
 Matching = Literal["hungarian", "permanent", "ordered"]
 
@@ -27,7 +94,7 @@ class EstimatorSpec:
             what the fit of refined slots leaves.
         flow: Options of the :class:`~sbi_slotflow.nn.ConditionalFlow`.
         slots: Kind and options of the slots, see
-            :func:`~sbi_slotflow.nn.slots.slots_from_spec`.
+            :func:`~sbi_slotflow.nn.component_head.slots_from_spec`.
         matching: How training matches slots with components.
         mean_flow_loss: Whether the flow's loss is averaged over components (the
             paper) instead of summed (the likelihood of the set).
@@ -49,7 +116,11 @@ class EstimatorSpec:
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON would give it back: lists for tuples."""
+        """Return the spec as JSON would give it back: lists for tuples.
+
+        Raises:
+            ValueError: If a prior's distribution is of a class of the user's own.
+        """
         entries = _lists(asdict(self))
         # Whether a parameter is circular is the prior's to say; nothing here needs it.
         del entries["layout"]["periods"]
@@ -85,4 +156,19 @@ def _lists(value: Any) -> Any:
         return {key: _lists(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_lists(entry) for entry in value]
-    return value
+    # Only a distribution of the user's own is not described yet: it is refused here.
+    return describe_distribution(value) if isinstance(value, Distribution) else value
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Build modules in float32; torch's default, one for all threads, is put back."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

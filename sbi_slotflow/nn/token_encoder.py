@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoders import Encoding, Pool, SelfAttention, projection
-from .registry import build, register
+from .spec import build, register
 
 __all__ = ["TokenEncoder", "TraceTokens"]
 

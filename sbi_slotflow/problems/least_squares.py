@@ -21,7 +21,7 @@ from torch.func import jvp
 from torch.quasirandom import SobolEngine
 
 from ..nn.gauss_newton import NormalEquations
-from ..nn.registry import build, describe, register
+from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
 
 __all__ = ["AdditiveFit", "AdditiveLeastSquares"]
@@ -38,7 +38,7 @@ class AdditiveFit:
     """Normal equations of K components in white noise.
 
     A file can describe it if the signal is a registered part
-    (:mod:`sbi_slotflow.nn.registry`); an estimator that was saved with another signal
+    (:mod:`sbi_slotflow.nn.spec`); an estimator that was saved with another signal
     is loaded with ``fit=...``.
 
     Attributes:

@@ -165,7 +165,7 @@ class AdditiveSimulator:
         self.layout.validate(theta)
         parts = self.layout.unpack(theta)
         signals = self._each(parts.components)
-        return torch.where(parts.mask.unsqueeze(-1), signals, signals.new_zeros(()))
+        return torch.where(parts.mask.unsqueeze(-1), signals, 0.0)
 
     def log_likelihood(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta) exactly.

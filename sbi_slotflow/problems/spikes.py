@@ -17,7 +17,7 @@ from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import Independent
 
-from ..nn.registry import register
+from ..nn.spec import register
 from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .base import Trace, log_uniform, uniform

@@ -46,7 +46,6 @@ Numbers: TypeAlias = Tensor | ArrayLike
 Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 """An integer, or a sequence of integers."""
 
-
 # Rows from which a fault of all of them is no chance.
 _MANY = 20
 # What probabilities may miss of 1.
@@ -93,12 +92,7 @@ def _from_array(value: Any, name: str) -> Tensor:
 
 
 def as_shape(shape: Shape, name: str = "sample_shape") -> torch.Size:
-    """Turn an integer or a sequence of integers into a shape.
-
-    Raises:
-        TypeError: If an entry is no integer.
-        ValueError: If an entry is negative.
-    """
+    """Turn an integer or a sequence of integers, none negative, into a shape."""
     entries: list[Any] = list(shape) if np.ndim(shape) else [shape]  # pyright: ignore[reportArgumentType, reportCallIssue]
     sizes = [_index(entry) for entry in entries]
     integers = [size for size in sizes if size is not None]
@@ -110,12 +104,7 @@ def as_shape(shape: Shape, name: str = "sample_shape") -> torch.Size:
 
 
 def as_cardinality(k: SupportsIndex | None, most: int) -> int | None:
-    """Check a number of components in 0..most; None stays None.
-
-    Raises:
-        TypeError: If k is no integer.
-        ValueError: If k is out of range.
-    """
+    """Check a number of components in 0..most; None stays None."""
     if k is None:
         return None
     size = _index(k)
@@ -128,12 +117,7 @@ def as_cardinality(k: SupportsIndex | None, most: int) -> int | None:
 
 
 def as_count(value: SupportsIndex, name: str, least: int = 1) -> int:
-    """Check a whole number of at least ``least``.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is too small.
-    """
+    """Check a whole number of at least ``least``."""
     size = _index(value)
     if size is None:
         raise TypeError(f"{name} must be an integer, got {value!r}.")

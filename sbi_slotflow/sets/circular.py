@@ -16,14 +16,6 @@ def unwrap(values: Tensor, period: float, weights: Tensor | None = None) -> Tens
     [0, P). Medians and quantiles of the shifted values are circular ones, as long as
     the values don't fill the circle.
 
-    Args:
-        values: Values of any shape.
-        period: The period P.
-        weights: Weights of the values, of their shape; equal if None.
-
-    Returns:
-        Tensor of the same shape.
-
     Raises:
         ValueError: If the period is not positive.
     """
@@ -40,15 +32,10 @@ def circular_mean(
     periods: Sequence[float] | Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean over draws, on the circle where a parameter is circular.
+    """Means over draws ``(S, ..., D)``, circular ones in [0, period), float64.
 
-    Args:
-        values: Values, shape ``(S, ..., D)``.
-        periods: D periods, infinite where a parameter is not circular.
-        weights: Weights, of a shape that broadcasts with that of ``values``.
-
-    Returns:
-        Means, float64, shape ``(..., D)``; circular ones in [0, period).
+    D periods are infinite where a parameter is not circular. The weights' shape
+    broadcasts with that of the values.
     """
     values = values.double()
     weight = torch.ones_like(values) if weights is None else weights.double()
@@ -64,15 +51,9 @@ def circular_mean(
 
 
 def near(values: Tensor, centre: Tensor, periods: Sequence[float] | Tensor) -> Tensor:
-    """Shift circular values by whole periods to within half a period of a centre.
+    """Shift circular values ``(..., C)`` to within half a period of a centre.
 
-    Args:
-        values: Values, shape ``(..., C)``.
-        centre: Centres, shape broadcastable to that of ``values``.
-        periods: C periods, infinite where a column is not circular.
-
-    Returns:
-        Values of the same shape.
+    C periods are infinite where a column is not circular.
     """
     period = torch.as_tensor(periods, dtype=values.dtype, device=values.device)
     turns = ((values - centre) / period).round()

@@ -68,11 +68,11 @@ def describe_distribution(distribution: Distribution) -> dict[str, Any]:
     return _described(distribution)
 
 
-def distribution_from(spec: Mapping[str, Any]) -> Distribution:
+def distribution_from(spec: Mapping[str, Any] | Distribution) -> Distribution:
     """Rebuild a distribution, with float64 parameters that are not validated.
 
     Args:
-        spec: What :func:`describe_distribution` returned.
+        spec: What :func:`describe_distribution` returned; a distribution stays.
 
     Raises:
         ValueError: If the name is unknown.
@@ -127,7 +127,7 @@ def _rebuilt(spec: Any) -> Any:
             unchecked = {"validate_args": False}
             options = unchecked if issubclass(kind, Distribution) else {}
             return kind(*(_rebuilt(spec[key]) for key in keys), **options)
-    kind = getattr(distributions, str(name), None)
+    kind: Any = getattr(distributions, str(name), None)
     is_law = isinstance(kind, type) and issubclass(kind, Distribution)
     if not is_law and name not in _TRANSFORMS:
         raise ValueError(f"no distribution or transform {name!r} is known here.")
@@ -137,4 +137,4 @@ def _rebuilt(spec: Any) -> Any:
         if key != "name"
     }
     options = {"validate_args": False} if is_law else {}
-    return kind(**values, **options)  # pyright: ignore[reportOptionalCall]
+    return kind(**values, **options)  # pyright: ignore

@@ -124,14 +124,7 @@ class ThetaLayout:
         return ["K", *self.shared_names, *components]
 
     def mask(self, cardinality: Tensor) -> Tensor:
-        """Mark the active components.
-
-        Args:
-            cardinality: Cardinalities, shape ``(...)``.
-
-        Returns:
-            Boolean tensor of shape ``(..., Kmax)``.
-        """
+        """Mark the active components ``(..., Kmax)`` of cardinalities ``(...)``."""
         slots = torch.arange(self.max_cardinality, device=cardinality.device)
         return slots < cardinality.unsqueeze(-1)
 
@@ -157,18 +150,20 @@ class ThetaLayout:
                 f"{cardinality.min().item():g}..{cardinality.max().item():g}."
             )
         batch = cardinality.shape
-        expected = (*batch, self.max_cardinality, self.num_component_params)
-        if components.shape != expected:
-            raise ValueError(
-                f"components must have shape {expected}, got {tuple(components.shape)}."
-            )
-        if shared is None:
-            shared = components.new_zeros(*batch, 0)
-        if shared.shape != (*batch, self.num_shared):
-            raise ValueError(
-                f"shared must have shape {(*batch, self.num_shared)}, got "
-                f"{tuple(shared.shape)}."
-            )
+        shared = components.new_zeros(*batch, 0) if shared is None else shared
+        for name, part, event in (
+            (
+                "components",
+                components,
+                (self.max_cardinality, self.num_component_params),
+            ),
+            ("shared", shared, (self.num_shared,)),
+        ):
+            if part.shape != (*batch, *event):
+                raise ValueError(
+                    f"{name} must have shape {(*batch, *event)}, got "
+                    f"{tuple(part.shape)}."
+                )
         active = self.mask(cardinality).unsqueeze(-1)
         components = torch.where(active, components, components.new_zeros(()))
         return torch.cat(
@@ -181,14 +176,9 @@ class ThetaLayout:
         )
 
     def unpack(self, theta: Tensor) -> ThetaParts:
-        """Take theta rows apart.
+        """Take theta rows ``(..., E)`` apart.
 
-        Args:
-            theta: Rows of shape ``(..., E)``.
-
-        Returns:
-            The parts; a cardinality outside 0..Kmax is returned as it stands, see
-            :meth:`validate`.
+        A cardinality outside 0..Kmax is returned as it stands, see :meth:`validate`.
 
         Raises:
             ValueError: If the last axis is not E long.
@@ -208,19 +198,11 @@ class ThetaLayout:
         return self.unpack(theta).cardinality
 
     def is_well_formed(self, theta: Tensor) -> Tensor:
-        """Tell which rows are finite, have an integer K in 0..Kmax and zero padding.
-
-        Args:
-            theta: Rows of shape ``(..., E)``.
-
-        Returns:
-            Boolean tensor of shape ``(...)``.
-        """
+        """Tell which rows are finite, have an integer K in 0..Kmax and zero padding."""
         parts = self.unpack(theta)
-        k = theta[..., 0]
-        in_range = (k == k.round()) & (k >= 0) & (k <= self.max_cardinality)
         padding = parts.components.ne(0).any(-1) & ~parts.mask
-        return in_range & torch.isfinite(theta).all(-1) & ~padding.any(-1)
+        finite = torch.isfinite(theta).all(-1)
+        return self._has_cardinality(theta) & finite & ~padding.any(-1)
 
     def validate(self, theta: Tensor, name: str = "theta") -> None:
         """Raise unless every row can be read.
@@ -242,7 +224,7 @@ class ThetaLayout:
             bad = int((~torch.isfinite(theta).all(-1)).sum())
             raise ValueError(f"{name} must be finite: NaN or Inf in {bad} row(s).")
         k = theta[..., 0]
-        wrong = (k != k.round()) | (k < 0) | (k > self.max_cardinality)
+        wrong = ~self._has_cardinality(theta)
         if wrong.any():
             raise ValueError(
                 f"{name} must hold an integer cardinality K in "
@@ -253,31 +235,27 @@ class ThetaLayout:
     def canonical(self, theta: Tensor) -> Tensor:
         """Sort the active components ascending in the ``order_by`` parameter."""
         parts = self.unpack(theta)
-        key = parts.components[..., self.order_by]
-        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
-        return self._permute(parts, key.argsort(dim=-1, stable=True))
+        return self._sorted(parts, parts.components[..., self.order_by])
 
     def relabel(
         self, theta: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Give every row a labelling drawn uniformly from its K! labellings.
-
-        Args:
-            theta: Rows of shape ``(..., E)``.
-            generator: Source of randomness.
-
-        Returns:
-            Rows of the same shape that describe the same sets.
-        """
+        """Give every row a labelling drawn uniformly from its K! labellings."""
         parts = self.unpack(theta)
         key = torch.rand(parts.mask.shape, generator=generator, device=theta.device)
-        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
-        return self._permute(parts, key.argsort(dim=-1, stable=True))
+        return self._sorted(parts, key)
 
-    def _permute(self, parts: ThetaParts, order: Tensor) -> Tensor:
+    def _sorted(self, parts: ThetaParts, key: Tensor) -> Tensor:
+        """Rows with their active components ascending in a key ``(..., Kmax)``."""
+        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
+        order = key.argsort(dim=-1, stable=True)
         index = order.unsqueeze(-1).expand_as(parts.components)
         components = parts.components.gather(-2, index)
         return self.pack(parts.cardinality, components, parts.shared)
+
+    def _has_cardinality(self, theta: Tensor) -> Tensor:
+        k = theta[..., 0]
+        return (k == k.round()) & (k >= 0) & (k <= self.max_cardinality)
 
     def _check_length(self, theta: Tensor, name: str = "theta") -> None:
         if theta.ndim < 1 or theta.shape[-1] != self.size:

@@ -30,6 +30,7 @@ Example:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -328,10 +329,12 @@ class ScoredMarginal(_OtherMarginal):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """See :attr:`Marginal.spec`; ValueError for a class of the user's own."""
-        described = describe_distribution(self.distribution)
+        """See :attr:`Marginal.spec`; a class of the user's own stands as it is."""
+        law = self.distribution
+        with suppress(ValueError):
+            law = describe_distribution(law)
         spec = {"index": self.index, "ends": list(self.ends)}
-        return {"family": "scored", "distribution": described, **spec}
+        return {"family": "scored", "distribution": law, **spec}
 
     @cached_property
     def score(self) -> Transform:
@@ -519,8 +522,7 @@ class Marginals(Sequence[Marginal], Transform):
     def spec(self) -> dict[str, Any]:
         """Description from which :meth:`from_spec` rebuilds the marginals.
 
-        Raises:
-            ValueError: If a distribution is of a class of the user's own.
+        All of it is plain JSON, but for distributions of the user's own.
         """
         spec: dict[str, Any] = {"marginals": [m.spec for m in self._marginals]}
         if any(map(math.isfinite, self.periods)):

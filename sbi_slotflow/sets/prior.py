@@ -79,11 +79,11 @@ class VariableKPrior(Distribution):
         periods: Mapping[str, float] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.component = _one_dimensional(component, "component")
-        self.shared = None if shared is None else _one_dimensional(shared, "shared")
+        self.component, num_params = _one_dimensional(component, "component")
+        self.shared, num_shared = None, 0
+        if shared is not None:
+            self.shared, num_shared = _one_dimensional(shared, "shared")
         weights = cardinality_weights(cardinality)
-        num_params = _num_parameters(self.component)
-        num_shared = 0 if self.shared is None else _num_parameters(self.shared)
         self.layout = ThetaLayout(
             max_cardinality=len(weights) - 1,
             component_names=_names(component_names, "theta", num_params),
@@ -95,15 +95,12 @@ class VariableKPrior(Distribution):
         self.component_marginals = marginals_of(
             self.component, self.layout.component_periods
         )
-        self.shared_marginals = (
-            Marginals(())
-            if self.shared is None
-            else marginals_of(self.shared, self.layout.shared_periods)
-        )
         self._component_law = _law(self.component, self.component_marginals)
-        self._shared_law = (
-            None if self.shared is None else _law(self.shared, self.shared_marginals)
-        )
+        self.shared_marginals, self._shared_law = Marginals(()), None
+        if self.shared is not None:
+            turns = self.layout.shared_periods
+            self.shared_marginals = marginals_of(self.shared, turns)
+            self._shared_law = _law(self.shared, self.shared_marginals)
         self.min_separation = self._checked_separation(min_separation)
         super().__init__(
             batch_shape=torch.Size(),
@@ -179,7 +176,10 @@ class VariableKPrior(Distribution):
         densities = self._log_densities(parts)
         log_p = log_p + densities[0].sum(-1) + densities[1]
         if self.min_separation is not None:
-            log_p = log_p - self._log_separation(k).to(log_p)
+            low, high = self._order_marginal.bounds
+            circular, gap = self._order_period is not None, self.min_separation
+            log_z = log_separation_constant(k, gap, high - low, circular)
+            log_p = log_p - log_z.to(log_p)
         inside = self._inside(value, densities)
         return torch.where(inside, log_p, log_p.new_full((), -torch.inf))
 
@@ -231,27 +231,19 @@ class VariableKPrior(Distribution):
     def to(self, device: str | torch.device) -> "VariableKPrior":
         """Move the prior to a device, in place, and return it."""
         self.cardinality_probs = self.cardinality_probs.to(device)
-        laws = [law for law in (self._component_law, self._shared_law) if law]
-        for distribution in (
-            self.component,
-            self.shared,
-            *(law.distribution for law in laws),
-        ):
+        laws = [
+            law.distribution for law in (self._component_law, self._shared_law) if law
+        ]
+        for distribution in (self.component, self.shared, *laws):
             if distribution is not None:
                 move_all_tensor_to_device(distribution, device)
         self.__dict__.pop("_moments", None)
         return self
 
     def separated(self, theta: Tensor) -> Tensor:
-        """Tell which rows keep the least separation.
+        """Tell which rows ``(..., E)``, in any order, keep the least separation.
 
         A gap may fall short of it by the rounding of two float32 numbers.
-
-        Args:
-            theta: Rows of shape ``(..., E)``, in any order.
-
-        Returns:
-            Boolean tensor of shape ``(...)``.
         """
         if self.min_separation is None:
             return torch.ones(theta.shape[:-1], dtype=torch.bool, device=theta.device)
@@ -295,10 +287,7 @@ class VariableKPrior(Distribution):
         return layout.canonical(layout.pack(k, components, shared))
 
     def _log_densities(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
-        """Log densities of components ``(..., Kmax)`` and shared parameters ``(...)``.
-
-        Zero where there are none, and in the dtype of the rows.
-        """
+        """Of components ``(..., Kmax)`` and shared parameters; zero where none are."""
         # Padding becomes a point of the support, so that its gradient is no NaN.
         filled = torch.where(
             parts.mask.unsqueeze(-1),
@@ -320,13 +309,6 @@ class VariableKPrior(Distribution):
         each, shared = densities
         inside &= torch.isfinite(each).all(-1) & torch.isfinite(shared)
         return inside & self.separated(value)
-
-    def _log_separation(self, k: Tensor) -> Tensor:
-        assert self.min_separation is not None
-        low, high = self._order_marginal.bounds
-        return log_separation_constant(
-            k, self.min_separation, high - low, self._order_period is not None
-        )
 
     def _checked_separation(self, separation: float | None) -> float | None:
         if separation is None or separation == 0:
@@ -361,16 +343,13 @@ class VariableKPrior(Distribution):
     def _moments(self) -> tuple[Tensor, Tensor]:
         # Squares of small or large units leave the range of single precision.
         device = self.cardinality_probs.device
-        draws = self._seeded_draws().double()
+        with torch.no_grad(), forked_rng(generator_for(0)):
+            draws = self._draw(_NUM_MOMENT_SAMPLES).double()
         mean, variance = draws.mean(0), draws.var(0)
         k = torch.arange(self.max_cardinality + 1, device=device).to(mean)
         mean[0] = (self.cardinality_probs * k).sum()
         variance[0] = (self.cardinality_probs * (k - mean[0]).square()).sum()
         return mean, variance
-
-    def _seeded_draws(self) -> Tensor:
-        with torch.no_grad(), forked_rng(generator_for(0)):
-            return self._draw(_NUM_MOMENT_SAMPLES)
 
 
 class _SetSupport(constraints.Constraint):
@@ -448,7 +427,8 @@ def _distribution_weights(cardinality: Distribution) -> Tensor:
     return cardinality.log_prob(k).exp()
 
 
-def _one_dimensional(distribution: Distribution, name: str) -> Distribution:
+def _one_dimensional(distribution: Distribution, name: str) -> tuple[Distribution, int]:
+    """An unchecked copy of a distribution over vectors, and their length."""
     if not isinstance(distribution, Distribution):
         raise TypeError(
             f"{name} must be a torch Distribution, got {type(distribution).__name__}."
@@ -462,12 +442,7 @@ def _one_dimensional(distribution: Distribution, name: str) -> Distribution:
             f"{name} must have a one-dimensional event (a vector of parameters), got "
             f"samples of shape {tuple(shape[1:])}."
         )
-    return distribution
-
-
-def _num_parameters(distribution: Distribution) -> int:
-    with forked_rng(generator_for(0)):
-        return distribution.sample().numel()
+    return distribution, shape[1]
 
 
 def _names(names: Sequence[str] | None, stem: str, count: int) -> tuple[str, ...]:

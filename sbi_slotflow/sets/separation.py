@@ -28,18 +28,7 @@ __all__ = ["log_separation_constant", "sample_separated", "smallest_gap"]
 def log_separation_constant(
     cardinality: Tensor, separation: float, width: float, circular: bool = False
 ) -> Tensor:
-    """Log probability Z_K that K independent uniform points keep their distance.
-
-    Args:
-        cardinality: Numbers of points K, any shape.
-        separation: Least gap d.
-        width: Width W of the window.
-        circular: Whether its ends are joined.
-
-    Returns:
-        log Z_K, float64, of the shape of ``cardinality``; -inf where K points do not
-        fit.
-    """
+    """Log Z_K in float64 for each K, in a window or on a circle; -inf if none fit."""
     k = cardinality.double()
     others = (k - 1.0).clamp(min=0.0)
     gaps, power = (torch.where(others > 0, k, 0.0), others) if circular else (others, k)
@@ -54,18 +43,10 @@ def sample_separated(
     separation: float,
     circular: bool = False,
 ) -> Tensor:
-    """Draw sorted points with gaps of at least ``separation``.
+    """Draw points with gaps of at least ``separation`` for numbers K of shape ``(B,)``.
 
-    Args:
-        cardinality: Number of points in each row, shape ``(B,)``.
-        max_cardinality: Number of columns Kmax.
-        bounds: The window.
-        separation: Least gap d.
-        circular: Whether the window's ends are joined.
-
-    Returns:
-        Float64 points, shape ``(B, Kmax)``, ascending in the first K columns; later
-        columns are meaningless.
+    Float64, shape ``(B, Kmax)``, ascending in the first K columns; later columns are
+    meaningless.
     """
     low, high = bounds
     index = torch.arange(max_cardinality, device=cardinality.device)
@@ -96,15 +77,9 @@ def _on_circle(
 
 
 def smallest_gap(values: Tensor, mask: Tensor, period: float | None = None) -> Tensor:
-    """Least distance between two active values of each row, inf if fewer than two.
+    """Least distance of two active values in rows ``(..., Kmax)``, inf if fewer.
 
-    Args:
-        values: Shape ``(..., Kmax)``, in any order.
-        mask: Active entries, same shape.
-        period: Circumference of the circle that the values lie on; None for none.
-
-    Returns:
-        Shape ``(...)``.
+    On a circle of circumference ``period``, if that is given.
     """
     values = torch.where(mask, values, values.new_full((), math.inf))
     values = values.sort(-1).values
@@ -114,8 +89,5 @@ def smallest_gap(values: Tensor, mask: Tensor, period: float | None = None) -> T
         last = values.masked_fill(values.isinf(), -math.inf).amax(-1, keepdim=True)
         gaps = torch.cat([gaps, first + period - last], -1)
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)
-    return (
-        gaps.amin(-1)
-        if gaps.shape[-1]
-        else values.new_full(values.shape[:-1], math.inf)
-    )
+    none = values.new_full(values.shape[:-1], math.inf)
+    return gaps.amin(-1) if gaps.shape[-1] else none

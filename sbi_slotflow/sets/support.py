@@ -44,25 +44,14 @@ _ADVICE = "Give parameters whose supports are intervals, each on its own"
 
 
 def log_density(distribution: Distribution, values: Tensor) -> Tensor:
-    """Log density of vectors, -inf outside the distribution's own support.
-
-    Args:
-        distribution: Distribution over D parameters.
-        values: Shape ``(n, D)``.
-
-    Returns:
-        Shape ``(n,)``.
-    """
+    """Log density ``(n,)`` of vectors ``(n, D)``, -inf outside their own support."""
     log_p = column_log_density(distribution, values)
     # An un-wrapped univariate distribution counts its parameters as a batch.
     return log_p.sum(-1) if log_p.ndim > 1 else log_p
 
 
 def column_log_density(distribution: Distribution, values: Tensor) -> Tensor:
-    """Log density in the shape of the distribution's own ``log_prob``.
-
-    A batch of univariate distributions gives one for each.
-    """
+    """Log density in the shape of ``log_prob``: one each for a univariate batch."""
     if isinstance(distribution, MultipleIndependent):
         chunks = values.split([int(n) for n in distribution.dims_per_dist], dim=-1)
         pairs = zip(distribution.dists, chunks, strict=True)
@@ -86,6 +75,10 @@ def column_log_density(distribution: Distribution, values: Tensor) -> Tensor:
     else:
         inside = distribution.support.check(values)  # pyright: ignore
     return torch.where(inside & ~log_p.isnan(), log_p, -math.inf)
+
+
+def _sum_last(values: Tensor, count: int) -> Tensor:
+    return values.flatten(-count).sum(-1) if count else values
 
 
 def _log_density_of_image(
@@ -113,13 +106,7 @@ def _log_density_of_image(
 
 
 def bounds_of(distribution: Distribution) -> tuple[Tensor, Tensor]:
-    """Least and largest value of each parameter.
-
-    Args:
-        distribution: Distribution over D parameters.
-
-    Returns:
-        Two float64 tensors of shape ``(D,)``.
+    """Least and largest value of each parameter, float64 ``(D,)``.
 
     Raises:
         ValueError: If the support is not a product of D intervals, such as a simplex,
@@ -185,27 +172,21 @@ def _image(
     """Ends of the image of an interval."""
     least, most = _ends(distribution, transform.codomain)
     single = _elementwise(transform)
+    fault, images = "", torch.empty(0)
     if not transform.bijective:
-        raise ValueError(
-            f"{type(transform).__name__} is not invertible, so that "
-            f"{_name(distribution)} has no density. {_ADVICE}."
-        )
-    if single is None:
-        if bool(low.isfinite().any() | high.isfinite().any()):
-            raise ValueError(
-                f"{type(transform).__name__} mixes parameters that have bounds, so "
-                f"that {_name(distribution)}'s support is no product of intervals. "
-                f"{_ADVICE}."
-            )
-        shape = transform.forward_shape(low.shape)
-        ends = (_double(end).expand(shape) for end in (least, most))
-        return next(ends), next(ends)
-    images = torch.stack([single(low), single(high)]).double()  # pyright: ignore
-    if images.isnan().any():
-        raise ValueError(
-            f"{type(transform).__name__} does not map the support of "
-            f"{_name(distribution)}'s base to an interval. {_ADVICE}."
-        )
+        fault = "is not invertible"
+    elif single is None:
+        if not bool(low.isfinite().any() | high.isfinite().any()):
+            shape = transform.forward_shape(low.shape)
+            return _double(least).expand(shape), _double(most).expand(shape)
+        fault = "mixes parameters that have bounds"
+    else:
+        images = torch.stack([single(low), single(high)]).double()  # pyright: ignore
+        if images.isnan().any():
+            fault = "does not map the support of the base to an interval"
+    if fault:
+        name = type(transform).__name__
+        raise ValueError(f"{name} {fault}, in {_name(distribution)}. {_ADVICE}.")
     # Rounding keeps the image of infinity off the end of the transform's own range.
     ends = torch.stack([low, high])
     for end in (least, most):
@@ -244,11 +225,7 @@ def _ends(
 
 
 def flattened(distribution: Distribution) -> Distribution | None:
-    """The same law as a batch of D univariate distributions; None if there is none.
-
-    Args:
-        distribution: Distribution over D parameters, no ``MultipleIndependent``.
-    """
+    """The same law as a batch of D univariate distributions; None if there is none."""
     if isinstance(distribution, Independent):
         return flattened(distribution.base_dist)
     if not distribution.event_shape:
@@ -284,10 +261,6 @@ def _is_plainly_transformed(
         and kind.log_prob is TransformedDistribution.log_prob
         and kind.support is TransformedDistribution.support
     )
-
-
-def _sum_last(values: Tensor, count: int) -> Tensor:
-    return values.flatten(-count).sum(-1) if count else values
 
 
 def _double(end: Tensor | float) -> Tensor:

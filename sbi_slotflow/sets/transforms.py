@@ -91,7 +91,7 @@ class Affine(Transform):
     scale: float = 1.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = (x - self.location) / self.scale
         return y, torch.full_like(y, -math.log(self.scale))
 
@@ -108,7 +108,7 @@ class Logarithm(Transform):
     upper: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = (self.bound - x if self.upper else x - self.bound).log()
         return (-y if self.upper else y), -y
 
@@ -125,7 +125,7 @@ class Logit(Transform):
     high: float
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         below, above = (x - self.low).log(), (self.high - x).log()
         return below - above, math.log(self.high - self.low) - below - above
 
@@ -137,21 +137,11 @@ class Logit(Transform):
 
 
 class StraightTails(Transform):
-    r"""A step whose tails are those of another, where its own lose their digits.
+    r"""An increasing step T with the tails of another, O, where T loses its digits.
 
-    .. math::
-        y = T(x) \;\; (x_1 \le x \le x_2), \qquad
-        y = y_i + s_i\,(O(x) - O(x_i)) \;\; \text{beyond } x_i
-
-    with :math:`s_i` such that y has a continuous slope.
-
-    Args:
-        inner: The increasing step T.
-        outer: The increasing step O, on the whole of T's domain.
-        ends: y_1 and y_2.
-
-    Raises:
-        ValueError: If a step is not finite at the ends.
+    :math:`y = T(x)` between the ends y_1 and y_2 and
+    :math:`y_i + s_i\,(O(x) - O(x_i))` beyond, with :math:`s_i` such that y has a
+    continuous slope.
     """
 
     def __init__(
@@ -168,7 +158,7 @@ class StraightTails(Transform):
         self._log_slope, self._slope = log_slope.tolist(), log_slope.exp().tolist()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y, log_det = self.inner.forward(x.clamp(*self._x))
         for i, beyond in enumerate((x < self._x[0], x > self._x[1])):
             w, log_slope = self.outer.forward(torch.where(beyond, x, self._x[i]))
@@ -188,17 +178,12 @@ class StraightTails(Transform):
 
 @dataclass(frozen=True)
 class Bend(Transform):
-    r"""Tails on a logarithmic scale.
-
-    .. math::
-        y = x \;\; (|x| \le b), \qquad
-        y = \operatorname{sgn}(x)\,(b + \log(1 + |x| - b)) \;\; \text{beyond}
-    """
+    """y = x for abs(x) <= b, and y = sgn(x) (b + log(1 + abs(x) - b)) beyond."""
 
     start: float
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         beyond = (x.abs() - self.start).clamp(min=0.0)
         bent = x.sign() * (self.start + beyond.log1p())
         return torch.where(beyond > 0, bent, x), -beyond.log1p()
@@ -216,9 +201,7 @@ class Cut(Transform):
         y = \Phi^{-1}\left(
             \frac{\Phi(x) - \Phi(\alpha)}{\Phi(\beta) - \Phi(\alpha)} \right)
 
-    Args:
-        low: Ends alpha, of a shape that broadcasts with that of x.
-        high: Ends beta.
+    alpha (``low``) and beta (``high``) have shapes that broadcast with that of x.
     """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
@@ -229,7 +212,7 @@ class Cut(Transform):
         self._mass = share.abs().clamp(min=_LEAST_MASS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         # Likewise on x's side of zero.
         flip = torch.where(x > 0, -1.0, 1.0).to(x)
         here, low, high = (_ndtr(flip * end) for end in (x, self.low, self.high))
@@ -258,7 +241,7 @@ class Columns(Transform):
         self.steps = tuple(steps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         pairs = [
             step.forward(column)
             for step, column in zip(self.steps, x.unbind(-1), strict=True)
@@ -273,18 +256,16 @@ class Columns(Transform):
 
 
 class LowerTriangular(Transform):
-    """y = C^-1 (x - location), with C lower triangular and its diagonal positive.
+    """y = C^-1 (x - m), with C lower triangular and its diagonal positive.
 
-    Args:
-        location: Shape ``(D,)`` or ``(N, D)``.
-        factor: C, shape ``(D, D)`` or ``(N, D, D)``.
+    m has the shape ``(D,)`` or ``(N, D)``, C ``(D, D)`` or ``(N, D, D)``.
     """
 
     def __init__(self, location: Tensor, factor: Tensor) -> None:
         self.location, self.factor = location, factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = solve_lower(self.factor.to(x), x - self.location.to(x))
         log_det = -self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return y, log_det.to(x).expand(x.shape[:-1])
@@ -302,7 +283,7 @@ class Permutation(Transform):
         self._back = [self.order.index(d) for d in range(len(self.order))]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         return x[..., self.order], torch.zeros_like(x[..., 0])
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -314,12 +295,7 @@ class Permutation(Transform):
 class Shear(Transform):
     """y[column] = x[column] + rate * x[by], the other numbers as they are.
 
-    Attributes:
-        column: The number that is moved.
-        by: The number that moves it.
-        rate: By how much.
-        period: Where the number is circular, so that both lie in one turn.
-        low: Where the turn starts.
+    If it is circular, with a finite ``period``, both lie in one turn from ``low`` on.
     """
 
     column: int
@@ -329,7 +305,7 @@ class Shear(Transform):
     low: float = 0.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         return self._moved(x, self.rate * x[..., self.by]), torch.zeros_like(x[..., 0])
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -351,17 +327,13 @@ class Polar(Transform):
 
     It has unit Jacobian. If h is unit exponential and psi uniform on a whole turn, the
     point is standard normal (Box and Muller 1958). psi comes back in [-pi, pi].
-
-    Attributes:
-        half_square: Index of h.
-        angle: Index of psi.
     """
 
     half_square: int
     angle: int
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         columns = list(x.unbind(-1))
         r = (2 * columns[self.half_square]).sqrt()
         psi = columns[self.angle]
@@ -384,7 +356,7 @@ class Compose(Transform):
         self.steps = tuple(steps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         x, total = self.steps[0].forward(x)
         for step in self.steps[1:]:
             x, log_det = step.forward(x)

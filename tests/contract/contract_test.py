@@ -59,10 +59,10 @@ Rule = Close | AtLeast | Within
 # ``freeze.py --check`` alone. A mixture over cell sets that gains a floor over all
 # feasible sets changes seeded draws, densities of draws by 1e-6, and raises others'.
 #
-# The group weights-crowded was frozen anew: a set's evidence, an average over 16 points,
-# used to depend on which other K were asked for at once, by up to 0.5 nats. Asked for
-# one K at a time, the code of the first reference gives the densities of the second
-# to 2e-5.
+# The group weights-crowded was frozen anew: a set's evidence, an average over 16
+# points, used to depend on which other K were asked for at once, by up to 0.5 nats.
+# Asked for one K at a time, the code of the first reference gives the densities of the
+# second to 2e-5.
 TOLERANCES: tuple[tuple[str, Rule | None], ...] = (
     # priors, simulators and likelihoods: the same formula
     ("*.theta", Close(1e-6, 1e-6)),

@@ -31,14 +31,12 @@ from sbi_slotflow.nn.cell_chain import (
     PrunedChain,
     UniformCells,
 )
-from sbi_slotflow.nn.cell_head import CellHead
-from sbi_slotflow.nn.cells import CellAxis
+from sbi_slotflow.nn.cell_head import CellHead, IndependentHead
+from sbi_slotflow.nn.cells import CellAxis, unique_rows
 from sbi_slotflow.nn.encoders import Observations
-from sbi_slotflow.nn.independent_head import IndependentHead
 from sbi_slotflow.nn.local_density import LocalDensity
-from sbi_slotflow.nn.registry import build
+from sbi_slotflow.nn.spec import build
 from sbi_slotflow.nn.token_encoder import TokenEncoder, TraceTokens
-from sbi_slotflow.nn.unique_rows import unique_rows
 from sbi_slotflow.problems.sinusoids.tokens import BandTokens
 from sbi_slotflow.sets.layout import ThetaParts
 

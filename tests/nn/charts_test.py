@@ -50,7 +50,9 @@ class Case:
             turned = TWO_PI - gap[..., self.phase]
             gap[..., self.phase] = torch.minimum(gap[..., self.phase], turned)
         widths = [
-            m.b if str(m) == "normal" else m.bounds[1] - m.bounds[0]
+            m.b
+            if isinstance(m, ClosedMarginal) and str(m) == "normal"
+            else m.bounds[1] - m.bounds[0]
             for m in self.chart.marginals
         ]
         return (gap / torch.tensor(widths, dtype=torch.float64)).max()
@@ -227,7 +229,9 @@ def test_inverse_stays_inside_the_support_however_extreme_u_is(
 
 def test_forward_is_finite_on_the_bounds_of_the_support(case: Case) -> None:
     ends = [
-        (m.a - 8 * m.b, m.a + 8 * m.b) if str(m) == "normal" else m.bounds
+        (m.a - 8 * m.b, m.a + 8 * m.b)
+        if isinstance(m, ClosedMarginal) and str(m) == "normal"
+        else m.bounds
         for m in case.chart.marginals
     ]
     components = torch.tensor(list(itertools.product(*ends)), dtype=torch.float64)
@@ -343,7 +347,7 @@ def test_circle_chart_stays_inside_the_support(preset: str) -> None:
 
 def test_polar_chart_refuses_a_phase_that_is_not_a_whole_turn() -> None:
     marginals = marginals_of(joint(uniform(0.5, 1.5), uniform(0.0, 3.0)))
-    with pytest.raises(ValueError, match=r"phase must be uniform on \[0, 2 pi\)"):
+    with pytest.raises(ValueError, match=r"angle must be uniform on \[0, 2 pi\)"):
         PolarChart(marginals)
 
 
@@ -360,7 +364,7 @@ def test_circle_chart_refuses_another_number_of_parameters() -> None:
 
 
 def test_circle_chart_refuses_a_phase_that_is_not_a_whole_turn() -> None:
-    with pytest.raises(ValueError, match=r"phase must be uniform on \[0, 2 pi\)"):
+    with pytest.raises(ValueError, match=r"angle must be uniform on \[0, 2 pi\)"):
         CircleChart([ClosedMarginal("uniform", 0.0, 1.0)] * 3)
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, encode
-from sbi_slotflow.nn.paper.domains import make_front_end
-from sbi_slotflow.nn.paper.dual_stream import DualStreamEncoder
-from sbi_slotflow.nn.registry import build
+from sbi_slotflow.nn.paper.dual_stream import DualStreamEncoder, make_front_end
+from sbi_slotflow.nn.spec import build
 
 DOMAINS = ("time", "frequency", "time-frequency")
 LENGTHS = (90, 64)

@@ -35,7 +35,7 @@ from sbi_slotflow.nn import (
 )
 from sbi_slotflow.storage import read_tensors, write_tensors
 
-FORMAT = "sbi_slotflow.SlotDensityEstimator"
+FORMAT, VERSION = "sbi_slotflow.SlotDensityEstimator", 2
 SMALL: dict[str, Any] = {
     "hidden_features": 16,
     "trunk_features": 16,
@@ -483,14 +483,15 @@ def test_a_cardinality_out_of_range_is_refused(bad: float) -> None:
 def test_each_observation_gets_draws_of_its_own(variant: Variant) -> None:
     # Given K, a seed spends the same noise on either batch: draws of the observation
     # that they share are the same, the others differ.
-    estimator = variant.copy(noise=0.1)
+    # With little noise on the weights, no draw is pressed to an end of the prior.
+    estimator = variant.copy(noise=0.03)
     x, k = variant.x, torch.tensor(2)
     first = estimator.sample((5,), x[[0, 1, 2]], k, seeded())
     second = estimator.sample((5,), x[[3, 1, 4]], k, seeded())
     gap = (first - second).abs().amax(-1)
     rounding = gap[:, 1].max()
     assert rounding < 1e-3
-    assert (gap[:, [0, 2]] > 10 * rounding + 1e-4).all()
+    assert (gap[:, [0, 2]] > 10 * rounding + 1e-5).all()
 
 
 # --- the density
@@ -1055,7 +1056,7 @@ def test_a_pickle_is_refused_unread(saved: Path) -> None:
 
 
 def test_a_file_of_another_format_or_a_newer_version_is_refused(saved: Path) -> None:
-    tensors, meta = read_tensors(saved, FORMAT, 1)
+    tensors, meta = read_tensors(saved, FORMAT, VERSION)
     saved.unlink()
     write_tensors(saved, tensors, {**meta, "format": "sbi_slotflow.TrainingState"})
     with pytest.raises(ValueError, match=r"holds .*TrainingState, expected"):
@@ -1099,7 +1100,7 @@ def changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_a_spec_that_does_not_fit_is_refused(
     saved: Path, field: str, value: Any
 ) -> None:
-    tensors, meta = read_tensors(saved, FORMAT, 1)
+    tensors, meta = read_tensors(saved, FORMAT, VERSION)
     spec = changed(meta["spec"], field, value)
     write_tensors(saved, tensors, {**meta, "spec": spec})
     with pytest.raises(ValueError, match=r"spec|kind|fit"):
@@ -1107,7 +1108,7 @@ def test_a_spec_that_does_not_fit_is_refused(
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(saved: Path) -> None:
-    tensors, meta = read_tensors(saved, FORMAT, 1)
+    tensors, meta = read_tensors(saved, FORMAT, VERSION)
     tensors.pop("x_scale")
     write_tensors(saved, tensors, meta)
     with pytest.raises(ValueError, match="does not fit its spec"):

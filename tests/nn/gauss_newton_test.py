@@ -16,7 +16,7 @@ from sbi_slotflow.nn.gauss_newton import (
 )
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
-from sbi_slotflow.nn.registry import build, describe
+from sbi_slotflow.nn.spec import build, describe
 from sbi_slotflow.problems.sinusoids.fit import SineFit
 from sbi_slotflow.sets.transforms import solve_lower
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from sbi_slotflow import slot_nn
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.cells import OccupiedCells
-from sbi_slotflow.nn.evidence import log_evidence
-from sbi_slotflow.nn.modes import Modes
+from sbi_slotflow.nn.modes import Modes, log_evidence
 from sbi_slotflow.problems import sinusoids
 
 # amplitudes under a log-uniform prior, which prefers small ones

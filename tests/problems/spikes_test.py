@@ -17,7 +17,7 @@ from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
 from sbi_slotflow.nn.local_transform import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
-from sbi_slotflow.nn.registry import build, describe
+from sbi_slotflow.nn.spec import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes
 from sbi_slotflow.problems import least_squares as additive_fit
 from sbi_slotflow.sets.marginals import ClosedMarginal

@@ -50,7 +50,7 @@ from torch.distributions import (
     constraints,
 )
 
-from sbi_slotflow import VariableKPrior
+from sbi_slotflow import VariableKPrior, slot_nn
 from sbi_slotflow.sets.marginals import (
     ClosedMarginal,
     Marginal,
@@ -575,15 +575,25 @@ def test_a_distribution_of_the_users_own_is_mapped_inside_its_support(
 
 def test_a_quantile_of_the_users_own_gives_the_exact_map() -> None:
     prior = VariableKPrior(Truncated(), [0.0, 1.0])
-    reference = stats.truncnorm(-1.0, 2.0)
+    reference: Any = stats.truncnorm(-1.0, 2.0)
     values = torch.from_numpy(reference.ppf(np.linspace(1e-4, 1 - 1e-4, 101)))
     u, log_det = prior.component_marginals.forward(values.unsqueeze(-1))
     expected = stats.norm.ppf(reference.cdf(values))
     torch.testing.assert_close(u[:, 0], torch.from_numpy(expected))
     slope = reference.logpdf(values) - stats.norm.logpdf(expected)
     torch.testing.assert_close(log_det, torch.from_numpy(slope))
+    again = Marginals.from_spec(prior.component_marginals.spec)
+    torch.testing.assert_close(again.forward(values.unsqueeze(-1))[0], u)
+
+
+def test_only_a_file_needs_a_distribution_that_it_can_describe(tmp_path: Any) -> None:
+    prior = VariableKPrior(Truncated(), [0.0, 1.0])
+    theta = prior.sample((50,))
+    estimator = slot_nn(prior, hidden_features=8)(theta, theta[:, 1:])
+    draws = estimator.sample((20,), theta[:2, 1:])
+    assert prior.log_prob(draws).isfinite().all()
     with pytest.raises(ValueError, match="a file cannot describe Truncated"):
-        _ = prior.component_marginals.spec
+        estimator.save(tmp_path / "own.safetensors")
 
 
 def test_a_fit_of_the_users_own_comes_back_from_json() -> None:

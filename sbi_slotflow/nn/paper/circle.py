@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...sets.marginals import Marginal
 from ..charts import Chart, check_angle
-from ..registry import register
+from ..spec import register
 
 __all__ = ["CircleChart"]
 

@@ -151,7 +151,7 @@ class CollapsedSampler:
         components = self.statistics.components(fit.amplitudes, fit.frequency)
         low, high = self.prior.component_marginals[0].bounds
         margin = 1e-6 * (high - low)
-        components[:, 0] = np.clip(components[:, 0], low + margin, high - margin)
+        components[:, 0] = components[:, 0].clip(low + margin, high - margin)
         low, high = self.prior.shared_marginals[0].bounds
         sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
         margin = 1e-3 * (high - low)

@@ -27,7 +27,7 @@ from scipy.signal import zoom_fft
 from torch import Tensor
 
 from ...nn.gauss_newton import NormalEquations
-from ...nn.registry import register
+from ...nn.spec import register
 from ...sets.layout import ThetaLayout
 from ..simulator import WhiteNoise
 from .grid import Grid, SineSignal, dirichlet, moments, near_square_root, unit_circle

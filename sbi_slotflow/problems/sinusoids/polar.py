@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...nn.charts import StepChart, check_angle
-from ...nn.registry import register
+from ...nn.spec import register
 from ...sets.layout import ThetaLayout
 from ...sets.marginals import ExponentialScore, Marginal, Marginals
 from ...sets.transforms import (

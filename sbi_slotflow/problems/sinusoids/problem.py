@@ -346,15 +346,11 @@ def sinusoids(
     setup = replace(setup, **changes)
     if changes:
         _check_setup(setup, known)
+    law = log_uniform if setup.log_amplitude else uniform
+    phase = uniform(0.0, 2 * math.pi)
+    parts = [law(*setup.amplitude), phase, uniform(*setup.frequency)]
     prior = VariableKPrior(
-        MultipleIndependent(
-            [
-                (log_uniform if setup.log_amplitude else uniform)(*setup.amplitude),
-                uniform(0.0, 2 * math.pi),
-                uniform(*setup.frequency),
-            ],
-            validate_args=False,
-        ),
+        MultipleIndependent(parts, validate_args=False),
         setup.weights if cardinality is None else cardinality,
         shared=None if known else Independent(uniform(*setup.sigma), 1),
         min_separation=setup.separation,
@@ -405,8 +401,7 @@ class ResampledNoise:
             left = position.floor().long().clamp(max=num - 2)
             weight = (position - left).to(signal)
             streams.append(fine[:, left] * (1 - weight) + fine[:, left + 1] * weight)
-        sigma = shared[..., :1]
-        return torch.cat(streams, dim=-1) * sigma
+        return torch.cat(streams, dim=-1) * shared[..., :1]
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Raise NotImplementedError: interpolated noise has no simple likelihood."""

@@ -8,7 +8,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-from ...nn.registry import register
+from ...nn.spec import register
 from .fit import SineFit
 from .grid import Grid, unit_circle
 from .pursuit import SinePursuit

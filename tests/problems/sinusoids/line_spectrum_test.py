@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from sbi_slotflow import SlotDensityEstimator, SlotPosterior, slot_nn
-from sbi_slotflow.nn.registry import build
+from sbi_slotflow.nn.spec import build
 from sbi_slotflow.problems import LineSpectrum, line_spectrum
 from sbi_slotflow.problems.sinusoids.line_spectrum import clustered
 from sbi_slotflow.problems.sinusoids.pursuit import SinePursuit
