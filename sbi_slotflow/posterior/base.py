@@ -48,18 +48,17 @@ _DIRECT = (
 )
 _ONE_PASS = "draws are made in one pass and need no rejection, which takes no time"
 _SAMPLING: _Keywords = {
-    "show_progress_bars": (None, ""),
-    "max_sampling_batch_size": (None, ""),
+    **dict.fromkeys(("show_progress_bars", "max_sampling_batch_size"), (None, "")),
     "reject_outside_prior": ((True,), "draws lie in the prior's support anyway"),
     "max_sampling_time": ((None,), _ONE_PASS),
     "return_partial_on_timeout": ((False,), _ONE_PASS),
     "sample_with": ((None, "direct"), _DIRECT),
 }
 _NO_ASCENT = "the densest draw is taken; there is no gradient ascent"
+_UNUSED = ("show_progress_bars", "force_update", "save_best_every")
 _MAXIMISING: _Keywords = {
     "init_method": (("posterior",), "draws of the posterior are compared"),
-    **dict.fromkeys(("show_progress_bars", "force_update"), (None, "")),
-    "save_best_every": (None, ""),
+    **dict.fromkeys(_UNUSED, (None, "")),
     **dict.fromkeys(("num_iter", "num_to_optimize", "learning_rate"), ((), _NO_ASCENT)),
 }
 _NUM_SAMPLES = 4_000
@@ -68,9 +67,8 @@ _NUM_SAMPLES = 4_000
 class Posterior(ABC):
     """Base of all posteriors over sets of components.
 
-    x may be a tensor, a numpy array or whatever else
-    :func:`~sbi_slotflow.sets.checks.as_floats` takes, of shape ``(*event)`` for one
-    observation or ``(B, *event)`` for a batch.
+    x is anything that :func:`~sbi_slotflow.sets.checks.as_floats` takes, of shape
+    ``(*event)`` for one observation or ``(B, *event)`` for a batch.
 
     Attributes:
         prior: Prior over theta rows. Draws of a sampler come without.
@@ -154,8 +152,8 @@ class Posterior(ABC):
 
         Raises:
             NotImplementedError: If ``sample_with`` asks for another sampler.
-            TypeError: If an argument is of a wrong type or a keyword unknown.
-            ValueError: If x is a batch or malformed, or k out of range.
+            TypeError, ValueError: If an argument is malformed, x a batch, k out of
+                range, or a keyword unknown.
         """
         check_keywords("sample", kwargs)
         distribution, _ = self._given_one(x, "sample", "; use .sample_batched()")
@@ -238,18 +236,11 @@ class Posterior(ABC):
     def map(
         self, x: Numbers | None = None, num_init_samples: int = 1_000, **kwargs: Any
     ) -> Tensor:
-        """Return the densest of some draws given the most probable K.
+        """Return the densest of some draws given the most probable K, ``(1, E)``.
 
         Densities of sets of different size have different units, so the most probable
-        K is chosen first.
-
-        Args:
-            x: One observation; the default x if None.
-            num_init_samples: Number of draws, from a fixed seed.
-            kwargs: sbi's keywords, where they ask for what is done anyway.
-
-        Returns:
-            One theta row, shape ``(1, E)``.
+        K is chosen first. The ``num_init_samples`` draws come from a fixed seed; for
+        the keywords see :meth:`sample`.
         """
         check_keywords("map", kwargs, _MAXIMISING)
         distribution, batch = self._given_one(x, "map")
@@ -292,21 +283,12 @@ class Posterior(ABC):
     ) -> "DataTree":
         """Return draws as an ArviZ tree; see :func:`~sbi_slotflow.to_datatree`.
 
-        Args:
-            num_samples: Number of draws. If None, 4,000; or all draws of a sampler in
-                their chains, weights beside them in the group ``sample_stats``.
-            x: One observation; the default x if None.
-            generator: Source of randomness; a new one, whose seed is kept in the
-                attributes, if None.
-            samples: Draws ``(S, E)`` to use instead of new ones.
-            problem: The :class:`~sbi_slotflow.Problem` of x, for prior and simulator,
-                and for ``lp`` where the posterior has no density: the log posterior up
-                to a constant. It must have the posterior's layout.
-            true_theta: A true theta row, if known.
-            log_prob: Whether to evaluate the draws' log density, ``lp``.
-            num_predictive: See :func:`~sbi_slotflow.to_datatree`.
-            num_prior: Draws of the prior, if it is known; 0 for none.
-            attrs: Further attributes of the tree.
+        ``num_samples`` draws are taken: 4,000 if None, or all of a sampler in their
+        chains, weights beside them in the group ``sample_stats``; ``samples`` ``(S,
+        E)`` replace them. A generator of None is a new one, whose seed is kept in the
+        attributes. The :class:`~sbi_slotflow.Problem` of x gives prior, simulator, and
+        ``lp`` up to a constant where the posterior has no density; ``log_prob`` tells
+        whether ``lp`` is asked for. 0 for ``num_prior`` leaves out draws of the prior.
         """
         if problem is not None and problem.layout != self._layout:
             raise ValueError(
@@ -430,16 +412,14 @@ class Posterior(ABC):
                 raise ValueError("x must be given where no default x is set.")
             return self.default_x
         x, event = as_floats(x, "x").to(self._device), self.event_shape
-        if x.shape not in (event, (*x.shape[:1], *event)):
+        shape = tuple(x.shape)
+        if shape not in (event, (*shape[:1], *event)):
             sizes = ", ".join(map(str, event))
             raise ValueError(
-                f"x must have shape {tuple(event)} or (batch, {sizes}), got "
-                f"{tuple(x.shape)}."
+                f"x must have shape {tuple(event)} or (batch, {sizes}), got {shape}."
             )
         if not x.numel():
-            raise ValueError(
-                f"x must hold at least one observation, got {tuple(x.shape)}."
-            )
+            raise ValueError(f"x must hold at least one observation, got {shape}.")
         if not torch.isfinite(x).all():
             raise ValueError("x must be finite, got NaN or Inf.")
         return x
@@ -484,20 +464,16 @@ class PosteriorOfOne(Posterior):
 
     def set_default_x(self, x: Numbers) -> Self:
         """Check that x is the observation."""
-        self._check(x)
-        return self
-
-    def given(self, x: Tensor) -> SetDistribution:
-        """Return the distribution, if x is the observation ``(1, *event)``."""
-        self._check(x)
-        return self._distribution()
-
-    def _check(self, x: Numbers) -> None:
         batch = self.observations(x)
         if len(batch) != 1 or not torch.equal(batch[0].to(self.x), self.x):
             raise ValueError(
                 "x differs from the observation that this posterior belongs to."
             )
+        return self
+
+    def given(self, x: Tensor) -> SetDistribution:
+        """Return the distribution, if x is the observation ``(1, *event)``."""
+        return self.set_default_x(x)._distribution()
 
     @abstractmethod
     def _distribution(self) -> SetDistribution:

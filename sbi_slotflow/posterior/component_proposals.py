@@ -38,7 +38,7 @@ _WIDTH_POWER = 0.25
 class ComponentProposal(Protocol):
     """A density over one component that can be drawn from and evaluated."""
 
-    def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_component(self, n: int, generator: torch.Generator | None) -> Tensor:
         """Draw n components, shape ``(n, D)``."""
         ...
 
@@ -53,7 +53,7 @@ class PriorComponents:
 
     component: Distribution
 
-    def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_component(self, n: int, generator: torch.Generator | None) -> Tensor:
         """See :class:`ComponentProposal`."""
         with forked_rng(generator):
             return self.component.sample(torch.Size((n,))).reshape(n, -1)
@@ -119,7 +119,7 @@ class PooledComponents:
         scale = self.factor.diagonal(dim1=-2, dim2=-1).prod(-1)
         self.height = self.weights / scale * math.exp(log_norm)
 
-    def sample_component(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_component(self, n: int, generator: torch.Generator | None) -> Tensor:
         """See :class:`ComponentProposal`."""
         broad = self.prior.sample_component(n, generator).double()
         if self.prior_share == 1:

@@ -21,9 +21,8 @@ circular parameters are shifted by whole periods to near their circular mean. Of
 ``posterior``, ``summary(tree, skipna=True)`` speaks of those draws that have the
 component.
 
-ArviZ 1.x needs Python 3.12; its parts ``arviz-base``, ``arviz-stats`` and
-``arviz-plots`` also run on 3.11 and are the same there. This package uses the parts,
-here and in :mod:`sbi_slotflow.posterior.weights`.
+ArviZ 1.x needs Python 3.12. Its parts ``arviz-base``, ``arviz-stats`` and
+``arviz-plots``, which this package uses, also run on 3.11 and are the same there.
 """
 
 import json
@@ -86,20 +85,16 @@ def to_datatree(
         weights: Importance weights, shape ``(chains, draws)``.
         log_prob: Log densities of the rows as sets, shape ``(chains, draws)``.
         statistics: Numbers for ``sample_stats``, such as the effective sample size.
-        simulator: Simulator of x. With a method ``signal`` it gives the noise-free
-            signals of the draws; if it can be called as ``simulator(theta, generator)``
-            it gives replicates of x too.
+        simulator: Simulator of x, whose method ``signal`` gives noise-free signals; if
+            it can be called, ``simulator(theta, generator)`` gives replicates of x too.
         num_predictive: Draws in ``posterior_predictive``, resampled if there are
             weights, else evenly spaced; 0 for none.
         prior_samples: Rows of the prior, shape ``(draws, E)``.
-        generator: Source of randomness of what is resampled and simulated; torch's
-            global generator if None.
+        generator: Source of what is resampled and simulated; torch's global one if
+            None.
         model_card: How the network was trained, kept as JSON in the attributes.
-        attrs: Further attributes of the tree. Those that are always there are the
-            versions of the packages and the names of the parameters.
-
-    Returns:
-        The tree.
+        attrs: Further attributes, beside the packages' versions and the names of the
+            parameters.
 
     Raises:
         TypeError: If the rows are not floating-point.
@@ -107,25 +102,35 @@ def to_datatree(
             ``num_predictive`` is negative.
     """
     samples = _chains(samples, layout)
-    _check_shape(weights, samples, "weights")
-    _check_shape(log_prob, samples, "log_prob")
+    for name, values in (("weights", weights), ("log_prob", log_prob)):
+        if values is not None and values.shape != samples.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {tuple(samples.shape[:-1])}, got "
+                f"{tuple(values.shape)}."
+            )
     if num_predictive < 0:
         raise ValueError(f"num_predictive must not be negative, got {num_predictive}.")
     generator = generator or generator_for(draw_seed(None))
+    columns = {"active": layout.unpack(samples).mask.numpy()}
+    for name, values in (("lp", log_prob), ("weight", weights)):
+        if values is not None:
+            columns[name] = values.detach().cpu().numpy()
+    numbers = {name: float(value) for name, value in (statistics or {}).items()}
     groups = {
         "posterior": _dataset(samples, layout),
         "posterior_given_k": _given_k(samples, layout, weights, generator),
-        "sample_stats": _statistics(samples, layout, weights, log_prob, statistics),
+        "sample_stats": _by_component(columns, layout, ["active"]).assign(numbers),
     }
     if x is not None:
         groups["observed_data"] = _streams({"x": x.detach().cpu().reshape(-1).numpy()})
     if simulator is not None and num_predictive:
-        rows = _resampled(samples, weights, num_predictive, generator)
-        predictive = _predictive(rows, simulator, generator)
-        chains = {name: values[None] for name, values in predictive.items()}
-        groups["posterior_predictive"] = _streams(chains, ("chain", "draw"))
+        rows = _resampled(samples, weights, num_predictive, generator).float()
+        predictive = {"signal": simulator.signal(rows).cpu().numpy()[None]}
+        if callable(simulator):
+            predictive["x"] = simulator(rows, generator).cpu().numpy()[None]
+        groups["posterior_predictive"] = _streams(predictive, ("chain", "draw"))
         if x is not None and "x" in predictive:
-            groups["pit"] = _pit(predictive["x"], x, generator)
+            groups["pit"] = _pit(predictive["x"][0], x, generator)
     if prior_samples is not None:
         prior_rows = _chains(prior_samples, layout, "prior_samples")
         groups["prior"] = _dataset(prior_rows, layout)
@@ -143,20 +148,26 @@ def to_datatree(
 
 def _dataset(samples: Tensor, layout: ThetaLayout) -> "Dataset":
     """K, shared parameters and components of rows ``(chains, draws, E)``."""
-    import arviz_base
-
     parts = layout.unpack(samples)
     active = parts.mask.unsqueeze(-1)
     components = torch.where(active, parts.components, torch.nan).numpy()
     shared = parts.shared.numpy()
     variables = {"K": parts.cardinality.numpy()}
     variables |= {name: shared[..., i] for i, name in enumerate(layout.shared_names)}
-    variables |= {
-        name: components[..., i] for i, name in enumerate(layout.component_names)
-    }
+    names = layout.component_names
+    variables |= {name: components[..., i] for i, name in enumerate(names)}
+    return _by_component(variables, layout, names)
+
+
+def _by_component(
+    variables: dict[str, np.ndarray], layout: ThetaLayout, names: Sequence[str]
+) -> "Dataset":
+    """Variables of which those named have an entry a component."""
+    import arviz_base
+
     return arviz_base.dict_to_dataset(
         variables,
-        dims={name: ["component"] for name in layout.component_names},
+        dims={name: ["component"] for name in names},
         coords={"component": np.arange(1, layout.max_cardinality + 1)},
     )
 
@@ -199,39 +210,6 @@ def _given_k(
     return dataset
 
 
-def _statistics(
-    samples: Tensor,
-    layout: ThetaLayout,
-    weights: Tensor | None,
-    log_prob: Tensor | None,
-    statistics: Mapping[str, float] | None,
-) -> "Dataset":
-    import arviz_base
-
-    variables = {"active": layout.unpack(samples).mask.numpy()}
-    for name, values in (("lp", log_prob), ("weight", weights)):
-        if values is not None:
-            kept = values.detach().cpu().reshape(samples.shape[:-1])
-            variables[name] = kept.numpy()
-    dataset = arviz_base.dict_to_dataset(
-        variables,
-        dims={"active": ["component"]},
-        coords={"component": np.arange(1, layout.max_cardinality + 1)},
-    )
-    return dataset.assign({n: float(v) for n, v in (statistics or {}).items()})
-
-
-def _predictive(
-    rows: Tensor, simulator: SignalModel, generator: torch.Generator
-) -> dict[str, np.ndarray]:
-    """Signals and replicates of x, each ``(draws, T)``."""
-    rows = rows.float()
-    found = {"signal": simulator.signal(rows).cpu().numpy()}
-    if callable(simulator):
-        found["x"] = simulator(rows, generator).cpu().numpy()
-    return found
-
-
 def _streams(
     values: Mapping[str, np.ndarray], sample_dims: Sequence[str] = ()
 ) -> "Dataset":
@@ -250,8 +228,7 @@ def _pit(replicates: np.ndarray, x: Tensor, generator: torch.Generator) -> "Data
     data = x.detach().cpu().reshape(-1)
     ranks = torch.from_numpy(replicates < data.numpy()).sum(0)
     jitter = torch.rand(len(data), generator=generator)
-    values = (ranks + jitter) / (len(replicates) + 1)
-    return _streams({"x": values.numpy()})
+    return _streams({"x": ((ranks + jitter) / (len(replicates) + 1)).numpy()})
 
 
 def _attributes(
@@ -283,14 +260,6 @@ def _chains(samples: Tensor, layout: ThetaLayout, name: str = "samples") -> Tens
         )
     samples = samples.detach().cpu()
     return samples.unsqueeze(0) if samples.ndim == 2 else samples
-
-
-def _check_shape(values: Tensor | None, samples: Tensor, name: str) -> None:
-    if values is not None and values.shape != samples.shape[:-1]:
-        raise ValueError(
-            f"{name} must have shape {tuple(samples.shape[:-1])}, got "
-            f"{tuple(values.shape)}."
-        )
 
 
 def _resampled(

@@ -19,7 +19,6 @@ not counted, so that q' is the density of those that are.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .component_proposals import PriorComponents
 
-__all__ = ["LogLikelihood", "WithExtraComponent", "likelihood_of"]
+__all__ = ["LogLikelihood", "WithExtraComponent", "entries", "likelihood_of"]
 
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,16 +71,15 @@ class WithExtraComponent:
         with forked_rng(generator):
             chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
             extra = self.prior.component.sample(torch.Size((chosen.numel(),)))
-        chosen &= _entries(self._extended, parts.cardinality)
+        chosen &= entries(self._extended, parts.cardinality)
         extra = extra.reshape(*chosen.shape, -1).to(theta)
         slots = torch.arange(layout.max_cardinality, device=theta.device)
         place = (slots == parts.cardinality.unsqueeze(-1)) & chosen.unsqueeze(-1)
-        components = torch.where(
-            place.unsqueeze(-1), extra.unsqueeze(-2), parts.components
-        )
+        extra, place = extra.unsqueeze(-2), place.unsqueeze(-1)
+        components = torch.where(place, extra, parts.components)
         k = parts.cardinality + chosen.long()
         theta = layout.canonical(layout.pack(k, components, parts.shared))
-        own = (layout.unpack(theta).components == extra.unsqueeze(-2)).all(-1)
+        own = (layout.unpack(theta).components == extra).all(-1)
         counted = (own & self._in_doubt(theta, chosen)).any(-1)
         return theta, counted | ~chosen
 
@@ -92,8 +90,8 @@ class WithExtraComponent:
             return log_q
         layout = self.prior.layout
         k = layout.cardinality(theta)
-        keep = torch.where(_entries(self._extended, k), 1 - self.share, 1.0).double()
-        longer = _entries(self._extended, k - 1) & (k > 0)
+        keep = torch.where(entries(self._extended, k), 1 - self.share, 1.0).double()
+        longer = entries(self._extended, k - 1) & (k > 0)
         in_doubt = self._in_doubt(theta, longer)
         components = layout.unpack(theta).components
         terms = [log_q + keep.log()]
@@ -140,9 +138,9 @@ def _where(function: Callable[[Tensor], Tensor], theta: Tensor, rows: Tensor) ->
     return torch.where(rows, out, -torch.inf)
 
 
-def _entries(table: Tensor, k: Tensor) -> Tensor:
-    """Entries ``(S, B)`` of a table ``(B, Kmax + 1)`` at k ``(S, B)``."""
-    return table.gather(-1, k.clamp(min=0).mT).mT
+def entries(table: Tensor, k: Tensor) -> Tensor:
+    """Entries ``(S, B)`` of a table ``(B or 1, Kmax + 1)`` at k ``(S, B)``."""
+    return table.expand(k.shape[-1], -1).gather(-1, k.clamp(min=0).mT).mT
 
 
 def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
@@ -151,11 +149,9 @@ def _without(layout: ThetaLayout, theta: Tensor, index: Tensor) -> Tensor:
     slots = torch.arange(layout.max_cardinality, device=theta.device)
     source = slots + (slots >= index.unsqueeze(-1))
     source = source.clamp(max=layout.max_cardinality - 1)
-    components = parts.components.gather(
-        -2, source.unsqueeze(-1).expand_as(parts.components)
-    )
-    k = torch.where(index < parts.cardinality, parts.cardinality - 1, parts.cardinality)
-    return layout.pack(k, components, parts.shared)
+    source = source.unsqueeze(-1).expand_as(parts.components)
+    k = parts.cardinality - (index < parts.cardinality).long()
+    return layout.pack(k, parts.components.gather(-2, source), parts.shared)
 
 
 def likelihood_of(
@@ -167,15 +163,14 @@ def likelihood_of(
     tabulate what it needs of x.
     """
     given = getattr(log_likelihood, "given", None)
-    evaluate = partial(_of_both, log_likelihood, x) if given is None else given(x)
+    evaluate = given(x) if given else lambda theta: log_likelihood(theta, x)
 
     def checked(theta: Tensor) -> Tensor:
         values = torch.as_tensor(evaluate(theta)).double()
-        expected = theta.shape[:-1]
-        if values.shape != expected:
+        if values.shape != theta.shape[:-1]:
             raise ValueError(
-                f"log_likelihood must return shape {tuple(expected)} for theta of "
-                f"shape {tuple(theta.shape)}, got {tuple(values.shape)}."
+                f"log_likelihood must return shape {tuple(theta.shape[:-1])} for theta "
+                f"of shape {tuple(theta.shape)}, got {tuple(values.shape)}."
             )
         bad = torch.isnan(values) | torch.isposinf(values)
         if bad.any():
@@ -186,7 +181,3 @@ def likelihood_of(
         return values
 
     return checked
-
-
-def _of_both(log_likelihood: LogLikelihood, x: Tensor, theta: Tensor) -> Tensor:
-    return log_likelihood(theta, x)

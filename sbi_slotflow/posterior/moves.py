@@ -216,28 +216,20 @@ class ExchangeMove:
         k_new = torch.where(possible, k_new, k)
         components = parts.components.clone()
         log_ratio = _log_ways(k, taken) - _log_ways(k_new, added)
-        row = torch.arange(len(theta))
-        fresh = _draw(g, max(1, added) * len(theta), generator).to(components)
+        row, there = torch.arange(len(theta)), possible.unsqueeze(-1)
+        fresh = g.sample_component(max(1, added) * len(theta), generator).to(components)
         for i in range(taken):
             removed = components[row, (k - 1 - i).clamp(min=0)]
             # Where there is none, any point of the support does.
-            removed = torch.where(possible.unsqueeze(-1), removed, fresh[: len(theta)])
+            removed = torch.where(there, removed, fresh[: len(theta)])
             log_ratio = log_ratio + g.log_prob_component(removed).double()
         for i in range(added):
             place = (k - taken + i).clamp(0, layout.max_cardinality - 1)
             new = fresh[i * len(theta) : (i + 1) * len(theta)]
-            components[row, place] = torch.where(
-                possible.unsqueeze(-1), new, components[row, place]
-            )
+            components[row, place] = torch.where(there, new, components[row, place])
             log_ratio = log_ratio - g.log_prob_component(new).double()
         rows = layout.pack(k_new, components, parts.shared)
         return layout.canonical(rows), torch.where(possible, log_ratio, -math.inf)
-
-
-def _draw(g: ComponentProposal, num: int, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    return g.sample_component(num, generator)
 
 
 def _log_ways(k: Tensor, count: int) -> Tensor:

@@ -34,13 +34,13 @@ from ..seeding import generator_for
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
 from .datatree import SignalModel
+from .importance import entries
 from .refine import Refinable
 
 __all__ = ["LEAST_ACCEPTANCE", "SeparatedSets", "SlotPosterior"]
 
 LEAST_ACCEPTANCE = 1e-3
 """Acceptance below which the prior given K replaces the slots."""
-
 # Draws from which an acceptance is estimated.
 _NUM_DRAWS = 10_000
 # Rounds of redrawing before acceptances are looked at.
@@ -50,15 +50,10 @@ _MIN_CANDIDATES = 1_024
 
 
 class SeparatedSets(SetDistribution):
-    """A network's distribution over sets, truncated to the prior's support.
+    """A network's distribution ``slots``, truncated to its prior's support.
 
-    Acceptances are estimated from a fixed seed when first asked for and then kept, so
-    that no result depends on the order of calls.
-
-    Args:
-        slots: The network's distribution given B observations.
-        prior: Its prior, which knows the separation.
-        max_rows: Most rows drawn at once.
+    At most ``max_rows`` are drawn at once. Acceptances are estimated from a fixed seed
+    when first asked for and then kept, so that no result depends on the order of calls.
     """
 
     def __init__(
@@ -76,7 +71,7 @@ class SeparatedSets(SetDistribution):
         return asked and not self.slots.keeps_separation
 
     def cardinality(self) -> Categorical:
-        """Return q(K | x); see :meth:`SetDistribution.cardinality`."""
+        """See :meth:`SetDistribution.cardinality`."""
         return self.slots.cardinality()
 
     @torch.no_grad()
@@ -96,20 +91,11 @@ class SeparatedSets(SetDistribution):
         return torch.cat(parts).reshape(*shape, batch, self.layout.size)
 
     def log_prob(self, theta: Tensor, norm: bool = True) -> Tensor:
-        """Evaluate log densities; see :meth:`SetDistribution.log_prob`.
-
-        Args:
-            theta: Rows of shape ``(S, B, E)``, components in any order.
-            norm: Whether to divide by the acceptance a_K(x), see
-                :meth:`log_acceptance`; exactly 1 without a separation.
-        """
+        """Evaluate log densities, with ``norm`` divided by the acceptance a_K(x)."""
         values = self.slots.log_prob(theta)
         if norm and self.may_collide:
-            k = self.layout.cardinality(theta)
-            accepted = self.log_acceptance(k.unique().tolist())
-            accepted = accepted.expand(*values.shape, -1)
-            k = k.expand(values.shape)
-            accepted = accepted.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+            k = self.layout.cardinality(theta).expand(values.shape)
+            accepted = entries(self.log_acceptance(k.unique().tolist()), k)
             values = values - accepted
             replaced = accepted < math.log(LEAST_ACCEPTANCE)
             if replaced.any():
@@ -122,40 +108,31 @@ class SeparatedSets(SetDistribution):
         cardinalities: Sequence[int] | None = None,
         num_draws: int = _NUM_DRAWS,
     ) -> Tensor:
-        """Estimate log a_K(x).
+        """Estimate log a_K(x) ``(B, Kmax + 1)`` of some cardinalities; all if None.
 
-        Args:
-            cardinalities: Cardinalities to do it for; all if None.
-            num_draws: Draws for each K, from a fixed seed; the relative error of a_K is
-                about ``sqrt((1 / a_K - 1) / num_draws)``.
-
-        Returns:
-            Shape ``(B, Kmax + 1)``; zero for other cardinalities, for K < 2 and where
-            no separation is asked for.
+        It is zero for others, for K < 2 and where no separation is asked for. The
+        relative error of a_K is about ``sqrt((1 / a_K - 1) / num_draws)``.
         """
-        prior, like = self.prior, self.slots.log_cardinality
-        columns = torch.zeros_like(like)
+        prior, columns = self.prior, torch.zeros_like(self.slots.log_cardinality)
         if not self.may_collide:
             return columns
         if cardinalities is None:
             cardinalities = range(prior.max_cardinality + 1)
         for k in cardinalities:
-            if k >= 2 and prior.cardinality_probs[k] > 0:
-                columns[:, k] = self._log_acceptance(k, num_draws)
+            if k < 2 or not prior.cardinality_probs[k] > 0:
+                continue
+            with self._lock:
+                if (k, num_draws) not in self._accepted:
+                    self._accepted[k, num_draws] = self._estimated(k, num_draws)
+                columns[:, k] = self._accepted[k, num_draws]
         return columns
 
-    def _log_acceptance(self, k: int, num_draws: int) -> Tensor:
-        """Log a_K of the observations, shape ``(B,)``, found once."""
-        with self._lock:
-            if (k, num_draws) not in self._accepted:
-                self._accepted[k, num_draws] = self._estimated(k, num_draws)
-            return self._accepted[k, num_draws]
-
     def _estimated(self, k: int, num_draws: int) -> Tensor:
-        batch, device = self.num_observations, self.slots.log_cardinality.device
+        """Log a_K of the observations, shape ``(B,)``."""
+        device = self.slots.log_cardinality.device
         generator = generator_for(0, k, device=device)
-        kept = torch.zeros(batch, device=device)
-        step = max(1, self.max_rows // batch)
+        kept = torch.zeros(self.num_observations, device=device)
+        step = max(1, self.max_rows // self.num_observations)
         for start in range(0, num_draws, step):
             num = min(step, num_draws - start)
             rows = self.slots.sample((num,), k, generator)
@@ -173,7 +150,10 @@ class SeparatedSets(SetDistribution):
         rounds = 1
         while len(left):
             if rounds == _FIRST_ROUNDS:
-                hopeless = self._hopeless(owner, counts, left)
+                # Rows whose (x, K) is among those left, and accepted too rarely.
+                columns = self.log_acceptance(counts[left].unique().tolist())
+                hopeless = (columns < math.log(LEAST_ACCEPTANCE))[owner, counts]
+                hopeless = hopeless.nonzero().squeeze(-1)
                 rows[hopeless] = self._draw_prior(counts[hopeless], generator)
                 left = left[~torch.isin(left, hopeless)]
                 if not len(left):
@@ -202,12 +182,6 @@ class SeparatedSets(SetDistribution):
         rows[left[found]] = chosen[found]
         return left[~found]
 
-    def _hopeless(self, owner: Tensor, counts: Tensor, left: Tensor) -> Tensor:
-        """Rows whose (x, K) is among those of ``left`` and accepts too little."""
-        columns = self.log_acceptance(cast(list[int], counts[left].unique().tolist()))
-        hopeless = columns < math.log(LEAST_ACCEPTANCE)
-        return hopeless[owner, counts].nonzero().squeeze(-1)
-
     def _draw_prior(self, counts: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw rows of given cardinalities from the prior."""
         rows = counts.new_empty(len(counts), self.prior.layout.size).float()
@@ -221,8 +195,7 @@ class SeparatedSets(SetDistribution):
 
     def _stand_in(self, theta: Tensor, k: Tensor) -> Tensor:
         """Log of q(K | x) p(Theta, s | K), the density where slots keep colliding."""
-        log_k = self.slots.log_cardinality.expand(*k.shape, -1)
-        log_k = log_k.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+        log_k = entries(self.slots.log_cardinality, k)
         log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
         return log_k + self.prior.log_prob(theta) - log_prior_k
 
@@ -345,12 +318,8 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
     ) -> "SlotPosterior":
         """Let :meth:`sample` warn, in one line, of an x unlike the training data.
 
-        Args:
-            reference: :class:`~sbi_slotflow.calibration.TrainingReference`, or None to
-                switch the warning off. Without one, sampling does no more work.
-
-        Returns:
-            The posterior itself.
+        A :class:`~sbi_slotflow.calibration.TrainingReference` knows; None switches the
+        warning off. Returns the posterior.
         """
         self.training_reference = reference
         return self
@@ -359,8 +328,8 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
         self, distribution: SetDistribution, theta: Tensor, norm_posterior: bool
     ) -> Tensor:
         assert isinstance(distribution, SeparatedSets)
-        theta = theta.to(self.posterior_estimator.x_scale)
-        return distribution.log_prob(theta, norm_posterior)
+        x_scale = self.posterior_estimator.x_scale
+        return distribution.log_prob(theta.to(x_scale), norm_posterior)
 
     def _given_one(
         self, x: Any, method: str, advice: str = ""

@@ -161,7 +161,7 @@ class _Drift:
         self.sweeps += 1
         if self.sweeps < _SWEEPS:
             return False
-        ahead, before = _log_mean(_step(population, self.beta)[1]), self.before
+        before, ahead = self.before, _log_mean(_step(population, self.beta)[1])
         self.before = ahead
         # The mean weight's own error is at most 1 / sqrt(N).
         return ahead - before < _DRIFT / math.sqrt(len(population.theta))
@@ -187,9 +187,8 @@ class _Forgetting:
         shared = (self.start * now).mean(-1).abs()
         # Of a cardinality that hardly varies nothing needs to be forgotten.
         spread = now.square().mean(-1).clamp(min=_LITTLE)
-        return self.sweeps >= _LAST_SWEEPS and bool(
-            (shared < self.memory * spread).all()
-        )
+        little = bool((shared < self.memory * spread).all())
+        return little and self.sweeps >= _LAST_SWEEPS
 
     def _numbers(self, population: Population) -> Tensor:
         """Cardinality and log density of the particles less their means, ``(2, N)``."""

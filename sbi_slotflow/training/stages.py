@@ -56,12 +56,9 @@ def train_stages(
     Args:
         problem: The problem.
         builder: Fields of :class:`~sbi_slotflow.nn.builder.slot_nn`.
-        stages: The stages.
+        stages: The stages, at least one.
         stem: Path of the runs' states without ``-1.safetensors``, ``-2.safetensors``.
         device: Device to train on.
-
-    Raises:
-        ValueError: If there are no stages.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] | None = None
@@ -89,13 +86,7 @@ def train_stages(
 
 @dataclass(frozen=True)
 class StageBuilder:
-    """Builds an estimator for a stage of training, with the weights of the one before.
-
-    Attributes:
-        build: Builder of the estimator.
-        weights: Weights of the stage before; None for the first.
-        part: What is trained, see :class:`Stage`.
-    """
+    """Builds the estimator of a stage, with the weights of the one before, if any."""
 
     build: slot_nn
     weights: dict[str, Tensor] | None

@@ -46,9 +46,7 @@ class SlotNPE(NPE):
         density_estimator: A builder; ``slot_nn(prior)`` if None. A ``slot_nn`` without
             a problem takes this prior.
         device: Device of the training.
-        logging_level: As in sbi.
-        tracker: As in sbi.
-        show_progress_bars: Whether to show progress bars.
+        logging_level, tracker, show_progress_bars: As in sbi.
 
     Attributes:
         history: Entries of the last :meth:`train_online`, one a validation.

@@ -109,7 +109,7 @@ class LaplaceProposal(Refinable, PosteriorOfOne):
     def log_likelihood(self, theta: Tensor, x: Numbers | None = None) -> Tensor:
         """Evaluate log p(x | theta) from the statistics; x is the proposal's own."""
         if x is not None:
-            self._check(x)
+            self.set_default_x(x)
         return self.statistics.log_likelihood_of(theta, self.prior.layout, WhiteNoise())
 
     @property
