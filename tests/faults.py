@@ -272,7 +272,7 @@ class Baseline:
         if not tests:
             return "passed", ""
         known = {**self.seconds, **self.files}
-        allowed = 300 + 5 * sum(known[test] for test in tests)
+        allowed = 120 + 5 * sum(known[test] for test in tests)
         left_out = [f"--deselect={test}" for test in self.failing]
         return pytest(folder, ["-x", *left_out, *tests], allowed)
 
