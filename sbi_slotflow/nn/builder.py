@@ -172,6 +172,13 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     frequency_weight: float | None = None
 
     def __post_init__(self) -> None:
+        known = VariableKPrior | ProblemLike | None
+        if not isinstance(self.problem, known):
+            kind = type(self.problem).__name__
+            raise TypeError(f"problem must be a Problem or VariableKPrior, got {kind}.")
+        if not isinstance(self.encoder, nn.Module | None):
+            kind = type(self.encoder).__name__
+            raise TypeError(f"encoder must be a torch module, got {kind}.")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if isinstance(value, Chart) or value is None:

@@ -344,7 +344,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             with forked_rng(generator_for(0)):
                 estimator = cls(spec, encoder, fit)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its spec: {error}.") from error
+            raise ValueError(f"{path} does not fit its spec: {error}") from error
         try:
             estimator.load_state_dict(tensors)
         except RuntimeError as error:

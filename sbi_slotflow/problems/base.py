@@ -19,13 +19,14 @@ from torch.distributions import (
     TransformedDistribution,
     Uniform,
 )
+from torch.func import jvp
 
 from ..nn.cells import CellAxis
 from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
 from ..nn.token_encoder import TokenEncoder, TraceTokens
-from ..sets.checks import Numbers
+from ..sets.checks import Numbers, as_count
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
@@ -220,7 +221,13 @@ class Trace(Problem):
     cells: int = 64
 
     def __post_init__(self) -> None:
-        if self.cells < 1 or self.num_data % self.cells:
+        if not isinstance(self.simulator, AdditiveSimulator):
+            raise TypeError(
+                "simulator must be an AdditiveSimulator, which knows the components' "
+                f"signals, got {type(self.simulator).__name__}."
+            )
+        as_count(self.cells, "cells")
+        if self.num_data % self.cells:
             raise ValueError(
                 f"cells must divide the {self.num_data} samples of the trace, got "
                 f"{self.cells}."
@@ -247,12 +254,14 @@ class Trace(Problem):
     def build_fit(self) -> AdditiveFit | None:
         """Return the least squares of the component signal, by its derivatives.
 
-        None if the signal is no torch tensor, which has none.
+        None if torch cannot differentiate the signal, one of NumPy for example.
         """
         signal = self.simulator.component_signal
         width = self.layout.num_component_params
-        middle = self.build_chart().some_point(torch.zeros(width))
-        if not isinstance(signal(middle[None]), Tensor):
+        middle = self.build_chart().some_point(torch.zeros(width))[None]
+        try:
+            jvp(signal, (middle,), (torch.ones_like(middle),))
+        except (AttributeError, RuntimeError, TypeError):
             return None
         return AdditiveFit(signal, self.prior.component_marginals, self.layout.order_by)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
 from ..seeding import forked_rng, generator_for
-from .checks import warn_without_slots
+from .checks import as_shape, warn_without_slots
 from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, Marginals, in_double, marginals_of
 from .separation import log_separation_constant, sample_separated, smallest_gap
@@ -153,7 +153,7 @@ class VariableKPrior(Distribution):
         Returns:
             Float32 rows of shape ``(*sample_shape, *batch_shape, E)``.
         """
-        shape = self._extended_shape(torch.Size(sample_shape))[:-1]
+        shape = self._extended_shape(as_shape(sample_shape))[:-1]
         with torch.no_grad(), forked_rng(generator):
             rows = self._draw(shape.numel())
         return rows.reshape(*shape, self.layout.size)

@@ -67,9 +67,28 @@ def test_slots_are_anchored_by_default(refine_slots: int) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="cells must divide the 120 samples"):
         make_problem(cells=50)
-    with pytest.raises(ValueError, match="cells must divide"):
+    with pytest.raises(ValueError, match="cells must be at least 1"):
         make_problem(cells=0)
     prior = VariableKPrior(Independent(Exponential(torch.ones(2)), 1), [1.0, 1.0])
     simulator = AdditiveSimulator(bump, WhiteNoise(0.1), prior.layout)
     with pytest.raises(ValueError, match="uniform in its order_by parameter"):
         Trace("bumps", prior, simulator, CELLS)
+
+
+def test_a_signal_of_numpy_inside_torch_has_no_gauss_newton_steps() -> None:
+    trace = make_problem()
+
+    def by_numpy(components: Tensor) -> Tensor:
+        return torch.from_numpy(trace.simulator.component_signal(components).numpy())
+
+    simulator = AdditiveSimulator(by_numpy, trace.simulator.noise, trace.layout)
+    assert Trace("numpy", trace.prior, simulator, trace.cells).build_fit() is None
+    assert trace.build_fit() is not None
+
+
+def test_a_trace_needs_signals_of_components() -> None:
+    trace = make_problem()
+    with pytest.raises(TypeError, match="simulator must be an AdditiveSimulator"):
+        Trace("plain", trace.prior, lambda theta: theta, trace.cells)  # type: ignore
+    with pytest.raises(TypeError, match="cells must be an integer"):
+        Trace("cells", trace.prior, trace.simulator, "x")  # type: ignore
