@@ -202,6 +202,10 @@ def answer(
 ) -> Answers:
     """Analyse a batch of signals."""
     posterior = model.posterior
+    try:
+        posterior.posterior_estimator.checked(x)
+    except ValueError as error:
+        raise InputError(f"cannot analyse SIGNALS: {error}") from error
     statistics: dict[str, Tensor] = {}
     if isinstance(posterior.training_reference, TrainingReference):
         statistics["training_p_value"] = posterior.training_reference.p_values(x)

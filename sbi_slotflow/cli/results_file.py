@@ -55,6 +55,16 @@ GROUPS = {
 }
 """Groups of a result of many signals, and the dimension along which they grow."""
 
+_GROUPS_OF_ONE = {
+    "observed_data",
+    "pit",
+    "posterior_given_k",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "constant_data",
+}
+_ZARR_FILES = {"zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata"}
 _TREE = 2  # stream of a seed
 _NUM_PREDICTIVE, _NUM_PRIOR = 100, 1_000
 
@@ -215,12 +225,15 @@ def _is_ours(path: Path) -> bool:
         if path.suffix == ".zarr":
             import zarr
 
-            return MARK.items() <= dict(zarr.open_group(path, mode="r").attrs).items()
+            group = zarr.open_group(path, mode="r")
+            marked = MARK.items() <= dict(group.attrs).items()
+            return marked and _holds_only_its_store(path)
         if path.suffix == ".nc":
             import h5py
 
             with h5py.File(path) as file:
-                return all(file.attrs.get(k) == v for k, v in MARK.items())
+                marked = all(file.attrs.get(k) == v for k, v in MARK.items())
+                return marked and set(file) <= {*GROUPS, *_GROUPS_OF_ONE}
         if path.suffix == ".png":
             from PIL import Image
 
@@ -233,6 +246,26 @@ def _is_ours(path: Path) -> bool:
             columns = {name + ending for name in found for ending in endings}
             return bool(found) and names == columns | {"existence", "existence_error"}
     return False
+
+
+def _holds_only_its_store(path: Path) -> bool:
+    """Whether every file of a Zarr folder is metadata or a chunk of a group of ours."""
+    groups = {*GROUPS, *_GROUPS_OF_ONE}
+    for file in path.rglob("*"):
+        parts = file.relative_to(path).parts
+        if file.is_dir() and not file.is_symlink():
+            if parts[0] not in groups:
+                return False
+        elif not (file.name in _ZARR_FILES or _is_chunk(parts)):
+            return False
+    return True
+
+
+def _is_chunk(parts: tuple[str, ...]) -> bool:
+    """Whether a path is ``GROUP/ARRAY/...`` followed by a chunk's numbers."""
+    return len(parts) > 2 and all(
+        part == "c" or part.replace(".", "").isdigit() for part in parts[2:]
+    )
 
 
 @contextmanager

@@ -43,6 +43,13 @@ _INTEGERS = {
     "flow_bins": 2,
     "flow_blocks": 1,
 }
+_FLAGS = (
+    "mean_flow_loss",
+    "z_score_x",
+    "shared_head",
+    "condition_on_cardinality",
+    "location_scale",
+)
 # Options that only some networks have.
 _OF_ENCODER = ("hidden_features", "encoder_options", "domains")
 _OF_SLOTS = ("condition_on_cardinality", "location_scale")
@@ -195,12 +202,18 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}.")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool | None):
+                raise TypeError(f"{name} must be a bool, got {value!r}.")
         weights = self.loss_weights
         if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
                 "loss_weights must be three finite weights, none negative, got "
                 f"{weights}."
             )
+        if not any(weights):
+            raise ValueError(f"loss_weights must not all be zero, got {weights}.")
 
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
@@ -329,7 +342,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         asked = (self.encoder, self.domains, self.encoder_options)
         usual = self.chart == "default" and self.trunk_features is not None
         return (
-            usual and all(option is None for option in asked) and self._axis is not None
+            usual
+            and not any(option is not None and option != {} for option in asked)
+            and self._axis is not None
         )
 
     @torch.no_grad()

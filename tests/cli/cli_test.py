@@ -464,6 +464,50 @@ def test_an_earlier_result_with_table_and_figures_is_replaced(
     refused(infer(signals, out, *options), "t.csv exists and is no result")
 
 
+def add_text(path: Path) -> None:
+    (path / "posterior" / "mine.txt").write_text("mine")
+
+
+def add_chart(path: Path) -> None:
+    (path / "mine").mkdir()
+    (path / "mine" / "0").write_text("mine")
+
+
+def add_group(path: Path) -> None:
+    if path.suffix == ".zarr":
+        zarr.open_group(path, mode="r+").create_group("mine")
+    else:
+        with h5py.File(path, "r+") as file:
+            file.create_group("mine")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "add"),
+    [
+        (".zarr", add_text),
+        (".zarr", add_chart),
+        (".zarr", add_group),
+        (".nc", add_group),
+    ],
+)
+def test_a_result_to_which_something_was_added_is_kept(
+    suffix: str, add: Any, tmp_path: Path
+) -> None:
+    signals, out = save_npy(tmp_path / "x.npy", X[0]), tmp_path / f"r{suffix}"
+    assert infer(signals, out).status == 0
+    add(out)
+    before = contents(tmp_path)
+    kept(tmp_path, infer(signals, out), "no result that sbi_slotflow wrote", before)
+
+
+def test_a_signal_on_another_scale_is_refused(tmp_path: Path) -> None:
+    for x in (X[0], X[:2]):
+        signals = save_npy(tmp_path / "x.npy", x * 1e30)
+        done = infer(signals, tmp_path / "r.nc")
+        assert done.status == 2
+        assert "error: cannot analyse SIGNALS: x must be on the scale" in done.err
+
+
 def test_what_appears_during_a_run_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -490,6 +490,9 @@ def test_every_option_is_tried() -> None:
         ("loss_weights", (1.0, math.nan, 1.0), ValueError),
         ("loss_weights", (1.0, -1.0, 1.0), ValueError),
         ("loss_weights", (1.0, 1.0), ValueError),
+        ("loss_weights", (0.0, 0.0, 0.0), ValueError),
+        ("shared_head", "no", TypeError),
+        ("z_score_x", 1, TypeError),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(
@@ -497,3 +500,11 @@ def test_an_option_out_of_range_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=name):
         slot_nn(problems.sinusoids("tiny"), **{name: value})
+
+
+def test_no_options_for_the_encoder_change_nothing() -> None:
+    problem = problems.sinusoids("tiny")
+    theta = problem.prior.sample((4,))
+    x = problem.simulator(theta)
+    built = [slot_nn(problem, encoder_options=o)(theta, x) for o in (None, {})]
+    assert built[0].spec == built[1].spec
