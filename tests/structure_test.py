@@ -54,9 +54,9 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines, 110 modules, 10 floors.
-MOST_LINES = 28_000
-MOST_MODULES = 165
-MOST_FLOORS = 12
+MOST_LINES = 24_500
+MOST_MODULES = 113
+MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]
 
