@@ -357,6 +357,14 @@ def test_polar_chart_refuses_an_unbounded_amplitude() -> None:
         PolarChart(marginals)
 
 
+def test_without_a_frequency_the_angle_in_the_plane_is_the_phase() -> None:
+    case = polar_without_frequency("tiny")
+    components = case.component.sample((50,))
+    u, _ = case.chart.forward(components)
+    turns = (torch.atan2(u[:, 1], u[:, 0]) - components[:, 1]) / TWO_PI
+    torch.testing.assert_close(turns, turns.round(), atol=1e-5, rtol=0.0)
+
+
 def test_circle_chart_refuses_another_number_of_parameters() -> None:
     marginals = marginals_of(joint(uniform(0.5, 1.5), uniform(0.0, TWO_PI)))
     with pytest.raises(ValueError, match="three parameters"):

@@ -157,6 +157,17 @@ def test_corner_labels_name_parameter_component_and_unit() -> None:
     assert annotations(only) == ["frequency 1"]
 
 
+def test_corner_has_ticks_at_its_outer_panels_only() -> None:
+    figure = plots.plot_corner(make_posterior(1)[2], LAYOUT)
+    edges = [axes.get_position() for axes in figure.axes]
+    lowest, leftmost = min(e.y0 for e in edges), min(e.x0 for e in edges)
+    top = max(e.y0 for e in edges)
+    for axes, edge in zip(figure.axes, edges, strict=True):
+        assert bool(len(axes.get_xticks())) == (edge.y0 == lowest)
+        beside = edge.x0 == leftmost and edge.y0 != top
+        assert bool(len(axes.get_yticks())) == beside
+
+
 def test_corner_takes_the_most_frequent_cardinality() -> None:
     samples = torch.cat([make_posterior(1)[2][:20], make_posterior(0)[2]])
     assert len(plots.plot_corner(samples, LAYOUT).axes) == 1
