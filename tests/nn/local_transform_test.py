@@ -8,7 +8,7 @@ from sbi.utils import MultipleIndependent
 from torch import Tensor
 from torch.distributions import Exponential, Gamma, Normal, Uniform, VonMises
 
-from sbi_slotflow import VariableKPrior
+from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.local_density import LocalGaussian
@@ -163,3 +163,15 @@ def test_each_circular_coordinate_has_a_predicted_centre(num: int) -> None:
     assert (centre.abs() <= math.pi).all()
     # of directions of their own
     assert centre.flatten().unique().numel() == 4 * num
+
+
+def test_an_angle_is_referred_to_the_time_of_its_chart() -> None:
+    problem = problems.sinusoids("tiny")
+    chart, axis = problem.build_chart(), problem.location_axis()
+    components = problem.prior.component.sample((50,)).double()
+    found, _ = LocalTransform(chart, axis).coordinates(components)
+    (shear,) = chart.shears
+    expected = components[:, shear.column] + shear.rate * components[:, shear.by]
+    assert shear.rate != 0.0
+    turns = (found[:, 1] - expected) / TWO_PI
+    torch.testing.assert_close(turns, turns.round(), atol=1e-9, rtol=0.0)
