@@ -114,6 +114,7 @@ def test_a_long_signal_is_analysed_with_shipped_weights(tmp_path: Path) -> None:
 
 
 def test_draws_reopen_with_truth(first: Run) -> None:
+    assert "median, 90 % interval and truth\n" in first.out
     tree = read(first)
     names = {"K", "sigma", "amplitude", "phase", "frequency"}
     assert set(tree["posterior"].data_vars) == names
@@ -150,7 +151,9 @@ def test_users_signal_gets_a_residual_and_no_truth(trained: Path) -> None:
     done = run(trained, "--x", path)
     assert done.status == 0
     assert "RMS residual of the reconstruction" in done.out
-    assert "true" not in done.out.partition("K accuracy")[0]
+    shown = done.out.partition("K accuracy")[0]
+    assert "true" not in shown
+    assert "median, 90 % interval\n" in shown
     assert "warning" not in done.err
     tree = read(done)
     assert "constant_data" not in tree.children
