@@ -327,6 +327,9 @@ def test_sources_have_a_corner_each() -> None:
     mixed = torch.cat([samples, make_posterior(0)[2]])
     figure = plots.plot_source_corners(mixed, LAYOUT, truth, columns=2)
     assert len(figure.axes) == 3 * 6
+    corners = torch.tensor([axes.get_position().extents for axes in figure.axes])
+    assert ((corners >= 0) & (corners <= 1)).all()
+    assert len({tuple(corner.tolist()) for corner in corners}) == len(figure.axes)
     titles = [text.get_text() for text in figure.texts]
     assert titles == [f"Source {i}: there with probability 0.50" for i in (1, 2, 3)]
     marked = [len(axes.lines) for axes in figure.axes]
