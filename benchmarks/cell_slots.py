@@ -33,7 +33,7 @@ from sbi_slotflow import (
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.cell_chain import ChainGivenX
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
-from sbi_slotflow.pretrained.recipes import RECIPES
+from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Sinusoids
 from sbi_slotflow.problems.sinusoids.grid import Grid, SineSignal
 from sbi_slotflow.seeding import generator_for

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sbi_slotflow import SlotPosterior, load_pretrained
 from sbi_slotflow.posterior.refine import RefinedPosterior
-from sbi_slotflow.pretrained.recipes import RECIPES
+from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 

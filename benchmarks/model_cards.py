@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import SlotPosterior, metrics, rjmcmc
-from sbi_slotflow.pretrained.recipes import RECIPES
+from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .posterior.datatree import to_datatree
     from .posterior.draws import PosteriorDraws, RefinedPosterior
     from .posterior.network import SlotPosterior
-    from .pretrained.recipes import load_pretrained, model_card
+    from .pretrained import load_pretrained, model_card
     from .problems import Problem
     from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart

@@ -27,7 +27,7 @@ from .cli.report import print_accuracy
 from .cli.results_file import MARK, check_apart, check_out
 from .nn.builder import slot_nn
 from .posterior.network import SlotPosterior
-from .pretrained.recipes import training_reference
+from .pretrained import training_reference
 from .problems import Problem, sinusoids
 from .seeding import generator_for
 from .training.online import OnlineSettings, OnlineTraining

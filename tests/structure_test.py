@@ -19,14 +19,14 @@ PACKAGE = Path(__file__).parents[1] / "sbi_slotflow"
 NAME = PACKAGE.name
 
 # May stand beside the folders, at the top of the package.
-LOOSE = {"callers", "demo", "seeding", "storage"}
+LOOSE = {"demo", "pretrained", "seeding", "storage"}
 
 # What knows a sinusoid, and the network of the paper, with those who may import them:
 # the list of ready problems, the builder, the default encoder of sinusoids, and the
 # recipes of the shipped weights.
 WINGS = {
-    "problems.sinusoids": {"problems", "pretrained.recipes"},
-    "nn.paper": {"nn.builder", "problems.sinusoids.problem", "pretrained.recipes"},
+    "problems.sinusoids": {"problems", "pretrained"},
+    "nn.paper": {"nn.builder", "problems.sinusoids.problem", "pretrained"},
 }
 
 # What every problem is made of, and so knows none.

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from sbi_slotflow import problems, slot_nn
 from sbi_slotflow.plots.style import DATA, FONT, POSTERIOR, dress
-from sbi_slotflow.pretrained.recipes import RECIPES
+from sbi_slotflow.pretrained import RECIPES
 
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval

@@ -19,7 +19,6 @@ where x is long.)
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -29,8 +28,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from ..callers import caller_stacklevel
-from ..sets.checks import check_finite
+from ..sets.checks import check_finite, warn_user
 from ..storage import read_tensors, write_tensors
 from .check import Array, Check
 
@@ -254,11 +252,10 @@ class TrainingReference:
         """Warn, in one line, if an observation's p-value is below the level."""
         least = float(self.p_values(x).min())
         if least < self.level:
-            warnings.warn(
+            warn_user(
                 f"x is unlike the training data (p = {least:.1g}): do not trust this "
                 "posterior; posterior.set_training_reference(None) switches this off.",
                 UnlikeTrainingWarning,
-                stacklevel=caller_stacklevel(),
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -14,7 +14,7 @@ from ..calibration.misspecification import TrainingReference
 from ..nn.estimator import SlotDensityEstimator
 from ..posterior import UnreliableWeights, refine
 from ..posterior.network import SlotPosterior
-from ..pretrained.recipes import (
+from ..pretrained import (
     RECIPES,
     available_weights,
     load_pretrained,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..pretrained.recipes import available_weights, model_card
+from ..pretrained import available_weights, model_card
 from ..problems import Problem
 from ..sets.circular import near, unwrap
 from ..sets.layout import ThetaLayout

@@ -11,14 +11,12 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 """
 
 import math
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..callers import caller_stacklevel
-from ..sets.checks import Numbers, as_count
+from ..sets.checks import Numbers, as_count, warn_user
 from .base import Posterior
 from .draws import (
     FEWEST_EFFECTIVE,
@@ -88,8 +86,7 @@ def refine(
         results = [temper(posterior, log_likelihood, one, *settings) for one in batch]
     for result in results:
         if not result.is_reliable:
-            text, level = _complaint(result, method), caller_stacklevel()
-            warnings.warn(text, UnreliableWeights, stacklevel=level)
+            warn_user(_complaint(result, method), UnreliableWeights)
     return results[0] if len(batch) == 1 else results
 
 

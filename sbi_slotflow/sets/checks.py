@@ -9,9 +9,11 @@ Example:
     (torch.Size([3]), 2)
 """
 
+import inspect
 import operator
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -19,8 +21,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Categorical
-
-from ..callers import caller_stacklevel
 
 if TYPE_CHECKING:
     from .layout import ThetaLayout
@@ -38,6 +38,7 @@ __all__ = [
     "as_shape",
     "as_weights",
     "check_finite",
+    "warn_user",
     "warn_without_slots",
 ]
 
@@ -46,6 +47,7 @@ Numbers: TypeAlias = Tensor | ArrayLike
 Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 """An integer, or a sequence of integers."""
 
+_PACKAGE = str(Path(__file__).parents[1])
 # Rows from which a fault of all of them is no chance.
 _MANY = 20
 # What probabilities may miss of 1.
@@ -189,6 +191,20 @@ def check_finite(values: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must be finite: NaN or Inf in {bad} entries.")
 
 
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, naming the user's line: the first frame outside of the package.
+
+    ``torch.no_grad`` around a function of the package belongs to it.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and (
+        frame.f_code.co_filename.startswith(_PACKAGE)
+        or frame.f_globals.get("__name__") == "torch.utils._contextlib"
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
 def warn_without_slots(theta: Tensor) -> None:
     """Warn if no row of many has a whole number of components.
 
@@ -197,12 +213,11 @@ def warn_without_slots(theta: Tensor) -> None:
     """
     k = theta.reshape(-1, theta.shape[-1])[:, 0]
     if len(k) >= _MANY and (k != k.round()).all():
-        warnings.warn(
+        warn_user(
             f"not one of {len(k)} theta rows starts with a whole number K. A density "
             "estimator without slots, as sbi's NPE(prior) trains by default, cannot "
             "draw sets: use SlotNPE(prior), or "
-            "NPE(prior, density_estimator=slot_nn(problem)).",
-            stacklevel=caller_stacklevel(),
+            "NPE(prior, density_estimator=slot_nn(problem))."
         )
 
 

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from sbi_slotflow import load_pretrained, model_card, problems
 from sbi_slotflow.cli import infer as module
 from sbi_slotflow.cli import main
-from sbi_slotflow.pretrained.recipes import available_weights
+from sbi_slotflow.pretrained import available_weights
 from sbi_slotflow.seeding import generator_for
 
 MODEL = "sinusoids-tiny"

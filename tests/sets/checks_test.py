@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from sbi_slotflow import problems
+from sbi_slotflow import SlotPosterior, problems, refine, slot_nn
+from sbi_slotflow.calibration import TrainingReference, UnlikeTrainingWarning
+from sbi_slotflow.posterior.refine import UnreliableWeights
 from sbi_slotflow.sets.checks import (
     as_floats,
     as_observation,
@@ -129,3 +131,44 @@ def test_probabilities_are_those_of_a_categorical_to_the_last_digit():
 def test_what_is_malformed_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+TINY = problems.sinusoids("tiny")
+
+
+@pytest.fixture(scope="module", name="posterior")
+def _posterior() -> SlotPosterior:
+    theta = TINY.prior.sample((250,))
+    x = TINY.simulator(theta)
+    untrained = SlotPosterior(slot_nn(TINY)(theta, x), TINY.prior)
+    reference = TrainingReference.fit(x, level=0.01)
+    return untrained.set_training_reference(reference)
+
+
+def test_unreliable_weights_are_warned_of_at_the_users_line(
+    posterior: SlotPosterior,
+) -> None:
+    x = TINY.simulator(TINY.prior.sample((1,)))
+    calls = (
+        lambda: posterior.refine(TINY.log_likelihood, x, 20),
+        lambda: refine(posterior, TINY.log_likelihood, x, 20),
+    )
+    for call in calls:
+        with pytest.warns(UnreliableWeights) as seen:
+            call()
+        assert seen[0].filename == __file__
+
+
+def test_data_unlike_training_are_warned_of_at_the_users_line(
+    posterior: SlotPosterior,
+) -> None:
+    x = torch.full((TINY.num_data,), 100.0)
+    calls = (
+        lambda: posterior.sample((30,), x),
+        lambda: posterior.catalogue(x, num_samples=30),
+        lambda: posterior.to_datatree(30, x),
+    )
+    for call in calls:
+        with pytest.warns(UnlikeTrainingWarning) as seen:
+            call()
+        assert seen[0].filename == __file__

@@ -14,7 +14,7 @@ from sbi_slotflow import (
     problems,
     rjmcmc,
 )
-from sbi_slotflow.pretrained.recipes import RECIPES, available_weights, pretrain
+from sbi_slotflow.pretrained import RECIPES, available_weights, pretrain
 from sbi_slotflow.seeding import generator_for
 
 PRESETS = ("tiny", "paper", "crowded")

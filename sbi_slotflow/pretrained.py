@@ -5,6 +5,7 @@ and seed by ``python -m sbi_slotflow.pretrained NAME``; a run keeps its state in
 ``checkpoints/`` and may be stopped and taken up again at any moment.
 """
 
+import argparse
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..calibration.misspecification import TrainingReference
-from ..nn.estimator import SlotDensityEstimator
-from ..posterior.network import SlotPosterior
-from ..problems import Sinusoids, sinusoids
-from ..seeding import generator_for
-from ..training.stages import Stage, train_stages
+from .calibration.misspecification import TrainingReference
+from .nn.estimator import SlotDensityEstimator
+from .posterior.network import SlotPosterior
+from .problems import Sinusoids, sinusoids
+from .seeding import generator_for
+from .storage import check_tensors_replaceable
+from .training.stages import Stage, train_stages
 
 __all__ = [
     "RECIPES",
@@ -169,3 +171,28 @@ def load_pretrained(
             posterior.set_training_reference(TrainingReference.load(path))
     posterior.model_card = model_card(name)
     return posterior
+
+
+def _main() -> None:
+    """Train a set of weights and write it, and what its training data look like."""
+    parser = argparse.ArgumentParser(description=_main.__doc__)
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/weights"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    weights = args.out / f"{args.name}.safetensors"
+    reference = args.out / f"{args.name}.reference.safetensors"
+    # Before the training: it takes hours.
+    for path, made in ((weights, SlotDensityEstimator), (reference, TrainingReference)):
+        check_tensors_replaceable(path, f"sbi_slotflow.{made.__name__}")
+    pretrain(args.name, device=args.device).save(weights)
+    training_reference(args.name).save(reference)
+    for path in (weights, reference):
+        print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main()
