@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .cli.arguments import InputError, at_least
+from .cli import InputError, at_least, exit_status
 from .cli.infer import analyse, open_checked, read_checked
 from .cli.models import Model, Settings, load_model, sha256
 from .cli.report import print_accuracy
@@ -44,7 +44,7 @@ CHECKPOINT_EVERY = 100  # steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns 0, 2 if the input is at fault, 130 if interrupted."""
+    """Run the demo; returns what :func:`~sbi_slotflow.cli.exit_status` does."""
     parser = argparse.ArgumentParser(
         prog="python -m sbi_slotflow.demo",
         description="Infer how many sinusoids are in a signal, and their parameters.",
@@ -55,18 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--simulations", type=at_least(1), default=NUM_SIMULATIONS, help=trained_on)
     args = parser.parse_args(argv)
     problems = [sinusoids(preset) for preset in PRESETS]
-    try:
+
+    def work() -> None:
         own = None if args.x is None else read_signal(problems, args.x)
         for problem in problems:
             if own is None or own.shape[-1] == problem.num_data:
                 _run(problem, own, args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes the training", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(work, "the same command resumes the training")
 
 
 def _run(problem: Problem, own: Tensor | None, args: argparse.Namespace) -> None:

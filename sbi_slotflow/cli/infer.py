@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
 from ..problems import Problem
-from .arguments import InputError
+from . import InputError
 from .models import Answers, Model, Settings, answer, check_refinable, load_model
 from .report import (
     print_cardinality,

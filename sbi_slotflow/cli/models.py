@@ -23,7 +23,7 @@ from ..pretrained import (
 from ..problems import Problem
 from ..seeding import generator_for
 from ..sets.prior import VariableKPrior
-from .arguments import InputError
+from . import InputError
 
 if TYPE_CHECKING:
     from xarray import Dataset

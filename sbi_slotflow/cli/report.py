@@ -14,7 +14,7 @@ from ..pretrained import available_weights, model_card
 from ..problems import Problem
 from ..sets.circular import near, unwrap
 from ..sets.layout import ThetaLayout
-from .arguments import InputError
+from . import InputError
 
 if TYPE_CHECKING:
     from xarray import Dataset

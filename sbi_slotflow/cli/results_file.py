@@ -24,7 +24,7 @@ from torch import Tensor
 from ..posterior.datatree import to_datatree
 from ..seeding import generator_for
 from ..storage import check_replaceable
-from .arguments import InputError
+from . import InputError
 from .models import Answers, Model, Settings
 
 if TYPE_CHECKING:
