@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from .cli import InputError, at_least, exit_status
-from .cli.infer import analyse, open_checked, read_checked
+from .cli.infer import analyse
 from .cli.models import Model, Settings, load_model, sha256
 from .cli.report import print_accuracy
 from .cli.results_file import MARK, check_apart, check_out
+from .cli.signal_files import open_signals
 from .nn.builder import slot_nn
 from .posterior.network import SlotPosterior
 from .pretrained import training_reference
@@ -101,10 +102,10 @@ def read_signal(problems: Sequence[Problem], path: Path) -> Tensor:
     """Read a signal ``(1, T)`` of one of the problems' lengths, or raise InputError."""
     lengths = [problem.num_data for problem in problems]
     try:
-        signals = open_checked(str(path))
+        signals = open_signals(path)
         if signals.shape[-1] not in lengths or signals.shape[:-1] not in ((), (1,)):
             raise InputError(f"{path} has shape {signals.shape}")
-        read_checked(signals)
+        signals.checked()
     except InputError as error:
         raise InputError(
             f"{error}. Expected a .npy file of {' or '.join(map(str, lengths))} finite "

@@ -8,8 +8,10 @@ one, is replaced.
 
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 __all__ = [
+    "ASIDE",
+    "aside",
     "check_replaceable",
     "check_tensors_replaceable",
     "read_tensors",
@@ -26,6 +30,8 @@ __all__ = [
 ]
 
 _KEY = "sbi_slotflow"
+ASIDE = ".sbi-slotflow."
+"""Beginning of the names of files that are being written."""
 
 
 def write_tensors(
@@ -104,23 +110,46 @@ def check_replaceable(
         )
 
 
+@contextmanager
+def aside(
+    path: str | os.PathLike[str], kind: str, is_ours: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """Yield a path to write to; it replaces ``path`` if all goes well, else goes.
+
+    A reader sees the old content or the new, never a part. What is not ours stays, see
+    :func:`check_replaceable`.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{ASIDE}{uuid.uuid4().hex}"
+    new, old = target.with_name(name + target.suffix), target.with_name(f"{name}.old")
+    try:
+        yield new
+        check_replaceable(path, kind, is_ours)
+        if target.is_dir():  # a Zarr store is a folder, which nothing replaces at once
+            os.replace(target, old)
+            try:
+                os.replace(new, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(new, target)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        new.unlink(missing_ok=True)
+
+
 def write_atomically(
     path: str | os.PathLike[str],
     content: bytes,
     kind: str,
     is_ours: Callable[[Path], bool],
 ) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    check_replaceable(path, kind, is_ours)
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    """Write a file :func:`aside`, and to the disk before it replaces another."""
+    with aside(path, kind, is_ours) as new, new.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

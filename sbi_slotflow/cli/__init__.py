@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(work: Callable[[], None], advice: str) -> int:
     """Do what a command does, and return its exit status.
 
-    0 when done, 2 if the usage or the input is at fault, which one line on stderr
-    explains, 130 if interrupted, with advice. What nobody foresaw is raised, and Python
-    exits with 1.
+    0 when done, 2 if the usage or the input is at fault, or a file in the way, which
+    one line on stderr explains, 130 if interrupted, with advice. What nobody foresaw is
+    raised, and Python exits with 1.
     """
     try:
         work()
-    except InputError as error:
+    except (InputError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:

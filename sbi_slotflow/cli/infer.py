@@ -5,7 +5,6 @@ Many signals are analysed in batches, whose answers are kept until all are there
 # ruff: noqa: T201
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -18,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..plots import plot_cardinality, plot_corner, plot_reconstruction, plot_spectrum
 from ..problems import Problem
+from ..storage import ASIDE
 from . import InputError
 from .models import Answers, Model, Settings, answer, check_refinable, load_model
 from .report import (
@@ -35,20 +34,19 @@ from .report import (
     warn,
 )
 from .results_file import (
-    ASIDE,
     MARK,
-    aside,
     batch_tree,
     check_apart,
     check_out,
     join_csv,
     join_parts,
     read_part,
+    replacing,
     signal_tree,
     write_figure,
     write_tree,
 )
-from .signal_files import SignalFile, SignalFileError, open_signals, split_name
+from .signal_files import SignalFile, open_signals, split_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +56,7 @@ __all__ = [
     "analyse",
     "figure_paths",
     "infer",
-    "open_checked",
     "parts_folder",
-    "read_checked",
 ]
 
 
@@ -75,8 +71,8 @@ _RUN, _FORMAT = "run.json", "sbi_slotflow.UnfinishedRun"
 def infer(args: argparse.Namespace) -> None:
     """Run the command."""
     _check_outputs(args)
-    signals = open_checked(args.signals, args.row)
-    many = len(signals.shape) == 2 and args.row is None
+    signals = open_signals(args.signals, args.row)
+    many = len(signals.shape) == 2
     if many and args.plot:
         raise InputError(
             f"--plot takes one signal; {signals.name} holds {signals.shape[0]}: choose "
@@ -93,9 +89,7 @@ def infer(args: argparse.Namespace) -> None:
     attrs: dict[str, Any] = {**MARK, "model": model.name, "model_sha256": model.sha256}
     if args.row is not None:
         attrs["row"] = args.row
-        row = signals.read(args.row, args.row + 1)[0]
-        signals = SignalFile(f"row {args.row} of {signals.name}", row.shape, row)
-    attrs |= {"signals": args.signals, "signals_sha256": read_checked(signals)}
+    attrs |= {"signals": args.signals, "signals_sha256": signals.checked()}
     default = _SAMPLES_OF_MANY if many else _SAMPLES_OF_ONE
     settings = Settings(args.num_samples or default, args.seed, args.refine)
     if many:
@@ -121,26 +115,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_out(path, "--catalogue", (".csv",))
     for path in figures:
         check_out(path, "--plot", (".png",))
-
-
-def open_checked(path: str, row: int | None = None) -> SignalFile:
-    """Open a file of signals (T,) or (N, T), of which a row may be chosen."""
-    expected = "expected an array (T,) or (N, T) of floating-point numbers"
-    try:
-        signals = open_signals(path)
-    except SignalFileError as error:
-        raise InputError(f"{error}; {expected}") from error
-    if len(signals.shape) not in (1, 2) or 0 in signals.shape:
-        raise InputError(f"{expected}; {path} has shape {signals.shape}")
-    if row is not None and len(signals.shape) == 1:
-        raise InputError(
-            f"--row goes with an array (N, T); {path} has shape {signals.shape}"
-        )
-    if row is not None and row >= signals.shape[0]:
-        raise InputError(
-            f"expected --row to be in 0..{signals.shape[0] - 1} for {path}; got {row}"
-        )
-    return signals
 
 
 def analyse(
@@ -179,7 +153,7 @@ def analyse(
     tree = signal_tree(model, x, answers, settings, attrs, true_theta)
     written = _write_figures(model, x, answers, figures or {}, true_theta)
     if catalogue is not None:
-        with aside(catalogue) as new:
+        with replacing(catalogue) as new:
             answers.catalogues[0].to_dataframe().to_csv(new, index=False)
         written.append(catalogue)
     write_tree(tree, out)
@@ -221,23 +195,6 @@ def _write_figures(
     for name, path in paths.items():
         write_figure(make[name](), path)
     return list(paths.values())
-
-
-def read_checked(signals: SignalFile) -> str:
-    """Read all signals once, and return the SHA-256 of their float32 values."""
-    num = 1 if len(signals.shape) == 1 else signals.shape[0]
-    digest, bad = hashlib.sha256(), []
-    for start in range(0, num, BATCH):
-        batch = signals.read(start, min(start + BATCH, num))
-        digest.update(batch.tobytes())
-        bad += (start + np.flatnonzero(~np.isfinite(batch).all(1))).tolist()
-    if bad:
-        first = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise InputError(
-            f"expected finite numbers; {len(bad)} of {num} signals in {signals.name} "
-            f"have entries that are NaN, infinite or too large for float32: {first}"
-        )
-    return digest.hexdigest()
 
 
 def _infer_many(

@@ -8,9 +8,8 @@ What has no mark is never replaced.
 import csv
 import itertools
 import os
-import shutil
-import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ..posterior.datatree import to_datatree
 from ..seeding import generator_for
-from ..storage import check_replaceable
+from ..storage import aside, check_replaceable
 from . import InputError
 from .models import Answers, Model, Settings
 
@@ -32,16 +31,15 @@ if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
 __all__ = [
-    "ASIDE",
     "GROUPS",
     "MARK",
-    "aside",
     "batch_tree",
     "check_apart",
     "check_out",
     "join_csv",
     "join_parts",
     "read_part",
+    "replacing",
     "signal_tree",
     "write_figure",
     "write_tree",
@@ -169,14 +167,12 @@ def _catalogue(catalogues: "list[Dataset]", start: int) -> "Dataset":
 _SUFFIXES = (".nc", ".zarr")
 MARK = {"program": "sbi-slotflow"}
 """Attribute of every tree that is written; figures have it as their software."""
-ASIDE = ".sbi-slotflow."
-"""Beginning of the names of files that are being written."""
 
 
 def check_out(path: Path, option: str, suffixes: Sequence[str] = _SUFFIXES) -> None:
     """Raise InputError unless a file can be written there; makes its folder.
 
-    A file that is there already must be one of ours: nothing else is replaced.
+    Raises FileExistsError if something lies there that is not ours.
     """
     expected = " or ".join(suffixes)
     if path.suffix not in suffixes:
@@ -189,7 +185,7 @@ def check_out(path: Path, option: str, suffixes: Sequence[str] = _SUFFIXES) -> N
         raise InputError(f"cannot make {path.parent}: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write to the folder {path.parent}")
-    _check_ours(path)
+    check_replaceable(path, "result", _is_ours)
 
 
 def check_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
@@ -206,14 +202,6 @@ def check_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
                 f"writing {first} would change {second}: expected another path, got "
                 f"{first}"
             )
-
-
-def _check_ours(path: Path) -> None:
-    """Raise InputError if something that is not ours lies at a path."""
-    try:
-        check_replaceable(path, "result", _is_ours)
-    except FileExistsError as error:
-        raise InputError(str(error)) from error
 
 
 def _is_ours(path: Path) -> bool:
@@ -269,43 +257,24 @@ def _is_chunk(parts: tuple[str, ...]) -> bool:
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it replaces ``path`` if all goes well, else goes."""
-    path = path.resolve()
-    new = path.with_name(f"{ASIDE}{uuid.uuid4().hex}{path.suffix}")
-    try:
-        with warnings.catch_warnings():
-            # Zarr 3 warns of what helps xarray to open a store fast.
-            warnings.filterwarnings("ignore", "Consolidated metadata")
-            yield new
-        _check_ours(path)
-        if path.is_dir():  # a Zarr store is a folder, which nothing replaces at once
-            old = path.with_name(f"{ASIDE}{uuid.uuid4().hex}.old")
-            os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(new, path)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new)
-        new.unlink(missing_ok=True)
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which replaces an earlier result of ours."""
+    with aside(path, "result", _is_ours) as new, warnings.catch_warnings():
+        # Zarr 3 warns of what helps xarray to open a store fast.
+        warnings.filterwarnings("ignore", "Consolidated metadata")
+        yield new
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG."""
-    with aside(path) as new:
+    with replacing(path) as new:
         figure.savefig(new, dpi=150, metadata={"Software": MARK["program"]})
 
 
 def write_tree(tree: "DataTree", path: Path) -> None:
     """Write a tree with our mark as NetCDF or Zarr, by the path's ending."""
     tree.attrs |= MARK
-    with aside(path) as new:
+    with replacing(path) as new:
         if path.suffix == ".zarr":
             tree.to_zarr(new)
         else:
@@ -322,7 +291,7 @@ def read_part(path: Path) -> "DataTree":
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
     """Join the trees of batches to one file, with one of them in memory at a time."""
-    with aside(path) as new:
+    with replacing(path) as new:
         if path.suffix == ".zarr":
             _join_zarr(parts, new)
         else:
@@ -331,7 +300,7 @@ def join_parts(parts: Sequence[Path], path: Path) -> None:
 
 def join_csv(parts: Sequence[Path], path: Path) -> None:
     """Join the catalogues of batches to one table."""
-    with aside(path) as new, new.open("w", newline="") as file:
+    with replacing(path) as new, new.open("w", newline="") as file:
         for number, part in enumerate(parts):
             frame = _group(read_part(part), "catalogue").to_dataframe()
             frame.insert(0, "observation", frame.pop("observation"))
@@ -372,11 +341,10 @@ def _join_zarr(parts: Sequence[Path], path: Path) -> None:
 def _join_netcdf(parts: Sequence[Path], path: Path) -> None:
     import h5netcdf
 
-    sizes = dict.fromkeys(GROUPS, 0)
+    sizes: Counter[str] = Counter()
     for part in parts:
         tree = read_part(part)
-        for name, dim in GROUPS.items():
-            sizes[name] += tree[name].sizes[dim]
+        sizes.update({name: tree[name].sizes[dim] for name, dim in GROUPS.items()})
     done = dict.fromkeys(GROUPS, 0)
     with h5netcdf.File(path, "w") as file:
         for number, part in enumerate(parts):
@@ -387,12 +355,10 @@ def _join_netcdf(parts: Sequence[Path], path: Path) -> None:
                 dataset = _group(tree, name)
                 if not number:
                     _create(file, name, dataset, dim, sizes[name])
-                start, num = done[name], dataset.sizes[dim]
+                start, done[name] = done[name], done[name] + dataset.sizes[dim]
                 for key, variable in dataset.variables.items():
-                    if dim in variable.dims and num:
-                        target = file[name].variables[key]
-                        target[start : start + num] = variable.values
-                done[name] += num
+                    if dim in variable.dims and dataset.sizes[dim]:
+                        file[name].variables[key][start : done[name]] = variable.values
 
 
 def _create(file: Any, name: str, dataset: "Dataset", dim: str, total: int) -> None:

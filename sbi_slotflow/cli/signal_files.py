@@ -1,5 +1,6 @@
 """Files of signals, ``.npy``, HDF5 and Zarr, of which a few are read at a time."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-__all__ = ["SignalFile", "SignalFileError", "open_signals", "split_name"]
+from . import InputError
+
+__all__ = ["SignalFile", "open_signals", "split_name"]
+
+_EXPECTED = "expected an array (T,) or (N, T) of floating-point numbers"
+_AT_ONCE = 16  # signals that are checked at a time
 
 _HDF5 = (".h5", ".hdf5", ".hdf", ".nc")
 _ZARR = ".zarr"
-
-
-class SignalFileError(ValueError):
-    """A file that is missing, unreadable or no array of floating-point numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +42,62 @@ class SignalFile:
         with np.errstate(over="ignore"):
             return np.array(part, dtype=np.float32, order="C")
 
+    def checked(self) -> str:
+        """Read all signals once, and return the SHA-256 of their float32 values.
 
-def open_signals(path: str | Path) -> SignalFile:
-    """Open a file of signals."""
+        Raises InputError if one is not finite.
+        """
+        num = 1 if len(self.shape) == 1 else self.shape[0]
+        digest, bad = hashlib.sha256(), []
+        for start in range(0, num, _AT_ONCE):
+            batch = self.read(start, min(start + _AT_ONCE, num))
+            digest.update(batch.tobytes())
+            bad += (start + np.flatnonzero(~np.isfinite(batch).all(1))).tolist()
+        if bad:
+            first = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise InputError(
+                f"expected finite numbers; {len(bad)} of {num} signals in {self.name} "
+                f"have entries that are NaN, infinite or too large for float32: {first}"
+            )
+        return digest.hexdigest()
+
+
+def open_signals(path: str | Path, row: int | None = None) -> SignalFile:
+    """Open a file of signals (T,) or (N, T), of which a row may be chosen."""
     file, inner = split_name(str(path))
     if not file.exists():
-        raise SignalFileError(f"there is no file {path}")
+        raise _fault(f"there is no file {path}")
+    open_array = (
+        _hdf5 if file.suffix in _HDF5 else _zarr if file.suffix == _ZARR else _npy
+    )
     try:
-        if file.suffix in _HDF5:
-            array = _hdf5(file, inner)
-        elif file.suffix == _ZARR:
-            array = _zarr(file, inner)
-        else:
-            array = _npy(file)
+        array = open_array(file, inner)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        raise SignalFileError(f"cannot read {path}: {reason}") from error
+        raise _fault(f"cannot read {path}: {reason}") from error
     if not np.issubdtype(array.dtype, np.floating):
-        raise SignalFileError(f"{path} has dtype {array.dtype}")
+        raise _fault(f"{path} has dtype {array.dtype}")
+    shape = tuple(array.shape)
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise InputError(f"{_EXPECTED}; {path} has shape {shape}")
+    if row is not None and len(shape) == 1:
+        raise InputError(f"--row goes with an array (N, T); {path} has shape {shape}")
+    if row is not None and row >= shape[0]:
+        raise InputError(
+            f"expected --row to be in 0..{shape[0] - 1} for {path}; got {row}"
+        )
     # HDF5's arrays of rank one are read here: h5py does not index with None.
-    if array.ndim == 1:
-        array = np.asarray(array)
-    return SignalFile(str(path), tuple(array.shape), array)
+    signals = SignalFile(
+        str(path), shape, np.asarray(array) if len(shape) == 1 else array
+    )
+    if row is None:
+        return signals
+    chosen = signals.read(row, row + 1)[0]
+    return SignalFile(f"row {row} of {path}", chosen.shape, chosen)
+
+
+def _fault(message: str) -> InputError:
+    return InputError(f"{message}; {_EXPECTED}")
 
 
 def split_name(path: str) -> tuple[Path, str | None]:
@@ -73,7 +109,7 @@ def split_name(path: str) -> tuple[Path, str | None]:
     return Path(path), None
 
 
-def _npy(path: Path) -> np.ndarray:
+def _npy(path: Path, _: str | None) -> np.ndarray:
     try:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -82,9 +118,9 @@ def _npy(path: Path) -> np.ndarray:
                 raise
             array = np.load(path, allow_pickle=False)  # an array without entries
     except (ValueError, EOFError, MemoryError, BadZipFile) as error:
-        raise SignalFileError(f"{path} is not a .npy file of numbers") from error
+        raise _fault(f"{path} is not a .npy file of numbers") from error
     if not isinstance(array, np.ndarray):
-        raise SignalFileError(f"{path} is an archive of several arrays")
+        raise _fault(f"{path} is an archive of several arrays")
     return array
 
 
@@ -106,13 +142,13 @@ def _zarr(path: Path, name: str | None) -> Any:
     try:
         import zarr
     except ImportError as error:
-        raise SignalFileError(
+        raise _fault(
             f"{path} is a Zarr store, which needs `pip install sbi-slotflow[zarr]`"
         ) from error
     try:
         node = zarr.open(path, mode="r")
     except (KeyError, ValueError, FileNotFoundError) as error:
-        raise SignalFileError(f"{path} is no Zarr store") from error
+        raise _fault(f"{path} is no Zarr store") from error
     if isinstance(node, zarr.Array):
         return _chosen(path, name, {name or "": node})
     return _chosen(path, name, dict(node.arrays()))
@@ -123,9 +159,9 @@ def _chosen(path: Path, name: str | None, arrays: dict[str, Any]) -> Any:
     if name is None and len(arrays) == 1:
         return next(iter(arrays.values()))
     if name is None:
-        raise SignalFileError(
+        raise _fault(
             f"{path} holds {len(arrays)} arrays ({names}): name one, {path}:NAME"
         )
     if name.strip("/") not in arrays:
-        raise SignalFileError(f"{path} holds no array {name}, but {names}")
+        raise _fault(f"{path} holds no array {name}, but {names}")
     return arrays[name.strip("/")]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import zarr
 
-from sbi_slotflow.cli.signal_files import SignalFileError, open_signals
+from sbi_slotflow.cli import InputError
+from sbi_slotflow.cli.signal_files import open_signals
 
 MANY = np.random.default_rng(0).normal(size=(7, 20))
 
@@ -82,5 +83,5 @@ def test_a_colon_in_a_name_of_a_file_is_no_array(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     for name in ("x.npy", "x.h5", "x.h5:flux", "x.zarr:flux"):
-        with pytest.raises(SignalFileError, match="there is no file"):
+        with pytest.raises(InputError, match="there is no file"):
             open_signals(tmp_path / name)
