@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..seeding import draw_seed
 from ..sets.checks import as_probabilities, as_weights
-from .check import Array, Check
+from .check import Array, Check, upper_p_value
 from .draws import CalibrationDraws
 
 if TYPE_CHECKING:
@@ -166,14 +166,18 @@ def cardinality_reliability(
         raise ValueError(f"draws must leave at least 20 pairs, got {len(counts)}.")
     rng = np.random.default_rng(draw_seed(generator))
     q, k = probs.numpy(), counts.numpy()
-    scoring = _Scores(q)
-    found = scoring(k[None])
-    simulated = scoring.simulated(rng)
-    sides = {"log score": 2, "Brier score": 2, "calibration error": 1, "bias of K": 2}
+    step = max(1, _CHUNK // len(q))
+    sizes = np.diff([*range(0, _NUM_SIMULATIONS, step), _NUM_SIMULATIONS]).tolist()
+    parts = [_scores(q, _drawn(q, num, rng)) for num in sizes]
     p_values, scores = {}, {}
-    for name, number in sides.items():
-        value, null = float(found[name][0]), simulated[name]
-        p_values[name] = _p_value(value, null, number)
+    for name, found in _scores(q, k[None]).items():
+        value, null = float(found[0]), np.concatenate([part[name] for part in parts])
+        # Rounding must not make equal scores differ.
+        slack = 1e-9 * max(1.0, abs(value)) if np.isfinite(value) else 0.0
+        p_values[name] = upper_p_value(value - slack, null)
+        if name != "calibration error":  # the others have two sides
+            below = upper_p_value(-value - slack, -null)
+            p_values[name] = min(1.0, 2 * min(p_values[name], below))
         scores[name] = {"value": value, "expected": float(null.mean())}
     size = probs.shape[-1]
     confusion = np.zeros((size, size), dtype=np.int64)
@@ -183,44 +187,24 @@ def cardinality_reliability(
     )
 
 
-class _Scores:
-    """Scores of true K under q, for many sets of true K at once."""
-
-    def __init__(self, q: Array) -> None:
-        self.q = q
-        with np.errstate(divide="ignore"):
-            self.log_q = np.log(q)
-        self.best = q.argmax(-1)
-        confidence = q.max(-1)
-        order = confidence.argsort(kind="stable")
-        bins = max(1, min(_NUM_BINS, len(q) // 20))
-        self.bin = np.empty(len(q), dtype=np.int64)
-        self.bin[order] = np.arange(len(q)) * bins // len(q)
-        self.member = np.eye(bins)[self.bin]
-        self.confidence = confidence @ self.member
-        self.mean = q @ np.arange(q.shape[-1])
-        self.square = (q**2).sum(-1)
-
-    def __call__(self, k: NDArray[np.int64]) -> dict[str, Array]:
-        """Scores ``(R,)`` of true K ``(R, n)``."""
-        num = len(self.q)
-        index = np.arange(num)
-        right = (k == self.best).astype(np.float64)
-        gap = np.abs(right @ self.member - self.confidence)
-        chosen = self.q[index, k]
-        return {
-            "log score": self.log_q[index, k].mean(-1),
-            "Brier score": (self.square - 2 * chosen + 1).mean(-1),
-            "calibration error": gap.sum(-1) / num,
-            "bias of K": (self.mean - k).mean(-1),
-        }
-
-    def simulated(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Scores of K drawn from q."""
-        step = max(1, _CHUNK // len(self.q))
-        sizes = np.diff([*range(0, _NUM_SIMULATIONS, step), _NUM_SIMULATIONS])
-        parts = [self(_drawn(self.q, num, rng)) for num in sizes.tolist()]
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+def _scores(q: Array, k: NDArray[np.int64]) -> dict[str, Array]:
+    """Scores ``(R,)`` of R sets of true K, ``(R, n)``, under q."""
+    num, index = len(q), np.arange(len(q))
+    with np.errstate(divide="ignore"):
+        log_q = np.log(q)
+    confidence, chosen = q.max(-1), q[index, k]
+    bins = max(1, min(_NUM_BINS, num // 20))
+    bin_of = np.empty(num, dtype=np.int64)
+    bin_of[confidence.argsort(kind="stable")] = index * bins // num
+    member = np.eye(bins)[bin_of]
+    right = (k == q.argmax(-1)).astype(np.float64)
+    gap = np.abs(right @ member - confidence @ member)
+    return {
+        "log score": log_q[index, k].mean(-1),
+        "Brier score": ((q**2).sum(-1) - 2 * chosen + 1).mean(-1),
+        "calibration error": gap.sum(-1) / num,
+        "bias of K": (q @ np.arange(q.shape[-1]) - k).mean(-1),
+    }
 
 
 def _drawn(q: Array, num: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -232,16 +216,6 @@ def _drawn(q: Array, num: int, rng: np.random.Generator) -> NDArray[np.int64]:
     for column in edges.T[:-1]:
         k += share >= column
     return k
-
-
-def _p_value(value: float, simulated: Array, sides: int) -> float:
-    # Rounding must not make equal scores differ.
-    slack = 1e-9 * max(1.0, abs(value)) if np.isfinite(value) else 0.0
-    above = (1 + (simulated >= value - slack).sum()) / (1 + len(simulated))
-    if sides == 1:
-        return float(above)
-    below = (1 + (simulated <= value + slack).sum()) / (1 + len(simulated))
-    return float(min(1.0, 2 * min(above, below)))
 
 
 def _reweighted(

@@ -55,8 +55,8 @@ __all__ = [
     "pit",
     "rank_p_value",
     "uniformity_p_value",
+    "upper_p_value",
 ]
-
 
 Array = NDArray[np.float64]
 
@@ -254,13 +254,16 @@ def uniformity_p_value(values: Array) -> float:
     return _p_value(2 * float(np.minimum(lower, upper).min()), len(values))
 
 
+def upper_p_value(value: float, null: Array) -> float:
+    """Share of a number and those simulated for it that are at least as large."""
+    return float((1 + (null >= value).sum()) / (1 + len(null)))
+
+
 def rank_p_value(values: Array) -> float:
     """Test whether ranks are uniform, by their ECDF and by their mean and variance."""
     band = uniformity_p_value(values)
-    null = _smooth_null(len(values))
-    smooth = _smooth(np.asarray(values)[None])[0]
-    above = len(null) - np.searchsorted(null, smooth * (1 - 1e-12))
-    return min(1.0, 2 * min(band, float((1 + above) / (1 + len(null)))))
+    smooth = _smooth(np.asarray(values)[None])[0] * (1 - 1e-12)
+    return min(1.0, 2 * min(band, upper_p_value(smooth, _smooth_null(len(values)))))
 
 
 def _smooth(values: Array) -> Array:
@@ -273,14 +276,14 @@ def _smooth(values: Array) -> Array:
 
 @lru_cache(maxsize=64)
 def _smooth_null(num: int) -> Array:
-    """Simulated values of Neyman's statistic, ascending."""
+    """Simulated values of Neyman's statistic."""
     rng = np.random.default_rng(num)
     step = max(1, _CHUNK // num)
     parts = [
         _smooth(rng.random((min(step, _NUM_SIMULATIONS - start), num)))
         for start in range(0, _NUM_SIMULATIONS, step)
     ]
-    return np.sort(np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=256)

@@ -161,11 +161,10 @@ def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Cove
         group: dict[str, CoverageCurve], name: str, values: Tensor, used: Tensor,
         test: Tensor,
     ) -> None:  # fmt: skip
-        if used.any(-1).sum() < FEWEST_RANKS:
-            return
         some = used.any(-1)
-        group[name], errors[name] = _curve(values[some], used[some], generator)
-        p_values[name] = rank_p_value(test[some].numpy())
+        if some.sum() >= FEWEST_RANKS:
+            group[name], errors[name] = _curve(values[some], used[some], generator)
+            p_values[name] = rank_p_value(test[some].numpy())
 
     for d, name in enumerate(draws.layout.component_names):
         add(parameters, name, components[..., d], mask, picked[:, d])
@@ -183,7 +182,8 @@ def coverage(draws: CalibrationDraws, *, false_alarm_rate: float = 0.01) -> Cove
         here = (counts == k).unsqueeze(-1)
         add(cardinalities, f"K = {k}", everything, used & here, one)
     add(cardinalities, "mixed", everything, used, one)
-    ball = torch.from_numpy(pit(*_radii(matched), generator)).unsqueeze(-1)
+    truth, given_k = _radii(matched)
+    ball = torch.from_numpy(pit(truth, given_k, generator)).unsqueeze(-1)
     any_used = used.any(-1, keepdim=True)
     add(cardinalities, "all at once", ball, any_used, ball.squeeze(-1))
     if not p_values:
@@ -211,25 +211,16 @@ def _one_of(
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def _radii(matched: MatchedComponents) -> tuple[Tensor, Tensor]:
+def _radii(matched: MatchedComponents) -> list[Tensor]:
     """Squared standardised distance from the mean, of truth and draws."""
-    mean, std = matched.moments
-    mask = matched.mask.unsqueeze(-1)
-    guides = matched.shared[2]
+    *both, guides = matched.shared
     centre = guides.mean(0)
     spread = (guides - centre).square().mean(0).sqrt()
     spread = above_rounding(spread, guides.abs().amax(0))
-
-    def radius(components: Tensor, shared: Tensor) -> Tensor:
-        square = torch.where(mask, ((components - mean) / std).square(), 0.0)
-        other = ((shared - centre) / spread).square()
-        return square.sum((-2, -1)) + other.sum(-1)
-
-    truth, draws = (
-        radius(c, s)
-        for c, s in zip(matched.components[:2], matched.shared[:2], strict=True)
-    )
-    return truth, draws
+    return [
+        own.square().sum((-2, -1)) + ((shared - centre) / spread).square().sum(-1)
+        for own, shared in zip(matched.deviations, both, strict=True)
+    ]
 
 
 def _curve(

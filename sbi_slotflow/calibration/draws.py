@@ -261,10 +261,15 @@ class MatchedComponents:
         return truth[0], draws, guides
 
     @cached_property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of matched guides, each ``(n, Kmax, D)``."""
-        guides = self.components[2]
-        return guides.mean(0), above_rounding(guides.std(0), guides.abs().amax(0))
+    def deviations(self) -> tuple[Tensor, Tensor]:
+        """Components of truth and draws, standardised by the guides; 0 for padding."""
+        truth, draws, guides = self.components
+        std = above_rounding(guides.std(0), guides.abs().amax(0))
+        mean, mask = guides.mean(0), self.mask.unsqueeze(-1)
+        truth, draws = (
+            torch.where(mask, (part - mean) / std, 0.0) for part in (truth, draws)
+        )
+        return truth, draws
 
     @cached_property
     def _points(self) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ the posterior's own draws, spoilt by the other faults. Moments of draws given K 
 taken in canonical order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +35,8 @@ __all__ = [
 _FEWEST_DRAWS = 256
 
 
-class Spoil(Protocol):
-    """Turns draws given K, ``(P, B, E)``, into wrong ones of the same shape."""
-
-    def __call__(
-        self,
-        prior: VariableKPrior,
-        rows: Tensor,
-        k: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Spoil rows, all of cardinality k."""
-        ...
+Spoil = Callable[[VariableKPrior, Tensor, int, torch.Generator | None], Tensor]
+"""Turns rows ``(P, B, E)``, all of cardinality k, into wrong ones of the same shape."""
 
 
 class FaultyPosterior(Posterior):
@@ -122,8 +112,12 @@ class FaultySets(SetDistribution):
         for size in counts.unique().tolist():
             here = counts == size
             columns = here.any(0).nonzero().squeeze(-1)
-            most = int(here.sum(0).max())
-            found = self._of_size(most, x[columns], size, generator)
+            given, most = self._posterior.given(x[columns]), int(here.sum(0).max())
+            if self._spoil is None:
+                found = given.sample((most,), size, generator)
+            else:
+                found = given.sample((max(most, _FEWEST_DRAWS),), size, generator)
+                found = self._spoil(self._posterior.prior, found, size, generator)
             # Each column takes as many of its draws as it needs.
             row, column = here[:, columns].nonzero(as_tuple=True)
             place = (here.cumsum(0) - 1)[row, columns[column]]
@@ -133,16 +127,6 @@ class FaultySets(SetDistribution):
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raise: a spoilt posterior's density is not known."""
         raise NotImplementedError("log_prob does not exist for a faulty posterior.")
-
-    def _of_size(
-        self, num: int, x: Tensor, k: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Draw rows ``(num, B, E)`` of cardinality k."""
-        given = self._posterior.given(x)
-        if self._spoil is None:
-            return given.sample((num,), k, generator)
-        rows = given.sample((max(num, _FEWEST_DRAWS),), k, generator)
-        return self._spoil(self._posterior.prior, rows, k, generator)[:num]
 
 
 def narrowed(posterior: Posterior, factor: float = 0.8) -> FaultyPosterior:

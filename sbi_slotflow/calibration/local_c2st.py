@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..seeding import generator_for
 from ..sets.checks import as_count, as_observation
-from .check import Array, Check, check_rate, pit
+from .check import Array, Check, check_rate, pit, upper_p_value
 from .draws import BatchedPosterior, CalibrationDraws
 from .sbc import reduce_fns, set_numbers
 
@@ -156,8 +156,8 @@ def local_c2st(
             null[i] = statistic(
                 torch.where(swap, truth, other), torch.where(swap, other, truth)
             )
-    p_value = (1 + (null >= found).sum()) / (1 + num_null)
-    return LocalC2ST({"observation": float(p_value)}, false_alarm_rate, found, null)
+    p_values = {"observation": upper_p_value(found, null)}
+    return LocalC2ST(p_values, false_alarm_rate, found, null)
 
 
 def _scores(

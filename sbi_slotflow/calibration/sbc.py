@@ -23,7 +23,7 @@ exist for every K for sbi's own tool::
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,9 +34,6 @@ from ..sets.layout import ThetaLayout, ThetaParts
 from ..sets.separation import smallest_gap
 from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, MatchedComponents
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "FEWEST_RANKS",
@@ -260,7 +257,7 @@ def sbc_components(
     names = draws.layout.component_names
     found = {name: chosen[:, d] for d, name in enumerate(names)}
     if several.sum() >= FEWEST_RANKS:
-        truth, given_k, _ = (_products(part, matched) for part in matched.components)
+        truth, given_k = (_products(part) for part in matched.deviations)
         products = pit(truth[several], given_k[:, several], generator)
         for d, name in enumerate(names):
             found[f"pairs of {name}"] = products[:, d]
@@ -279,11 +276,8 @@ def picked_component(cardinality: Tensor, generator: torch.Generator) -> Tensor:
     return (share * cardinality).long()
 
 
-def _products(components: Tensor, matched: MatchedComponents) -> Tensor:
+def _products(deviation: Tensor) -> Tensor:
     """Sum over pairs of components of their deviations' products, ``(..., n, D)``."""
-    mean, std = matched.moments
-    mask = matched.mask.unsqueeze(-1)
-    deviation = torch.where(mask, (components - mean) / std, 0.0)
     return 0.5 * (deviation.sum(-2).square() - deviation.square().sum(-2))
 
 

@@ -17,7 +17,7 @@ reference, the more the ranks depend on the posterior's width.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from ..sets.matching import hungarian
 from ..sets.prior import VariableKPrior
 from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, above_rounding
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["TARP", "SetDistance", "set_distance", "tarp"]
 

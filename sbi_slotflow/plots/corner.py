@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
@@ -27,8 +26,10 @@ from .style import (
     SMALL,
     TRUTH,
     Figure,
+    legend_above,
     padded,
     thinned,
+    truth_line,
 )
 
 __all__ = ["Column", "draw_corner", "plot_corner", "plot_source_corners"]
@@ -67,10 +68,21 @@ class Column:
 
 
 def draw_corner(
-    figure: Figure, grid: GridSpec, columns: list[Column], small: bool
+    figure: Figure,
+    columns: list[Column],
+    corner: tuple[float, float],
+    size: float,
+    small: bool = False,
 ) -> None:
-    """Draw the panels below the diagonal of a square grid."""
+    """Draw the panels on and below the diagonal of a square grid.
+
+    Its lower left corner and the size of a panel are in inches.
+    """
     num = len(columns)
+    place = [*corner, *(begin + num * size for begin in corner)]
+    sides = np.asarray(place) / np.tile(figure.get_size_inches(), 2)
+    ends = dict(zip(("left", "bottom", "right", "top"), sides.tolist(), strict=True))
+    grid = figure.add_gridspec(num, num, wspace=0.08, hspace=0.08, **ends)
     for i, row in enumerate(columns):
         for j, column in enumerate(columns[: i + 1]):
             axes = figure.add_subplot(grid[i, j])
@@ -111,7 +123,8 @@ def _histogram(axes: Axes, column: Column) -> None:
 
 def _contours(axes: Axes, across: Column, up: Column) -> None:
     box = across.range, up.range
-    centres = [_padded_centres(*ends) for ends in box]
+    cells = np.arange(_NUM_CELLS + 4) - 1.5  # two more on either side
+    centres = [low + (high - low) / _NUM_CELLS * cells for low, high in box]
     density = _density(across.values, up.values, box)
     if density.max() > 0:
         levels = np.unique([*_thresholds(density), 1.001 * density.max()])
@@ -147,11 +160,6 @@ def _density(
     ]
     width = [_NUM_CELLS / 6.7 * len(across) ** (-1 / 6) * share for share in spread]
     return gaussian_filter(np.pad(counts, 2), width, mode="constant")
-
-
-def _padded_centres(low: float, high: float) -> np.ndarray:
-    """Centres of the cells, two more on either side."""
-    return low + (high - low) / _NUM_CELLS * (np.arange(_NUM_CELLS + 4) - 1.5)
 
 
 def _corner_ticks(axes: Axes, bottom: bool, left: bool, num_ticks: int) -> None:
@@ -247,18 +255,21 @@ def plot_corner(
     other = None
     if reference is not None:
         other = as_rows(reference, layout, "reference")
-        other = _given(other, layout, k, "row of the reference")
+        other = frame.labelled(_given(other, layout, k, "row of the reference"))
+    own = frame.labelled(rows)
     true: list[float | None] = [None] * len(frame.names)
     if true_theta is not None:
         row = as_row(true_theta, layout)
         same = int(layout.cardinality(row)) == k
         # On the turn of the circle on which the draws are.
         turns = [periods.get(name, math.inf) for name, _ in frame.names]
-        middle = frame.labelled(rows).median(0).values
-        values = near(frame.labelled(row)[0], middle, turns).tolist()
+        values = near(frame.labelled(row)[0], own.median(0).values, turns).tolist()
         pairs = zip(frame.names, values, strict=True)
         true = [v if same or not number else None for (_, number), v in pairs]
-    columns = _columns(frame, rows, other, true, names, units or {})
+    columns = _columns(frame.names, own, true, units or {}, other)
+    pairs = list(zip(columns, frame.names, strict=True))
+    pairs = pairs[layout.num_shared :] + pairs[: layout.num_shared]
+    columns = [c for c, (name, _) in pairs if names is None or name in names]
     if not columns:
         raise ValueError(f"nothing to plot: K = {k} and no shared parameter.")
     shown = None if other is None else labels
@@ -309,9 +320,9 @@ def plot_source_corners(
     if true_theta is not None:
         row = as_row(true_theta, layout)
         true_owner = sources.assign(row)[0]
-        true_components = layout.unpack(layout.canonical(row)).components[0]
+        true_components = layout.unpack(layout.canonical(row)).components[0].double()
         truth = [true_components[j] if j >= 0 else None for j in true_owner.tolist()]
-    size = layout.num_component_params
+    size, periods = layout.num_component_params, layout.component_periods
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     width = columns * (_LEFT + size * _PANEL) + 0.25
@@ -319,45 +330,43 @@ def plot_source_corners(
     figure = Figure(figsize=(width, height))
     for number, i in enumerate(shown):
         there = owner[:, i] >= 0
-        values = components[there, owner[there, i]]
-        true = None if truth is None else truth[i]
-        parameters = _source_columns(values, true, layout, units or {})
+        values = components[there, owner[there, i]].double()
+        values = near(values, circular_mean(values, periods), periods)
+        true: list[float | None] = [None] * size
+        if truth is not None and (found := truth[i]) is not None:
+            true = [*near(found, values.median(0).values, periods).tolist()]
+        named = [(name, 0) for name in layout.component_names]
         left = (number % columns) * (_LEFT + size * _PANEL) + _LEFT
         top = height - 0.35 - (number // columns) * (_BOTTOM + size * _PANEL + _TOP)
         top -= _TOP
-        place = (left, top - size * _PANEL, left + size * _PANEL, top)
-        draw_corner(figure, _grid(figure, size, place), parameters, small=False)
+        drawn = _columns(named, values, true, units or {})
+        draw_corner(figure, drawn, (left, top - size * _PANEL), _PANEL)
         title = f"Source {i + 1}: there with probability {there.double().mean():.2f}"
         figure.text(
             left / width, (top + 0.08) / height, title, fontsize=FONT, va="bottom"
         )
-    handles = _shades() + ([] if truth is None else [_truth_line()])
-    style = {"ncols": len(handles), "frameon": False, "fontsize": SMALL}
-    figure.legend(handles=handles, loc="upper right", borderpad=0.2, **style)
+    handles = _shades() + ([] if truth is None else [truth_line()])
+    legend_above(figure, handles, loc="upper right", borderpad=0.2, fontsize=SMALL)
     return figure
 
 
 def _columns(
-    frame: Frame,
-    rows: Tensor,
-    reference: Tensor | None,
-    true: list[float | None],
-    names: Sequence[str] | None,
+    names: Iterable[tuple[str, int]],
+    values: Tensor,
+    truth: Sequence[float | None],
     units: Mapping[str, str],
+    reference: Tensor | None = None,
 ) -> list[Column]:
-    """The parameters to show: components, then shared ones."""
-    own = frame.labelled(rows).numpy()
-    other = None if reference is None else frame.labelled(reference).numpy()
-    order = sorted(enumerate(frame.names), key=lambda entry: entry[1][1] == 0)
+    """Columns of ``(S, C)`` values; names are numbered from 1, 0 is no number."""
     return [
         Column(
-            (f"{name} {number}" if number else name) + _unit(name, units),
-            own[:, index],
-            true[index],
-            None if other is None else other[:, index],
+            (f"{name} {number}" if number else name)
+            + (f"\n({units[name]})" if name in units else ""),
+            values[:, i].numpy(),
+            truth[i],
+            None if reference is None else reference[:, i].numpy(),
         )
-        for index, (name, number) in order
-        if names is None or name in names
+        for i, (name, number) in enumerate(names)
     ]
 
 
@@ -378,8 +387,7 @@ def _corner(
     width, height = left + num * size + 0.35, bottom + num * size + top
     width = max(width, 3.9)
     figure = Figure(figsize=(width, height))
-    place = (left, bottom, left + num * size, bottom + num * size)
-    draw_corner(figure, _grid(figure, num, place), columns, small)
+    draw_corner(figure, columns, (left, bottom), size, small)
     edge = left / width
     figure.text(edge, 1 - 0.12 / height, title, fontsize=FONT + 1, va="top")
     handles: list[Artist] = []
@@ -391,28 +399,12 @@ def _corner(
     if labels is not None:
         handles.append(Line2D([], [], color=REFERENCE, label=labels[1]))
     if any(column.truth is not None for column in columns):
-        handles.append(_truth_line())
+        handles.append(truth_line())
     if handles:
-        style = {"ncols": len(handles), "frameon": False, "fontsize": SMALL}
-        style |= {"bbox_to_anchor": (edge, 1 - 0.36 / height), "loc": "upper left"}
-        figure.legend(handles=handles, borderpad=0, borderaxespad=0, **style)
+        place = {"bbox_to_anchor": (edge, 1 - 0.36 / height), "loc": "upper left"}
+        place |= {"borderpad": 0, "borderaxespad": 0, "fontsize": SMALL}
+        legend_above(figure, handles, **place)
     return figure
-
-
-def _source_columns(
-    values: Tensor, truth: Tensor | None, layout: ThetaLayout, units: Mapping[str, str]
-) -> list[Column]:
-    periods = layout.component_periods
-    values = values.double()
-    values = near(values, circular_mean(values, periods), periods)
-    true: list[float | None] = [None] * len(periods)
-    if truth is not None:
-        true = [*near(truth.double(), values.median(0).values, periods).tolist()]
-    columns = zip(layout.component_names, values.unbind(-1), true, strict=True)
-    return [
-        Column(name + _unit(name, units), draws.numpy(), value)
-        for name, draws, value in columns
-    ]
 
 
 def _check_names(layout: ThetaLayout, *named: Iterable[str]) -> None:
@@ -421,26 +413,9 @@ def _check_names(layout: ThetaLayout, *named: Iterable[str]) -> None:
         raise ValueError(f"unknown parameter(s) {unknown}; there are {list(known)}.")
 
 
-def _unit(name: str, units: Mapping[str, str]) -> str:
-    return f"\n({units[name]})" if name in units else ""
-
-
-def _grid(
-    figure: Figure, num: int, place: tuple[float, float, float, float]
-) -> GridSpec:
-    """A square grid of panels at (left, bottom, right, top) in inches."""
-    sides = np.asarray(place) / np.tile(figure.get_size_inches(), 2)
-    ends = dict(zip(("left", "bottom", "right", "top"), sides.tolist(), strict=True))
-    return figure.add_gridspec(num, num, wspace=0.08, hspace=0.08, **ends)
-
-
 def _shades() -> list[Artist]:
     """Legend of the contours."""
     return [
         Patch(color=shade, label=f"{share:.0%}".replace("%", " %"))
         for share, shade in reversed(SHADES.items())
     ]
-
-
-def _truth_line() -> Line2D:
-    return Line2D([], [], color=TRUTH, linestyle="--", label="truth")

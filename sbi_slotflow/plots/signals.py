@@ -20,6 +20,7 @@ from .style import (
     legend_above,
     padded,
     thinned,
+    truth_line,
 )
 
 _MOST_DRAWS = 1_000
@@ -86,7 +87,7 @@ def plot_reconstruction(
         Patch(color=SHADES[0.9], label="90 % band"),
     ]
     if truth is not None:
-        handles.append(Line2D([], [], color=TRUTH, linestyle="--", label="truth"))
+        handles.append(truth_line())
     legend_above(figure, handles)
     return figure
 

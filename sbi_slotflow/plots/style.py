@@ -7,10 +7,12 @@ posterior is blue, the truth is vermilion.
 import math
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as _Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 __all__ = []
@@ -48,15 +50,15 @@ def dress(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_above(figure: _Figure, handles: Sequence[Artist]) -> None:
-    """Put a legend in one row above all axes; needs a constrained layout."""
-    figure.legend(
-        handles=list(handles),
-        loc="outside upper center",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=FONT,
-    )
+def legend_above(figure: _Figure, handles: Sequence[Artist], **style: Any) -> None:
+    """Put a legend in one row above all axes, which needs a constrained layout."""
+    style = {"loc": "outside upper center", "fontsize": FONT, **style}
+    figure.legend(handles=list(handles), ncols=len(handles), frameon=False, **style)
+
+
+def truth_line() -> Artist:
+    """The truth in a legend."""
+    return Line2D([], [], color=TRUTH, linestyle="--", label="truth")
 
 
 def padded(low: float, high: float, share: float) -> tuple[float, float]:
