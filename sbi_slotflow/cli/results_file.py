@@ -16,9 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5netcdf
+import h5py
 import numpy as np
-import torch
+import xarray
 from torch import Tensor
+from xarray import Dataset, DataTree
 
 from ..posterior.datatree import to_datatree
 from ..seeding import generator_for
@@ -28,7 +31,6 @@ from .models import Answers, Model, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from xarray import Dataset, DataTree
 
 __all__ = [
     "GROUPS",
@@ -53,7 +55,8 @@ GROUPS = {
 }
 """Groups of a result of many signals, and the dimension along which they grow."""
 
-_GROUPS_OF_ONE = {
+_KNOWN_GROUPS = {
+    *GROUPS,
     "observed_data",
     "pit",
     "posterior_given_k",
@@ -74,10 +77,8 @@ def signal_tree(
     settings: Settings,
     attrs: dict[str, Any],
     true_theta: Tensor | None = None,
-) -> "DataTree":
+) -> DataTree:
     """ArviZ tree of one signal, with the groups ``cardinality`` and ``catalogue``."""
-    from xarray import DataTree
-
     generator = generator_for(settings.seed, _TREE)
     tree = to_datatree(
         answers.draws,
@@ -100,16 +101,13 @@ def signal_tree(
 
 def batch_tree(
     model: Model, answers: Answers, start: int, attrs: Mapping[str, Any]
-) -> "DataTree":
+) -> DataTree:
     """Tree of a batch of signals, with a leading dimension ``observation``.
 
     Sources of all signals follow one another in ``catalogue``, where the variable
     ``observation`` tells whose they are.
     """
-    from xarray import DataTree
-
-    num = len(answers.draws)
-    observation = np.arange(start, start + num)
+    observation = start + np.arange(len(answers.draws))
     # One chain a signal, to name and mask the parameters as everywhere else.
     tree = to_datatree(
         answers.draws,
@@ -128,40 +126,28 @@ def batch_tree(
         for name in ("posterior", "sample_stats")
     )
     stats = stats.drop_vars(["active"] if "lp" in stats else ["active", "draw"])
+    numbers = {k: ("observation", v.numpy()) for k, v in answers.statistics.items()}
+    catalogues = [c.drop_vars("source").drop_attrs() for c in answers.catalogues]
+    owner = np.repeat(observation, [c.sizes["source"] for c in answers.catalogues])
     groups = {
         "cardinality": _cardinality(answers).assign_coords(observation=observation),
         "posterior": posterior,
-        "sample_stats": stats.assign(
-            {
-                name: ("observation", values.numpy())
-                for name, values in answers.statistics.items()
-            }
+        "sample_stats": stats.assign(numbers),
+        "catalogue": xarray.concat(catalogues, dim="source").assign(
+            observation=("source", owner)
         ),
-        "catalogue": _catalogue(answers.catalogues, start),
     }
     result = DataTree.from_dict(groups)
     result.attrs = dict(tree.attrs)
     return result
 
 
-def _cardinality(answers: Answers) -> "Dataset":
-    from xarray import Dataset
-
+def _cardinality(answers: Answers) -> Dataset:
     probs = answers.probs.double()
     return Dataset(
         {"probability": (("observation", "cardinality"), probs.numpy())},
         coords={"cardinality": np.arange(probs.shape[-1])},
     )
-
-
-def _catalogue(catalogues: "list[Dataset]", start: int) -> "Dataset":
-    import xarray
-
-    owners = [torch.full((len(c["source"]),), i) for i, c in enumerate(catalogues)]
-    joined = xarray.concat(
-        [c.drop_vars("source").drop_attrs() for c in catalogues], dim="source"
-    )
-    return joined.assign(observation=("source", start + torch.cat(owners).numpy()))
 
 
 _SUFFIXES = (".nc", ".zarr")
@@ -217,11 +203,9 @@ def _is_ours(path: Path) -> bool:
             marked = MARK.items() <= dict(group.attrs).items()
             return marked and _holds_only_its_store(path)
         if path.suffix == ".nc":
-            import h5py
-
             with h5py.File(path) as file:
                 marked = all(file.attrs.get(k) == v for k, v in MARK.items())
-                return marked and set(file) <= {*GROUPS, *_GROUPS_OF_ONE}
+                return marked and set(file) <= _KNOWN_GROUPS
         if path.suffix == ".png":
             from PIL import Image
 
@@ -238,22 +222,19 @@ def _is_ours(path: Path) -> bool:
 
 def _holds_only_its_store(path: Path) -> bool:
     """Whether every file of a Zarr folder is metadata or a chunk of a group of ours."""
-    groups = {*GROUPS, *_GROUPS_OF_ONE}
     for file in path.rglob("*"):
+        # GROUP/ARRAY/, then a chunk's numbers
         parts = file.relative_to(path).parts
         if file.is_dir() and not file.is_symlink():
-            if parts[0] not in groups:
-                return False
-        elif not (file.name in _ZARR_FILES or _is_chunk(parts)):
+            good = parts[0] in _KNOWN_GROUPS
+        elif file.name in _ZARR_FILES:
+            good = True
+        else:
+            numbers = [part.replace(".", "") for part in parts[2:] if part != "c"]
+            good = len(parts) > 2 and all(map(str.isdigit, numbers))
+        if not good:
             return False
     return True
-
-
-def _is_chunk(parts: tuple[str, ...]) -> bool:
-    """Whether a path is ``GROUP/ARRAY/...`` followed by a chunk's numbers."""
-    return len(parts) > 2 and all(
-        part == "c" or part.replace(".", "").isdigit() for part in parts[2:]
-    )
 
 
 @contextmanager
@@ -271,7 +252,7 @@ def write_figure(figure: "Figure", path: Path) -> None:
         figure.savefig(new, dpi=150, metadata={"Software": MARK["program"]})
 
 
-def write_tree(tree: "DataTree", path: Path) -> None:
+def write_tree(tree: DataTree, path: Path) -> None:
     """Write a tree with our mark as NetCDF or Zarr, by the path's ending."""
     tree.attrs |= MARK
     with replacing(path) as new:
@@ -281,10 +262,8 @@ def write_tree(tree: "DataTree", path: Path) -> None:
             tree.to_netcdf(new, engine="h5netcdf")
 
 
-def read_part(path: Path) -> "DataTree":
+def read_part(path: Path) -> DataTree:
     """Read a part as a whole."""
-    import xarray
-
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         return tree.load()
 
@@ -307,40 +286,35 @@ def join_csv(parts: Sequence[Path], path: Path) -> None:
             frame.to_csv(file, index=False, header=not number)
 
 
-def _group(tree: "DataTree", name: str) -> "Dataset":
+def _group(tree: DataTree, name: str) -> Dataset:
     return tree.children[name].to_dataset(inherit=False)
 
 
 def _join_zarr(parts: Sequence[Path], path: Path) -> None:
-    import xarray
+    import zarr
 
     for number, part in enumerate(parts):
         tree = read_part(part)
         if not number:
-            xarray.Dataset(attrs=tree.attrs).to_zarr(path, mode="w", consolidated=False)
+            Dataset(attrs=tree.attrs).to_zarr(path, mode="w", consolidated=False)
         for name, dim in GROUPS.items():
             dataset = _group(tree, name)
             for variable in dataset.variables.values():
                 variable.encoding = {}
-            if number:
-                dataset.to_zarr(path, group=name, append_dim=dim, consolidated=False)
-            else:
+            how: dict[str, Any] = {"append_dim": dim}
+            if not number:
+                # What the first batch holds is a chunk.
                 chunks = {
-                    name: {"chunks": tuple(max(1, n) for n in variable.shape)}
-                    for name, variable in dataset.variables.items()
+                    key: {"chunks": tuple(max(1, n) for n in variable.shape)}
+                    for key, variable in dataset.variables.items()
                     if variable.ndim
                 }
-                dataset.to_zarr(
-                    path, group=name, encoding=chunks, mode="a", consolidated=False
-                )
-    import zarr
-
+                how = {"mode": "a", "encoding": chunks}
+            dataset.to_zarr(path, group=name, consolidated=False, **how)
     zarr.consolidate_metadata(str(path))
 
 
 def _join_netcdf(parts: Sequence[Path], path: Path) -> None:
-    import h5netcdf
-
     sizes: Counter[str] = Counter()
     for part in parts:
         tree = read_part(part)
@@ -361,7 +335,7 @@ def _join_netcdf(parts: Sequence[Path], path: Path) -> None:
                         file[name].variables[key][start : done[name]] = variable.values
 
 
-def _create(file: Any, name: str, dataset: "Dataset", dim: str, total: int) -> None:
+def _create(file: Any, name: str, dataset: Dataset, dim: str, total: int) -> None:
     """Create a group with the variables of a dataset, ``total`` long along ``dim``."""
     group = file.create_group(name)
     group.dimensions = {**dict(dataset.sizes), dim: total}
