@@ -289,21 +289,17 @@ class MatchedComponents:
 
     def _matched(self, rows: Tensor) -> Tensor:
         """Components ``(S, n, Kmax, D)`` of rows ``(S, n, E)``, relabelled."""
-        layout = self.source.layout
-        components = layout.unpack(rows).components.double()
-        points, scale = self._points
-        parts = components.split(max(1, _CHUNK // self.source.num))
-        return torch.cat([self._match(part, points, scale) for part in parts])
-
-    def _match(self, components: Tensor, points: Tensor, scale: Tensor) -> Tensor:
-        periods = self.source.layout.component_periods
-        pairs = near(components.unsqueeze(-3), points.unsqueeze(-2), periods)
-        pairs = (pairs - points.unsqueeze(-2)) / scale.unsqueeze(-2)
-        cost = pairs.square().sum(-1).flatten(0, 1)
-        counts = self.source.cardinality.repeat(len(components))
-        order = hungarian(-cost, counts).reshape(components.shape[:-1])
-        index = order.unsqueeze(-1).expand_as(components)
-        return near(components.gather(-2, index), points, periods)
+        source, (points, scale) = self.source, self._points
+        periods, found = source.layout.component_periods, []
+        components = source.layout.unpack(rows).components.double()
+        for part in components.split(max(1, _CHUNK // source.num)):
+            pairs = near(part.unsqueeze(-3), points.unsqueeze(-2), periods)
+            pairs = (pairs - points.unsqueeze(-2)) / scale.unsqueeze(-2)
+            cost = pairs.square().sum(-1).flatten(0, 1)
+            order = hungarian(-cost, source.cardinality.repeat(len(part)))
+            index = order.reshape(part.shape[:-1]).unsqueeze(-1).expand_as(part)
+            found.append(near(part.gather(-2, index), points, periods))
+        return torch.cat(found)
 
 
 def above_rounding(scale: Tensor, size: Tensor) -> Tensor:

@@ -176,8 +176,7 @@ def _numbers(draws: CalibrationDraws, rows: Tensor) -> list[Tensor]:
     """Numbers of sets, each ``(M, n)``."""
     flat = rows.flatten(0, -2)
     found = [f(flat, None).reshape(rows.shape[:-1]) for f in reduce_fns(draws.layout)]
-    others = set_numbers(draws.layout.unpack(rows), draws.layout)
-    return found + [value for value, _ in others.values()]
+    return [*found, *set_numbers(rows, draws.layout).values()]
 
 
 def _about(probs: Tensor, x: Tensor) -> Tensor:

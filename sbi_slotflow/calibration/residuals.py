@@ -157,7 +157,14 @@ def residuals(
     num_noise = as_count(num_noise, "num_noise")
     check_finite(theta, "theta")
     check_finite(x)
-    lengths = _lengths(problem, x.shape[-1], streams)
+    if streams is None:
+        streams = [stream.num_samples for stream in problem.streams]
+    lengths = list(streams)
+    if sum(lengths) != x.shape[-1] or min(lengths) < 4:
+        raise ValueError(
+            f"streams must be lengths of at least 4 that add up to {x.shape[-1]}, got "
+            f"{lengths}."
+        )
     generator = torch.Generator().manual_seed(seed)
     theta, x = theta.detach().cpu(), x.detach().cpu()
     step = max(1, _CHUNK // (num_noise * x.shape[-1]))
@@ -182,17 +189,6 @@ def residuals(
         found.append(_averaged(*joined[3:]))
     p_values = {name: rank_p_value(u) for name, u in ranks.items()}
     return Residuals(p_values, false_alarm_rate, ranks, tuple(found))
-
-
-def _lengths(problem: Problem, total: int, streams: Sequence[int] | None) -> list[int]:
-    if streams is None:
-        streams = [stream.num_samples for stream in problem.streams]
-    if sum(streams) != total or min(streams) < 4:
-        raise ValueError(
-            f"streams must be lengths of at least 4 that add up to {total}, got "
-            f"{list(streams)}."
-        )
-    return list(streams)
 
 
 def _measure(noise: Tensor) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..seeding import generator_for
 from ..sets.checks import as_count
-from ..sets.layout import ThetaLayout, ThetaParts
+from ..sets.layout import ThetaLayout
 from ..sets.separation import smallest_gap
 from .check import Array, RankCheck, pit
 from .draws import CalibrationDraws, MatchedComponents
@@ -228,13 +228,12 @@ def sbc(
         pieces = zip(rows.split(step, dim=1), draws.x.split(step), strict=True)
         values = torch.cat([log_likelihood(*piece) for piece in pieces], dim=1)
         ranks["log-likelihood"] = pit(values[0], values[1:], generator)
-    truth = set_numbers(layout.unpack(theta), layout)
-    values = set_numbers(layout.unpack(draws.given_k), layout)
-    for name, (value, least) in truth.items():
-        counted = draws.cardinality >= least
-        if counted.sum() >= FEWEST_RANKS:
-            found = values[name][0][:, counted]
-            ranks[f"{name} given K"] = pit(value[counted], found, generator)
+    several = draws.cardinality > 1
+    if several.sum() >= FEWEST_RANKS:
+        truths, values = (set_numbers(r, layout) for r in (theta, draws.given_k))
+        for name, truth in truths.items():
+            among = values[name][:, several]
+            ranks[f"{name} given K"] = pit(truth[several], among, generator)
     return SetSBC.of(ranks, false_alarm_rate)
 
 
@@ -281,19 +280,17 @@ def _products(deviation: Tensor) -> Tensor:
     return 0.5 * (deviation.sum(-2).square() - deviation.square().sum(-2))
 
 
-def set_numbers(
-    parts: ThetaParts, layout: ThetaLayout
-) -> dict[str, tuple[Tensor, int]]:
-    """Numbers of sets of one size, and the least K for which they mean something."""
-    mask = parts.mask.unsqueeze(-1)
-    total = torch.where(mask, parts.components.double(), 0.0).sum(-2)
-    mean = total / parts.cardinality.clamp(min=1).unsqueeze(-1)
+def set_numbers(rows: Tensor, layout: ThetaLayout) -> dict[str, Tensor]:
+    """Numbers of sets of one size, which mean something from K = 2 on."""
+    parts = layout.unpack(rows)
+    total = torch.where(parts.mask.unsqueeze(-1), parts.components.double(), 0.0)
+    mean = total.sum(-2) / parts.cardinality.clamp(min=1).unsqueeze(-1)
     numbers = {
-        f"mean {name}": (mean[..., d], 2)
+        f"mean {name}": mean[..., d]
         for d, name in enumerate(layout.component_names)
         if name not in layout.periods
     }
     if layout.max_cardinality > 1:
         key = parts.components[..., layout.order_by]
-        numbers["smallest gap"] = (smallest_gap(key, parts.mask), 2)
+        numbers["smallest gap"] = smallest_gap(key, parts.mask)
     return numbers

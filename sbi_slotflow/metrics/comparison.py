@@ -346,7 +346,8 @@ def compare(
     }
     frame = Frame(rows["reference"], layout, k, periods)
     names = [f"{name}_{i}" if i else name for name, i in frame.names]
-    spread = frame.ordered(rows["reference"]).std(0)
+    target, labels = (f(rows["reference"]) for f in (frame.ordered, frame.labelled))
+    spread = target.std(0)
     if still := [name for name, s in zip(names, spread, strict=True) if not s > 0]:
         raise ValueError(
             "reference must vary in every parameter, got one value of "
@@ -354,11 +355,10 @@ def compare(
         )
 
     def measured(name: str, floor: Comparison | None = None) -> Comparison:
-        ordered, target = frame.ordered(rows[name]), frame.ordered(rows["reference"])
-        labelled = frame.labelled(rows[name])
-        target_labelled = frame.labelled(rows["reference"])
-        pair = frame.components(labelled), frame.components(target_labelled)
-        error = correlation_error(*pair) if k > 1 else None
+        ordered, labelled = frame.ordered(rows[name]), frame.labelled(rows[name])
+        pair = frame.components(labelled), frame.components(labels)
+        raw, std = wasserstein2(labelled, labels), labels.std(0)
+        columns = torch.stack([raw / std, raw, labelled.std(0) / std], dim=-1).tolist()
         generator = generator_for(seed, 1)
         return Comparison(
             k=k,
@@ -366,8 +366,10 @@ def compare(
             jensen_shannon=float(jensen_shannon(probs[name], probs["reference"])),
             sliced_w2=sliced_wasserstein2(ordered, target, generator=generator),
             c2st=c2st(ordered, target, generator=generator),
-            correlation_error=error,
-            parameters=_parameters(names, labelled, target_labelled),
+            correlation_error=correlation_error(*pair) if k > 1 else None,
+            parameters=tuple(
+                map(ParameterDistance, names, *zip(*columns, strict=True))
+            ),
             num_draws=len(ordered),
             num_reference=len(target),
             floor=floor,
@@ -416,15 +418,6 @@ def _rows(
             f"{len(rows)}."
         )
     return rows.detach().double().cpu()
-
-
-def _parameters(
-    names: Sequence[str], draws: Tensor, reference: Tensor
-) -> tuple[ParameterDistance, ...]:
-    std, raw = reference.std(0), wasserstein2(draws, reference)
-    columns = torch.stack([raw / std, raw, draws.std(0) / std], dim=-1).tolist()
-    pairs = zip(names, columns, strict=True)
-    return tuple(ParameterDistance(name, *column) for name, column in pairs)
 
 
 def _number(value: float | None) -> str:

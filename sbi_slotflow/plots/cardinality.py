@@ -8,7 +8,7 @@ is averaged over signals and their components.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,20 +22,10 @@ from ..sets.checks import as_count, as_probabilities
 from ..sets.circular import circular_mean, near
 from .style import DATA, POSTERIOR, SMALL, TRUTH, Figure, dress, legend_above
 
+if TYPE_CHECKING:
+    from ..posterior.base import Posterior
+
 __all__ = ["plot_cardinality", "plot_width_scaling", "posterior_widths"]
-
-
-class Draws(Protocol):
-    """What is asked of a posterior: its prior, and draws given K."""
-
-    @property
-    def prior(self) -> Any:
-        """The prior, which knows the layout."""
-        ...
-
-    def sample(self, sample_shape: Any, x: Any, *, k: int, generator: Any) -> Tensor:
-        """Draw theta rows ``(*sample_shape, E)`` with k components."""
-        ...
 
 
 Probabilities = Categorical | Tensor | Sequence[float]
@@ -115,7 +105,7 @@ def _checked(cardinality: Probabilities, name: str) -> np.ndarray:
 
 
 def posterior_widths(
-    posterior: Draws,
+    posterior: "Posterior",
     theta: Tensor,
     x: Tensor,
     *,
