@@ -18,10 +18,9 @@ Given x, truth and draws stay exchangeable, and ranks stay uniform. The match mi
 with the posterior's standard deviations s, by the Hungarian method.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +41,7 @@ __all__ = [
     "above_rounding",
     "cardinality_probs",
     "draw",
-    "one_thread",
+    "in_parallel",
 ]
 
 BLOCK = 50
@@ -136,9 +135,6 @@ def draw(
         TypeError: If the posterior lacks a method.
         ValueError: If a number is too small, or draws don't fit the problem's layout.
     """
-    from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
-
     for name in ("sample_batched", "cardinality"):
         if not callable(getattr(posterior, name, None)):
             raise TypeError(
@@ -150,12 +146,11 @@ def draw(
         num_workers = as_count(num_workers, "num_workers")
     given = (num_draws, num_guides, seed)
     jobs = [
-        delayed(_block)(posterior, problem, min(BLOCK, n - start), *given, start)
+        partial(_block, posterior, problem, min(BLOCK, n - start), *given, start)
         for start in range(0, n, BLOCK)
     ]
-    blocks: Any = Parallel(n_jobs=num_workers, return_as="generator")(jobs)
-    bar = {"desc": "draws", "unit": "block", "disable": not show_progress}
-    columns = list(zip(*tqdm(blocks, total=len(jobs), **bar), strict=True))
+    blocks = in_parallel(jobs, num_workers, "draws", show_progress)
+    columns = list(zip(*blocks, strict=True))
     theta, x, probs = (torch.cat(part) for part in columns[:3])
     draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[3:])
     prior = problem.prior.cardinality_probs.double().cpu()
@@ -174,24 +169,23 @@ def _block(
     start: int,
 ) -> tuple[Tensor, ...]:
     """Theta, x, q(K | x), draws, draws given K, guides, all on the CPU."""
-    with one_thread():
-        simulate = generator_for(seed, 0, start, 0)
-        theta = problem.prior.sample((size,), simulate).cpu()
-        x = problem.simulator(theta, simulate)
-        device = getattr(posterior, "_device", "cpu")
-        generator = generator_for(seed, 0, start, 1, device=device)
-        batch = x.to(device)
-        draws = posterior.sample_batched((num_draws,), batch, generator=generator)
-        draws = draws.cpu()
-        problem.layout.validate(draws, "posterior draws")
-        probs = cardinality_probs(posterior, batch)
-        counts = problem.layout.cardinality(theta)
-        rows = draws.new_empty(num_draws + num_guides, *draws.shape[1:])
-        for k in counts.unique().tolist():
-            here = counts == k
-            given = {"k": k, "generator": generator}
-            found = posterior.sample_batched((len(rows),), batch[here], **given)
-            rows[:, here] = found.cpu()
+    simulate = generator_for(seed, 0, start, 0)
+    theta = problem.prior.sample((size,), simulate).cpu()
+    x = problem.simulator(theta, simulate)
+    device = getattr(posterior, "_device", "cpu")
+    generator = generator_for(seed, 0, start, 1, device=device)
+    batch = x.to(device)
+    draws = posterior.sample_batched((num_draws,), batch, generator=generator)
+    draws = draws.cpu()
+    problem.layout.validate(draws, "posterior draws")
+    probs = cardinality_probs(posterior, batch)
+    counts = problem.layout.cardinality(theta)
+    rows = draws.new_empty(num_draws + num_guides, *draws.shape[1:])
+    for k in counts.unique().tolist():
+        here = counts == k
+        given = {"k": k, "generator": generator}
+        found = posterior.sample_batched((len(rows),), batch[here], **given)
+        rows[:, here] = found.cpu()
     return theta, x, probs, draws, rows[:num_draws], rows[num_draws:]
 
 
@@ -199,22 +193,33 @@ def _block(
 def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
     """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
     device = getattr(posterior, "_device", "cpu")
-    with one_thread():
-        parts = [
-            torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
-            for part in x.split(BLOCK)
-        ]
-    probs = torch.cat(parts).double().cpu()
-    return probs / probs.sum(-1, keepdim=True)
+
+    def probs(part: Tensor) -> Tensor:
+        return torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
+
+    parts = [_on_one_thread(partial(probs, part)) for part in x.split(BLOCK)]
+    found = torch.cat(parts).double().cpu()
+    return found / found.sum(-1, keepdim=True)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: sums in another order round differently."""
-    before: Any = torch.get_num_threads()
+def in_parallel(
+    jobs: Sequence[Callable[[], Any]], num_workers: int, what: str, show_progress: bool
+) -> list[Any]:
+    """Results of jobs, each done on one thread, with a progress bar."""
+    from joblib import Parallel, delayed
+    from tqdm.auto import tqdm
+
+    workers = Parallel(n_jobs=num_workers, return_as="generator")
+    found: Any = workers(delayed(_on_one_thread)(job) for job in jobs)
+    return list(tqdm(found, what, len(jobs), disable=not show_progress))
+
+
+def _on_one_thread(job: Callable[[], Any]) -> Any:
+    """Do a job with one thread of torch: sums in another order round differently."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        return job()
     finally:
         torch.set_num_threads(before)
 

@@ -28,7 +28,7 @@ from .draws import (
     CalibrationDraws,
     cardinality_probs,
     draw,
-    one_thread,
+    in_parallel,
 )
 from .local_c2st import local_c2st
 from .misspecification import TrainingReference
@@ -54,7 +54,6 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } .note { color: #666; font-size: 0.92em; }
 """
 _DPI = 110
-_NUM_GUIDES = 64
 _FEWEST_NULL = 99
 _NUM_REFERENCE = 2_000
 
@@ -149,22 +148,16 @@ def report(
         TypeError: If the posterior lacks a method.
         ValueError: If a number or a shape is wrong.
     """
-    from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
-
     check_rate(false_alarm_rate)
     if x is not None:
         x = as_observation(x)
     given = {"num_draws": num_draws, "seed": seed}
     shown = {"num_workers": num_workers, "show_progress": show_progress}
-    draws = draw(posterior, problem, n, num_guides=_NUM_GUIDES, **given, **shown)
+    draws = draw(posterior, problem, n, **given, **shown)
     jobs, skipped = _jobs(posterior, problem, draws, x, cardinality_weights)
     rate = false_alarm_rate / len(jobs)
-    results: Any = Parallel(n_jobs=num_workers, return_as="generator")(
-        delayed(_run)(job, rate) for job in jobs.values()
-    )
-    bar = {"desc": "checks", "total": len(jobs), "disable": not show_progress}
-    checks = list(tqdm(results, **bar))
+    ready = [partial(job, false_alarm_rate=rate) for job in jobs.values()]
+    checks = in_parallel(ready, num_workers, "checks", show_progress)
     settings = {
         "problem": problem.name,
         "posterior": type(posterior).__name__,
@@ -306,11 +299,6 @@ def _image(figure: "Figure") -> str:
 
 def _is_report(path: Path) -> bool:
     return path.is_file() and _FORMAT.encode() in path.open("rb").read(1_000)
-
-
-def _run(job: Job, rate: float) -> Check:
-    with one_thread():
-        return job(false_alarm_rate=rate)
 
 
 def _local(*given: Any, false_alarm_rate: float) -> Check:

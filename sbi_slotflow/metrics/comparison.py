@@ -359,6 +359,8 @@ def compare(
         pair = frame.components(labelled), frame.components(labels)
         raw, std = wasserstein2(labelled, labels), labels.std(0)
         columns = torch.stack([raw / std, raw, labelled.std(0) / std], dim=-1).tolist()
+        pairs = zip(names, columns, strict=True)
+        parameters = [ParameterDistance(name, *column) for name, column in pairs]
         generator = generator_for(seed, 1)
         return Comparison(
             k=k,
@@ -367,9 +369,7 @@ def compare(
             sliced_w2=sliced_wasserstein2(ordered, target, generator=generator),
             c2st=c2st(ordered, target, generator=generator),
             correlation_error=correlation_error(*pair) if k > 1 else None,
-            parameters=tuple(
-                map(ParameterDistance, names, *zip(*columns, strict=True))
-            ),
+            parameters=tuple(parameters),
             num_draws=len(ordered),
             num_reference=len(target),
             floor=floor,
