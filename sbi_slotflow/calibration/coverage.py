@@ -21,6 +21,7 @@ with the posterior's means m and standard deviations s given K.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -94,12 +95,11 @@ class Coverage(Check):
     @property
     def numbers(self) -> dict[str, Any]:
         """Bias of every curve, and its interval."""
+        levels = LEVELS.round(2).tolist()
         return {
             name: {
                 **asdict(curve),
-                "coverage": dict(
-                    zip(LEVELS.round(2).tolist(), curve.coverage.tolist(), strict=True)
-                ),
+                "coverage": dict(zip(levels, curve.coverage.tolist(), strict=True)),
             }
             for name, curve in {**self.parameters, **self.cardinalities}.items()
         }
@@ -124,20 +124,13 @@ class Coverage(Check):
         from ..plots.style import SMALL
 
         axes.axhline(0.0, color="black", lw=0.6)
-        many = len(curves) > 4
-        for i, (name, curve) in enumerate(curves.items()):
-            colour = _COLOURS[i % len(_COLOURS)]
-            dashes = _DASHES[i // len(_COLOURS) % len(_DASHES)]
-            low, high = self.errors[name]
-            if not many or name == "mixed":
-                axes.fill_between(
-                    LEVELS, low - LEVELS, high - LEVELS, color=colour, alpha=0.15, lw=0
-                )
-            style = {
-                "color": colour,
-                "ls": dashes,
-                "lw": 2.2 if name == "mixed" else 1.3,
-            }
+        looks = cycle(product(_DASHES, _COLOURS))
+        for (dashes, colour), (name, curve) in zip(looks, curves.items(), strict=False):
+            mixed = name == "mixed"
+            if mixed or len(curves) <= 4:
+                ends = self.errors[name] - LEVELS
+                axes.fill_between(LEVELS, *ends, color=colour, alpha=0.15, lw=0)
+            style = {"color": colour, "ls": dashes, "lw": 2.2 if mixed else 1.3}
             axes.plot(LEVELS, curve.coverage - LEVELS, label=name, **style)
         ncols = 2 if len(curves) > 3 else 1
         axes.legend(fontsize=SMALL, frameon=False, ncols=ncols, loc="best")

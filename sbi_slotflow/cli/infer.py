@@ -222,25 +222,25 @@ def _infer_many(
                 answers = answer(model, x, settings, start // BATCH)
                 write_tree(batch_tree(model, answers, start, attrs), part)
                 bar.update(len(x))
-    counts = _counts(parts.values())
+    counts, doubts = _counts(parts.values())
     join_parts([*parts.values()], args.out)
     written = [args.out]
     if args.catalogue is not None:
         join_csv([*parts.values()], args.catalogue)
         written.append(args.catalogue)
     _close_run(folder, parts.values())
-    if foreign := counts.pop("foreign", 0):
+    if foreign := doubts["foreign"]:
         warn(
             f"{foreign} of {num:,} signals are unlike the training data "
             "(training_p_value < 0.001); do not trust their posteriors"
         )
-    if unreliable := counts.pop("unreliable", 0):
+    if unreliable := doubts["unreliable"]:
         warn(
             f"{unreliable} of {num:,} refined posteriors have pareto_k above 0.7 and "
             "cannot be relied on"
         )
     if not args.quiet:
-        most = ", ".join(f"{k}: {n:,}" for k, n in sorted(counts.items()))
+        most = ", ".join(f"K = {k}: {n:,}" for k, n in sorted(counts.items()))
         print(f"{num:,} signals; the most probable {most}")
         print_written(written)
 
@@ -293,16 +293,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:8]}..."
 
 
-def _counts(parts: Iterable[Path]) -> Counter[str]:
-    """How many signals have each K as the most probable one, or are to be doubted."""
-    counts: Counter[str] = Counter()
+def _counts(parts: Iterable[Path]) -> tuple[Counter[int], Counter[str]]:
+    """How many signals have each K as the most probable one, and are to be doubted."""
+    counts, doubts = Counter[int](), Counter[str]()
     for part in parts:
         groups = read_part(part).children
         probs = groups["cardinality"].to_dataset()["probability"].values
-        counts.update(f"K = {k}" for k in probs.argmax(-1).tolist())
+        counts.update(probs.argmax(-1).tolist())
         stats = groups["sample_stats"].to_dataset()
         if "training_p_value" in stats:
-            counts["foreign"] += int((stats["training_p_value"].values < 1e-3).sum())
+            doubts["foreign"] += int((stats["training_p_value"].values < 1e-3).sum())
         if "pareto_k" in stats:
-            counts["unreliable"] += int((~(stats["pareto_k"].values <= 0.7)).sum())
-    return counts
+            doubts["unreliable"] += int((~(stats["pareto_k"].values <= 0.7)).sum())
+    return counts, doubts
