@@ -193,13 +193,12 @@ def _block(
 def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
     """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
     device = getattr(posterior, "_device", "cpu")
-
-    def probs(part: Tensor) -> Tensor:
-        return torch.atleast_2d(posterior.cardinality(part.to(device)).probs)
-
-    parts = [_on_one_thread(partial(probs, part)) for part in x.split(BLOCK)]
-    found = torch.cat(parts).double().cpu()
-    return found / found.sum(-1, keepdim=True)
+    batches = [part.to(device) for part in x.split(BLOCK)]
+    found = _on_one_thread(
+        lambda: [torch.atleast_2d(posterior.cardinality(b).probs) for b in batches]
+    )
+    probs = torch.cat(found).double().cpu()
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def in_parallel(

@@ -164,7 +164,10 @@ def report(
         "n": n,
         **given,
         "observation": "given" if x is not None else "first simulated pair",
-        "versions": _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "sbi", "numpy", "scipy")},
+        },
     }
     found = dict(zip(jobs, checks, strict=True))
     return Report(found, skipped, false_alarm_rate, settings)
@@ -182,8 +185,13 @@ def _jobs(
 ) -> tuple[dict[str, Job], dict[str, str]]:
     """The checks to make, and why others are not made."""
     skipped: dict[str, str] = {}
+    log_likelihood = problem.log_likelihood
+    try:
+        log_likelihood(draws.theta[:1].unsqueeze(0), draws.x[:1])
+    except NotImplementedError:
+        log_likelihood = None
     jobs: dict[str, Job] = {
-        "sets": partial(sbc, draws, log_likelihood=_log_likelihood(problem, draws)),
+        "sets": partial(sbc, draws, log_likelihood=log_likelihood),
         "components": partial(sbc_components, draws),
         "coverage": partial(coverage, draws),
         "cardinality": partial(cardinality_reliability, draws),
@@ -320,19 +328,3 @@ def _misspecification(
         reference = TrainingReference.fit(problem.simulator(theta, generator))
     observed = draws.x if x is None else x
     return reference.check(observed, false_alarm_rate=false_alarm_rate)
-
-
-def _log_likelihood(
-    problem: Problem, draws: CalibrationDraws
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    try:
-        problem.log_likelihood(draws.theta[:1].unsqueeze(0), draws.x[:1])
-    except NotImplementedError:
-        return None
-    return problem.log_likelihood
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "sbi", "numpy", "scipy")
-    versions = {name: version(name) for name in packages}
-    return {"python": platform.python_version(), **versions}

@@ -19,7 +19,6 @@ reference, the more the ranks depend on the posterior's width.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,14 +78,11 @@ class SetDistance:
                 "theta holds a fractional cardinality; call run_tarp with "
                 "z_score_theta=False, the distance has scales of its own."
             )
-        shape = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-        size = self.layout.size
-        first = self.layout.unpack(a.expand(*shape, size).reshape(-1, size))
-        second = self.layout.unpack(b.expand(*shape, size).reshape(-1, size))
-        gaps = (first.components.unsqueeze(-2) - second.components.unsqueeze(-3)).div(
-            self.scale.to(a)
-        )
-        cost = gaps.square().sum(-1).clamp(max=self.cutoff**2)
+        a, b = torch.broadcast_tensors(a, b)
+        shape, size = a.shape[:-1], self.layout.size
+        first, second = (self.layout.unpack(r.reshape(-1, size)) for r in (a, b))
+        gaps = first.components.unsqueeze(-2) - second.components.unsqueeze(-3)
+        cost = (gaps / self.scale.to(a)).square().sum(-1).clamp(max=self.cutoff**2)
         # One missing component costs c^2, two missing ones nothing.
         one, both = first.mask.unsqueeze(-1), second.mask.unsqueeze(-2)
         cost = torch.where(one & both, cost, self.cutoff**2)
