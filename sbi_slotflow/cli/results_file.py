@@ -222,19 +222,17 @@ def _is_ours(path: Path) -> bool:
 
 def _holds_only_its_store(path: Path) -> bool:
     """Whether every file of a Zarr folder is metadata or a chunk of a group of ours."""
-    for file in path.rglob("*"):
-        # GROUP/ARRAY/, then a chunk's numbers
+
+    def good(file: Path) -> bool:
         parts = file.relative_to(path).parts
         if file.is_dir() and not file.is_symlink():
-            good = parts[0] in _KNOWN_GROUPS
-        elif file.name in _ZARR_FILES:
-            good = True
-        else:
-            numbers = [part.replace(".", "") for part in parts[2:] if part != "c"]
-            good = len(parts) > 2 and all(map(str.isdigit, numbers))
-        if not good:
-            return False
-    return True
+            return parts[0] in _KNOWN_GROUPS
+        # GROUP/ARRAY/, then a chunk's numbers
+        numbers = [part.replace(".", "") for part in parts[2:] if part != "c"]
+        is_chunk = len(parts) > 2 and all(map(str.isdigit, numbers))
+        return is_chunk or file.name in _ZARR_FILES
+
+    return all(map(good, path.rglob("*")))
 
 
 @contextmanager
@@ -280,59 +278,57 @@ def join_parts(parts: Sequence[Path], path: Path) -> None:
 def join_csv(parts: Sequence[Path], path: Path) -> None:
     """Join the catalogues of batches to one table."""
     with replacing(path) as new, new.open("w", newline="") as file:
-        for number, part in enumerate(parts):
-            frame = _group(read_part(part), "catalogue").to_dataframe()
-            frame.insert(0, "observation", frame.pop("observation"))
-            frame.to_csv(file, index=False, header=not number)
+        for is_first, name, _, dataset in _pieces(parts):
+            if name == "catalogue":
+                frame = dataset.to_dataframe()
+                frame.insert(0, "observation", frame.pop("observation"))
+                frame.to_csv(file, index=False, header=is_first)
 
 
-def _group(tree: DataTree, name: str) -> Dataset:
-    return tree.children[name].to_dataset(inherit=False)
+def _pieces(parts: Sequence[Path]) -> Iterator[tuple[bool, str, str, Dataset]]:
+    """For each part and group: is it the first part, name, growing dimension, data."""
+    for part in parts:
+        tree = read_part(part)
+        for name, dim in GROUPS.items():
+            dataset = tree.children[name].to_dataset(inherit=False)
+            yield part == parts[0], name, dim, dataset
 
 
 def _join_zarr(parts: Sequence[Path], path: Path) -> None:
     import zarr
 
-    for number, part in enumerate(parts):
-        tree = read_part(part)
-        if not number:
-            Dataset(attrs=tree.attrs).to_zarr(path, mode="w", consolidated=False)
-        for name, dim in GROUPS.items():
-            dataset = _group(tree, name)
-            for variable in dataset.variables.values():
-                variable.encoding = {}
-            how: dict[str, Any] = {"append_dim": dim}
-            if not number:
-                # What the first batch holds is a chunk.
-                chunks = {
-                    key: {"chunks": tuple(max(1, n) for n in variable.shape)}
-                    for key, variable in dataset.variables.items()
-                    if variable.ndim
-                }
-                how = {"mode": "a", "encoding": chunks}
-            dataset.to_zarr(path, group=name, consolidated=False, **how)
+    attrs = read_part(parts[0]).attrs
+    Dataset(attrs=attrs).to_zarr(path, mode="w", consolidated=False)
+    for is_first, name, dim, dataset in _pieces(parts):
+        for variable in dataset.variables.values():
+            variable.encoding = {}
+        how: dict[str, Any] = {"append_dim": dim}
+        if is_first:
+            # What the first batch holds is a chunk.
+            chunks = {
+                key: {"chunks": tuple(max(1, n) for n in variable.shape)}
+                for key, variable in dataset.variables.items()
+                if variable.ndim
+            }
+            how = {"mode": "a", "encoding": chunks}
+        dataset.to_zarr(path, group=name, consolidated=False, **how)
     zarr.consolidate_metadata(str(path))
 
 
 def _join_netcdf(parts: Sequence[Path], path: Path) -> None:
-    sizes: Counter[str] = Counter()
-    for part in parts:
-        tree = read_part(part)
-        sizes.update({name: tree[name].sizes[dim] for name, dim in GROUPS.items()})
-    done = dict.fromkeys(GROUPS, 0)
+    sizes, done = Counter[str](), Counter[str]()
+    for _, name, dim, dataset in _pieces(parts):
+        sizes[name] += dataset.sizes[dim]
     with h5netcdf.File(path, "w") as file:
-        for number, part in enumerate(parts):
-            tree = read_part(part)
-            if not number:
-                file.attrs.update(tree.attrs)
-            for name, dim in GROUPS.items():
-                dataset = _group(tree, name)
-                if not number:
-                    _create(file, name, dataset, dim, sizes[name])
-                start, done[name] = done[name], done[name] + dataset.sizes[dim]
-                for key, variable in dataset.variables.items():
-                    if dim in variable.dims and dataset.sizes[dim]:
-                        file[name].variables[key][start : done[name]] = variable.values
+        file.attrs.update(read_part(parts[0]).attrs)
+        for is_first, name, dim, dataset in _pieces(parts):
+            if is_first:
+                _create(file, name, dataset, dim, sizes[name])
+            place = slice(done[name], done[name] + dataset.sizes[dim])
+            done[name] = place.stop
+            for key, variable in dataset.variables.items():
+                if dim in variable.dims and dataset.sizes[dim]:
+                    file[name].variables[key][place] = variable.values
 
 
 def _create(file: Any, name: str, dataset: Dataset, dim: str, total: int) -> None:

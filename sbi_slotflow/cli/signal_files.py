@@ -67,11 +67,9 @@ def open_signals(path: str | Path, row: int | None = None) -> SignalFile:
     file, inner = split_name(str(path))
     if not file.exists():
         raise _fault(f"there is no file {path}")
-    open_array = (
-        _hdf5 if file.suffix in _HDF5 else _zarr if file.suffix == _ZARR else _npy
-    )
+    readers = {**dict.fromkeys(_HDF5, _hdf5), _ZARR: _zarr}
     try:
-        array = open_array(file, inner)
+        array = readers.get(file.suffix, _npy)(file, inner)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise _fault(f"cannot read {path}: {reason}") from error
@@ -87,9 +85,8 @@ def open_signals(path: str | Path, row: int | None = None) -> SignalFile:
             f"expected --row to be in 0..{shape[0] - 1} for {path}; got {row}"
         )
     # HDF5's arrays of rank one are read here: h5py does not index with None.
-    signals = SignalFile(
-        str(path), shape, np.asarray(array) if len(shape) == 1 else array
-    )
+    array = np.asarray(array) if len(shape) == 1 else array
+    signals = SignalFile(str(path), shape, array)
     if row is None:
         return signals
     chosen = signals.read(row, row + 1)[0]
