@@ -45,8 +45,13 @@ from torch.distributions import (
 )
 
 from ..seeding import forked_rng, generator_for
-from .described import describe_distribution, distribution_from
-from .support import bounds_of, column_log_density, flattened
+from .laws import (
+    bounds_of,
+    column_log_density,
+    describe_distribution,
+    distribution_from,
+    flattened,
+)
 from .transforms import (
     Affine,
     Columns,
