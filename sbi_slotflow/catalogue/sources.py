@@ -221,8 +221,7 @@ class _Fit:
 
     def reference(self) -> Sources:
         """The draw closest to the mean, among those of the most probable K."""
-        probs = torch.zeros(self.mask.shape[-1] + 1, dtype=torch.float64)
-        k = int(probs.index_add(0, self.cardinality, self.weights).argmax())
+        k = int(torch.bincount(self.cardinality, self.weights).argmax())
         given = self.cardinality == k
         components = self.components[given, :k]
         weights = self.weights[given].reshape(-1, 1, 1)

@@ -180,10 +180,8 @@ def _given_k(
 ) -> "Dataset":
     """Draws of the most probable K, with equal weight and without NaN."""
     cardinality = layout.cardinality(samples)
-    counted = torch.ones(cardinality.shape) if weights is None else weights
-    probs = torch.zeros(layout.max_cardinality + 1, dtype=torch.float64)
-    probs.index_add_(0, cardinality.flatten(), counted.flatten().double())
-    k = int(probs.argmax())
+    counted = None if weights is None else weights.flatten().double()
+    k = int(torch.bincount(cardinality.flatten(), counted).argmax())
     chosen = cardinality == k
     num = chosen.sum(-1)
     if weights is not None:
