@@ -26,7 +26,7 @@ Draws enter in canonical order, so that the result is blind to labels.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -474,14 +474,11 @@ def _quantiles(values: Tensor, weights: Tensor, probs: tuple[float, ...]) -> np.
 
 def _truth(
     true_theta: Tensor, sources: Sources, columns: dict[str, np.ndarray]
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
+    """The true component of each source, on the turn of the source's median."""
     layout = sources.layout
-    row = as_row(true_theta, layout)
-    found = _components(row, layout, sources.assign(row))[0].numpy()
-    truth = {}
-    for d, name in enumerate(layout.component_names):
-        values, period = found[:, d], layout.component_periods[d]
-        if math.isfinite(period):
-            values = values + period * np.round((columns[name] - values) / period)
-        truth[f"true_{name}"] = values
-    return truth
+    row, names = as_row(true_theta, layout), layout.component_names
+    found = _components(row, layout, sources.assign(row))[0]
+    medians = torch.from_numpy(np.stack([columns[name] for name in names], -1))
+    values = near(found, medians, layout.component_periods).numpy()
+    return {f"true_{name}": values[:, d] for d, name in enumerate(names)}

@@ -483,9 +483,9 @@ class Marginals(Sequence[Marginal], Transform):
 
     def __eq__(self, other: object) -> bool:
         """Whether they describe the same map, as far as a file could tell."""
-        return self is other or (
-            isinstance(other, Marginals) and self.spec == other.spec
-        )
+        if not isinstance(other, Marginals):
+            return False
+        return self is other or self.spec == other.spec
 
     __hash__ = object.__hash__
 
@@ -570,15 +570,14 @@ def marginals_of(
     marginals = [m for part, _ in found for m in part]
     if all(step is None for _, step in found):
         return Marginals(marginals, periods)
-    steps = [
-        step or LowerTriangular(torch.zeros(len(part)), torch.eye(len(part)))
-        for part, step in found
-    ]
-    whitening = LowerTriangular(
-        torch.cat([step.location.double() for step in steps]),
-        torch.block_diag(*(step.factor.double() for step in steps)),
-    )
-    return Marginals(marginals, periods, whitening)
+    location = torch.zeros(len(marginals), dtype=torch.float64)
+    factor, start = torch.eye(len(marginals), dtype=torch.float64), 0
+    for part, step in found:
+        own = slice(start, start + len(part))
+        start += len(part)
+        if step is not None:
+            location[own], factor[own, own] = step.location, step.factor
+    return Marginals(marginals, periods, LowerTriangular(location, factor))
 
 
 def marginal_from_spec(spec: Mapping[str, Any]) -> Marginal:

@@ -97,13 +97,12 @@ class Recipe:
 
     def schedule_state(self) -> dict[str, Any]:
         """State of the schedule, plain JSON."""
-        if isinstance(self.schedule, LambdaLR):  # the rate follows from the step
-            return {"step": self.schedule.last_epoch}
-        return {
-            "best": self.schedule.best,
-            "num_bad_epochs": self.schedule.num_bad_epochs,
-            "rates": [group["lr"] for group in self.optimizer.param_groups],
-        }
+        schedule = self.schedule
+        if isinstance(schedule, LambdaLR):  # the rate follows from the step
+            return {"step": schedule.last_epoch}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        bad = schedule.num_bad_epochs
+        return {"best": schedule.best, "num_bad_epochs": bad, "rates": rates}
 
     def load_schedule_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`schedule_state`."""
