@@ -15,11 +15,11 @@ prior                draws of the prior, as in the posterior
 constant_data        the true theta, where it is known
 ==================== ===========================================================
 
-``posterior_given_k`` is there because many of ArviZ's functions stop at a NaN. Its draws
-have equal weight, and its circular parameters are shifted by whole periods to near
-their circular mean. Of ``posterior``, ``summary(tree, skipna=True)`` speaks of those
-draws that have the component. On Python 3.11, where ArviZ 1.x does not run, its parts
-``arviz-base``, ``arviz-stats`` and ``arviz-plots`` do.
+``posterior_given_k`` is there because many of ArviZ's functions stop at a NaN. Its
+draws have equal weight, and its circular parameters are shifted by whole periods to
+near their circular mean. Of ``posterior``, ``summary(tree, skipna=True)`` speaks of
+those draws that have the component. On Python 3.11, where ArviZ 1.x does not run, its
+parts ``arviz-base``, ``arviz-stats`` and ``arviz-plots`` do.
 """
 
 import json
@@ -71,8 +71,8 @@ def to_datatree(
 ) -> "DataTree":
     """Turn theta rows into an ArviZ ``DataTree``; see the module.
 
-    ``to_netcdf(path, engine="h5netcdf")`` writes the tree, ``xarray.open_datatree``
-    reads it.
+    ``to_netcdf(path, engine="h5netcdf")`` and, with zarr installed, ``to_zarr(path)``
+    write the tree, ``xarray.open_datatree`` reads it.
 
     Args:
         samples: Theta rows, shape ``(draws, E)`` or ``(chains, draws, E)``.
