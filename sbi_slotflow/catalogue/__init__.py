@@ -4,7 +4,6 @@
 ``draws.catalogue()`` call; :class:`Sources` says what a source is.
 """
 
-from .build import build_catalogue
-from .sources import Sources, fit_sources
+from .sources import Sources, build_catalogue, fit_sources
 
 __all__ = ["Sources", "build_catalogue", "fit_sources"]

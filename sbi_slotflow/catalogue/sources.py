@@ -25,22 +25,38 @@ Draws enter in canonical order, so that the result is blind to labels.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..sets.checks import as_rows, as_weights
-from ..sets.circular import circular_mean, near
+from ..sets.checks import as_row, as_rows, as_weights
+from ..sets.circular import circular_mean, near, unwrap
 from ..sets.layout import ThetaLayout
 
-__all__ = ["TAIL", "Sources", "best_matching", "checked_weights", "fit_sources"]
+if TYPE_CHECKING:
+    from xarray import Dataset
+
+__all__ = ["TAIL", "Sources", "best_matching", "build_catalogue", "fit_sources"]
 
 TAIL = 2.0
 """Degrees of freedom of a source's t."""
+_MAX_ROUNDS = 50
+_MOST_DRAWS = 2_000
+# Sources of this probability are found even if only more probable ones are wanted:
+# else those that are alternatives would be taken for one.
+_LEAST_PROBABLE = 0.1
+# Share of draws whose assignment may still change at the end.
+_SETTLED = 1e-3
+# Share of a normal within 0.385 standard deviations of its mean.
+_CORE, _CORE_WIDTH = 0.3, 0.385
+# Least scale, as a share of the range of all components.
+_LEAST_SCALE = 1e-9
+# What a source has one of.
+_PARTS = ("existence", "centre", "scale")
 
 
 @dataclass(frozen=True)
@@ -93,8 +109,7 @@ class Sources:
 
     def subset(self, kept: Tensor) -> "Sources":
         """Return some of the sources, by index or mask."""
-        parts = ("existence", "centre", "scale")
-        return replace(self, **{name: getattr(self, name)[kept] for name in parts})
+        return replace(self, **{name: getattr(self, name)[kept] for name in _PARTS})
 
 
 def best_matching(gains: Tensor) -> Tensor:
@@ -126,19 +141,6 @@ def best_matching(gains: Tensor) -> Tensor:
     return owner
 
 
-_MAX_ROUNDS = 50
-_MOST_DRAWS = 2_000
-# Sources of this probability are found even if only more probable ones are wanted:
-# else those that are alternatives would be taken for one.
-_LEAST_PROBABLE = 0.1
-# Share of draws whose assignment may still change at the end.
-_SETTLED = 1e-3
-# Share of a normal within 0.385 standard deviations of its mean.
-_CORE, _CORE_WIDTH = 0.3, 0.385
-# Least scale, as a share of the range of all components.
-_LEAST_SCALE = 1e-9
-
-
 def fit_sources(
     samples: Tensor,
     layout: ThetaLayout,
@@ -163,7 +165,7 @@ def fit_sources(
         TypeError: If the samples are not a floating-point tensor.
         ValueError: If an argument is malformed or out of range.
     """
-    weights = checked_weights(samples, layout, weights)
+    weights = _checked_weights(samples, layout, weights)
     if not 0 < min_probability < 1:
         raise ValueError(f"min_probability must lie in (0, 1), got {min_probability}.")
     samples = samples.detach().cpu()
@@ -178,8 +180,9 @@ def fit_sources(
     least = min(min_probability, _LEAST_PROBABLE)
     sources, owner = fit.pruned(*fit.improved(fit.reference()), least)
     while (seed := fit.densest(owner, least)) is not None:
-        more = _joined(sources, seed)
-        more, owner = fit.pruned(*fit.improved(more), least)
+        pairs = {n: [getattr(sources, n), getattr(seed, n)] for n in _PARTS}
+        joined = replace(seed, **{n: torch.cat(pair) for n, pair in pairs.items()})
+        more, owner = fit.pruned(*fit.improved(joined), least)
         if len(more) <= len(sources):
             break
         sources = more
@@ -187,7 +190,7 @@ def fit_sources(
     return sources.subset(sources.centre[:, layout.order_by].argsort())
 
 
-def checked_weights(
+def _checked_weights(
     samples: Tensor, layout: ThetaLayout, weights: Tensor | None
 ) -> Tensor:
     """Weights of rows, float64, summing to one."""
@@ -218,8 +221,7 @@ class _Fit:
 
     def reference(self) -> Sources:
         """The draw closest to the mean, among those of the most probable K."""
-        probs = torch.zeros(self.mask.shape[-1] + 1, dtype=torch.float64)
-        k = int(probs.index_add(0, self.cardinality, self.weights).argmax())
+        k = int(torch.bincount(self.cardinality, self.weights).argmax())
         given = self.cardinality == k
         components = self.components[given, :k]
         weights = self.weights[given].reshape(-1, 1, 1)
@@ -317,8 +319,7 @@ class _Fit:
             order = place.amin(-1)[has_any].argsort()
             weights = self.weights[has_any][order]
             core = closest[has_any][order][weights.cumsum(0) <= _CORE * weights.sum()]
-            width = core.amax(0) if len(core) else closest.amax(0)
-            scale[i] = width
+            scale[i] = core.amax(0) if len(core) else closest.amax(0)
         return torch.maximum(scale / _CORE_WIDTH, 1e-6 * self.span)
 
     def _free(self, owner: Tensor) -> Tensor:
@@ -339,7 +340,145 @@ class _Fit:
         return Sources(self.layout, existence, centre, scale, log_background)
 
 
-def _joined(sources: Sources, more: Sources) -> Sources:
-    parts: Sequence[str] = ("existence", "centre", "scale")
-    joined = {n: torch.cat([getattr(sources, n), getattr(more, n)]) for n in parts}
-    return replace(more, **joined)
+def build_catalogue(
+    samples: Tensor,
+    layout: ThetaLayout,
+    *,
+    weights: Tensor | None = None,
+    ci_prob: float = 0.9,
+    min_probability: float = 0.1,
+    true_theta: Tensor | None = None,
+) -> "Dataset":
+    r"""Turn draws of sets into a list of sources.
+
+    The module :mod:`sbi_slotflow.catalogue.sources` says what a source is and how
+    sources are found. One may be as wide as the prior: a weak component somewhere.
+    ``catalogue.to_dataframe()`` gives a table with a row a source.
+
+    The existence probability of source i and its summaries are
+
+    .. math::
+        p_i = \sum_s w_s [\text{draw s has a component of source i}]
+
+    and quantiles of these components, given that the source is there. The posterior is
+    right about the sources that it lists if, over many observations, a share :math:`p`
+    of those with existence p are there, and a share ``ci_prob`` of these inside their
+    intervals.
+
+    Args:
+        samples: Theta rows in any order, shape ``(S, E)``.
+        layout: Layout of theta; its ``periods`` say what is circular.
+        weights: Importance weights, shape ``(S,)``.
+        ci_prob: Probability inside the equal-tailed credible intervals.
+        min_probability: Sources that are less probable are not listed.
+        true_theta: A true theta row, if known, shape ``(E,)`` or ``(1, E)``.
+
+    Returns:
+        A dataset with the dimension ``source``, ascending in the ``order_by``
+        parameter. Of each component parameter, "frequency" say, it holds
+        ``frequency``, the median, ``frequency_mean``, ``frequency_std``,
+        ``frequency_low`` and ``frequency_high``, the interval; beside them
+        ``existence`` and ``existence_error``, its Monte Carlo error. Circular
+        parameters are summarised on the circle: the mean lies in [0, period), the
+        others within half a period of it. With a ``true_theta`` there is
+        ``true_frequency``, on the same turn of the circle, NaN where no true component
+        belongs to the source. Attributes hold ``expected_cardinality``, the part of it
+        that is in no listed source, ``expected_unlisted``, and the number of draws.
+
+    Raises:
+        TypeError: If samples or ``true_theta`` is not a floating-point tensor.
+        ValueError: If an argument is malformed or out of range.
+    """
+    import xarray
+
+    weights = _checked_weights(samples, layout, weights)
+    if not 0 < ci_prob < 1:
+        raise ValueError(f"ci_prob must lie in (0, 1), got {ci_prob}.")
+    samples = samples.detach().cpu()
+    sources = fit_sources(
+        samples, layout, weights=weights, min_probability=min_probability
+    )
+    owner = sources.assign(samples)
+    components = _components(samples, layout, owner)
+    columns = _summaries(components, owner >= 0, weights, layout, ci_prob)
+    if true_theta is not None:
+        columns |= _truth(true_theta, sources, columns)
+    existence = columns["existence"]
+    expected = float((layout.cardinality(samples) * weights).sum())
+    dataset = xarray.Dataset(
+        {name: ("source", values) for name, values in columns.items()},
+        coords={"source": np.arange(1, len(sources) + 1)},
+        attrs={
+            "ci_prob": ci_prob,
+            "min_probability": min_probability,
+            "num_draws": len(samples),
+            "ess": float(1 / weights.square().sum()),
+            "expected_cardinality": expected,
+            "expected_unlisted": expected - float(existence.sum()),
+        },
+    )
+    dataset["existence"].attrs["long_name"] = "probability that the source is there"
+    for name in layout.component_names:
+        dataset[name].attrs["long_name"] = f"median of {name}, given existence"
+    return dataset
+
+
+def _components(samples: Tensor, layout: ThetaLayout, owner: Tensor) -> Tensor:
+    """Components by source, float64, NaN where there is none, shape ``(S, N, D)``."""
+    components = layout.unpack(layout.canonical(samples)).components.double()
+    index = owner.clamp(min=0).unsqueeze(-1).expand(-1, -1, components.shape[-1])
+    there = (owner >= 0).unsqueeze(-1)
+    return torch.where(there, components.gather(1, index), torch.nan)
+
+
+def _summaries(
+    components: Tensor,
+    there: Tensor,
+    weights: Tensor,
+    layout: ThetaLayout,
+    ci_prob: float,
+) -> dict[str, np.ndarray]:
+    num_sources = there.shape[1]
+    # Rounding may add up to more than one.
+    existence = (there * weights.unsqueeze(-1)).sum(0).clamp(max=1.0)
+    variance = existence * (1 - existence) * weights.square().sum()
+    columns = {
+        "existence": existence.numpy(),
+        "existence_error": variance.sqrt().numpy(),
+    }
+    tail = 0.5 * (1 - ci_prob)
+    for d, name in enumerate(layout.component_names):
+        period = layout.component_periods[d]
+        table = np.empty((num_sources, 5))
+        for i in range(num_sources):
+            chosen = there[:, i]
+            values, share = components[chosen, i, d], weights[chosen]
+            if math.isfinite(period):
+                values = unwrap(values, period, share)
+            share = share / share.sum()
+            mean = (share * values).sum()
+            std = (share * (values - mean).square()).sum().sqrt()
+            quantiles = _quantiles(values, share, (0.5, tail, 1 - tail))
+            table[i] = quantiles[0], mean, std, *quantiles[1:]
+        endings = ("", "_mean", "_std", "_low", "_high")
+        columns |= {f"{name}{e}": table[:, c] for c, e in enumerate(endings)}
+    return columns
+
+
+def _quantiles(values: Tensor, weights: Tensor, probs: tuple[float, ...]) -> np.ndarray:
+    """Quantiles of weighted values; each stands in the middle of its weight."""
+    order = values.argsort()
+    middle = weights[order].cumsum(0) - 0.5 * weights[order]
+    return np.interp(probs, middle.numpy(), values[order].numpy())
+
+
+def _truth(
+    true_theta: Tensor, sources: Sources, columns: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The true component of each source, on the turn of the source's median."""
+    layout = sources.layout
+    row, names = as_row(true_theta, layout), layout.component_names
+    found = _components(row, layout, sources.assign(row))[0]
+    medians = torch.from_numpy(np.stack([columns[name] for name in names], -1))
+    values = near(found, medians, layout.component_periods).numpy()
+    return {f"true_{name}": values[:, d] for d, name in enumerate(names)}

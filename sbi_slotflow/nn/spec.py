@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.distributions import Distribution
 
-from ..sets.described import describe_distribution
+from ..sets.laws import describe_distribution
 from ..sets.layout import ThetaLayout
 
 __all__ = [

@@ -26,9 +26,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ..catalogue import build_catalogue
 from ..nn.charts import Chart, WhiteningChart
 from ..seeding import draw_seed, generator_for
-from ..sets.checks import Numbers, Shape, as_cardinality, as_count, as_floats, as_shape
+from ..sets.checks import (
+    Numbers,
+    Shape,
+    as_cardinality,
+    as_count,
+    as_floats,
+    as_shape,
+    check_finite,
+)
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
@@ -348,8 +357,6 @@ class Posterior(ABC):
         ``generator`` (torch's global one if None) or ``samples``; the other arguments
         are those of the function.
         """
-        from ..catalogue import build_catalogue
-
         weights = None
         if samples is None:
             distribution, _ = self._given_one(x, "catalogue")
@@ -401,9 +408,8 @@ class Posterior(ABC):
         k: SupportsIndex | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        most = self._layout.max_cardinality
-        shape, k = as_shape(sample_shape), as_cardinality(k, most)
-        return distribution.sample(shape, k, generator)
+        k = as_cardinality(k, self._layout.max_cardinality)
+        return distribution.sample(as_shape(sample_shape), k, generator)
 
     def _observed(self, x: Numbers | None) -> Tensor:
         """Return checked observations ``(*event)`` or ``(B, *event)``."""
@@ -420,8 +426,7 @@ class Posterior(ABC):
             )
         if not x.numel():
             raise ValueError(f"x must hold at least one observation, got {shape}.")
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        check_finite(x)
         return x
 
     def _one(self, x: Numbers | None, method: str, advice: str = "") -> Tensor:

@@ -15,14 +15,11 @@ prior                draws of the prior, as in the posterior
 constant_data        the true theta, where it is known
 ==================== ===========================================================
 
-``posterior_given_k`` is there because many of ArviZ's functions stop at a NaN:
-``plot_forest(tree, group="posterior_given_k")``. Its draws have equal weight, and its
-circular parameters are shifted by whole periods to near their circular mean. Of
-``posterior``, ``summary(tree, skipna=True)`` speaks of those draws that have the
-component.
-
-ArviZ 1.x needs Python 3.12. Its parts ``arviz-base``, ``arviz-stats`` and
-``arviz-plots``, which this package uses, also run on 3.11 and are the same there.
+``posterior_given_k`` is there because many of ArviZ's functions stop at a NaN. Its
+draws have equal weight, and its circular parameters are shifted by whole periods to
+near their circular mean. Of ``posterior``, ``summary(tree, skipna=True)`` speaks of
+those draws that have the component. On Python 3.11, where ArviZ 1.x does not run, its
+parts ``arviz-base``, ``arviz-stats`` and ``arviz-plots`` do.
 """
 
 import json
@@ -180,16 +177,13 @@ def _given_k(
 ) -> "Dataset":
     """Draws of the most probable K, with equal weight and without NaN."""
     cardinality = layout.cardinality(samples)
-    counted = torch.ones(cardinality.shape) if weights is None else weights
-    probs = torch.zeros(layout.max_cardinality + 1, dtype=torch.float64)
-    probs.index_add_(0, cardinality.flatten(), counted.flatten().double())
-    k = int(probs.argmax())
+    counted = None if weights is None else weights.flatten().double()
+    k = int(torch.bincount(cardinality.flatten(), counted).argmax())
     chosen = cardinality == k
     num = chosen.sum(-1)
     if weights is not None:
-        rows = samples[chosen]
-        picked = systematic(weights[chosen], len(rows), generator)
-        given = rows[picked].unsqueeze(0)
+        picked = systematic(weights[chosen], int(num.sum()), generator)
+        given = samples[chosen][picked].unsqueeze(0)
     elif num.min() * 2 >= num.max():
         # Chains of one length keep ArviZ's diagnostics of convergence.
         short = int(num.min())

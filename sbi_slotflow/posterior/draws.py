@@ -209,8 +209,8 @@ class DrawnSets(SetDistribution):
     def cardinality(self) -> Categorical:
         """Return the estimate of p(K | x), batch shape ``(1,)``."""
         k = self.layout.cardinality(self.rows)
-        probs = torch.zeros(self.layout.max_cardinality + 1, dtype=torch.float64)
-        return Categorical(logits=probs.index_add(0, k, self.weights).log()[None])
+        probs = torch.bincount(k, self.weights, self.layout.max_cardinality + 1)
+        return Categorical(logits=probs.log()[None])
 
     def sample(
         self,

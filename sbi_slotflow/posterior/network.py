@@ -16,10 +16,10 @@ in for the slots.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from threading import Lock
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from sbi.inference.posteriors import DirectPosterior
@@ -61,7 +61,7 @@ class SeparatedSets(SetDistribution):
     ) -> None:
         self.slots, self.prior, self.max_rows = slots, prior, max_rows
         self.layout, self.num_observations = prior.layout, slots.num_observations
-        self._accepted: dict[tuple[int, int], Tensor] = {}
+        self._accepted: dict[int, Tensor] = {}
         self._lock = Lock()
 
     @property
@@ -98,47 +98,44 @@ class SeparatedSets(SetDistribution):
             accepted = entries(self.log_acceptance(k.unique().tolist()), k)
             values = values - accepted
             replaced = accepted < math.log(LEAST_ACCEPTANCE)
-            if replaced.any():
-                values = torch.where(replaced, self._stand_in(theta, k), values)
+            if replaced.any():  # by q(K | x) p(Theta, s | K)
+                log_k = entries(self.slots.log_cardinality, k)
+                log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
+                stand_in = log_k + self.prior.log_prob(theta) - log_prior_k
+                values = torch.where(replaced, stand_in, values)
         return torch.where(within_support(self.prior, theta), values, -torch.inf)
 
     @torch.no_grad()
-    def log_acceptance(
-        self,
-        cardinalities: Sequence[int] | None = None,
-        num_draws: int = _NUM_DRAWS,
-    ) -> Tensor:
-        """Estimate log a_K(x) ``(B, Kmax + 1)`` of some cardinalities; all if None.
+    def log_acceptance(self, cardinalities: Iterable[int]) -> Tensor:
+        """Estimate log a_K(x) ``(B, Kmax + 1)`` of some cardinalities.
 
         It is zero for others, for K < 2 and where no separation is asked for. The
-        relative error of a_K is about ``sqrt((1 / a_K - 1) / num_draws)``.
+        relative error of a_K is about ``sqrt((1 / a_K - 1) / 10_000)``.
         """
-        prior, columns = self.prior, torch.zeros_like(self.slots.log_cardinality)
+        columns = torch.zeros_like(self.slots.log_cardinality)
         if not self.may_collide:
             return columns
-        if cardinalities is None:
-            cardinalities = range(prior.max_cardinality + 1)
         for k in cardinalities:
-            if k < 2 or not prior.cardinality_probs[k] > 0:
+            if k < 2 or not self.prior.cardinality_probs[k] > 0:
                 continue
             with self._lock:
-                if (k, num_draws) not in self._accepted:
-                    self._accepted[k, num_draws] = self._estimated(k, num_draws)
-                columns[:, k] = self._accepted[k, num_draws]
+                if k not in self._accepted:
+                    self._accepted[k] = self._estimated(k)
+                columns[:, k] = self._accepted[k]
         return columns
 
-    def _estimated(self, k: int, num_draws: int) -> Tensor:
+    def _estimated(self, k: int) -> Tensor:
         """Log a_K of the observations, shape ``(B,)``."""
         device = self.slots.log_cardinality.device
         generator = generator_for(0, k, device=device)
         kept = torch.zeros(self.num_observations, device=device)
         step = max(1, self.max_rows // self.num_observations)
-        for start in range(0, num_draws, step):
-            num = min(step, num_draws - start)
+        for start in range(0, _NUM_DRAWS, step):
+            num = min(step, _NUM_DRAWS - start)
             rows = self.slots.sample((num,), k, generator)
             kept += self.prior.separated(rows).sum(0)
         # Half a draw keeps the logarithm finite where none was kept.
-        return ((kept + 0.5) / (num_draws + 0.5)).log()
+        return ((kept + 0.5) / (_NUM_DRAWS + 0.5)).log()
 
     def _draw(
         self, num: int, k: int | None, generator: torch.Generator | None
@@ -185,19 +182,13 @@ class SeparatedSets(SetDistribution):
     def _draw_prior(self, counts: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw rows of given cardinalities from the prior."""
         rows = counts.new_empty(len(counts), self.prior.layout.size).float()
-        for k in cast(list[int], counts.unique().tolist()):
-            weights = torch.zeros(self.prior.max_cardinality + 1)
-            weights[k] = 1.0
-            given_k = self.prior.with_cardinality(weights)
+        for k, weights in enumerate(torch.eye(self.prior.max_cardinality + 1)):
             chosen = counts == k
+            if not chosen.any():
+                continue
+            given_k = self.prior.with_cardinality(weights)
             rows[chosen] = given_k.sample((int(chosen.sum()),), generator)
         return rows
-
-    def _stand_in(self, theta: Tensor, k: Tensor) -> Tensor:
-        """Log of q(K | x) p(Theta, s | K), the density where slots keep colliding."""
-        log_k = entries(self.slots.log_cardinality, k)
-        log_prior_k = self.prior.log_cardinality_probs.to(log_k)[k]
-        return log_k + self.prior.log_prob(theta) - log_prior_k
 
 
 class ObservationWarning(Protocol):
@@ -291,12 +282,8 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
         .. math::
             q_{new}(K | x) \propto q(K | x)\, p_{new}(K) / p_{train}(K)
 
-        Args:
-            weights: Weights of K = 0..Kmax; zero excludes a cardinality.
-
-        Raises:
-            ValueError: If the weights are malformed, or give weight to a cardinality
-                that training excluded.
+        ``weights`` are those of K = 0..Kmax; zero excludes a cardinality. ValueError if
+        they are malformed, or give weight to a cardinality that training excluded.
         """
         estimator = deepcopy(self.posterior_estimator)
         estimator.set_cardinality_prior(weights)

@@ -151,29 +151,19 @@ class ThetaLayout:
             )
         batch = cardinality.shape
         shared = components.new_zeros(*batch, 0) if shared is None else shared
-        for name, part, event in (
-            (
-                "components",
-                components,
-                (self.max_cardinality, self.num_component_params),
-            ),
-            ("shared", shared, (self.num_shared,)),
+        event = self.max_cardinality, self.num_component_params
+        for name, part, shape in (
+            ("components", components, (*batch, *event)),
+            ("shared", shared, (*batch, self.num_shared)),
         ):
-            if part.shape != (*batch, *event):
+            if part.shape != shape:
                 raise ValueError(
-                    f"{name} must have shape {(*batch, *event)}, got "
-                    f"{tuple(part.shape)}."
+                    f"{name} must have shape {shape}, got {tuple(part.shape)}."
                 )
         active = self.mask(cardinality).unsqueeze(-1)
         components = torch.where(active, components, components.new_zeros(()))
-        return torch.cat(
-            [
-                cardinality.to(components.dtype).unsqueeze(-1),
-                shared.to(components.dtype),
-                components.flatten(-2),
-            ],
-            dim=-1,
-        )
+        parts = cardinality.unsqueeze(-1), shared, components.flatten(-2)
+        return torch.cat([part.to(components.dtype) for part in parts], dim=-1)
 
     def unpack(self, theta: Tensor) -> ThetaParts:
         """Take theta rows ``(..., E)`` apart.
@@ -185,13 +175,11 @@ class ThetaLayout:
         """
         self._check_length(theta)
         start = 1 + self.num_shared
+        shared, flat = theta[..., 1:start], theta[..., start:]
         cardinality = theta[..., 0].round().to(torch.int64)
-        components = theta[..., start:].unflatten(
-            -1, (self.max_cardinality, self.num_component_params)
-        )
-        return ThetaParts(
-            cardinality, theta[..., 1:start], components, self.mask(cardinality)
-        )
+        event = self.max_cardinality, self.num_component_params
+        components = flat.unflatten(-1, event)
+        return ThetaParts(cardinality, shared, components, self.mask(cardinality))
 
     def cardinality(self, theta: Tensor) -> Tensor:
         """Return K of every row, int64, shape ``(...)``."""

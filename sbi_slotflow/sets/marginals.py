@@ -5,18 +5,13 @@ r"""The map of each parameter to a standard normal variable, built from its prio
     \log \left| \frac{\mathrm{d} u}{\mathrm{d} \theta} \right|
     = \log p(\theta) - \log \varphi(u)
 
-with F the distribution function of the parameter. Whatever u is, theta lies inside the
-prior's support. A prior gives each of its parameters a :class:`Marginal`:
-
-- :class:`ClosedMarginal`: uniform, log-uniform, normal and half-normal, as formulas;
-- :class:`ScoredMarginal`: other univariate ones that have ``cdf`` and ``icdf``, of
-  torch or the user's own;
-- :class:`FittedMarginal` elsewhere: a logarithm or a logit takes the support to the
-  real line, and a shift and a scale, from 10,000 draws of a fixed seed, make it about
-  standard. Its F is the law of which that makes a normal variable.
-
-Parameters that depend on each other get a marginal each, and are then decorrelated by
-a triangular matrix from the same draws (:class:`Marginals`).
+with F the distribution function of the parameter: uniform, log-uniform, normal and
+half-normal ones as formulas (:class:`ClosedMarginal`); other univariate ones by their
+``cdf`` and ``icdf`` (:class:`ScoredMarginal`); elsewhere a logarithm or a logit takes
+the support to the real line, and a shift and a scale, from 10,000 draws of a fixed
+seed, make it about standard (:class:`FittedMarginal`). Whatever u is, theta lies inside
+the prior's support. Parameters that depend on each other are then decorrelated by a
+triangular matrix from the same draws (:class:`Marginals`).
 
 Example:
     >>> from torch.distributions import Exponential
@@ -50,8 +45,13 @@ from torch.distributions import (
 )
 
 from ..seeding import forked_rng, generator_for
-from .described import describe_distribution, distribution_from
-from .support import bounds_of, column_log_density, flattened
+from .laws import (
+    bounds_of,
+    column_log_density,
+    describe_distribution,
+    distribution_from,
+    flattened,
+)
 from .transforms import (
     Affine,
     Columns,
@@ -100,46 +100,83 @@ _LEAST_VARIANCE = 1e-10
 class Marginal(ABC):
     """One parameter's prior marginal; ``str`` gives its name in messages.
 
+    A class of its own needs the step to a standard normal variable; the rest follows.
+
     Attributes:
-        bounds: Lower and upper end of the support.
-        natural_scale: Middle, half width and largest absolute value, at which a fit may
-            end, of a coordinate in which a likelihood is natural. A bounded parameter
-            covers [-1, 1] in it, one with a single bound does so with four deviations,
-            and any other has unit width.
-        core: Interval on which the log density and its slope are finite: all of the
-            support in closed form, else all but 0.2 % of the prior.
-        score: The step to a standard normal variable.
+        bounds: Ends of the support.
+        ends: Least and largest number in single precision that has a density.
     """
 
     bounds: tuple[float, float]
-    natural_scale: Any
-    core: Any
-    score: Any
+    ends: tuple[float, float]
 
+    @cached_property
     @abstractmethod
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function F, within [0, 1] for values inside the support."""
-
-    @abstractmethod
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-
-    @abstractmethod
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log derivative of :meth:`fraction`, for values inside the support."""
+    def score(self) -> Transform:
+        """The step to a standard normal variable."""
 
     @property
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
 
-    @abstractmethod
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def fraction(self, value: Tensor) -> Tensor:
+        """Distribution function F, within [0, 1] for values inside the support."""
+        return torch.special.ndtr(self.score.forward(value)[0])
+
+    def quantile(self, fraction: Tensor) -> Tensor:
+        """Inverse of :meth:`fraction`."""
+        return self.score.inverse(torch.special.ndtri(fraction.clamp(_EDGE, 1 - _EDGE)))
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log derivative of :meth:`fraction`, for values inside the support."""
+        u, log_det = self.score.forward(value)
+        return log_normal(u) + log_det
+
+    def inside(self, dtype: torch.dtype) -> tuple[float, float]:
         """Least and largest number of a precision that surely has a density.
 
         Torch compares values with bounds after maps of its own, which round; the
         numbers may lie a few roundings off the bounds.
         """
+        return self.ends
+
+    @cached_property
+    def core(self) -> tuple[float, float]:
+        """Interval on which the log density and its slope are finite.
+
+        All but 0.2 % of the prior: densities may vanish or diverge at a bound.
+        """
+        low, high = self.quantile(torch.tensor([1e-3, 1 - 1e-3]).double()).tolist()
+        return low, high
+
+    @cached_property
+    def natural_scale(self) -> tuple[float, float, float]:
+        """A coordinate in which a likelihood is natural: middle, half width, reach.
+
+        A bounded parameter covers [-1, 1] in it, one with a single bound does so with
+        four deviations, and any other has unit width. The reach is the largest absolute
+        value at which a fit may end.
+        """
+        low, high = self.bounds
+        shares = torch.tensor([*_SHARES, _SHARES[2] - _SHARES[0]]).double()
+        below, middle, above, inner = self.quantile(shares).tolist()
+        is_open = not math.isfinite(low), not math.isfinite(high)
+        if all(is_open):
+            half = 0.5 * (above - below)
+        else:
+            if is_open[1]:
+                high = low + _REACH * (inner - low)
+            elif is_open[0]:
+                outer = float(self.quantile(1 - shares[-1]))
+                low = high - _REACH * (high - outer)
+            middle, half = 0.5 * (low + high), 0.5 * (high - low)
+        far = self.score.inverse(torch.tensor([-_FARTHEST, _FARTHEST]).double())
+        ends = ((far - middle) / half).abs().tolist()
+        reach = max(
+            [_BEYOND, *(end for end, far in zip(ends, is_open, strict=True) if far)]
+        )
+        return middle, half, min(reach, _MOST_REACH)
 
     @property
     def is_uniform(self) -> bool:
@@ -153,7 +190,7 @@ class Marginal(ABC):
 
 
 class _Formulas(NamedTuple):
-    """A family with two numbers a and b."""
+    """Of a family with two numbers a and b."""
 
     bounds: Callable[[float, float], tuple[float, float]]
     fraction: Callable[[Tensor, float, float], Tensor]
@@ -197,13 +234,9 @@ _FORMULAS = {
 class ClosedMarginal(Marginal):
     """A family with closed formulas.
 
-    Attributes:
-        family: ``"uniform"`` between a and b; ``"log_uniform"``, with a logarithm
-            uniform between those of a and b; ``"normal"`` of mean a and deviation b;
-            ``"half_normal"``, a plus the absolute value of a normal variable of
-            deviation b.
-        a: Lower bound, or mean.
-        b: Upper bound, or deviation.
+    ``"uniform"`` between a and b; ``"log_uniform"``, with a logarithm uniform between
+    those of a and b; ``"normal"`` of mean a and deviation b; ``"half_normal"``, a plus
+    the absolute value of a normal variable of deviation b.
     """
 
     family: str
@@ -218,29 +251,32 @@ class ClosedMarginal(Marginal):
         """Lower and upper end of the support."""
         return _FORMULAS[self.family].bounds(self.a, self.b)
 
-    core = bounds
+    @cached_property
+    def core(self) -> tuple[float, float]:
+        """All of the support."""
+        return self.bounds
 
-    @property
-    def natural_scale(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See :class:`Marginal`."""
+    @cached_property
+    def natural_scale(self) -> tuple[float, float, float]:
+        """See :attr:`Marginal.natural_scale`."""
         if self.family == "normal":
             return self.a, self.b, _FARTHEST
         high = self.a + _REACH * self.b if self.family == "half_normal" else self.b
         return 0.5 * (self.a + high), 0.5 * (high - self.a), _BEYOND
 
     @cached_property
-    def score(self) -> Transform:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def score(self) -> Transform:
         """A shift and a scale of a normal one, Phi^-1(F) of others."""
         normal = self.family == "normal"
         return Affine(self.a, self.b) if normal else NormalScore(self)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
+        """See :attr:`Marginal.spec`."""
         return {"family": self.family, "a": self.a, "b": self.b}
 
     def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
+        """See :meth:`Marginal.fraction`."""
         return _FORMULAS[self.family].fraction(value, self.a, self.b)
 
     def quantile(self, fraction: Tensor) -> Tensor:
@@ -248,79 +284,33 @@ class ClosedMarginal(Marginal):
         return _FORMULAS[self.family].quantile(fraction, self.a, self.b)
 
     def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
+        """See :meth:`Marginal.log_density`."""
         return _FORMULAS[self.family].log_density(value, self.a, self.b)
 
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def inside(self, dtype: torch.dtype) -> tuple[float, float]:
         """See :meth:`Marginal.inside`; torch's density is zero at an upper bound."""
-        low, high = _tensors(self.bounds, dtype)
+        low, high = torch.tensor(self.bounds, dtype=dtype)
         up = torch.nextafter(low, high)
         high = torch.nextafter(high, low) if high.isfinite() else high
         if self.is_log_uniform:  # logarithms round on their own scale
             nudge = 2 * torch.finfo(dtype).eps
             low = low * (1 + nudge * low.log().abs().clamp(min=1.0))
-            return low, high * (1 - nudge * high.log().abs().clamp(min=1.0))
-        return up if low.double() < self.bounds[0] else low, high
+            high = high * (1 - nudge * high.log().abs().clamp(min=1.0))
+        elif low.double() < self.bounds[0]:
+            low = up
+        return float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
-class _OtherMarginal(Marginal):
-    """One without closed formulas.
+class ScoredMarginal(Marginal):
+    """Parameter ``index`` of a batch of univariate laws, by ``cdf`` and ``icdf``.
 
-    Attributes:
-        bounds: Ends of the support.
-        ends: Least and largest number that has a density after rounding.
+    Beyond five deviations, where F has lost its digits, the map to a normal variable
+    goes on along the logarithm (or logit) of the distance from the bounds.
     """
 
     bounds: tuple[float, float]
     ends: tuple[float, float]
-
-    @cached_property
-    def natural_scale(self) -> tuple[float, float, float]:
-        """See :class:`Marginal`."""
-        low, high = self.bounds
-        shares = torch.tensor([*_SHARES, _SHARES[2] - _SHARES[0]]).double()
-        below, middle, above, inner = self.quantile(shares).tolist()
-        is_open = not math.isfinite(low), not math.isfinite(high)
-        if all(is_open):
-            half = 0.5 * (above - below)
-        else:
-            if is_open[1]:
-                high = low + _REACH * (inner - low)
-            elif is_open[0]:
-                outer = float(self.quantile(1 - shares[-1]))
-                low = high - _REACH * (high - outer)
-            middle, half = 0.5 * (low + high), 0.5 * (high - low)
-        far = self.score.inverse(torch.tensor([-_FARTHEST, _FARTHEST]).double())
-        ends = ((far - middle) / half).abs().tolist()
-        reach = max(
-            [_BEYOND, *(end for end, far in zip(ends, is_open, strict=True) if far)]
-        )
-        return middle, half, min(reach, _MOST_REACH)
-
-    @cached_property
-    def core(self) -> tuple[float, float]:
-        """All but 0.2 % of the prior: densities may vanish or diverge at a bound."""
-        low, high = self.quantile(torch.tensor([1e-3, 1 - 1e-3]).double()).tolist()
-        return low, high
-
-    def inside(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """See :meth:`Marginal.inside`."""
-        return _tensors(self.ends, dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredMarginal(_OtherMarginal):
-    """Parameter d of a batch of D univariate distributions, by ``cdf`` and ``icdf``.
-
-    Beyond five deviations, where F has lost its digits, the map to a normal variable
-    goes on along the logarithm (or logit) of the distance from the bounds.
-
-    Attributes:
-        distribution: The batch.
-        index: d.
-    """
-
     distribution: Distribution
     index: int
 
@@ -343,7 +333,7 @@ class ScoredMarginal(_OtherMarginal):
         return StraightTails(NormalScore(self), _to_line(*self.bounds), ends)
 
     def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
+        """See :meth:`Marginal.fraction`."""
         return self._of_column(self.distribution.cdf, value)
 
     def quantile(self, fraction: Tensor) -> Tensor:
@@ -351,7 +341,7 @@ class ScoredMarginal(_OtherMarginal):
         return self._of_column(self.distribution.icdf, fraction.clamp(_EDGE, 1 - _EDGE))
 
     def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
+        """See :meth:`Marginal.log_density`."""
         return self._of_column(self.distribution.log_prob, value)
 
     def _of_column(self, function: Any, value: Tensor) -> Tensor:
@@ -362,15 +352,14 @@ class ScoredMarginal(_OtherMarginal):
 
 
 @dataclass(frozen=True)
-class FittedMarginal(_OtherMarginal):
-    """A logarithm or a logit, a shift and a scale.
+class FittedMarginal(Marginal):
+    """A logarithm or a logit, then a shift by ``location`` and a ``scale``.
 
-    Attributes:
-        name: Name of the distribution's class.
-        location: Shift on the line that the support is mapped to.
-        scale: Scale there.
+    ``name`` is that of the distribution's class.
     """
 
+    bounds: tuple[float, float]
+    ends: tuple[float, float]
     name: str
     location: float
     scale: float
@@ -380,7 +369,7 @@ class FittedMarginal(_OtherMarginal):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Description from which :func:`marginal_from_spec` rebuilds the marginal."""
+        """See :attr:`Marginal.spec`."""
         # JSON has no infinity.
         low, high = (end if math.isfinite(end) else None for end in self.bounds)
         spec = {"family": "fitted", "name": self.name, "low": low, "high": high}
@@ -392,19 +381,6 @@ class FittedMarginal(_OtherMarginal):
         """The map to the line, and to a standard variable."""
         return Compose([_to_line(*self.bounds), Affine(self.location, self.scale)])
 
-    def fraction(self, value: Tensor) -> Tensor:
-        """Distribution function; see :meth:`Marginal.fraction`."""
-        return torch.special.ndtr(self.score.forward(value)[0])
-
-    def quantile(self, fraction: Tensor) -> Tensor:
-        """Inverse of :meth:`fraction`."""
-        return self.score.inverse(torch.special.ndtri(fraction.clamp(_EDGE, 1 - _EDGE)))
-
-    def log_density(self, value: Tensor) -> Tensor:
-        """Log density; see :meth:`Marginal.log_density`."""
-        u, log_det = self.score.forward(value)
-        return log_normal(u) + log_det
-
 
 @dataclass(frozen=True)
 class NormalScore(Transform):
@@ -413,7 +389,7 @@ class NormalScore(Transform):
     law: Marginal
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = torch.special.ndtri(self.law.fraction(x).clamp(_EDGE, 1 - _EDGE))
         return y, self.law.log_density(x) - log_normal(y)
 
@@ -429,7 +405,7 @@ class ExponentialScore(Transform):
     law: Marginal
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = -(1 - self.law.fraction(x)).clamp(min=_LEAST_SURVIVAL).log()
         return y, self.law.log_density(x) + y
 
@@ -450,7 +426,7 @@ class Place(Transform):
     length: float = 1.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y; see :meth:`Transform.forward`."""
+        """See :meth:`Transform.forward`."""
         y = self.length * self.law.fraction(x)
         return y, self.law.log_density(x) + math.log(self.length)
 
@@ -487,15 +463,15 @@ class Marginals(Sequence[Marginal], Transform):
             periods = marginals.periods if periods is None else periods
             whitening = marginals.whitening
         whole = periods or len(self._marginals) * [math.inf]
-        pairs = zip(self._marginals, whole, strict=True)
-        self.periods = tuple(p if _covers(m, p) else math.inf for m, p in pairs)
+        widths = [m.bounds[1] - m.bounds[0] for m in self._marginals]
+        self.periods = tuple(
+            period if math.isclose(width, period, rel_tol=1e-6) else math.inf
+            for width, period in zip(widths, whole, strict=True)
+        )
         self.whitening = whitening
         columns = Columns([m.score for m in self._marginals])
         self._steps = Compose([columns, *([whitening] if whitening else [])])
-        self._inside = {
-            dtype: _ends(self._marginals, dtype)
-            for dtype in (torch.float32, torch.float64)
-        }
+        self._inside: dict[torch.dtype, Tensor] = {}
 
     def __getitem__(self, index: int) -> Marginal:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One marginal."""
@@ -507,9 +483,9 @@ class Marginals(Sequence[Marginal], Transform):
 
     def __eq__(self, other: object) -> bool:
         """Whether they describe the same map, as far as a file could tell."""
-        return self is other or (
-            isinstance(other, Marginals) and self.spec == other.spec
-        )
+        if not isinstance(other, Marginals):
+            return False
+        return self is other or self.spec == other.spec
 
     __hash__ = object.__hash__
 
@@ -554,9 +530,11 @@ class Marginals(Sequence[Marginal], Transform):
 
     def clamp(self, values: Tensor) -> Tensor:
         """Pull values ``(..., D)`` on or past a bound to where there is a density."""
-        known = self._inside.get(values.dtype)
-        low, high = known or _ends(self._marginals, values.dtype)
-        low, high = low.to(values.device), high.to(values.device)
+        dtype = values.dtype
+        if dtype not in self._inside:
+            ends = [m.inside(dtype) for m in self]
+            self._inside[dtype] = torch.tensor(ends, dtype=dtype).reshape(-1, 2)
+        low, high = self._inside[dtype].to(values.device).unbind(-1)
         return torch.maximum(torch.minimum(values, high), low)
 
     def contains(self, values: Tensor) -> Tensor:
@@ -592,15 +570,14 @@ def marginals_of(
     marginals = [m for part, _ in found for m in part]
     if all(step is None for _, step in found):
         return Marginals(marginals, periods)
-    steps = [
-        step or LowerTriangular(torch.zeros(len(part)), torch.eye(len(part)))
-        for part, step in found
-    ]
-    whitening = LowerTriangular(
-        torch.cat([step.location.double() for step in steps]),
-        torch.block_diag(*(step.factor.double() for step in steps)),
-    )
-    return Marginals(marginals, periods, whitening)
+    location = torch.zeros(len(marginals), dtype=torch.float64)
+    factor, start = torch.eye(len(marginals), dtype=torch.float64), 0
+    for part, step in found:
+        own = slice(start, start + len(part))
+        start += len(part)
+        if step is not None:
+            location[own], factor[own, own] = step.location, step.factor
+    return Marginals(marginals, periods, LowerTriangular(location, factor))
 
 
 def marginal_from_spec(spec: Mapping[str, Any]) -> Marginal:
@@ -772,21 +749,3 @@ def _to_line(low: float, high: float) -> Transform:
     if math.isfinite(low):
         return Logarithm(low)
     return Logarithm(high, upper=True) if math.isfinite(high) else Affine()
-
-
-def _covers(marginal: Marginal, period: float) -> bool:
-    """Whether a marginal's support is a whole circle."""
-    low, high = marginal.bounds
-    return math.isfinite(period) and math.isclose(high - low, period, rel_tol=1e-6)
-
-
-def _tensors(ends: tuple[float, float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    low, high = (torch.tensor(end, dtype=dtype) for end in ends)
-    return low, high
-
-
-def _ends(marginals: Sequence[Marginal], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    if not marginals:
-        return torch.zeros(2, 0, dtype=dtype).unbind()
-    pairs = [m.inside(dtype) for m in marginals]
-    return tuple(torch.stack(ends) for ends in zip(*pairs, strict=True))

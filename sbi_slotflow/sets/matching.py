@@ -99,9 +99,8 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
         NonFiniteDensityError: If a density inside the K x K block is NaN.
     """
     batch, size, _ = log_density.shape
-    result = log_density.new_zeros(batch)
     if batch == 0:
-        return result
+        return log_density.new_zeros(0)
     index = torch.arange(size, device=log_density.device)
     active = index < cardinality.unsqueeze(-1)
     block = active.unsqueeze(-1) & active.unsqueeze(-2)
@@ -115,17 +114,15 @@ def log_permanent(log_density: Tensor, cardinality: Tensor) -> Tensor:
         block, log_density.clamp(min=_LOG_ZERO), identity.to(log_density)
     )
     exact = cardinality <= EXACT_LIMIT
-    largest = int(cardinality[exact].max()) if exact.any() else 0
+    largest = int(torch.where(exact, cardinality, 0).max())
     # The widest layer of the recursion has about this many terms a row.
     width = max(1, math.comb(largest, largest // 2) * largest // 2)
     chunks = padded[:, :largest, :largest].split(max(1, _MAX_TERMS // width))
-    small = torch.cat([_subset_recursion(chunk) for chunk in chunks])
-    if bool(exact.all()):
-        result = small
-    else:
+    result = torch.cat([_subset_recursion(chunk) for chunk in chunks])
+    if not exact.all():
         slots = hungarian(log_density, cardinality).unsqueeze(-1)
         best = padded.gather(-1, slots).squeeze(-1).sum(-1)
-        result = torch.where(exact, small, best)
+        result = torch.where(exact, result, best)
     return torch.where(result > 0.5 * _LOG_ZERO, result, result.new_full((), -math.inf))
 
 
@@ -134,9 +131,8 @@ def _subset_recursion(log_density: Tensor) -> Tensor:
     size = log_density.shape[-1]
     table = log_density.new_zeros(len(log_density), 1)
     for slot in range(size):
-        members, previous = _subsets(size, slot + 1)
-        members = members.to(log_density.device)
-        previous = previous.to(log_density.device)
+        tables = _subsets(size, slot + 1)
+        members, previous = (part.to(log_density.device) for part in tables)
         terms = log_density[:, slot, :][:, members] + table[:, previous]
         table = torch.logsumexp(terms, dim=-1)
     return table.squeeze(-1)
@@ -144,21 +140,13 @@ def _subset_recursion(log_density: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _subsets(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Subsets of a size, and where each lies in the previous table less one member.
+    """Members ``(num_subsets, count)`` of all subsets of a size.
 
-    Returns:
-        Members ``(num_subsets, count)`` and, of the same shape, the position of the
-        subset without that member among the subsets of size ``count - 1``.
+    Beside them, in the same shape, the position of the subset without that member among
+    those of size ``count - 1``.
     """
     members = list(itertools.combinations(range(size), count))
-    smaller = {
-        subset: position
-        for position, subset in enumerate(
-            itertools.combinations(range(size), count - 1)
-        )
-    }
-    previous = [
-        [smaller[subset[:i] + subset[i + 1 :]] for i in range(count)]
-        for subset in members
-    ]
+    fewer = itertools.combinations(range(size), count - 1)
+    place = {subset: position for position, subset in enumerate(fewer)}
+    previous = [[place[s[:i] + s[i + 1 :]] for i in range(count)] for s in members]
     return torch.tensor(members), torch.tensor(previous)

@@ -14,10 +14,10 @@ one.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cached_property
 from operator import index
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
 from ..seeding import forked_rng, generator_for
-from .checks import as_shape, warn_without_slots
+from .checks import Numbers, as_floats, as_shape, warn_without_slots
+from .laws import log_density
 from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, Marginals, in_double, marginals_of
 from .separation import log_separation_constant, sample_separated, smallest_gap
-from .support import log_density
 
 __all__ = ["VariableKPrior", "cardinality_weights"]
 
@@ -158,7 +158,7 @@ class VariableKPrior(Distribution):
             rows = self._draw(shape.numel())
         return rows.reshape(*shape, self.layout.size)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Numbers) -> Tensor:
         """Evaluate the log density of the set.
 
         Args:
@@ -168,8 +168,10 @@ class VariableKPrior(Distribution):
             Log densities of shape ``(...)``, -inf outside the support.
 
         Raises:
+            TypeError: If the rows are no real numbers.
             ValueError: If the last axis is not E long.
         """
+        value = as_floats(value, "theta")
         parts = self.layout.unpack(value)
         k = parts.cardinality.clamp(0, self.max_cardinality)
         log_p = self.log_cardinality_probs.to(value)[k] + torch.lgamma(k.to(value) + 1)
@@ -180,7 +182,7 @@ class VariableKPrior(Distribution):
             circular, gap = self._order_period is not None, self.min_separation
             log_z = log_separation_constant(k, gap, high - low, circular)
             log_p = log_p - log_z.to(log_p)
-        inside = self._inside(value, densities)
+        inside = self._inside(value, parts, densities)
         return torch.where(inside, log_p, log_p.new_full((), -torch.inf))
 
     @property
@@ -217,12 +219,7 @@ class VariableKPrior(Distribution):
         self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "VariableKPrior":
         """Return the prior with another batch shape (independent copies)."""
-        new = cast(
-            VariableKPrior, self._get_checked_instance(VariableKPrior, _instance)
-        )
-        for key, value in self.__dict__.items():
-            if key not in ("_batch_shape", "_event_shape", "_validate_args"):
-                new.__dict__[key] = value
+        new = copy(self)
         Distribution.__init__(
             new, torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -294,16 +291,18 @@ class VariableKPrior(Distribution):
             parts.components,
             self.component_marginals.middle(parts.components),
         )
-        each = _flat_log_density(self._component_law, filled)
+        each = self._component_law.log_density(filled)
         each = torch.where(parts.mask, each, each.new_zeros(()))
         shared = torch.zeros_like(each[..., 0])
         if self._shared_law is not None:
-            shared = _flat_log_density(self._shared_law, parts.shared)
+            shared = self._shared_law.log_density(parts.shared)
         return each, shared
 
-    def _inside(self, value: Tensor, densities: tuple[Tensor, Tensor]) -> Tensor:
+    def _inside(
+        self, value: Tensor, parts: ThetaParts, densities: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Tell which rows lie in the support, from :meth:`_log_densities`."""
-        k = self.layout.unpack(value).cardinality.clamp(0, self.max_cardinality)
+        k = parts.cardinality.clamp(0, self.max_cardinality)
         inside = self.layout.is_well_formed(value)
         inside &= (self.cardinality_probs.to(value.device) > 0)[k]
         each, shared = densities
@@ -361,11 +360,12 @@ class _SetSupport(constraints.Constraint):
     def __init__(self, prior: VariableKPrior) -> None:
         self.prior = prior
 
-    def check(self, value: Tensor) -> Tensor:
+    def check(self, value: Numbers) -> Tensor:
         """Return a boolean for every row, shape ``value.shape[:-1]``."""
+        value = as_floats(value, "theta")
         warn_without_slots(value)
-        densities = self.prior._log_densities(self.prior.layout.unpack(value))
-        return self.prior._inside(value, densities)
+        parts = self.prior.layout.unpack(value)
+        return self.prior._inside(value, parts, self.prior._log_densities(parts))
 
 
 def cardinality_weights(
@@ -459,6 +459,14 @@ class _Law(NamedTuple):
     distribution: Distribution
     dtype: torch.dtype | None
 
+    def log_density(self, values: Tensor) -> Tensor:
+        """Of vectors of any batch shape, -inf outside the support."""
+        flat = values.reshape(-1, values.shape[-1])
+        if not len(flat):
+            return values.new_zeros(values.shape[:-1])
+        log_p = log_density(self.distribution, flat.to(self.dtype or flat.dtype))
+        return log_p.reshape(values.shape[:-1]).to(values)
+
 
 def _law(distribution: Distribution, marginals: Marginals) -> _Law:
     """In double precision, unless torch's density keeps its digits without.
@@ -472,12 +480,3 @@ def _law(distribution: Distribution, marginals: Marginals) -> _Law:
             log_density(double, point.unsqueeze(0))
             return _Law(double, torch.float64)
     return _Law(distribution, None)
-
-
-def _flat_log_density(law: _Law, values: Tensor) -> Tensor:
-    """Log density of vectors of any batch shape, -inf outside the support."""
-    flat = values.reshape(-1, values.shape[-1])
-    if not len(flat):
-        return values.new_zeros(values.shape[:-1])
-    log_p = log_density(law.distribution, flat.to(law.dtype or flat.dtype))
-    return log_p.reshape(values.shape[:-1]).to(values)

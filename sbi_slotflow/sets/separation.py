@@ -53,9 +53,7 @@ def sample_separated(
     active = index < cardinality.unsqueeze(-1)
     if circular:
         return _on_circle(active, bounds, separation)
-    uniform = torch.rand(
-        active.shape, dtype=torch.float64, device=cardinality.device
-    ).masked_fill(~active, 2.0)
+    uniform = torch.rand_like(active, dtype=torch.float64).masked_fill(~active, 2.0)
     free = (high - low) - (cardinality - 1).clamp(min=0).double() * separation
     return low + uniform.sort(-1).values * free.unsqueeze(-1) + index * separation
 
@@ -65,8 +63,7 @@ def _on_circle(
 ) -> Tensor:
     """As :func:`sample_separated`, on a circle."""
     low, width = bounds[0], bounds[1] - bounds[0]
-    rest = torch.empty(active.shape, dtype=torch.float64, device=active.device)
-    rest = rest.exponential_() * active
+    rest = torch.empty_like(active, dtype=torch.float64).exponential_() * active
     count = active.sum(-1, keepdim=True)
     free = (width - count * separation) * rest / rest.sum(-1, keepdim=True)
     gaps = torch.where(active, free + separation, 0.0)

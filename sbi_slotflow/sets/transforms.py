@@ -3,11 +3,7 @@ r"""Invertible steps and their composition.
 A step maps x to y, with :math:`\log |\mathrm{d}y / \mathrm{d}x|` beside it. Steps on
 numbers act on tensors of any shape and give one log-derivative a number; steps on
 vectors act on the last axis, and give one log-determinant a vector. A composition sums
-them:
-
-.. math::
-    y = (T_n \circ \dots \circ T_1)(x), \qquad
-    \log |\det| = \sum_i \log |\det J_{T_i}|
+them.
 
 ========================  ==========================================================
 on numbers                :class:`Affine`, :class:`Logarithm`, :class:`Logit`,
@@ -65,15 +61,7 @@ class Transform(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x to y.
-
-        Args:
-            x: Numbers of any shape, or vectors ``(..., D)``.
-
-        Returns:
-            y of the same shape, and the log-Jacobians: one a number ``(..., )`` for a
-            step on numbers, one a vector ``(...)`` for a step on vectors.
-        """
+        """Map x to y of the same shape; beside it the log-Jacobians, see the module."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
@@ -242,10 +230,8 @@ class Columns(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Transform.forward`."""
-        pairs = [
-            step.forward(column)
-            for step, column in zip(self.steps, x.unbind(-1), strict=True)
-        ]
+        columns = zip(self.steps, x.unbind(-1), strict=True)
+        pairs = [step.forward(column) for step, column in columns]
         y, log_det = (torch.stack(part, -1) for part in zip(*pairs, strict=True))
         return y, log_det.sum(-1)
 

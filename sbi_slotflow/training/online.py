@@ -1,22 +1,27 @@
-r"""Training on fresh simulations, every step a new batch, and its state in one file.
+"""Training on fresh simulations, every step a new batch, and its state in one file.
 
 All randomness of step t derives from (seed, t), so a run that was killed and resumed
 from its checkpoint ends with the same weights, bit for bit, as one that was not.
+
+The recipe ``"adamw"`` is AdamW with a linear warm-up and a cosine decay to zero over
+the run; ``"paper"`` is the paper's Adam with ``ReduceLROnPlateau`` on the validation
+loss.
 """
 
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
@@ -25,15 +30,19 @@ from ..seeding import forked_rng, generator_for
 from ..sets.checks import as_count
 from ..sets.matching import NonFiniteDensityError
 from ..storage import check_tensors_replaceable, read_tensors, write_tensors
-from .recipes import RecipeName, make_recipe
 
 __all__ = [
     "OnlineSettings",
     "OnlineTraining",
+    "Recipe",
+    "RecipeName",
     "load_state",
+    "make_recipe",
     "optimizer_tensors",
     "restore_optimizer",
 ]
+
+RecipeName = Literal["adamw", "paper"]
 
 _FORMAT = "sbi_slotflow.TrainingState"
 _VERSION = 1
@@ -67,6 +76,70 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@dataclass
+class Recipe:
+    """An optimizer and its schedule."""
+
+    optimizer: Optimizer
+    schedule: LambdaLR | ReduceLROnPlateau
+
+    def after_step(self) -> None:
+        """Advance the schedule after an optimizer step."""
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
+
+    def after_validation(self, loss: float) -> None:
+        """Tell the schedule a validation loss."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(loss)
+
+    def schedule_state(self) -> dict[str, Any]:
+        """State of the schedule, plain JSON."""
+        schedule = self.schedule
+        if isinstance(schedule, LambdaLR):  # the rate follows from the step
+            return {"step": schedule.last_epoch}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        bad = schedule.num_bad_epochs
+        return {"best": schedule.best, "num_bad_epochs": bad, "rates": rates}
+
+    def load_schedule_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`schedule_state`."""
+        schedule = self.schedule
+        if isinstance(schedule, LambdaLR):
+            schedule.last_epoch = step = state["step"]
+            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = [base * factor(step) for base, factor in pairs]
+        else:
+            schedule.best, rates = state["best"], state["rates"]
+            schedule.num_bad_epochs = state["num_bad_epochs"]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def make_recipe(
+    name: RecipeName,
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float | None,
+    num_steps: int,
+) -> Recipe:
+    """Make the named recipe."""
+    if name == "adamw":
+        rate = 2e-3 if learning_rate is None else learning_rate
+        optimizer = AdamW(parameters, lr=rate, weight_decay=1e-4)
+        warm_up = max(1, min(500, num_steps // 20))
+
+        def factor(step: int) -> float:
+            decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+            return min(1.0, (step + 1) / warm_up) * decay
+
+        return Recipe(optimizer, LambdaLR(optimizer, factor))
+    if name == "paper":
+        adam = Adam(parameters, lr=1e-4 if learning_rate is None else learning_rate)
+        plateau = ReduceLROnPlateau(adam, factor=0.5, patience=6, min_lr=1e-6)
+        return Recipe(adam, plateau)
+    raise ValueError(f"recipe must be 'adamw' or 'paper', got {name!r}.")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from ..posterior.base import check_keywords
 from ..posterior.network import SlotPosterior
 from ..sets.checks import Numbers, as_floats
 from ..sets.prior import VariableKPrior
-from .online import OnlineSettings, OnlineTraining
-from .recipes import RecipeName
+from .online import OnlineSettings, OnlineTraining, RecipeName
 
 __all__ = ["SlotNPE"]
 

@@ -51,6 +51,7 @@ from torch.distributions import (
 )
 
 from sbi_slotflow import VariableKPrior, slot_nn
+from sbi_slotflow.sets.laws import bounds_of
 from sbi_slotflow.sets.marginals import (
     ClosedMarginal,
     Marginal,
@@ -58,7 +59,6 @@ from sbi_slotflow.sets.marginals import (
     marginal_from_spec,
     marginals_of,
 )
-from sbi_slotflow.sets.support import bounds_of
 
 MARGINALS: dict[str, tuple[Marginal, Any]] = {
     "uniform": (ClosedMarginal("uniform", -2.0, 3.0), stats.uniform(-2.0, 5.0)),
@@ -640,6 +640,14 @@ REFUSED = {
             ),
         ),
         "joins boxes of different bounds",
+    ),
+    "squared": (
+        moved(Uniform(*one(-1, 1)), PowerTransform(2.0)),  # pyright: ignore
+        r"PowerTransform takes .*0.*alone, and its base has other values.* Give",
+    ),
+    "powers of all numbers": (
+        moved(Normal(*one(0, 1)), PowerTransform(torch.tensor(-1.0))),
+        "PowerTransform takes",
     ),
     "folded": (moved(Normal(*one(0, 1)), AbsTransform()), "AbsTransform is not"),
     "a surface": (

@@ -296,6 +296,22 @@ def test_no_rows_give_no_densities(prior: VariableKPrior) -> None:
     assert prior.support.check(theta).shape == (0,)
 
 
+def test_rows_may_be_any_real_numbers(prior: VariableKPrior) -> None:
+    theta = prior.sample((5,), torch.Generator().manual_seed(1))
+    expected = prior.log_prob(theta.double())
+    array: Any = theta.double().numpy()
+    assert torch.equal(prior.log_prob(array), expected)
+    assert torch.equal(prior.log_prob(array.astype(">f8").tolist()), expected)
+    assert prior.support.check(array).all()
+    whole = torch.zeros(2, prior.layout.size)
+    for integers in (whole.long(), whole.long().numpy()):
+        assert torch.equal(prior.log_prob(integers), prior.log_prob(whole.double()))
+        assert torch.equal(prior.support.check(integers), prior.support.check(whole))
+    for value in (whole.bool(), whole.numpy().astype(str)):
+        with pytest.raises(TypeError, match="theta must hold real numbers"):
+            prior.log_prob(value)
+
+
 def test_a_row_of_the_wrong_length_is_rejected(prior: VariableKPrior) -> None:
     with pytest.raises(ValueError, match="entries on its last axis"):
         prior.log_prob(torch.zeros(2, prior.layout.size + 1))

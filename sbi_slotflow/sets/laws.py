@@ -1,10 +1,13 @@
-r"""The support of a torch distribution over vectors, and its density there.
+r"""Torch distributions over vectors: their support, their density there, their JSON.
 
 Many of torch's distributions have a finite ``log_prob`` outside their support when
 their arguments are not validated: an Exponential at -1 for one. And the support that
 torch reports for a transformed distribution is the whole image of its last transform:
 that of a shifted Exponential is the real line. Here a transformed distribution is
 followed back to its base, and a mixture to its components.
+
+In a file, a distribution of torch or sbi is its class name with its parameters as
+lists; the distributions inside another are described likewise. Nothing is unpickled.
 
 Example:
     >>> from torch.distributions import AffineTransform, Exponential
@@ -15,14 +18,20 @@ Example:
     tensor([-inf, -1.])
     >>> bounds_of(shifted)
     (tensor([2.], dtype=torch.float64), tensor([inf], dtype=torch.float64))
+    >>> spec = describe_distribution(shifted)
+    >>> spec["base"], spec["transforms"][0]["name"]
+    ({'name': 'Exponential', 'rate': [1.0]}, 'AffineTransform')
+    >>> distribution_from(spec).log_prob(torch.tensor([3.0]))
+    tensor([-1.], dtype=torch.float64)
 """
 
 import math
-from typing import TypeGuard
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
-from sbi.utils import MultipleIndependent
-from torch import Tensor
+from sbi.utils import BoxUniform, MultipleIndependent
+from torch import Tensor, distributions
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
@@ -36,11 +45,47 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import IndependentTransform
 
-__all__ = ["bounds_of", "column_log_density", "flattened", "log_density"]
+__all__ = [
+    "bounds_of",
+    "column_log_density",
+    "describe_distribution",
+    "distribution_from",
+    "flattened",
+    "log_density",
+]
 
 # In single precision, in which draws are made.
 _PI = torch.tensor(math.pi, dtype=torch.float32).item()
+# What a bound may miss of another by rounding.
+_SLACK = 1e-6
 _ADVICE = "Give parameters whose supports are intervals, each on its own"
+# What is made of other parts: the arguments of its constructor, in their order, by
+# their names in a file and as attributes.
+_WHOLES: dict[type, dict[str, str]] = {
+    Independent: {"base": "base_dist", "ndims": "reinterpreted_batch_ndims"},
+    MultipleIndependent: {"parts": "dists"},
+    MixtureSameFamily: {
+        "weights": "mixture_distribution",
+        "components": "component_distribution",
+    },
+    TransformedDistribution: {"base": "base_dist", "transforms": "transforms"},
+    ComposeTransform: {"parts": "parts"},
+    IndependentTransform: {
+        "base": "base_transform",
+        "ndims": "reinterpreted_batch_ndims",
+    },
+}
+# Other transforms, with the arguments of their constructors.
+_TRANSFORMS = {
+    "AffineTransform": ("loc", "scale", "event_dim"),
+    "ExpTransform": (),
+    "PowerTransform": ("exponent",),
+    "SigmoidTransform": (),
+    "SoftplusTransform": (),
+    "TanhTransform": (),
+}
+# Other names of a distribution's parameters, which are described already.
+_REDUNDANT = {"probs", "covariance_matrix", "precision_matrix"}
 
 
 def log_density(distribution: Distribution, values: Tensor) -> Tensor:
@@ -170,7 +215,7 @@ def _image(
     distribution: Distribution, transform: Transform, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ends of the image of an interval."""
-    least, most = _ends(distribution, transform.codomain)
+    least, most = (_double(end) for end in _ends(distribution, transform.codomain))
     single = _elementwise(transform)
     fault, images = "", torch.empty(0)
     if not transform.bijective:
@@ -178,11 +223,17 @@ def _image(
     elif single is None:
         if not bool(low.isfinite().any() | high.isfinite().any()):
             shape = transform.forward_shape(low.shape)
-            return _double(least).expand(shape), _double(most).expand(shape)
+            return least.expand(shape), most.expand(shape)
         fault = "mixes parameters that have bounds"
     else:
+        first, last = (_double(end) for end in _ends(distribution, transform.domain))
+        # Bounds may have been rounded to single precision on their way.
+        if (low < first - _SLACK * (1 + first.abs())).any() or (
+            high > last + _SLACK * (1 + last.abs())
+        ).any():
+            fault = f"takes {transform.domain} alone, and its base has other values"
         images = torch.stack([single(low), single(high)]).double()  # pyright: ignore
-        if images.isnan().any():
+        if not fault and images.isnan().any():
             fault = "does not map the support of the base to an interval"
     if fault:
         name = type(transform).__name__
@@ -190,7 +241,6 @@ def _image(
     # Rounding keeps the image of infinity off the end of the transform's own range.
     ends = torch.stack([low, high])
     for end in (least, most):
-        end = _double(end)
         near = ends.isinf() & ((images - end).abs() < 1e-9) & end.isfinite()
         images = torch.where(near, end, images)
     return images.amin(0), images.amax(0)
@@ -269,3 +319,77 @@ def _double(end: Tensor | float) -> Tensor:
 
 def _name(distribution: Distribution) -> str:
     return type(distribution).__name__
+
+
+def describe_distribution(part: Any) -> Any:
+    """Return the JSON description of a distribution of torch or sbi.
+
+    Likewise of a transform, a list of either, a tensor or a number.
+
+    Raises:
+        ValueError: If it, or a part of it, is of another class: a user's own, say.
+    """
+    if isinstance(part, list | tuple):
+        return [describe_distribution(each) for each in part]
+    if isinstance(part, Tensor):
+        return part.detach().double().tolist()
+    if not isinstance(part, Distribution | Transform):
+        return part
+    # sbi's is an Independent of a Uniform, whatever it adds to that.
+    kind = Independent if isinstance(part, BoxUniform) else type(part)
+    name = kind.__name__
+    if kind in _WHOLES:
+        keys = _WHOLES[kind]
+    elif name == "_InverseTransform":
+        keys = {"base": "inv"}
+    elif kind is not getattr(distributions, name, None) or (
+        isinstance(part, Transform) and name not in _TRANSFORMS
+    ):
+        raise ValueError(
+            f"a file cannot describe {name}, which is no distribution or transform of "
+            "torch that is known here. Build the prior of torch's own, or give it anew "
+            "when the file is loaded."
+        )
+    elif isinstance(part, Transform):
+        keys = {key: key for key in _TRANSFORMS[name]}
+    else:
+        names = [key for key in part.arg_constraints if key not in _REDUNDANT]
+        names += ["temperature"] if hasattr(part, "temperature") else []
+        keys = {key: key for key in names}
+    values = {
+        key: describe_distribution(getattr(part, name)) for key, name in keys.items()
+    }
+    return {"name": name, **values}
+
+
+def distribution_from(spec: Any) -> Any:
+    """Rebuild what :func:`describe_distribution` returned; a distribution stays.
+
+    Parameters are in float64 and not validated.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if isinstance(spec, list):
+        return [distribution_from(each) for each in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    name = spec.get("name")
+    if name == "_InverseTransform":
+        return distribution_from(spec["base"]).inv
+    for kind, keys in _WHOLES.items():
+        if name == kind.__name__:
+            unchecked = {"validate_args": False}
+            options = unchecked if issubclass(kind, Distribution) else {}
+            return kind(*(distribution_from(spec[key]) for key in keys), **options)
+    kind: Any = getattr(distributions, str(name), None)
+    is_law = isinstance(kind, type) and issubclass(kind, Distribution)
+    if not is_law and name not in _TRANSFORMS:
+        raise ValueError(f"no distribution or transform {name!r} is known here.")
+    values = {
+        key: value if key == "event_dim" else torch.tensor(value, dtype=torch.float64)
+        for key, value in spec.items()
+        if key != "name"
+    }
+    options = {"validate_args": False} if is_law else {}
+    return kind(**values, **options)  # pyright: ignore
