@@ -16,8 +16,7 @@ from .charts import Chart, WhiteningChart
 from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
-from .paper import PAPER
-from .paper.circle import CircleChart
+from .paper import PAPER, CircleChart
 from .spec import EstimatorSpec, Matching, describe, single_precision
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]

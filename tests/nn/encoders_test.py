@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, encode
-from sbi_slotflow.nn.paper.dual_stream import DualStreamEncoder, make_front_end
+from sbi_slotflow.nn.paper import DualStreamEncoder, make_front_end
 from sbi_slotflow.nn.spec import build
 
 DOMAINS = ("time", "frequency", "time-frequency")
@@ -229,6 +229,15 @@ def test_band_keeps_its_bins_and_adds_the_level_outside(centre_phase: bool) -> N
 def test_a_band_up_to_its_limits_is_read_without_nan(band: tuple[int, int]) -> None:
     front_end = make_front_end("frequency", 100, band=band)
     assert front_end(data(2, 100)).isfinite().all()
+
+
+def test_the_level_outside_a_band_follows_the_scale_of_the_data() -> None:
+    front_end, x = make_front_end("frequency", 100, band=(10, 19)), data(3, 100)
+    for scale in (1e-21, 1e15):
+        level = front_end(scale * x)[:, 2]
+        expected = front_end(x)[:, 2] + math.log(scale)
+        torch.testing.assert_close(level, expected, rtol=1e-5, atol=0)
+    assert front_end(torch.zeros(1, 100)).isfinite().all()
 
 
 def test_time_domain_is_the_stream() -> None:

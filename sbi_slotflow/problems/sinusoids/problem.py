@@ -21,7 +21,7 @@ from torch.distributions import Independent
 
 from ...nn.cells import CellAxis
 from ...nn.charts import Chart
-from ...nn.paper.dual_stream import DualStreamEncoder
+from ...nn.paper import DualStreamEncoder
 from ...nn.token_encoder import TokenEncoder
 from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
