@@ -343,11 +343,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             # The initial weights are overwritten: their draws leave no trace.
             with forked_rng(generator_for(0)):
                 estimator = cls(spec, encoder, fit)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its spec: {error}") from error
-        try:
             estimator.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its spec: {error}") from error
         return estimator.eval()
 
@@ -425,19 +422,12 @@ def component_head_from_spec(
             f"must be {axis.parameter}, got {spec.layout.order_by}."
         )
     sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
-    coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
+    coupling, steps = options.pop("coupling"), options.pop("refine_steps")
+    head = AutoregressiveHead if coupling == "joint" else IndependentHead
     if coupling == "joint":
-        return AutoregressiveHead(
-            chart,
-            axis,
-            *sizes,
-            flow=spec.flow,
-            fit=fit,
-            refine_steps=refine_steps,
-            **options,
-        )
-    if refine_steps:
+        options |= {"fit": fit, "refine_steps": steps}
+    elif steps:
         raise ValueError(
             "refine_slots fits all components together; it needs coupling='joint'."
         )
-    return IndependentHead(chart, axis, *sizes, flow=spec.flow, **options)
+    return head(chart, axis, *sizes, flow=spec.flow, **options)

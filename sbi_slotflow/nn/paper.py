@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..sets.marginals import Marginal
 from .charts import Chart, check_angle
-from .encoders import Encoding, Pool, SelfAttention, projection
+from .encoders import Encoding, Pool, SelfAttention, mlp
 from .spec import register
 
 __all__ = ["PAPER", "CircleChart", "DualStreamEncoder", "make_front_end"]
@@ -332,18 +332,18 @@ class DualStreamEncoder(nn.Module):
             return SelfAttention(channels[-1], num_heads, residual)
 
         streams = range(len(lengths))
-        width = channels[-1]
+        width, pooled = channels[-1], 3 * channels[-1]
         self.stacks = nn.ModuleList(stack(i) for i in streams)
         self.attentions = nn.ModuleList(attention() for _ in streams)
         self.pools = nn.ModuleList(Pool(width) for _ in streams)
-        self.to_context = projection(3 * width * len(streams), context_features)
+        self.to_context = mlp(pooled * len(streams), context_features, context_features)
         self.cardinality_attention = attention()
         self.cardinality_pool = Pool(width)
-        self.to_cardinality = projection(3 * width, hidden_features)
+        self.to_cardinality = mlp(pooled, hidden_features, hidden_features)
         self.noise_stack = stack(0) if noise_stack else None
         if noise_stack:
             self.noise_pool = Pool(width)
-            self.to_noise = projection(3 * width, hidden_features)
+            self.to_noise = mlp(pooled, hidden_features, hidden_features)
 
     def forward(self, x: Tensor) -> Encoding:
         """Embed x ``(B, T)``, the streams concatenated."""

@@ -298,3 +298,15 @@ def test_each_stream_needs_its_own_options(name: str, value: Any) -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder kind must be one of"):
         build("encoder", {"kind": "transformer"})
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_blocks_convolve_as_torch_does(place: int, batch: int) -> None:
+    torch.manual_seed(place)
+    encoder = problems.spikes(num_samples=64).build_token_encoder(width=8)
+    block: Any = encoder.blocks[place]
+    tokens = torch.randn(batch, 21, 8)
+    around = block.convolution(block.norm(tokens).mT).mT
+    expected = tokens + block.mix(around)
+    assert torch.allclose(block(tokens), expected, atol=1e-6)
