@@ -160,16 +160,13 @@ class _IndependentSets(SetsGivenK):
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
         head, (coordinates, log_det) = self.head, self.head.coordinates(parts)
-        edges, mask, count = self.edges[owner], parts.mask, parts.cardinality
-        cells = head.axis.cells(coordinates[..., 0], edges)
+        mask, count = parts.mask, parts.cardinality
+        cells = head.axis.cells(coordinates[..., 0], self.edges[owner])
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
-        contexts = self.contexts(owner[row], count[row], here)
-        centre = head.predicted.centre(contexts.values)[contexts.which]
+        centre, given = self._in_cells(owner[row], count[row], here)
         w = head.local_chart.relative(coordinates[row, column], here, centre)
-        mean, factor = head.predicted(contexts)
-        limits = head.limits(here, edges[row, here], edges[row, here + 1])
-        local = head.local.log_prob(w, mean, factor, limits, contexts)
+        local = head.local.log_prob(w, *given)
         each = local.new_zeros(mask.shape).masked_scatter(mask, local)
         # (N, slot, cell), then the cells of the components
         slots = self.log_cells[owner, count.clamp(min=1) - 1]
@@ -195,7 +192,7 @@ class _IndependentSets(SetsGivenK):
         self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Draw sets; see :meth:`SetsGivenK.sample`."""
-        head, edges = self.head, self.edges
+        head = self.head
         row, slot = mask.nonzero(as_tuple=True)
         count, here = mask.sum(-1), owner[row]
         shape = (*mask.shape, head.local_chart.num_features)
@@ -203,18 +200,21 @@ class _IndependentSets(SetsGivenK):
         if len(row):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-            contexts = self.contexts(here, count[row], cells)
-            centre = head.predicted.centre(contexts.values)[contexts.which]
-            mean, factor = head.predicted(contexts)
-            limits = head.limits(cells, edges[here, cells], edges[here, cells + 1])
-            w, _ = head.local.sample(mean, factor, limits, contexts, generator)
+            centre, given = self._in_cells(here, count[row], cells)
+            w, _ = head.local.sample(*given, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
         components = head.components(coordinates, mask)
         return components, self.sample_shared(owner, count, generator, None)
 
-    def contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
-        """Contexts of M components, each distinct one once."""
+    def _in_cells(
+        self, owner: Tensor, count: Tensor, cells: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, tuple[Tensor, Tensor], RowContext]]:
+        """Centres of M components' angles, and what their local densities depend on."""
+        head, ends = self.head, (self.edges[owner, cells + i] for i in (0, 1))
+        limits = head.limits(cells, *ends)
         (owner, count, cells), which = unique_rows(owner, count, cells)
         tokens = self.tokens[owner, cells]
-        hot = functional.one_hot(count, self.head.max_cardinality + 1).to(tokens)
-        return RowContext(self.head.trunk(torch.cat([tokens, hot], -1)), which)
+        hot = functional.one_hot(count, head.max_cardinality + 1).to(tokens)
+        contexts = RowContext(head.trunk(torch.cat([tokens, hot], -1)), which)
+        centre = head.predicted.centre(contexts.values)[which]
+        return centre, (*head.predicted(contexts), limits, contexts)

@@ -17,6 +17,7 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
 from ..seeding import forked_rng, generator_for
+from ..sets.checks import check_finite
 from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
@@ -28,7 +29,7 @@ from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
 from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedGivenX, SharedHead
-from .set_distribution import NetworkSets, SetHead
+from .set_distribution import NetworkSets, SetHead, SetsGivenK
 from .spec import EstimatorSpec, build, single_precision
 
 __all__ = ["SlotDensityEstimator", "component_head_from_spec"]
@@ -255,9 +256,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         x = self.checked(x)
         encoding, head = self.encode(x), self.component_head
-        data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
         log_k = self.cardinality_head(encoding.cardinality)
-        sets = head.given(encoding, data, shared)
+
+        def sets() -> SetsGivenK:
+            data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
+            return head.given(encoding, data, shared)
+
         return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
@@ -365,8 +369,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         condition = condition.to(self.x_scale.dtype)
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN
-            if not torch.isfinite(condition).all():
-                raise ValueError("x must be finite, got NaN or Inf.")
+            check_finite(condition)
             raise ValueError(
                 f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
                 f"values as far as {far:.3g} from their mean."
