@@ -98,7 +98,8 @@ def test_threads_may_share_a_distribution(
 def test_the_head_is_asked_when_needed_and_as_the_distribution_was_built(
     estimator: SlotDensityEstimator, signals: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, asked = estimator.component_head, []
+    head: Any = estimator.component_head
+    asked: list[int] = []
     given = head.given
     monkeypatch.setattr(head, "weighed_sets", 0)
     monkeypatch.setattr(head, "given", lambda *a: asked.append(1) or given(*a))
