@@ -193,7 +193,7 @@ def scaling(num_signals: int, seed: int) -> Numbers:
                 problem.layout.unpack(theta).components
             )[0][..., 0]
             encoding = estimator.encode(x[:1])
-            cells = head.axis.cells(position[:1], head.edges(encoding))
+            cells = head.axis.cells(position[:1], head.tokens_and_edges(encoding)[1])
             times = []
             for _ in range(max(2, num_signals)):
                 started = time.perf_counter()

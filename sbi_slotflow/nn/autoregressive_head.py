@@ -7,7 +7,7 @@ r"""Components in cells, drawn one after the other in the order of their locatio
 It costs O(K) to evaluate and to draw, and least separations hold by construction. The
 cells follow a chain (:mod:`.cell_chain`), and where modes are found by Gauss-Newton
 steps, their evidence (:mod:`.cell_sets`). Given the cells, each component has a
-Gaussian, cut off at the ends of its cell and bent by a flow (:mod:`.local_density`).
+Gaussian, cut off at the ends of its cell and bent by a flow (:mod:`.local`).
 
 See Also:
     :mod:`.modes`, where the Gaussians come from; :mod:`.cell_head`, slots
@@ -27,6 +27,7 @@ from ..sets.layout import ThetaParts
 from .cell_chain import (
     CellChain,
     CellDistribution,
+    ChainGivenX,
     FlooredCells,
     PrunedChain,
     UniformCells,
@@ -35,11 +36,10 @@ from .cell_head import CellHead
 from .cell_sets import CellSets
 from .cells import CellAxis, OccupiedCells, unique_rows
 from .charts import Chart
-from .encoders import Encoding, Observations, trunk_network
+from .encoders import Encoding, Observations, mlp
 from .flows import RowContext
 from .gauss_newton import SignalFit
 from .heads import SharedGivenX
-from .local_density import LocalDensity, LocalGaussian
 from .modes import ModeFinder, Modes
 from .set_distribution import SetsGivenK
 from .spec import Matching
@@ -92,14 +92,12 @@ class AutoregressiveHead(CellHead):
         refine_steps: int = 0,
         weighed_sets: int = 512,
     ) -> None:
-        super().__init__(chart, axis)
-        self.max_cardinality = max_cardinality
-        features = self.local_chart.num_features
+        super().__init__(chart, axis, max_cardinality)
         self.find_modes: ModeFinder | None = None
-        self.gaussian: LocalGaussian | None = None
-        seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
+        self.weighed_sets, fitted = weighed_sets, bool(refine_steps)
         self.cells = CellChain(axis, token_features, max_cardinality)
-        if refine_steps:
+        seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
+        if fitted:
             if fit is None:
                 raise ValueError(
                     "refine_slots needs a signal that can be fitted: a problem whose "
@@ -108,33 +106,20 @@ class AutoregressiveHead(CellHead):
                 )
             self.find_modes = ModeFinder(chart, self.local_chart, fit, refine_steps)
             seen += self.find_modes.num_features
-        self.weighed_sets = weighed_sets
         flow = dict(flow or {})
         # Without layers there is nothing to learn above fitted modes.
-        plain = bool(refine_steps) and not flow.get("num_layers", 1)
+        plain = fitted and not flow.get("num_layers", 1)
+        flow |= {"location_scale": fitted and not plain, "from_identity": fitted}
         self.trunk: nn.Sequential | None = None
         if not plain:
-            self.trunk = trunk_network(seen, trunk_features)
-        if not refine_steps:
-            self.gaussian = LocalGaussian(
-                features, trunk_features, self.local_chart.num_circular
-            )
-        self.local = LocalDensity(
-            features,
-            trunk_features,
-            own_features=features,
-            **{
-                **flow,
-                "location_scale": bool(refine_steps) and not plain,
-                "from_identity": bool(refine_steps),
-            },
-        )
+            self.trunk = mlp(seen, trunk_features, trunk_features, activated=True)
+        self._build_local(trunk_features, self.local_chart.num_features, flow)
 
     def given(
         self, encoding: Encoding, data: Observations, shared: SharedGivenX | None
     ) -> SetsGivenK:
         """Return the density given x; see :meth:`SetHead.given`."""
-        edges, tokens = self.edges(encoding), _tokens(encoding)
+        tokens, edges = self.tokens_and_edges(encoding)
         finder, weighed = self.find_modes, self.find_modes and self.weighed_sets
         with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
             cells = PrunedChain(self.cells, tokens, edges)
@@ -153,18 +138,18 @@ class AutoregressiveHead(CellHead):
         matching: Matching,
     ) -> SetsGivenK:
         """Return what training maximises; see :meth:`SetHead.in_training`."""
-        edges, tokens = self.edges(encoding), _tokens(encoding)
-        cells, finder = self.cells.given(tokens, edges), self.find_modes
+        tokens, edges = self.tokens_and_edges(encoding)
+        cells, finder = ChainGivenX(self.cells, tokens, edges), self.find_modes
         find_modes = None if finder is None else partial(finder, data.x)
         return _JointSets(self, tokens, edges, cells, find_modes, data, shared)
 
     def log_prob_cells(self, parts: ThetaParts, encoding: Encoding) -> Tensor:
         """Evaluate log q(a | x, K) of the cells of B sets, shape ``(B,)``."""
-        edges, mask = self.edges(encoding), parts.mask
+        (tokens, edges), mask = self.tokens_and_edges(encoding), parts.mask
         position = self.coordinates(parts)[0][..., 0]
         cells = torch.where(mask, self.axis.cells(position, edges), 0)
         owner = torch.arange(len(mask), device=mask.device)
-        chain = self.cells.given(_tokens(encoding), edges)
+        chain = ChainGivenX(self.cells, tokens, edges)
         return chain.log_prob(owner, cells, mask)
 
 
@@ -199,8 +184,7 @@ class _JointSets(SetsGivenK):
         if sets.modes is not None:
             mean, factor = means[row, k], sets.modes.block(which, k)
         else:
-            assert head.gaussian is not None
-            mean, factor = head.gaussian(context)
+            mean, factor = head.predicted(context)
         before = torch.where(k > 0, position[row, k - 1], -torch.inf)
         low, high = self._limits(sets, which, k, before)
         allowed = ((here >= low - _SLACK) & (here <= high + _SLACK)).all(-1)
@@ -230,8 +214,7 @@ class _JointSets(SetsGivenK):
                 mean = sets.modes.mean(which, k, noise[rows, :k])
                 factor = sets.modes.block(which, k)
             else:
-                assert head.gaussian is not None
-                mean, factor = head.gaussian(context)
+                mean, factor = head.predicted(context)
             ends = self._limits(sets, which, k, before[rows])
             w[rows, k], noise[rows, k] = head.local.sample(
                 mean, factor, ends, context, generator
@@ -253,11 +236,10 @@ class _JointSets(SetsGivenK):
         modes = None if self.find_modes is None else self.find_modes(sets)
         gaps = cells.diff(dim=-1, prepend=cells[:, :1]).clamp(min=0)
         contexts = self._contexts(sets, gaps, modes)
-        if modes is not None:
-            centre = modes.centre
+        if modes is None:
+            centre = head.predicted.centre(contexts).unflatten(0, mask.shape)
         else:
-            assert head.gaussian is not None
-            centre = head.gaussian.centre(contexts).unflatten(0, mask.shape)
+            centre = modes.centre
         near = (gaps < _REACH) & ~_first(mask)
         upper = head.axis.upper(sets.ends, mask)
         return _Conditioned(which, sets, upper, contexts, near, centre, modes)
@@ -313,11 +295,6 @@ class _JointSets(SetsGivenK):
         """Least and largest coordinates of component k, given the position before."""
         low = self.head.axis.lower(sets.cells.starts[which, k], before)
         return self.head.limits(sets.cells.cells[which, k], low, sets.upper[which, k])
-
-
-def _tokens(encoding: Encoding) -> Tensor:
-    assert encoding.tokens is not None
-    return encoding.tokens
 
 
 def _first(mask: Tensor) -> Tensor:

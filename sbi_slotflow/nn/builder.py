@@ -9,15 +9,14 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..sets.checks import as_count
+from ..sets.checks import as_count, as_weights, check_finite
 from ..sets.prior import VariableKPrior
 from .cells import CellAxis
 from .charts import Chart, WhiteningChart
 from .encoders import MLPEncoder, encode
 from .estimator import SlotDensityEstimator
 from .gauss_newton import SignalFit
-from .paper import PAPER
-from .paper.circle import CircleChart
+from .paper import PAPER, CircleChart
 from .spec import EstimatorSpec, Matching, describe, single_precision
 
 __all__ = ["Coupling", "ProblemLike", "slot_nn"]
@@ -206,14 +205,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             value = getattr(self, name)
             if not isinstance(value, bool | None):
                 raise TypeError(f"{name} must be a bool, got {value!r}.")
-        weights = self.loss_weights
-        if len(weights) != 3 or not all(0 <= w < math.inf for w in weights):
-            raise ValueError(
-                "loss_weights must be three finite weights, none negative, got "
-                f"{weights}."
-            )
-        if not any(weights):
-            raise ValueError(f"loss_weights must not all be zero, got {weights}.")
+        as_weights(torch.tensor(self.loss_weights), 3, "loss_weights")
 
     @classmethod
     def paper(cls, problem: ProblemLike | None = None, **changes: Any) -> "slot_nn":
@@ -252,8 +244,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}.")
         if x.ndim != 2:
             raise ValueError(f"x must have shape (batch, T), got {tuple(x.shape)}.")
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite, got NaN or Inf.")
+        check_finite(x)
         if len(theta) != len(x):
             raise ValueError(
                 "theta and x must be batches of one size, got "

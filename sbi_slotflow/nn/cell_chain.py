@@ -23,7 +23,7 @@ Example:
     >>> _ = torch.manual_seed(0)
     >>> chain = CellChain(CellAxis(0, 5), token_features=4, max_cardinality=2)
     >>> edges = torch.arange(6.0, dtype=torch.float64).expand(1, -1)
-    >>> given = chain.given(torch.randn(1, 5, 4), edges)
+    >>> given = ChainGivenX(chain, torch.randn(1, 5, 4), edges)
     >>> owner, mask = torch.tensor([0]), torch.tensor([[True, True]])
     >>> given.sample(owner, mask).shape
     torch.Size([1, 2])
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .cells import CellAxis, unique_rows
+from .encoders import mlp
 
 __all__ = [
     "CellChain",
@@ -219,24 +220,17 @@ class CellChain(nn.Module):
         # One embedding for each (K, k), and one for "no cell yet".
         self.place = nn.Embedding(max_cardinality * max_cardinality, hidden_features)
         self.first = nn.Parameter(torch.zeros(token_features))
-        self.query = nn.Sequential(
-            nn.Linear(hidden_features + token_features, hidden_features),
-            nn.GELU(),
-            nn.Linear(hidden_features, hidden_features),
-        )
+        widths = hidden_features + token_features, hidden_features, hidden_features
+        self.query = mlp(*widths)
         self.offset = nn.Embedding(reach, hidden_features)
         self.near_token = nn.Linear(token_features, hidden_features)
         self.near_query = nn.Linear(hidden_features, hidden_features)
         self.near_score = nn.Linear(hidden_features, 1)
         nn.init.zeros_(self.near_score.weight)
 
-    def given(self, tokens: Tensor, edges: Tensor) -> "ChainGivenX":
-        """Return the chain of B observations, as it is trained."""
-        return ChainGivenX(self, tokens, edges)
-
 
 class ChainGivenX(_Steps):
-    """A chain given B observations; see :meth:`CellChain.given`."""
+    """A chain given B observations, as it is trained."""
 
     def __init__(self, chain: CellChain, tokens: Tensor, edges: Tensor) -> None:
         super().__init__(chain.axis, edges)
@@ -360,11 +354,7 @@ class CellMarginals(nn.Module):
     ) -> None:
         super().__init__()
         self.axis, self.max_cardinality = axis, max_cardinality
-        self.scores = nn.Sequential(
-            nn.Linear(token_features, hidden_features),
-            nn.GELU(),
-            nn.Linear(hidden_features, max_cardinality),
-        )
+        self.scores = mlp(token_features, hidden_features, max_cardinality)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Log probabilities of every slot's cell."""

@@ -13,7 +13,7 @@ two modes, is as natural as one known to a hundredth of a cell.
 See Also:
     :class:`.autoregressive_head.AutoregressiveHead`, which draws components one after
     the other, :class:`IndependentHead`, where they are independent;
-    :mod:`.cell_chain` and :mod:`.local_density`, the two factors.
+    :mod:`.cell_chain` and :mod:`.local`, the two factors.
 """
 
 from typing import Any
@@ -25,13 +25,12 @@ from torch.nn import functional
 from ..sets.layout import ThetaParts
 from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
-from .cells import CellAxis
+from .cells import CellAxis, unique_rows
 from .charts import Chart
-from .encoders import Encoding, Observations, trunk_network
+from .encoders import Encoding, Observations, mlp
 from .flows import RowContext
 from .heads import SharedGivenX
-from .local_density import LocalDensity, LocalGaussian
-from .local_transform import LocalTransform
+from .local import LocalDensity, LocalGaussian, LocalTransform
 from .set_distribution import SetHead, SetsGivenK
 from .spec import Matching
 
@@ -41,16 +40,32 @@ __all__ = ["CellHead", "IndependentHead"]
 class CellHead(SetHead):
     """Density of a set of components in cells."""
 
+    gaussian: LocalGaussian | None
     local: LocalDensity
 
-    def __init__(self, chart: Chart, axis: CellAxis) -> None:
+    def __init__(self, chart: Chart, axis: CellAxis, max_cardinality: int) -> None:
         super().__init__()
         if not chart.is_density:
             raise ValueError(
                 f"anchored slots need a true chart, got the {chart.kind!r} chart."
             )
-        self.chart, self.axis = chart, axis
+        self.chart, self.axis, self.max_cardinality = chart, axis, max_cardinality
         self.local_chart = LocalTransform(chart, axis)
+
+    def _build_local(
+        self, trunk_features: int, own_features: int, flow: dict[str, Any]
+    ) -> None:
+        """Make the density in a cell and, unless modes are fitted, its Gaussian."""
+        sizes, self.gaussian = (self.local_chart.num_features, trunk_features), None
+        if not flow.get("from_identity"):
+            self.gaussian = LocalGaussian(*sizes, self.local_chart.num_circular)
+        self.local = LocalDensity(*sizes, own_features, **flow)
+
+    @property
+    def predicted(self) -> LocalGaussian:
+        """The Gaussian that contexts predict."""
+        assert self.gaussian is not None
+        return self.gaussian
 
     def coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
         """Coordinates ``(N, Kmax, D)`` in the order of location, log-Jacobians."""
@@ -81,12 +96,14 @@ class CellHead(SetHead):
         low[:, 0], high[:, 0] = starts - cells - 0.5, ends - cells - 0.5
         return low, high
 
-    def edges(self, encoding: Encoding) -> Tensor:
-        """Edges of the cells, shape ``(B, L + 1)``."""
+    def tokens_and_edges(self, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, L, C)`` of the cells, and their edges ``(B, L + 1)``."""
+        assert encoding.tokens is not None
         if encoding.edges is not None:
-            return encoding.edges
+            return encoding.tokens, encoding.edges
         edges = torch.arange(self.axis.num_cells + 1.0, dtype=torch.float64)
-        return edges.to(encoding.context.device).expand(len(encoding.context), -1)
+        edges = edges.to(encoding.tokens.device).expand(len(encoding.tokens), -1)
+        return encoding.tokens, edges
 
 
 class IndependentHead(CellHead):
@@ -108,17 +125,12 @@ class IndependentHead(CellHead):
         trunk_features: int = 128,
         flow: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(chart, axis)
-        self.max_cardinality = max_cardinality
-        features = self.local_chart.num_features
+        super().__init__(chart, axis, max_cardinality)
         self.cells = CellMarginals(axis, token_features, max_cardinality)
-        self.trunk = trunk_network(token_features + max_cardinality + 1, trunk_features)
-        self.gaussian = LocalGaussian(
-            features, trunk_features, self.local_chart.num_circular
-        )
-        self.local = LocalDensity(
-            features, trunk_features, 0, **{**(flow or {}), "location_scale": False}
-        )
+        widths = token_features + max_cardinality + 1, trunk_features, trunk_features
+        self.trunk = mlp(*widths, activated=True)
+        flow = {**(flow or {}), "location_scale": False}
+        self._build_local(trunk_features, 0, flow)
 
     def in_training(
         self,
@@ -141,24 +153,20 @@ class _IndependentSets(SetsGivenK):
         shared: SharedGivenX | None,
         matching: Matching,
     ) -> None:
-        assert encoding.tokens is not None
         self.head, self.shared, self.matching = head, shared, matching
-        self.tokens, self.edges = encoding.tokens, head.edges(encoding)
+        self.tokens, self.edges = head.tokens_and_edges(encoding)
         self.log_cells = head.cells(self.tokens)
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
         head, (coordinates, log_det) = self.head, self.head.coordinates(parts)
-        edges, mask, count = self.edges[owner], parts.mask, parts.cardinality
-        cells = head.axis.cells(coordinates[..., 0], edges)
+        mask, count = parts.mask, parts.cardinality
+        cells = head.axis.cells(coordinates[..., 0], self.edges[owner])
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
-        contexts = self.contexts(owner[row], count[row], here)
-        centre = head.gaussian.centre(contexts.values)[contexts.which]
+        centre, given = self._in_cells(owner[row], count[row], here)
         w = head.local_chart.relative(coordinates[row, column], here, centre)
-        mean, factor = head.gaussian(contexts)
-        limits = head.limits(here, edges[row, here], edges[row, here + 1])
-        local = head.local.log_prob(w, mean, factor, limits, contexts)
+        local = head.local.log_prob(w, *given)
         each = local.new_zeros(mask.shape).masked_scatter(mask, local)
         # (N, slot, cell), then the cells of the components
         slots = self.log_cells[owner, count.clamp(min=1) - 1]
@@ -184,7 +192,7 @@ class _IndependentSets(SetsGivenK):
         self, mask: Tensor, owner: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Draw sets; see :meth:`SetsGivenK.sample`."""
-        head, edges = self.head, self.edges
+        head = self.head
         row, slot = mask.nonzero(as_tuple=True)
         count, here = mask.sum(-1), owner[row]
         shape = (*mask.shape, head.local_chart.num_features)
@@ -192,21 +200,21 @@ class _IndependentSets(SetsGivenK):
         if len(row):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-            contexts = self.contexts(here, count[row], cells)
-            centre = head.gaussian.centre(contexts.values)[contexts.which]
-            mean, factor = head.gaussian(contexts)
-            limits = head.limits(cells, edges[here, cells], edges[here, cells + 1])
-            w, _ = head.local.sample(mean, factor, limits, contexts, generator)
+            centre, given = self._in_cells(here, count[row], cells)
+            w, _ = head.local.sample(*given, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
         components = head.components(coordinates, mask)
         return components, self.sample_shared(owner, count, generator, None)
 
-    def contexts(self, owner: Tensor, count: Tensor, cells: Tensor) -> RowContext:
-        """Contexts of M components, each distinct one once."""
-        sizes, num = self.head.max_cardinality + 1, self.head.axis.num_cells
-        code = (owner * sizes + count) * num + cells
-        distinct, which = torch.unique(code, return_inverse=True)
-        rest, cells = distinct // num, distinct % num
-        tokens = self.tokens[rest // sizes, cells]
-        hot = functional.one_hot(rest % sizes, sizes).to(tokens)
-        return RowContext(self.head.trunk(torch.cat([tokens, hot], -1)), which)
+    def _in_cells(
+        self, owner: Tensor, count: Tensor, cells: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, tuple[Tensor, Tensor], RowContext]]:
+        """Centres of M components' angles, and what their local densities depend on."""
+        head, ends = self.head, (self.edges[owner, cells + i] for i in (0, 1))
+        limits = head.limits(cells, *ends)
+        (owner, count, cells), which = unique_rows(owner, count, cells)
+        tokens = self.tokens[owner, cells]
+        hot = functional.one_hot(count, head.max_cardinality + 1).to(tokens)
+        contexts = RowContext(head.trunk(torch.cat([tokens, hot], -1)), which)
+        centre = head.predicted.centre(contexts.values)[which]
+        return centre, (*head.predicted(contexts), limits, contexts)

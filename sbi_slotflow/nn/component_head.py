@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..sets.layout import ThetaParts
 from ..sets.matching import hungarian, log_permanent
+from .cells import unique_rows
 from .charts import Chart
-from .encoders import Encoding, Observations, trunk_network
+from .encoders import Encoding, Observations, mlp
 from .flows import ConditionalFlow, RowContext
 from .heads import SharedGivenX
 from .set_distribution import SetHead, SetsGivenK
@@ -53,28 +54,24 @@ class GlobalSlots(nn.Module):
         self.num_features = raw if trunk_features is None else trunk_features
         self.trunk: nn.Module = nn.Identity()
         if trunk_features is not None:
-            self.trunk = trunk_network(raw, trunk_features)
+            self.trunk = mlp(raw, trunk_features, trunk_features, activated=True)
 
     def forward(
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
         """Contexts of N rows ``(N,)`` of slots in 0..K-1, each distinct one once."""
-        return self.with_owners(encoding, owner, cardinality, slot)[0]
+        distinct, which = unique_rows(owner, cardinality, slot)
+        return RowContext(self.contexts(encoding, *distinct), which)
 
-    def with_owners(
+    def contexts(
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
-    ) -> tuple[RowContext, Tensor]:
-        """Return :meth:`forward` and the observation of each distinct context."""
-        size = self.max_cardinality
-        code = (owner * (size + 1) + cardinality) * size + slot
-        distinct, index = torch.unique(code, return_inverse=True)
-        rest, slots = distinct // size, distinct % size
-        owners, cardinalities = rest // (size + 1), rest % (size + 1)
-        context = encoding.context[owners]
-        parts = [context, nn.functional.one_hot(slots, size).to(context)]
+    ) -> Tensor:
+        """A context ``(N, C)`` for every row."""
+        context, size = encoding.context[owner], self.max_cardinality
+        parts = [context, nn.functional.one_hot(slot, size).to(context)]
         if self.condition_on_cardinality:
-            parts.append(nn.functional.one_hot(cardinalities, size + 1).to(context))
-        return RowContext(self.trunk(torch.cat(parts, dim=-1)), index), owners
+            parts.append(nn.functional.one_hot(cardinality, size + 1).to(context))
+        return self.trunk(torch.cat(parts, dim=-1))
 
 
 class AttentionSlots(nn.Module):
@@ -109,26 +106,23 @@ class AttentionSlots(nn.Module):
         found = num_heads * token_features
         self.queries = nn.ModuleList(nn.Linear(width, found) for _ in range(num_rounds))
         self.mixers = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width + found, width), nn.GELU(), nn.Linear(width, width)
-            )
-            for _ in range(num_rounds)
+            mlp(width + found, width, width) for _ in range(num_rounds)
         )
 
     def forward(
         self, encoding: Encoding, owner: Tensor, cardinality: Tensor, slot: Tensor
     ) -> RowContext:
         """Contexts of N rows; see :meth:`GlobalSlots.forward`."""
-        start, owners = self.start.with_owners(encoding, owner, cardinality, slot)
-        slots = start.values
         assert encoding.tokens is not None
-        tokens = self.norm(encoding.tokens)[owners]
+        distinct, which = unique_rows(owner, cardinality, slot)
+        slots = self.start.contexts(encoding, *distinct)
+        tokens = self.norm(encoding.tokens)[distinct[0]]
         for query, mixer in zip(self.queries, self.mixers, strict=True):
             heads = query(slots).unflatten(-1, (self.num_heads, -1))
             weights = (heads @ tokens.mT / math.sqrt(tokens.shape[-1])).softmax(-1)
             found = (weights @ tokens).flatten(1)
             slots = slots + mixer(torch.cat([slots, found], dim=-1))
-        return RowContext(slots, start.which)
+        return RowContext(slots, which)
 
 
 Slots = GlobalSlots | AttentionSlots

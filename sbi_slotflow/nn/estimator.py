@@ -17,6 +17,7 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
 from ..seeding import forked_rng, generator_for
+from ..sets.checks import check_finite
 from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
@@ -28,7 +29,7 @@ from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
 from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedGivenX, SharedHead
-from .set_distribution import NetworkSets, SetHead
+from .set_distribution import NetworkSets, SetHead, SetsGivenK
 from .spec import EstimatorSpec, build, single_precision
 
 __all__ = ["SlotDensityEstimator", "component_head_from_spec"]
@@ -255,9 +256,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """
         x = self.checked(x)
         encoding, head = self.encode(x), self.component_head
-        data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
         log_k = self.cardinality_head(encoding.cardinality)
-        sets = head.given(encoding, data, shared)
+
+        def sets() -> SetsGivenK:
+            data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
+            return head.given(encoding, data, shared)
+
         return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
@@ -343,11 +347,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             # The initial weights are overwritten: their draws leave no trace.
             with forked_rng(generator_for(0)):
                 estimator = cls(spec, encoder, fit)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its spec: {error}") from error
-        try:
             estimator.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its spec: {error}") from error
         return estimator.eval()
 
@@ -368,8 +369,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         condition = condition.to(self.x_scale.dtype)
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN
-            if not torch.isfinite(condition).all():
-                raise ValueError("x must be finite, got NaN or Inf.")
+            check_finite(condition)
             raise ValueError(
                 f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
                 f"values as far as {far:.3g} from their mean."
@@ -425,19 +425,12 @@ def component_head_from_spec(
             f"must be {axis.parameter}, got {spec.layout.order_by}."
         )
     sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
-    coupling, refine_steps = options.pop("coupling"), options.pop("refine_steps")
+    coupling, steps = options.pop("coupling"), options.pop("refine_steps")
+    head = AutoregressiveHead if coupling == "joint" else IndependentHead
     if coupling == "joint":
-        return AutoregressiveHead(
-            chart,
-            axis,
-            *sizes,
-            flow=spec.flow,
-            fit=fit,
-            refine_steps=refine_steps,
-            **options,
-        )
-    if refine_steps:
+        options |= {"fit": fit, "refine_steps": steps}
+    elif steps:
         raise ValueError(
             "refine_slots fits all components together; it needs coupling='joint'."
         )
-    return IndependentHead(chart, axis, *sizes, flow=spec.flow, **options)
+    return head(chart, axis, *sizes, flow=spec.flow, **options)

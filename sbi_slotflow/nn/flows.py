@@ -174,26 +174,27 @@ class LocationScale(Transform):
     ) -> tuple[Tensor, Tensor]:
         """Map u to z."""
         shift, log_scale, lower = self._coefficients(context)
-        columns: list[Tensor] = []
-        for i in range(self.features):
-            value = (inputs[:, i] - shift[:, i]) * torch.exp(-log_scale[:, i])
-            for j, column in enumerate(columns):
-                value = value - lower[:, _below(i, j)] * column
-            columns.append(value)
-        return torch.stack(columns, -1), -log_scale.sum(-1)
+        values = (inputs - shift) * torch.exp(-log_scale)
+        return self._with_lower(values, -lower, None), -log_scale.sum(-1)
 
     def inverse(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: Tensor, context: RowContext
     ) -> tuple[Tensor, Tensor]:
         """Map z to u."""
         shift, log_scale, lower = self._coefficients(context)
-        columns = []
-        for i in range(self.features):
-            value = inputs[:, i]
-            for j in range(i):
-                value = value + lower[:, _below(i, j)] * inputs[:, j]
-            columns.append(shift[:, i] + torch.exp(log_scale[:, i]) * value)
-        return torch.stack(columns, -1), log_scale.sum(-1)
+        values = self._with_lower(inputs, lower, inputs)
+        return shift + torch.exp(log_scale) * values, log_scale.sum(-1)
+
+    def _with_lower(
+        self, values: Tensor, lower: Tensor, known: Tensor | None
+    ) -> Tensor:
+        """Add a strict lower triangle times what is known: None, the result itself."""
+        entries, columns = iter(lower.unbind(-1)), []
+        for i, value in enumerate(values.unbind(-1)):
+            for before in columns if known is None else known.unbind(-1)[:i]:
+                value = value + next(entries) * before
+            columns.append(value)
+        return torch.stack(columns, -1)
 
     def _coefficients(self, context: RowContext) -> tuple[Tensor, Tensor, Tensor]:
         raw = context.spread(self.network(context.values))
@@ -247,13 +248,9 @@ class _ProjectedNet(nn.Module):
         super().__init__()
         self.hidden_features = hidden_features  # nflows scales splines' softmax by it
         self.from_context = nn.Linear(context_features, hidden_features)
-        self.from_own = (
-            nn.Linear(own_features, hidden_features, bias=False)
-            if own_features
-            else None
-        )
-        self.from_inputs = (
-            nn.Linear(in_features, hidden_features, bias=False) if in_features else None
+        self.from_own, self.from_inputs = (
+            nn.Linear(features, hidden_features, bias=False) if features else None
+            for features in (own_features, in_features)
         )
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GELU(), nn.Linear(hidden_features, hidden_features))
@@ -325,8 +322,3 @@ def _start_at_identity(layer: Transform, num_bins: int) -> None:
         # Slopes of one, where nflows has softplus(raw) + 1e-3.
         slopes = last.bias.view(layer.num_transform_features, -1)[:, 2 * num_bins :]
         slopes.fill_(math.log(math.expm1(1 - 1e-3)))
-
-
-def _below(i: int, j: int) -> int:
-    """Position of entry (i, j), j < i, in a packed strictly lower triangle."""
-    return i * (i - 1) // 2 + j

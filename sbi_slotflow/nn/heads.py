@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .charts import Chart
+from .encoders import mlp
 from .flows import ConditionalFlow, RowContext
-from .local_density import LocalDensity
+from .local import LocalDensity
 
 __all__ = [
     "CardinalityHead",
@@ -46,11 +47,7 @@ class CardinalityHead(nn.Module):
 
     def __init__(self, embedding_features: int, log_prior: Tensor) -> None:
         super().__init__()
-        self.logits = nn.Sequential(
-            nn.Linear(embedding_features, embedding_features),
-            nn.GELU(),
-            nn.Linear(embedding_features, len(log_prior)),
-        )
+        self.logits = mlp(embedding_features, embedding_features, len(log_prior))
         self.register_buffer("log_prior", log_prior.float().clone())
 
     def forward(self, embedding: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ lower triangular, component k given those before it is again Gaussian, with a me
 is linear in their deviations and the k-th diagonal block of C as its factor.
 
 See Also:
-    :mod:`.local_density`, which turns each conditional Gaussian into a density inside
+    :mod:`.local`, which turns each conditional Gaussian into a density inside
     the cell.
 """
 
@@ -27,7 +27,7 @@ from ..sets.transforms import solve_lower
 from .cells import OccupiedCells
 from .charts import Chart
 from .gauss_newton import LeastSquares, SignalFit, fit_mode
-from .local_transform import LocalTransform
+from .local import LocalTransform
 
 __all__ = ["ModeFinder", "Modes", "log_evidence"]
 
@@ -110,13 +110,6 @@ class Modes(NamedTuple):
                 means[rows, k] = mean
                 noise[rows, k] = solve_lower(factor, w[rows, k] - mean)
         return means, noise
-
-    def marginal(self, which: Tensor, k: Tensor) -> Tensor:
-        """Factors ``(N, D, D)`` of component k of N sets, the others unknown."""
-        width = self.mode.shape[-1]
-        steps = torch.arange(width, device=which.device)
-        rows = self.factor[which.unsqueeze(-1), k.unsqueeze(-1) * width + steps]
-        return torch.linalg.cholesky(rows @ rows.mT)
 
 
 class ModeFinder:

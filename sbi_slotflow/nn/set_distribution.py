@@ -11,7 +11,8 @@ See Also:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +109,18 @@ class NetworkSets(SetDistribution):
         layout: ThetaLayout,
         log_cardinality: Tensor,
         head: SetHead,
-        sets: SetsGivenK,
+        sets: Callable[[], SetsGivenK],
     ) -> None:
         self.layout, self.num_observations = layout, len(log_cardinality)
         self.log_cardinality = log_cardinality
         self.keeps_separation, self._chart = head.keeps_separation, head.chart
-        self._sets = sets
+        self._make_sets, self._keeps_graph = sets, torch.is_grad_enabled()
+
+    @cached_property
+    def _sets(self) -> SetsGivenK:
+        """What the head makes of x, when first asked for: p(K | x) needs none of it."""
+        with torch.set_grad_enabled(self._keeps_graph):
+            return self._make_sets()
 
     def cardinality(self) -> Categorical:
         """Return q(K | x); see :meth:`SetDistribution.cardinality`."""

@@ -23,9 +23,8 @@ from torch.func import jvp
 
 from ..nn.cells import CellAxis
 from ..nn.charts import Chart, WhiteningChart
-from ..nn.encoders import MLPEncoder
+from ..nn.encoders import MLPEncoder, TokenEncoder, TraceTokens
 from ..nn.gauss_newton import SignalFit
-from ..nn.token_encoder import TokenEncoder, TraceTokens
 from ..sets.checks import Numbers, as_count
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior

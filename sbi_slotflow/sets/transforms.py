@@ -173,8 +173,9 @@ class Bend(Transform):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Transform.forward`."""
         beyond = (x.abs() - self.start).clamp(min=0.0)
-        bent = x.sign() * (self.start + beyond.log1p())
-        return torch.where(beyond > 0, bent, x), -beyond.log1p()
+        growth = beyond.log1p()
+        bent = x.sign() * (self.start + growth)
+        return torch.where(beyond > 0, bent, x), -growth
 
     def inverse(self, y: Tensor) -> Tensor:
         """Map y back to x."""

@@ -27,8 +27,8 @@ from sbi_slotflow.nn import (
     slot_nn,
 )
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
+from sbi_slotflow.nn.encoders import TokenEncoder
 from sbi_slotflow.nn.paper import CircleChart, DualStreamEncoder
-from sbi_slotflow.nn.token_encoder import TokenEncoder
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
 
 SMALL: dict[str, Any] = {

@@ -27,16 +27,16 @@ from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.cell_chain import (
     CellChain,
     CellMarginals,
+    ChainGivenX,
     FlooredCells,
     PrunedChain,
     UniformCells,
 )
 from sbi_slotflow.nn.cell_head import CellHead, IndependentHead
 from sbi_slotflow.nn.cells import CellAxis, unique_rows
-from sbi_slotflow.nn.encoders import Observations
-from sbi_slotflow.nn.local_density import LocalDensity
+from sbi_slotflow.nn.encoders import Observations, TokenEncoder, TraceTokens
+from sbi_slotflow.nn.local import LocalDensity
 from sbi_slotflow.nn.spec import build
-from sbi_slotflow.nn.token_encoder import TokenEncoder, TraceTokens
 from sbi_slotflow.problems.sinusoids.tokens import BandTokens
 from sbi_slotflow.sets.layout import ThetaParts
 
@@ -261,7 +261,7 @@ def test_density_above_anchors_has_mass_one_and_is_that_of_the_draws(
     assert isinstance(sets.head, AutoregressiveHead)
     sets.head.weighed_sets = 0
     fixed = torch.tensor([anchors + [0] * (3 - k)])
-    tokens, edges = sets.encoding.tokens, sets.head.edges(sets.encoding)
+    tokens, edges = sets.head.tokens_and_edges(sets.encoding)
     assert tokens is not None
     with torch.no_grad():
         chain = PrunedChain(sets.head.cells, tokens, edges)
@@ -313,7 +313,9 @@ def test_factorised_density_is_the_sum_over_all_assignments(k: int) -> None:
     rows = sets.sample(20)
     slots = head.cells(sets.encoding.tokens)[0, k - 1]
     position = head.local_chart.coordinates(rows[:, :k])[0][..., 0]
-    anchors = head.axis.cells(position, head.edges(sets.encoding).expand(20, -1))
+    anchors = head.axis.cells(
+        position, head.tokens_and_edges(sets.encoding)[1].expand(20, -1)
+    )
     assigned = torch.stack(
         [
             sum((slots[p[j], anchors[:, j]] for j in range(k)), torch.zeros(20))
@@ -439,12 +441,12 @@ def test_anchor_chain_sums_to_one_over_the_feasible(six: Axis, k: int) -> None:
     anchors, mask = table(k)
     for b in range(2):
         rows = torch.full((len(anchors),), b), anchors, mask
-        log_q = pointer.given(tokens, edges).log_prob(*rows)
+        log_q = ChainGivenX(pointer, tokens, edges).log_prob(*rows)
         assert float(log_q.double().exp().sum()) == pytest.approx(1, abs=1e-5)
         finite = {tuple(a[:k].tolist()) for a in anchors[log_q.isfinite()]}
         assert finite == set(six.placements(k))
         with torch.enable_grad():  # where equal states are not merged
-            again = pointer.given(tokens, edges).log_prob(*rows).detach()
+            again = ChainGivenX(pointer, tokens, edges).log_prob(*rows).detach()
         torch.testing.assert_close(again, log_q)
 
 
@@ -456,7 +458,7 @@ def test_a_tilted_chain_is_the_chain_times_its_shifts(six: Axis, k: int) -> None
     anchors, mask = table(k)
     shift = torch.randn(2, 6, generator=seeded(2))
     there = (anchors.unsqueeze(-1) == torch.arange(6)) & mask.unsqueeze(-1)
-    rows, every = torch.zeros(len(anchors)).long(), pointer.given(tokens, edges)
+    rows, every = torch.zeros(len(anchors)).long(), ChainGivenX(pointer, tokens, edges)
     for b in range(2):
         one = PrunedChain(pointer, tokens, edges).one(b).tilted(shift[b : b + 1], k)
         log_q = one.log_prob(rows, anchors, mask).double()
@@ -480,7 +482,7 @@ def test_anchor_chain_draws_what_it_says(separation: float, k: int) -> None:
     anchors, mask = table(k)
     num, power = 10_000, torch.tensor([36, 6, 1])
     owner = torch.arange(2).repeat(num)
-    given = pointer.given(tokens, edges)
+    given = ChainGivenX(pointer, tokens, edges)
     drawn = given.sample(owner, mask[:1].expand(2 * num, -1), seeded(1))
     codes, drawn_codes = (anchors * power).sum(-1), (drawn * power).sum(-1)
     for b in range(2):
@@ -557,7 +559,7 @@ def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
     head.weighed_sets = 0
     # far beyond the ends of the cells, so that most draws lie at one of them
     monkeypatch.setattr(
-        "sbi_slotflow.nn.local_density.Cut.inverse",
+        "sbi_slotflow.nn.local.Cut.inverse",
         lambda cut, y: torch.where(y > 0, cut.high, cut.low),
     )
     seen: list[Tensor] = []
@@ -574,7 +576,7 @@ def test_float32_draws_stay_in_the_cells_that_they_were_drawn_in(
     position = head.local_chart.coordinates(
         torch.where(mask.unsqueeze(-1), drawn, head.chart.some_point(drawn))
     )[0][..., 0]
-    found = head.axis.cells(position, head.edges(encoding)[owner])
+    found = head.axis.cells(position, head.tokens_and_edges(encoding)[1][owner])
     assert (found == seen[0])[mask].double().mean() > 0.995
 
 
@@ -861,7 +863,7 @@ def test_negligible_anchors_are_ruled_out_where_asked() -> None:
     mask = torch.tensor([True, False, False]).expand(6, -1)
     rows = (torch.zeros(6, dtype=torch.int64), anchors, mask)
     with torch.no_grad():
-        whole = pointer.given(tokens, edges).log_prob(*rows)
+        whole = ChainGivenX(pointer, tokens, edges).log_prob(*rows)
         pruned = PrunedChain(pointer, tokens, edges).log_prob(*rows)
     assert torch.isfinite(whole).all()
     assert torch.isfinite(pruned).tolist() == [False, False, True, False, False, False]

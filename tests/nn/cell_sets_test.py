@@ -55,10 +55,8 @@ def weighed(
     head.weighed_sets = num_sets
     with torch.no_grad():
         encoding = estimator.encode(x)
-        assert encoding.tokens is not None
         assert head.find_modes is not None
-        edges = head.edges(encoding)
-        chain = PrunedChain(head.cells, encoding.tokens, edges)
+        chain = PrunedChain(head.cells, *head.tokens_and_edges(encoding))
         found = CellSets(chain, head.find_modes, num_sets, x)
     return head, encoding, found
 
@@ -131,7 +129,7 @@ def test_shares_are_those_of_the_integrated_likelihood(estimator) -> None:
         ]
     )
     log_p = -0.5 * x.shape[-1] * residual.log()
-    edges = head.edges(encoding)
+    edges = head.tokens_and_edges(encoding)[1]
     position = head.local_chart.coordinates(grid)[0][:, :1]
     cell = head.axis.cells(position, edges.expand(len(grid), -1))[:, 0]
     shares = torch.zeros(cells).double().index_add(0, cell, log_p.softmax(0))

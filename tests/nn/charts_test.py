@@ -22,7 +22,7 @@ from torch.distributions import (
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.charts import Chart, WhiteningChart, chart_from_spec
-from sbi_slotflow.nn.paper.circle import CircleChart
+from sbi_slotflow.nn.paper import CircleChart
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
 from sbi_slotflow.sets.marginals import ClosedMarginal, marginals_of
 

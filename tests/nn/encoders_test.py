@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbi_slotflow import problems
 from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, encode
-from sbi_slotflow.nn.paper.dual_stream import DualStreamEncoder, make_front_end
+from sbi_slotflow.nn.paper import DualStreamEncoder, make_front_end
 from sbi_slotflow.nn.spec import build
 
 DOMAINS = ("time", "frequency", "time-frequency")
@@ -231,6 +231,15 @@ def test_a_band_up_to_its_limits_is_read_without_nan(band: tuple[int, int]) -> N
     assert front_end(data(2, 100)).isfinite().all()
 
 
+def test_the_level_outside_a_band_follows_the_scale_of_the_data() -> None:
+    front_end, x = make_front_end("frequency", 100, band=(10, 19)), data(3, 100)
+    for scale in (1e-21, 1e15):
+        level = front_end(scale * x)[:, 2]
+        expected = front_end(x)[:, 2] + math.log(scale)
+        torch.testing.assert_close(level, expected, rtol=1e-5, atol=0)
+    assert front_end(torch.zeros(1, 100)).isfinite().all()
+
+
 def test_time_domain_is_the_stream() -> None:
     x = data(3, 40)
     torch.testing.assert_close(make_front_end("time", 40)(x)[:, 0], x, rtol=0, atol=0)
@@ -289,3 +298,15 @@ def test_each_stream_needs_its_own_options(name: str, value: Any) -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder kind must be one of"):
         build("encoder", {"kind": "transformer"})
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_blocks_convolve_as_torch_does(place: int, batch: int) -> None:
+    torch.manual_seed(place)
+    encoder = problems.spikes(num_samples=64).build_token_encoder(width=8)
+    block: Any = encoder.blocks[place]
+    tokens = torch.randn(batch, 21, 8)
+    around = block.convolution(block.norm(tokens).mT).mT
+    expected = tokens + block.mix(around)
+    assert torch.allclose(block(tokens), expected, atol=1e-6)

@@ -95,6 +95,23 @@ def test_threads_may_share_a_distribution(
             assert all(map(torch.equal, each, expected[k]))
 
 
+def test_the_head_is_asked_when_needed_and_as_the_distribution_was_built(
+    estimator: SlotDensityEstimator, signals: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head: Any = estimator.component_head
+    asked: list[int] = []
+    given = head.given
+    monkeypatch.setattr(head, "weighed_sets", 0)
+    monkeypatch.setattr(head, "given", lambda *a: asked.append(1) or given(*a))
+    sets = estimator.given(signals[:1])
+    assert sets.cardinality().probs.shape == (1, 4)
+    assert not asked
+    rows = sets.sample((2,), 2, seeded(1))  # without gradients
+    slope = torch.autograd.grad(sets.log_prob(rows).sum(), head.cells.keys.weight)[0]
+    assert slope.abs().max() > 0
+    assert asked == [1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_no_set_of_the_prior_has_density_zero(

@@ -39,7 +39,9 @@ def test_the_cell_of_a_place_holds_its_samples() -> None:
     estimator = slot_nn(problem)(theta, x)
     head: Any = estimator.component_head
     position = head.local_chart.coordinates(components)[0][..., 0]
-    anchors = head.axis.cells(position, head.edges(estimator.encode(x)))[:, 0]
+    anchors = head.axis.cells(position, head.tokens_and_edges(estimator.encode(x))[1])[
+        :, 0
+    ]
     brightest = x.argmax(-1) * CELLS // NUM
     # The brightest sample may be the neighbour's first where a place is near an edge.
     assert ((anchors - brightest).abs() <= 1).all()

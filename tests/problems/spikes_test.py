@@ -15,7 +15,7 @@ from sbi_slotflow import SlotDensityEstimator, slot_nn
 from sbi_slotflow.nn.cells import CellAxis, OccupiedCells
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.gauss_newton import SignalFit
-from sbi_slotflow.nn.local_transform import LocalTransform
+from sbi_slotflow.nn.local import LocalTransform
 from sbi_slotflow.nn.modes import ModeFinder
 from sbi_slotflow.nn.spec import build, describe
 from sbi_slotflow.problems import AdditiveFit, Trace, sinusoids, spikes

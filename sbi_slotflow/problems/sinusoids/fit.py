@@ -292,9 +292,10 @@ class SineFit:
         size, count = alpha[0].numel(), 1 if beta is None else 3
         first, second = frequency.unsqueeze(-1), frequency.unsqueeze(-2)
         total: Tensor | float = 0.0
-        for above in (False,) if self.analytic else (False, True):
-            gap = first + second if above else first - second
-            m = [m[..., :, None, :, None] for m in self.moments(gap, count)]
+        gaps = [first - second] if self.analytic else [first - second, first + second]
+        sums = self.moments(torch.stack(gaps), count)
+        for above, each in zip((False, True), zip(*sums, strict=True), strict=False):
+            m = [m[..., :, None, :, None] for m in each]
             part = _pairs(alpha, alpha, above) * m[0]
             if beta is not None:
                 mixed = _pairs(alpha, beta, above) + _pairs(beta, alpha, above)

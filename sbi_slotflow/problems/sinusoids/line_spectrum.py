@@ -34,7 +34,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ...nn.token_encoder import TokenEncoder
+from ...nn.encoders import TokenEncoder
 from ...seeding import forked_rng
 from ...sets.prior import VariableKPrior
 from ..base import uniform

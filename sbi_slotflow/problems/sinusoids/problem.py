@@ -21,8 +21,8 @@ from torch.distributions import Independent
 
 from ...nn.cells import CellAxis
 from ...nn.charts import Chart
-from ...nn.paper.dual_stream import DualStreamEncoder
-from ...nn.token_encoder import TokenEncoder
+from ...nn.encoders import TokenEncoder
+from ...nn.paper import DualStreamEncoder
 from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform

@@ -11,8 +11,7 @@ from torch.distributions import Exponential, Gamma, Normal, Uniform, VonMises
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn.cells import CellAxis
 from sbi_slotflow.nn.charts import WhiteningChart
-from sbi_slotflow.nn.local_density import LocalGaussian
-from sbi_slotflow.nn.local_transform import LocalTransform
+from sbi_slotflow.nn.local import LocalGaussian, LocalTransform
 
 TWO_PI = 2 * math.pi
 

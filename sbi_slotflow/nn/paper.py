@@ -1,8 +1,22 @@
-"""The paper's encoder of a long and a short record (section 3.1).
+r"""The paper's architecture as options of :class:`~sbi_slotflow.slot_nn`.
 
-Each stream passes through three convolutions, sinusoidal positions (eq. 6) and
-self-attention (eq. 7), and is pooled by mean, maximum and attention (eq. 8). The
-cardinality reads the first stream only (eq. 9); the slots read both (eq. 11-12).
+Where the paper's text and its authors' code differ, this preset follows
+
+- the text: couplings (the code has masked autoregressive layers with reversed instead
+  of random permutations);
+- the text: signals are cosines (the code generates sines); the encoder does not care,
+  the simulator does;
+- both: convolution strides 2, 2, 1 with kernels 8, 8, 5 (section 3.1; section 3.6 has
+  kernel 8 and stride 2 throughout);
+- the code: a global context of 2 x 256, which with the flow's residual networks gives
+  the 31 million parameters (eq. 12 has 256);
+- the code: frequencies are centred on the middle of the band, 2.75 Hz (the text says so
+  too, but its formula subtracts 2.7);
+- the text: weights w_phi = 2 and w_f = 3, Hungarian matching, the flow's loss averaged
+  over components, no K in the slot contexts, tail bound 2 (which the weighted phase
+  circle touches);
+- neither for the noise: instead of regressing a sampled sigma, sigma has a density
+  trained by likelihood, read from convolutions of its own.
 """
 
 import math
@@ -12,17 +26,119 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..encoders import Encoding, Pool, SelfAttention, projection
-from ..spec import register
+from ..sets.marginals import Marginal
+from .charts import Chart, check_angle
+from .encoders import Encoding, Pool, SelfAttention, mlp
+from .spec import register
 
-__all__ = [
-    "DualStreamEncoder",
-    "FrequencyDomain",
-    "FrontEnd",
-    "TimeDomain",
-    "TimeFrequencyDomain",
-    "make_front_end",
-]
+__all__ = ["PAPER", "CircleChart", "DualStreamEncoder", "make_front_end"]
+
+_TWO_PI = 2 * math.pi
+
+PAPER: dict[str, Any] = {
+    "chart": "circle",
+    "matching": "hungarian",
+    "slots": "global",
+    "phase_weight": 2.0,
+    "frequency_weight": 3.0,
+    "condition_on_cardinality": False,
+    "mean_flow_loss": True,
+    "hidden_features": 256,
+    "trunk_features": None,
+    "flow_layers": 8,
+    "flow_hidden_features": 768,
+    "flow_bins": 48,
+    "flow_blocks": 2,
+    "flow_network": "residual",
+    "tail_bound": 2.0,
+    "location_scale": False,
+    "z_score_x": False,
+    "encoder_options": {
+        "channels": (32, 64, 128),
+        "kernels": (8, 8, 5),
+        "strides": ((2, 2, 1), (2, 2, 1)),
+        "context_features": 512,
+        "noise_stack": True,
+        "residual": False,
+        "centre_phase": False,
+        "bands": None,
+    },
+}
+"""Fields of :class:`~sbi_slotflow.slot_nn`."""
+
+
+@register("chart")
+class CircleChart(Chart):
+    r"""The paper's coordinates on a circle.
+
+    .. math::
+        u = [A,\; w_\phi \cos\phi,\; w_\phi \sin\phi,\; w_f (f - f_0)]
+
+    This is eq. 22 of the paper, with f_0 the middle of the band. A three-parameter
+    component lies on a surface in R^4, so the flow's likelihood is unbounded above and
+    is no density of (A, phi, f): :attr:`is_density` is False.
+
+    Args:
+        marginals: Prior marginals of amplitude, phase and frequency, in this order.
+        phase_weight: Weight w_phi.
+        frequency_weight: Weight w_f.
+
+    Raises:
+        ValueError: If there are not three parameters or the second is no phase.
+    """
+
+    kind = "circle"
+    is_density = False
+
+    def __init__(
+        self,
+        marginals: Sequence[Marginal],
+        phase_weight: float = 2.0,
+        frequency_weight: float = 3.0,
+    ) -> None:
+        super().__init__(marginals)
+        if len(self.marginals) != 3:
+            raise ValueError(
+                "CircleChart needs the three parameters (amplitude, phase, frequency), "
+                f"got {len(self.marginals)}."
+            )
+        check_angle(self.marginals[1])
+        self.phase_weight, self.frequency_weight = phase_weight, frequency_weight
+        low, high = self.marginals[2].bounds
+        self.centre = 0.5 * (low + high)
+
+    @property
+    def num_features(self) -> int:
+        """Four coordinates."""
+        return 4
+
+    def forward(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Map components to coordinates; the log-Jacobian is reported as zero."""
+        amplitude, phase, frequency = components.unbind(-1)
+        u = torch.stack(
+            [
+                amplitude,
+                self.phase_weight * phase.cos(),
+                self.phase_weight * phase.sin(),
+                self.frequency_weight * (frequency - self.centre),
+            ],
+            dim=-1,
+        )
+        return u, torch.zeros_like(amplitude)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Project onto the surface: the radius of the phase's point is dropped."""
+        amplitude, x, y, frequency = u.unbind(-1)
+        frequency = frequency / self.frequency_weight + self.centre
+        phase = torch.atan2(y, x) % _TWO_PI
+        values = torch.stack([amplitude, phase, frequency], -1)
+        return self.marginals.clamp(values)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "phase_weight": self.phase_weight,
+            "frequency_weight": self.frequency_weight,
+        }
 
 
 # First and last Fourier bin to keep, or None for all.
@@ -30,26 +146,22 @@ Band = tuple[int, int] | None
 
 
 class FrontEnd(nn.Module):
-    """Maps a stream ``(B, T)`` to ``(B, channels, positions)``, for convolutions."""
+    """Maps a stream ``(B, T)`` to ``(B, channels, positions)``, for convolutions.
+
+    This one keeps the raw stream, as one channel.
+    """
 
     channels: int = 1
 
     def __init__(self, length: int, centre_phase: bool, band: Band) -> None:
         super().__init__()
-        self.length = length
-        self.centre_phase = centre_phase
-        self.band = band
-
-
-class TimeDomain(FrontEnd):
-    """The raw stream, one channel."""
+        self.length, self.centre_phase, self.band = length, centre_phase, band
 
     def forward(self, stream: Tensor) -> Tensor:
-        """Map ``(B, T)`` to ``(B, 1, T)``."""
         return stream.unsqueeze(-2)
 
 
-class FrequencyDomain(FrontEnd):
+class _FrequencyDomain(FrontEnd):
     """Real and imaginary part of the orthonormal FFT, two channels.
 
     With a ``band``, bins outside it are dropped and a third channel carries the log of
@@ -73,7 +185,6 @@ class FrequencyDomain(FrontEnd):
         )
 
     def forward(self, stream: Tensor) -> Tensor:
-        """Map ``(B, T)`` to ``(B, channels, bins)``."""
         spectrum = torch.fft.rfft(stream, norm="ortho")
         parts = torch.stack([spectrum.real, spectrum.imag], dim=-2)
         if self.centre_phase:
@@ -85,13 +196,17 @@ class FrequencyDomain(FrontEnd):
         outside = torch.cat([parts[..., :first], parts[..., last + 1 :]], dim=-1)
         if not outside.shape[-1]:  # the band is the whole spectrum
             outside = parts
-        level = 0.5 * (outside.square().mean((-2, -1)) + 1e-12).log()
+        # In units of the stream, whose squares may vanish or overflow in float32.
+        unit = stream.double().square().mean(-1).sqrt().to(stream)
+        unit = torch.where(unit > 0, unit, 1.0)
+        power = (outside / unit[:, None, None]).square().mean((-2, -1))
+        level = 0.5 * (power + 1e-12).log() + unit.log()
         inside = parts[..., first : last + 1]
         level = level[:, None, None].expand(-1, 1, inside.shape[-1])
         return torch.cat([inside, level], dim=-2)
 
 
-class TimeFrequencyDomain(FrontEnd):
+class _TimeFrequencyDomain(FrontEnd):
     """Short-time Fourier transform: real and imaginary bins as channels over time.
 
     Windows are Hann, about the square root of the record long, half overlapping. A
@@ -107,7 +222,6 @@ class TimeFrequencyDomain(FrontEnd):
         self.register_buffer("window", torch.hann_window(self.width), persistent=False)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """Map ``(B, T)`` to ``(B, 2 (width // 2 + 1), frames)``."""
         spectrum = torch.stft(
             stream,
             self.width,
@@ -120,9 +234,9 @@ class TimeFrequencyDomain(FrontEnd):
 
 
 _FRONT_ENDS: dict[str, type[FrontEnd]] = {
-    "time": TimeDomain,
-    "frequency": FrequencyDomain,
-    "time-frequency": TimeFrequencyDomain,
+    "time": FrontEnd,
+    "frequency": _FrequencyDomain,
+    "time-frequency": _TimeFrequencyDomain,
 }
 
 
@@ -139,7 +253,11 @@ def make_front_end(
 
 @register("encoder")
 class DualStreamEncoder(nn.Module):
-    """Encoder for a long and a short record of the same signal.
+    """The paper's encoder of a long and a short record of one signal (section 3.1).
+
+    Each stream passes through three convolutions, sinusoidal positions (eq. 6) and
+    self-attention (eq. 7), and is pooled by mean, maximum and attention (eq. 8). The
+    cardinality reads the first stream only (eq. 9); the slots read both (eq. 11-12).
 
     Args:
         lengths: Samples of each stream, in the order in which x concatenates them.
@@ -214,18 +332,18 @@ class DualStreamEncoder(nn.Module):
             return SelfAttention(channels[-1], num_heads, residual)
 
         streams = range(len(lengths))
-        width = channels[-1]
+        width, pooled = channels[-1], 3 * channels[-1]
         self.stacks = nn.ModuleList(stack(i) for i in streams)
         self.attentions = nn.ModuleList(attention() for _ in streams)
         self.pools = nn.ModuleList(Pool(width) for _ in streams)
-        self.to_context = projection(3 * width * len(streams), context_features)
+        self.to_context = mlp(pooled * len(streams), context_features, context_features)
         self.cardinality_attention = attention()
         self.cardinality_pool = Pool(width)
-        self.to_cardinality = projection(3 * width, hidden_features)
+        self.to_cardinality = mlp(pooled, hidden_features, hidden_features)
         self.noise_stack = stack(0) if noise_stack else None
         if noise_stack:
             self.noise_pool = Pool(width)
-            self.to_noise = projection(3 * width, hidden_features)
+            self.to_noise = mlp(pooled, hidden_features, hidden_features)
 
     def forward(self, x: Tensor) -> Encoding:
         """Embed x ``(B, T)``, the streams concatenated."""

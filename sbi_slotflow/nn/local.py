@@ -1,0 +1,349 @@
+r"""A component in its cell: local coordinates, and a density of them.
+
+.. math::
+    w = \left( y - a - \tfrac12,\; \psi - \psi_0,\; v \ldots \right)
+
+y is the position on the location axis (:mod:`.cells`) and a the cell; psi are the P
+circular parameters as angles, each unwrapped about a centre :math:`\psi_0`, so that a
+seam lies nowhere in particular; v are the other parameters in natural units
+(``natural_scale`` of a :class:`~sbi_slotflow.sets.marginals.Marginal`). An angle that
+turns with the location is sheared as the chart says. All are coordinates in which a
+likelihood is nearly Gaussian. Arithmetic is float64.
+
+The density starts from a Gaussian that is given from outside, :math:`w = m + C z` with
+C lower triangular. Its tails are made heavy by a function g that is the identity up to
+2.5 deviations and logarithmic beyond, and each coordinate, given those before, is cut
+off at its ends,
+
+.. math::
+    \zeta_d = \Phi^{-1}\left(
+        \frac{\Phi(g(z_d)) - \Phi(\alpha_d)}{\Phi(\beta_d) - \Phi(\alpha_d)}
+        \right),
+    \qquad [\alpha_d, \beta_d] = g((\text{ends} - m_d) / C_{dd})
+
+so that a component near the end of its cell, two in one cell, or an amplitude at its
+bound need nothing special, and no draw leaves the prior's support. A flow over zeta
+then learns what is not Gaussian.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..sets.circular import wrapped
+from ..sets.marginals import Place
+from ..sets.transforms import (
+    Affine,
+    Bend,
+    Columns,
+    Compose,
+    Cut,
+    Permutation,
+    Shear,
+    Transform,
+    solve_lower,
+)
+from .cells import CellAxis
+from .charts import Chart
+from .flows import ConditionalFlow, RowContext
+
+__all__ = ["LocalDensity", "LocalGaussian", "LocalTransform"]
+
+_TWO_PI = 2 * math.pi
+# Cells within which a fit looks for a component: its own, and what lies about it.
+_FARTHEST_CELL = 1.6
+# Stands for infinity, which has no gradient.
+_OPEN = 1e6
+# A Gaussian this many deviations off the interval is moved that near, so that what is
+# left of it is not steeper than the flow can mend.
+_FARTHEST = 3.0
+# Draws keep that far from the ends: rounded to float32 they must not be in another
+# cell, nor at the other end of the phases.
+_SLACK = 2e-4
+# Deviations beyond which tails are those of a log-normal: a mode that was fitted too
+# narrow, or at the wrong place, costs the logarithm of the distance, not its square.
+_BEND = Bend(2.5)
+_LEAST_WIDTH = 1e-9
+_LEAST_SCALE = 1e-6
+
+
+class LocalTransform:
+    """Local coordinates (offset, P angles, others) of components.
+
+    A parameter is circular if the layout gives it a period that its prior covers. A
+    circular location keeps its seam, at the ends of the axis.
+
+    Args:
+        chart: The problem's chart, which knows marginals and periods.
+        axis: The location axis.
+
+    Attributes:
+        num_circular: Number P of circular parameters, which come after the offset.
+    """
+
+    def __init__(self, chart: Chart, axis: CellAxis) -> None:
+        self.axis, self.marginals = axis, chart.marginals
+        place, num = axis.parameter, len(chart.marginals)
+        circular = [
+            d
+            for d, period in enumerate(chart.marginals.periods)
+            if math.isfinite(period) and d != place
+        ]
+        self.num_circular = len(circular)
+        order = [place, *circular]
+        order += [d for d in range(num) if d not in order]
+        self._parameters = order[1:]
+        shears: list[Transform] = []
+        for d in circular:
+            period, (low, _) = chart.marginals.periods[d], self.marginals[d].bounds
+            turning = [s for s in chart.shears if (s.column, s.by) == (d, place)]
+            rate = turning[0].rate if turning else 0.0
+            shears.append(Shear(d, place, rate, period, low))
+        self._scales = [self._scale(d) for d in self._parameters]
+        columns = [Affine(middle, half) for middle, half, _ in self._scales]
+        position = Place(self.marginals[place], axis.num_cells)
+        self._steps = Compose(
+            [*shears, Permutation(order), Columns([position, *columns])]
+        )
+
+    @property
+    def num_features(self) -> int:
+        """Number D of coordinates."""
+        return len(self.marginals)
+
+    def coordinates(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Map components to coordinates, the first a position, angles in [0, 2 pi).
+
+        Args:
+            components: Inside the support, shape ``(..., D)``.
+
+        Returns:
+            Coordinates ``(..., D)`` and log-Jacobians ``(...)``, float64.
+        """
+        return self._steps.forward(components.double())
+
+    def components(self, coordinates: Tensor) -> Tensor:
+        """Inverse of :meth:`coordinates`; values may leave the support."""
+        return self._steps.inverse(coordinates)
+
+    def absolute(self, w: Tensor, anchors: Tensor, centre: Tensor) -> Tensor:
+        """Coordinates with positions and whole angles, of those relative to cells.
+
+        Args:
+            w: Coordinates relative to cells and centres, shape ``(..., D)``.
+            anchors: Cells, shape ``(...)``.
+            centre: Angles that angles are counted from, shape ``(..., P)``.
+        """
+        return self._shifted(w, anchors + 0.5, centre)
+
+    def relative(self, w: Tensor, anchors: Tensor, centre: Tensor) -> Tensor:
+        """Inverse of :meth:`absolute`; angles in [-pi, pi)."""
+        w = self._shifted(w, -(anchors + 0.5), -centre)
+        place, angles, others = self._parted(w)
+        return torch.cat([place, wrapped(angles), others], -1)
+
+    def without_angles(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates with angles of zero, and the angles ``(..., P)``."""
+        place, angles, others = self._parted(w)
+        return torch.cat([place, torch.zeros_like(angles), others], -1), angles
+
+    def _parted(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        num = self.num_circular
+        place, angles, others = w.split([1, num, w.shape[-1] - 1 - num], -1)
+        return place, angles, others
+
+    def _shifted(self, w: Tensor, offset: Tensor, angle: Tensor) -> Tensor:
+        place, angles, others = self._parted(w)
+        return torch.cat([place + offset.unsqueeze(-1), angles + angle, others], -1)
+
+    def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Log prior densities ``(...)`` of local coordinates, and their gradients.
+
+        But for a constant; positions and most angles are uniform. Values beyond a
+        marginal's ``core`` count as at its end.
+
+        Args:
+            w: Coordinates, shape ``(..., D)``.
+            centre: Angles that angles are counted from, shape ``(..., P)``.
+        """
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            values = 0.0 * w[..., 0]  # has a gradient, whatever the marginals
+            whole = self._shifted(w, torch.zeros_like(w[..., 0]), centre)
+            for i, d in enumerate(self._parameters, 1):
+                (middle, half, _), marginal = self._scales[i - 1], self.marginals[d]
+                coordinate = whole[..., i]
+                if i <= self.num_circular:
+                    if marginal.is_uniform:
+                        continue
+                    coordinate = coordinate % _TWO_PI
+                value = (middle + half * coordinate).clamp(*marginal.core)
+                values = values + marginal.log_density(value)
+            (slope,) = torch.autograd.grad(values.sum(), w)
+        return values.detach(), slope
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and largest coordinates ``(D,)``, those of the offset left open."""
+        pairs = [(-torch.inf, torch.inf)] + self.num_circular * [(-math.pi, math.pi)]
+        for d in self._parameters[self.num_circular :]:
+            finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
+            pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
+        low, high = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+        return low, high
+
+    def farthest(self) -> Tensor:
+        """Largest absolute coordinates ``(D,)`` that a fit may end at."""
+        most = [_FARTHEST_CELL, *(reach for *_, reach in self._scales)]
+        return torch.tensor(most, dtype=torch.float64)
+
+    def _scale(self, d: int) -> tuple[float, float, float]:
+        """Shift, scale and largest coordinate: of an angle's turn, or natural ones."""
+        marginal, period = self.marginals[d], self.marginals.periods[d]
+        if math.isfinite(period):
+            return marginal.bounds[0], period / _TWO_PI, math.pi
+        return marginal.natural_scale
+
+
+class LocalDensity(nn.Module):
+    """A truncated Gaussian and a flow.
+
+    Args:
+        features: Number D of coordinates, the offset first.
+        context_features: Length of a context.
+        own_features: Length of what each row sees besides.
+        options: Further options of the :class:`ConditionalFlow`.
+    """
+
+    def __init__(
+        self, features: int, context_features: int, own_features: int, **options: object
+    ) -> None:
+        super().__init__()
+        self.flow = ConditionalFlow(
+            features,
+            context_features,
+            own_features=own_features,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+
+    def log_prob(
+        self,
+        w: Tensor,
+        mean: Tensor,
+        factor: Tensor,
+        ends: tuple[Tensor, Tensor],
+        context: RowContext,
+    ) -> Tensor:
+        """Evaluate the log density of N rows.
+
+        Args:
+            w: Coordinates between the ends, shape ``(N, D)``, float64.
+            mean: Means, shape ``(N, D)``.
+            factor: Lower triangular factors C, shape ``(N, D, D)``.
+            ends: Least and largest coordinates, each of shape ``(N, D)``.
+            context: Contexts of the rows.
+
+        Returns:
+            Float32 log densities ``(N,)``.
+        """
+        z = solve_lower(factor, w - mean)
+        scale = factor.diagonal(dim1=-2, dim2=-1)
+        # Each coordinate's mean given those before it.
+        centre = w - scale * z
+        shift, alpha, beta = _interval(centre, scale, ends)
+        y, log_slope = _BEND.forward(z)
+        zeta, log_det = Cut(alpha, beta).forward(y + shift)
+        log_det = (log_det + log_slope - scale.log()).sum(-1)
+        return self.flow.log_prob(zeta.float(), context) + log_det.float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mean: Tensor,
+        factor: Tensor,
+        ends: tuple[Tensor, Tensor],
+        context: RowContext,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw coordinates ``(N, D)`` and the z ``(N, D)`` behind them."""
+        zeta = self.flow.sample(context, generator).double()
+        z, w = torch.zeros_like(zeta), mean.clone()
+        low, high = ends
+        for d in range(zeta.shape[-1]):
+            scale = factor[:, d, d]
+            w[:, d] += (factor[:, d, :d] * z[:, :d]).sum(-1)
+            limits = low[:, d], high[:, d]
+            shift, alpha, beta = _interval(w[:, d], scale, limits)
+            z[:, d] = _BEND.inverse(Cut(alpha, beta).inverse(zeta[:, d]) - shift)
+            w[:, d] += scale * z[:, d]
+        slack = (0.25 * (high - low)).clamp(0.0, _SLACK)
+        return torch.maximum(torch.minimum(w, high - slack), low + slack), z
+
+
+class LocalGaussian(nn.Module):
+    r"""The Gaussian of a component, predicted from its context.
+
+    .. math::
+        m = \mu(c) + B(c)\,p, \qquad C = \mathrm{diag}(e^{s(c)})\, L(c)
+
+    p are the local coordinates of the component before, zero if it is far. The centres
+    about which angles are unwrapped are predicted as directions.
+
+    Args:
+        features: Number D of coordinates.
+        context_features: Length of a context.
+        num_circular: Number P of coordinates, after the first, that are angles.
+        hidden_features: Width of the network.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        num_circular: int,
+        hidden_features: int = 128,
+    ) -> None:
+        super().__init__()
+        self.features, self.num_circular = features, num_circular
+        below = features * (features - 1) // 2
+        self._sizes = [features, features, below, features * features]
+        self._sizes.append(2 * max(1, num_circular))
+        last = nn.Linear(hidden_features, sum(self._sizes))
+        nn.init.normal_(last.weight, std=1e-2)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(
+            nn.Linear(context_features, hidden_features), nn.GELU(), last
+        )
+        self.register_buffer("below", torch.tril_indices(features, features, -1))
+
+    def forward(self, context: RowContext) -> tuple[Tensor, Tensor]:
+        """Return means ``(N, D)`` and factors ``(N, D, D)``, float64."""
+        raw = self.network(context.values).double()[context.which]
+        shift, log_scale, lower, mixing, _ = raw.split(self._sizes, -1)
+        if context.own is not None:
+            mixing = mixing.unflatten(-1, (self.features, -1))
+            own = context.own.double().unsqueeze(-1)
+            shift = shift + (mixing @ own).squeeze(-1)
+        factor = torch.eye(self.features).to(raw).repeat(len(raw), 1, 1)
+        rows, columns = self.get_buffer("below")
+        factor[:, rows, columns] = lower
+        scale = (10 * torch.tanh(log_scale / 10)).exp() + _LEAST_SCALE
+        return shift, factor * scale.unsqueeze(-1)
+
+    def centre(self, contexts: Tensor) -> Tensor:
+        """Centres of the angles, shape ``(n, P)``, of contexts ``(n, C)``."""
+        direction = self.network(contexts)[:, -self._sizes[-1] :].double()
+        x, y = direction.unflatten(-1, (-1, 2))[:, : self.num_circular].unbind(-1)
+        return torch.atan2(y, x + 1e-9)
+
+
+def _interval(
+    mean: Tensor, scale: Tensor, ends: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift that brings the Gaussian near the interval, and the interval's ends."""
+    low, high = ends
+    high = torch.maximum(high, low + _LEAST_WIDTH)
+    alpha, _ = _BEND.forward((low - mean) / scale)
+    beta, _ = _BEND.forward((high - mean) / scale)
+    shift = (_FARTHEST - alpha).clamp(max=0.0) + (-_FARTHEST - beta).clamp(min=0.0)
+    return shift, alpha + shift, beta + shift
