@@ -29,6 +29,7 @@ __all__ = [
     "TraceTokens",
     "encode",
     "mlp",
+    "rms",
 ]
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
@@ -116,6 +117,15 @@ class Pool(nn.Module):
         return torch.cat([tokens.mean(-2), tokens.amax(-2), attended], dim=-1)
 
 
+def rms(x: Tensor) -> Tensor:
+    """Root mean square ``(...)`` of records ``(..., T)``, 1 for one of zeros.
+
+    A unit of the data's own: squares may vanish or overflow in float32.
+    """
+    level = x.double().square().mean(-1).sqrt().to(x)
+    return torch.where(level > 0, level, 1.0)
+
+
 def mlp(*widths: int, activated: bool = False) -> nn.Sequential:
     """A fully connected network of these widths; ``activated`` ends with a GELU."""
     layers: list[nn.Module] = []
@@ -152,7 +162,8 @@ class TraceTokens(nn.Module):
         """Read x ``(B, T)``; see :meth:`BandTokens.forward`."""
         # Differences cancel what is smooth; half the median's square is robust.
         jumps = x.diff(dim=-1).abs().median(-1, keepdim=True).values
-        level = (jumps / (0.6745 * math.sqrt(2)) + 1e-6).log()
+        unit = rms(x).unsqueeze(-1)
+        level = (jumps / (0.6745 * math.sqrt(2) * unit) + 1e-6).log() + unit.log()
         samples = x.unflatten(-1, (self.num_tokens, -1))
         relative = (samples / level.exp().unsqueeze(-1)).asinh()
         extras = torch.stack(

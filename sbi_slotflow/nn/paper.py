@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..sets.marginals import Marginal
 from .charts import Chart, check_angle
-from .encoders import Encoding, Pool, SelfAttention, mlp
+from .encoders import Encoding, Pool, SelfAttention, mlp, rms
 from .spec import register
 
 __all__ = ["PAPER", "CircleChart", "DualStreamEncoder", "make_front_end"]
@@ -196,9 +196,7 @@ class _FrequencyDomain(FrontEnd):
         outside = torch.cat([parts[..., :first], parts[..., last + 1 :]], dim=-1)
         if not outside.shape[-1]:  # the band is the whole spectrum
             outside = parts
-        # In units of the stream, whose squares may vanish or overflow in float32.
-        unit = stream.double().square().mean(-1).sqrt().to(stream)
-        unit = torch.where(unit > 0, unit, 1.0)
+        unit = rms(stream)
         power = (outside / unit[:, None, None]).square().mean((-2, -1))
         level = 0.5 * (power + 1e-12).log() + unit.log()
         inside = parts[..., first : last + 1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbi_slotflow import problems
-from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, encode
+from sbi_slotflow.nn.encoders import Encoding, MLPEncoder, TraceTokens, encode
 from sbi_slotflow.nn.paper import DualStreamEncoder, make_front_end
 from sbi_slotflow.nn.spec import build
 
@@ -238,6 +238,16 @@ def test_the_level_outside_a_band_follows_the_scale_of_the_data() -> None:
         expected = front_end(x)[:, 2] + math.log(scale)
         torch.testing.assert_close(level, expected, rtol=1e-5, atol=0)
     assert front_end(torch.zeros(1, 100)).isfinite().all()
+
+
+def test_the_level_of_a_trace_follows_the_scale_of_the_data() -> None:
+    tokens, x = TraceTokens(64, 8), data(3, 64)
+    level, relative = tokens(x)[1], tokens(x)[0][..., 8:16]
+    for scale in (1e-21, 1e15):
+        values, other, _ = tokens(scale * x)
+        torch.testing.assert_close(other, level + math.log(scale), rtol=1e-5, atol=0)
+        torch.testing.assert_close(values[..., 8:16], relative)
+    assert tokens(torch.zeros(1, 64))[0].isfinite().all()
 
 
 def test_time_domain_is_the_stream() -> None:
