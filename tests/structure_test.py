@@ -30,7 +30,14 @@ WINGS = {
 }
 
 # What every problem is made of, and so knows none.
-BASE = {"base", "simulator", "least_squares"}
+BASE = {
+    "base",
+    "simulator",
+    "least_squares",
+    "linear",
+    "marginal_likelihood",
+    "collapsed",
+}
 
 # Tests that are of no one module: of the repository, of sbi's tools, of the frozen
 # quantities, of several modules together. The benchmarks have a folder of tests too.
@@ -53,9 +60,9 @@ TESTS_OF_NO_MODULE = {
 }
 
 # The most that the package may have: what it has, rounded up.
-# Aim: 19,000 lines, 110 modules, 10 floors.
-MOST_LINES = 24_500
-MOST_MODULES = 113
+# Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
+MOST_LINES = 25_300
+MOST_MODULES = 110
 MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]

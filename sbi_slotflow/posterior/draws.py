@@ -15,6 +15,7 @@ from torch.distributions import Categorical
 from ..sets.distribution import SetDistribution
 from ..sets.layout import ThetaLayout
 from .base import PosteriorOfOne
+from .convergence import Convergence
 from .weights import systematic
 
 __all__ = ["CollapsedDraws", "PosteriorDraws", "RefinedPosterior", "UnreliableWeights"]
@@ -168,19 +169,29 @@ class RefinedPosterior(PosteriorDraws):
 
 @dataclass(frozen=True)
 class CollapsedDraws(PosteriorDraws):
-    """Draws of the collapsed sampler, one chain a seed.
+    """Draws of the collapsed sampler, in chains.
 
     Attributes:
-        acceptance: Share of each kind of move that was accepted.
+        diagnostics: Whether the chains have converged.
     """
 
-    acceptance: Mapping[str, float] = field(default_factory=dict)
+    diagnostics: Convergence = field(default_factory=lambda: Convergence({}, {}))
+
+    @property
+    def converged(self) -> bool:
+        """Whether the chains have converged; see :class:`Convergence`."""
+        return self.diagnostics.converged
+
+    @property
+    def acceptance(self) -> Mapping[str, float]:
+        """Share of each kind of move that was accepted."""
+        return self.diagnostics.acceptance
 
     @property
     def statistics(self) -> dict[str, float]:
-        """Effective sample size, disagreement, and each move's acceptance."""
-        moves = {f"acceptance_{move}": s for move, s in self.acceptance.items()}
-        return {**super().statistics, "disagreement": self.disagreement, **moves}
+        """Effective sample size, disagreement, and all diagnostics."""
+        numbers = self.diagnostics.statistics
+        return {**super().statistics, "disagreement": self.disagreement, **numbers}
 
     @property
     def cardinality_by_chain(self) -> Tensor:

@@ -29,6 +29,7 @@ from ..sets.checks import Numbers, as_count
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
+from .linear import LinearForm
 from .simulator import AdditiveSimulator, WhiteNoise
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ class Problem:
     :meth:`build_token_encoder`    none; a token for each cell of the location axis
     :meth:`build_fit`              none; least squares for Gauss-Newton steps
     :attr:`log_likelihood`         the simulator's
-    :meth:`collapsed`,             none
-    :meth:`laplace_proposal`
+    :meth:`linear_form`            none; what :meth:`collapsed` needs
+    :meth:`collapsed`              a sampler for any linear form
+    :meth:`laplace_proposal`       none
     :attr:`streams`                one of samples
     :attr:`units`                  none
     :attr:`noise_level`            the shared parameter that white noise reads
@@ -179,9 +181,33 @@ class Problem:
         """Return the transform of a component to what the flow sees."""
         return WhiteningChart(self.prior.component_marginals)
 
+    def linear_form(self) -> LinearForm | None:
+        """Return in what components are linear; None if in nothing that is known."""
+        return None
+
     def collapsed(self, x: Tensor, **options: Any) -> Any:
         """Draw from the exact posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`."""
-        raise TypeError(f"problem {self.name!r} has no collapsed sampler.")
+        from .collapsed import collapsed
+
+        form, noise = self.linear_form(), self.simulator.noise
+        if form is None:
+            raise TypeError(
+                f"problem {self.name!r} has no collapsed sampler: it must say by "
+                "linear_form() in which parameters components are linear (a Trace by "
+                'linear=["amplitude"], for example).'
+            )
+        if not isinstance(noise, WhiteNoise):
+            raise TypeError(
+                f"the collapsed sampler needs WhiteNoise, problem {self.name!r} has "
+                f"{type(noise).__name__}."
+            )
+        x = self.simulator.checked_data(x)
+        if x.numel() != self.num_data or x.ndim > 2:
+            raise ValueError(
+                f"x must have shape ({self.num_data},) or (1, {self.num_data}), got "
+                f"{tuple(x.shape)}."
+            )
+        return collapsed(self.prior, form, noise, x.detach().cpu(), **options)
 
     def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
         """Return what :func:`sbi_slotflow.rjmcmc.laplace_proposal` does."""
@@ -212,12 +238,15 @@ class Trace(Problem):
         simulator: Simulator theta -> x.
         cells: Number of cells of the trace, a divisor of its length T; a few samples
             each, so that a cell seldom holds two components.
+        linear: Names of the parameters in which a component's signal is linear (its
+            height, a flux): the collapsed sampler integrates them out.
 
     Raises:
         ValueError: If ``cells`` does not divide T, or the place is not uniform.
     """
 
     cells: int = 64
+    linear: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.simulator, AdditiveSimulator):
@@ -249,6 +278,12 @@ class Trace(Problem):
         low, high = self.prior.component_marginals[order_by].bounds
         separation = self.prior.min_separation or 0.0
         return CellAxis(order_by, self.cells, separation * self.cells / (high - low))
+
+    def linear_form(self) -> LinearForm | None:
+        """Return the signal as linear in :attr:`linear`; None if that is empty."""
+        if not self.linear:
+            return None
+        return LinearForm(self.simulator.component_signal, self.layout, self.linear)
 
     def build_fit(self) -> AdditiveFit | None:
         """Return the least squares of the component signal, by its derivatives.

@@ -90,4 +90,4 @@ def spikes(*, num_samples: int = 512, max_cardinality: int = 6) -> Trace:
         shared_names=("sigma",),
     )
     simulator = AdditiveSimulator(SpikeSignal(num_samples), WhiteNoise(), prior.layout)
-    return Trace("spikes", prior, simulator, _CELLS)
+    return Trace("spikes", prior, simulator, _CELLS, linear=("amplitude",))

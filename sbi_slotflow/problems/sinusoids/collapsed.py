@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...posterior.convergence import convergence_of
 from ...posterior.draws import CollapsedDraws
 from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
+from ..simulator import WhiteNoise
 from .fit import Floats, SineStatistics
 from .pursuit import SinusoidFit, SpectralDensity, matching_pursuit
 
@@ -71,12 +73,17 @@ def collapsed(
         counts.append(tried)
     tried, accepted = np.sum(counts, axis=0).T
     shares = accepted / np.maximum(tried, 1)
-    return CollapsedDraws(
-        prior.layout,
-        torch.stack(chains),
-        x.reshape(-1),
-        acceptance=dict(zip(_MOVES, shares.tolist(), strict=True)),
+    theta = torch.stack(chains)
+    found = convergence_of(
+        prior,
+        theta,
+        statistics.log_likelihood_of(
+            theta.flatten(0, 1), prior.layout, WhiteNoise()
+        ).reshape(theta.shape[:-1]),
+        dict(zip(_MOVES, shares.tolist(), strict=True)),
     )
+    found.warn(stacklevel=4)
+    return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
 
 
 class CollapsedSampler:
@@ -130,8 +137,24 @@ class CollapsedSampler:
             sigma=self.prior.shared_marginals[0].bounds,
             working_variance=0.25 * amplitude.bounds[1] ** 2,
             resolution=1 / statistics.grids[0].duration,
+            least_step=self._least_step(),
             edges=np.cumsum(list(_MOVES.values())),
         )
+
+    def _least_step(self) -> float:
+        """A third of the Cramer-Rao bound of the loudest frequency, or less.
+
+        A sinusoid's bound is sqrt(6) sigma / (pi A T sqrt(N)) or less.
+        """
+        fit, num = self.fits[self.best_size], self.statistics.num_data
+        resolution = 1 / self.statistics.grids[0].duration
+        sigma = math.sqrt(max(fit.energy, 0.0) / num)
+        sigma = max(sigma, self.prior.shared_marginals[0].bounds[0])
+        loudest = np.hypot(*fit.amplitudes.T).max(initial=0.0)
+        bound = math.inf
+        if loudest > 0:
+            bound = math.sqrt(6 / num) * sigma / (math.pi * loudest) * resolution
+        return min(max(bound / 3, 1e-9 * resolution), 1e-3 * resolution)
 
     def start(self, size: int) -> Tensor:
         """A theta row near the fit of ``size`` components, inside the prior's bounds.

@@ -53,6 +53,7 @@ class Target(NamedTuple):
     sigma: tuple[float, float]
     working_variance: float
     resolution: float
+    least_step: float
     edges: Floats  # of the moves' probabilities
 
 
@@ -256,8 +257,9 @@ def _draw_birth(rng, target, births):
 
 @njit(cache=True, nogil=True)
 def _step_size(rng, target):
-    """A scale between a thousandth of and thrice the resolution, log-uniform."""
-    scale = 3.0 * target.resolution * math.exp(-8.0 * rng.random())
+    """A step of a scale from the least to thrice the resolution, log-uniform."""
+    most = 3.0 * target.resolution
+    scale = most * (target.least_step / most) ** rng.random()
     return scale * rng.standard_normal()
 
 
@@ -337,8 +339,9 @@ def run_chain(rng, data, target, births, frequency, amplitudes, sigma, num_draws
                 _remove(f2, gram2, right2, k, num)
             elif move == 5 and 0 < num < most:  # split
                 k = rng.integers(0, num)
-                gap = 2 * target.resolution * rng.random()
-                low, high = f[k] - 0.5 * gap, f[k] + 0.5 * gap
+                gap = target.separation + 2 * target.resolution * rng.random()
+                share = rng.random()
+                low, high = f[k] - share * gap, f[k] + (1 - share) * gap
                 legal = True
                 for j in range(num):
                     if j != k and low <= f[j] <= high:
@@ -351,10 +354,11 @@ def run_chain(rng, data, target, births, frequency, amplitudes, sigma, num_draws
             elif move == 6 and num > 1:  # merge
                 k = rng.integers(0, num)
                 j = _neighbour(f, k, num)
-                if j >= 0 and f[j] - f[k] < 2 * target.resolution:
+                gap = f[j] - f[k] if j >= 0 else 0.0
+                if j >= 0 and gap < target.separation + 2 * target.resolution:
                     num2, legal = num - 1, True
                     log_ratio = -math.log(2 * target.resolution * num2 / num)
-                    value = 0.5 * (f[k] + f[j])
+                    value = f[k] + rng.random() * gap
                     _set_frequency(data, f2, gram2, right2, k, num, value)
                     _remove(f2, gram2, right2, j, num)
             elif move == 7:  # refresh

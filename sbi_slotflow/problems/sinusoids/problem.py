@@ -26,6 +26,7 @@ from ...nn.paper import DualStreamEncoder
 from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform
+from ..linear import PolarForm
 from ..simulator import AdditiveSimulator, NoiseModel, WhiteNoise
 from .fit import SineFit, SineStatistics
 from .grid import Grid, SineSignal
@@ -182,8 +183,19 @@ class Sinusoids(Oscillations):
             for number, grid in enumerate(self.grids, 1)
         )
 
-    def collapsed(self, x: Tensor, **options: Any) -> Any:
-        """Draw from the exact posterior; see :mod:`.collapsed`."""
+    def linear_form(self) -> PolarForm:
+        """Return the signal as linear in A cos phi and A sin phi."""
+        names, start = ("amplitude", "phase"), self.prior.component_marginals[1].bounds
+        return PolarForm(self.simulator.component_signal, self.layout, names, start[0])
+
+    def collapsed(self, x: Tensor, *, general: bool = False, **options: Any) -> Any:
+        """Draw from the exact posterior; see :mod:`.collapsed`.
+
+        ``general`` takes the sampler of any linear form instead, which reads the
+        signals themselves and is slower.
+        """
+        if general:
+            return super().collapsed(x, **options)
         from .collapsed import collapsed
 
         return collapsed(self.prior, *self._tabulated(x), **options)

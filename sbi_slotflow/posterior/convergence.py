@@ -1,0 +1,202 @@
+r"""Whether chains of sets have converged, and whether the prior is what holds them.
+
+Chains of different cardinality are compared by numbers that every set has: K, the log
+likelihood, the shared parameters, and the locations in ascending order, where the i-th
+location of a set with fewer components is the upper end of the axis. For each of them
+split R-hat (Vehtari et al. 2021) compares the variance between halves of chains with
+that within, on ranks, and the effective sample size tells how many independent draws
+they are worth. A chain that is stuck has no variance within, and so an infinite R-hat.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..sets.prior import VariableKPrior
+
+__all__ = ["Convergence", "NotConverged", "PilesUp", "convergence_of"]
+
+LARGEST_RHAT = 1.05
+FEWEST_EFFECTIVE = 100
+# A parameter piles up on a bound if that share of its draws lies in the outer part of
+# its prior, where without data 2 % would.
+_OUTER, _MOST_OUTER = 0.01, 0.5
+# Most draws of a chain that are compared: more change nothing and take time.
+_MOST_DRAWS = 2_000
+
+
+class NotConverged(UserWarning):
+    """Chains of a sampler do not agree, or hold too few independent draws."""
+
+
+class PilesUp(UserWarning):
+    """Most draws lie on a bound of the prior, which may be too narrow for the data."""
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Diagnostics of chains.
+
+    Attributes:
+        rhat: Split R-hat by name; infinite where chains are stuck in different places.
+        ess: Effective number of draws by name, of all chains together.
+        at_bounds: Share of draws at the largest K that the prior allows, and by name
+            in the outer hundredth of a parameter's prior at either end.
+        acceptance: Share of each kind of move that was accepted.
+
+    Example:
+        >>> draws = rjmcmc.collapsed(problem, x)
+        >>> draws.diagnostics.converged, draws.diagnostics.worst_rhat
+    """
+
+    rhat: Mapping[str, float]
+    ess: Mapping[str, float]
+    at_bounds: Mapping[str, float] = field(default_factory=dict)
+    acceptance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst_rhat(self) -> float:
+        """Largest R-hat."""
+        return max(self.rhat.values(), default=math.nan)
+
+    @property
+    def least_ess(self) -> float:
+        """Smallest effective number of draws."""
+        return min(self.ess.values(), default=math.nan)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every R-hat is at most 1.05 and every effective number 100."""
+        return self.worst_rhat <= LARGEST_RHAT and self.least_ess >= FEWEST_EFFECTIVE
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """All numbers by name."""
+        parts = {"rhat": self.rhat, "ess": self.ess, "at_bound": self.at_bounds}
+        parts["acceptance"] = self.acceptance
+        return {
+            f"{part}_{name}": value
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """Warn of what is wrong, by its number.
+
+        Warns:
+            NotConverged: If chains have not converged.
+            PilesUp: If half of the draws lie on a bound of the prior.
+        """
+        if not self.converged:
+            worst = max(self.rhat, key=lambda name: _size(self.rhat[name]))
+            least = min(self.ess, key=lambda name: self.ess[name])
+            warnings.warn(
+                f"chains have not converged: R-hat of {worst} is "
+                f"{self.rhat[worst]:.3g} (at most {LARGEST_RHAT}), {least} has "
+                f"{self.ess[least]:.0f} effective draws (at least {FEWEST_EFFECTIVE}). "
+                "Run longer chains (num_draws, thin, burn_in), or more.",
+                NotConverged,
+                stacklevel=stacklevel + 1,
+            )
+        piled = {n: s for n, s in self.at_bounds.items() if s > _MOST_OUTER}
+        if piled:
+            each = ", ".join(f"{name} ({share:.0%})" for name, share in piled.items())
+            warnings.warn(
+                f"draws pile up on bounds of the prior: {each}. The data may lie "
+                "outside of what the prior allows.",
+                PilesUp,
+                stacklevel=stacklevel + 1,
+            )
+
+
+def convergence_of(
+    prior: VariableKPrior,
+    theta: Tensor,
+    log_likelihood: Tensor | None = None,
+    acceptance: Mapping[str, float] | None = None,
+) -> Convergence:
+    """Diagnose chains of theta rows.
+
+    Args:
+        prior: The prior.
+        theta: Rows in canonical order, shape ``(chains, draws, E)``.
+        log_likelihood: Of each row, shape ``(chains, draws)``; left out if None.
+        acceptance: Share of each kind of move that was accepted.
+    """
+    layout = prior.layout
+    stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
+    parts = layout.unpack(theta[:, ::stride])
+    numbers = {"K": parts.cardinality.double()}
+    if log_likelihood is not None:
+        numbers["log_likelihood"] = log_likelihood[:, ::stride].double()
+    for i, name in enumerate(layout.shared_names):
+        numbers[name] = parts.shared[..., i].double()
+    marginal = prior.component_marginals[layout.order_by]
+    location = layout.component_names[layout.order_by]
+    places = parts.components[..., layout.order_by].double()
+    places = torch.where(parts.mask, marginal.fraction(places), 1.0)
+    for i in range(int(parts.cardinality.max())):
+        numbers[f"{location}_{i + 1}"] = places[..., i]
+    values = torch.stack(list(numbers.values())).cpu().numpy()
+    rhat, ess = _rhat(values), _effective(values)
+    return Convergence(
+        dict(zip(numbers, rhat.tolist(), strict=True)),
+        dict(zip(numbers, ess.tolist(), strict=True)),
+        _at_bounds(prior, theta),
+        dict(acceptance or {}),
+    )
+
+
+def _rhat(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Split R-hat of quantities ``(Q, chains, draws)``; 1 where all is one value."""
+    from arviz_stats.base.array import array_stats  # brings xarray
+
+    with np.errstate(all="ignore"):
+        rhat = array_stats.rhat(values, chain_axis=1, draw_axis=2)
+    constant = np.ptp(values, axis=(1, 2)) == 0
+    stuck = (np.ptp(values, axis=2) == 0).all(1)  # each chain in its own place
+    return np.where(constant, 1.0, np.where(stuck, np.inf, rhat))
+
+
+def _effective(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    from arviz_stats.base.array import array_stats
+
+    with np.errstate(all="ignore"):
+        return np.asarray(array_stats.ess(values, chain_axis=1, draw_axis=2))
+
+
+def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
+    """Share of draws on each bound; see :class:`Convergence`."""
+    layout, parts = prior.layout, prior.layout.unpack(theta)
+    largest = int(prior.cardinality_probs.nonzero().max())
+    found = {f"K = {largest}": float((parts.cardinality == largest).double().mean())}
+    columns = [
+        (name, marginal, parts.shared[..., i])
+        for i, (name, marginal) in enumerate(
+            zip(layout.shared_names, prior.shared_marginals or (), strict=True)
+        )
+    ]
+    if parts.mask.any():
+        active, periods = parts.components[parts.mask], layout.component_periods
+        columns += [
+            (name, marginal, active[:, i])
+            for i, (name, marginal) in enumerate(
+                zip(layout.component_names, prior.component_marginals, strict=True)
+            )
+            if not math.isfinite(periods[i])  # a circle has no ends
+        ]
+    for name, marginal, values in columns:
+        fraction = marginal.fraction(values.double())
+        for end, share in (("low", fraction < _OUTER), ("high", fraction > 1 - _OUTER)):
+            found[f"{name} ({end})"] = float(share.double().mean())
+    return found
+
+
+def _size(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,149 @@
+r"""Components that are linear in some of their parameters, given the others.
+
+.. math::
+    s(\theta) = \sum_{m=1}^{M} a_m\, b_m(\nu),
+    \qquad \theta \leftrightarrow (\nu, a)
+
+nu are the nonlinear parameters (a place, a width, a period), a the amplitudes. Nearly
+every field has such components: a pulse is linear in its height, a star in its flux, a
+sinusoid or a Keplerian orbit in amplitude times cosine and sine of its phase. With
+Gaussian noise, amplitudes can then be integrated out in closed form, which is what
+the collapsed sampler (:mod:`.collapsed`) lives on.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..sets.layout import ThetaLayout
+
+__all__ = ["LinearForm", "PolarForm"]
+
+# Relative difference to the signal above which a form is not one.
+_TOLERANCE = 1e-5
+
+
+class LinearForm:
+    """Components whose amplitudes are some of their parameters.
+
+    The basis is the component signal itself at unit amplitudes.
+
+    Args:
+        signal: Maps components ``(..., D)`` to signals ``(..., T)``.
+        layout: Layout of theta.
+        linear: Names of the M parameters in which the signal is linear.
+
+    Raises:
+        ValueError: If a name is unknown, or no parameter or all are linear.
+
+    Example:
+        >>> form = LinearForm(signal, prior.layout, ["height"])
+        >>> form.basis(form.nonlinear(components)).shape  # (..., M, T)
+    """
+
+    def __init__(
+        self,
+        signal: Callable[[Tensor], Tensor],
+        layout: ThetaLayout,
+        linear: Sequence[str],
+    ) -> None:
+        names = layout.component_names
+        unknown = [name for name in linear if name not in names]
+        if unknown or not 0 < len(set(linear)) < len(names):
+            raise ValueError(
+                "linear must name some but not all of the component's parameters "
+                f"{names}, got {tuple(linear)}."
+            )
+        self.signal, self.layout = signal, layout
+        self.linear = [names.index(name) for name in linear]
+        self.others = [i for i in range(len(names)) if i not in self.linear]
+
+    @property
+    def num_amplitudes(self) -> int:
+        """Number M of amplitudes."""
+        return len(self.linear)
+
+    def nonlinear(self, components: Tensor) -> Tensor:
+        """The nonlinear parameters ``(..., N)`` of components ``(..., D)``."""
+        return components[..., self.others]
+
+    def amplitudes(self, components: Tensor) -> Tensor:
+        """The amplitudes ``(..., M)`` of components ``(..., D)``."""
+        return components[..., self.linear]
+
+    def components(self, nonlinear: Tensor, amplitudes: Tensor) -> Tensor:
+        """Components ``(..., D)`` of both, the inverse of the two above."""
+        return self._joined(nonlinear, amplitudes)
+
+    def log_det(self, components: Tensor) -> Tensor:
+        """Log |d amplitudes / d linear parameters| of components, shape ``(...)``."""
+        return torch.zeros_like(components[..., 0])
+
+    def basis(self, nonlinear: Tensor) -> Tensor:
+        """Signals ``(..., M, T)`` of unit amplitudes, of parameters ``(..., N)``."""
+        units = torch.eye(self.num_amplitudes).to(nonlinear)
+        each = nonlinear.unsqueeze(-2).expand(*nonlinear.shape[:-1], len(units), -1)
+        components = self.components(each, units.expand(*each.shape[:-1], -1))
+        return torch.as_tensor(self.signal(components)).to(nonlinear)
+
+    def check(self, components: Tensor) -> None:
+        """Compare the form with the signal of some components ``(S, D)``.
+
+        Raises:
+            ValueError: If the signal is not linear in the amplitudes.
+        """
+        signal = torch.as_tensor(self.signal(components)).to(components)
+        basis = self.basis(self.nonlinear(components))
+        error = signal - torch.einsum("sm,smt->st", self.amplitudes(components), basis)
+        if error.norm() > _TOLERANCE * signal.norm():
+            names = [self.layout.component_names[i] for i in self.linear]
+            raise ValueError(
+                f"the component signal must be linear in {names}, got one that differs "
+                f"by {float(error.norm() / signal.norm()):.2g} of itself."
+            )
+
+    def _joined(self, nonlinear: Tensor, linear: Tensor) -> Tensor:
+        size = len(self.others) + len(self.linear)
+        components = nonlinear.new_empty(*nonlinear.shape[:-1], size)
+        components[..., self.others] = nonlinear
+        components[..., self.linear] = linear.to(nonlinear)
+        return components
+
+
+class PolarForm(LinearForm):
+    r"""Components with an amplitude A and a phase phi: linear in A cos phi, A sin phi.
+
+    Args:
+        signal: Maps components ``(..., D)`` to signals ``(..., T)``.
+        layout: Layout of theta.
+        linear: Names of A and phi, in this order.
+        start: Where phases start: they lie between that and 2 pi more.
+
+    The Jacobian is :math:`|\partial (a, b) / \partial (A, \phi)| = A`.
+    """
+
+    def __init__(
+        self,
+        signal: Callable[[Tensor], Tensor],
+        layout: ThetaLayout,
+        linear: Sequence[str],
+        start: float = 0.0,
+    ) -> None:
+        super().__init__(signal, layout, linear)
+        self.start = start
+
+    def amplitudes(self, components: Tensor) -> Tensor:
+        """A cos phi and A sin phi, shape ``(..., 2)``."""
+        radius, angle = super().amplitudes(components).unbind(-1)
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+
+    def components(self, nonlinear: Tensor, amplitudes: Tensor) -> Tensor:
+        """Components ``(..., D)``."""
+        a, b = amplitudes.unbind(-1)
+        angle = (torch.atan2(b, a) - self.start) % (2 * torch.pi) + self.start
+        return self._joined(nonlinear, torch.stack([torch.hypot(a, b), angle], -1))
+
+    def log_det(self, components: Tensor) -> Tensor:
+        """Log A, shape ``(...)``."""
+        return components[..., self.linear[0]].log()
