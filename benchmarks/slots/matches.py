@@ -183,7 +183,7 @@ def _contexts(
             values = each[row, slot]
         else:
             count = parts.cardinality[row]
-            found = given.contexts(owner[row], count, cells[row, slot])
+            found = given.in_cells(owner[row], count, cells[row, slot])[1][-1]
             values = found.values[found.which]
     else:
         raise TypeError(f"no slot contexts in a {type(head).__name__}.")

@@ -164,7 +164,7 @@ class _IndependentSets(SetsGivenK):
         cells = head.axis.cells(coordinates[..., 0], self.edges[owner])
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
-        centre, given = self._in_cells(owner[row], count[row], here)
+        centre, given = self.in_cells(owner[row], count[row], here)
         w = head.local_chart.relative(coordinates[row, column], here, centre)
         local = head.local.log_prob(w, *given)
         each = local.new_zeros(mask.shape).masked_scatter(mask, local)
@@ -200,13 +200,13 @@ class _IndependentSets(SetsGivenK):
         if len(row):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-            centre, given = self._in_cells(here, count[row], cells)
+            centre, given = self.in_cells(here, count[row], cells)
             w, _ = head.local.sample(*given, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
         components = head.components(coordinates, mask)
         return components, self.sample_shared(owner, count, generator, None)
 
-    def _in_cells(
+    def in_cells(
         self, owner: Tensor, count: Tensor, cells: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, tuple[Tensor, Tensor], RowContext]]:
         """Centres of M components' angles, and what their local densities depend on."""

@@ -51,8 +51,11 @@ class Convergence:
         acceptance: Share of each kind of move that was accepted.
 
     Example:
-        >>> draws = rjmcmc.collapsed(problem, x)
-        >>> draws.diagnostics.converged, draws.diagnostics.worst_rhat
+        >>> good = Convergence({"K": 1.001}, {"K": 850.0})
+        >>> good.converged, good.worst_rhat
+        (True, 1.001)
+        >>> Convergence({"K": 1.4}, {"K": 12.0}).converged
+        False
     """
 
     rhat: Mapping[str, float]
@@ -120,6 +123,8 @@ def convergence_of(
     theta: Tensor,
     log_likelihood: Tensor | None = None,
     acceptance: Mapping[str, float] | None = None,
+    *,
+    independent: bool = False,
 ) -> Convergence:
     """Diagnose chains of theta rows.
 
@@ -128,6 +133,8 @@ def convergence_of(
         theta: Rows in canonical order, shape ``(chains, draws, E)``.
         log_likelihood: Of each row, shape ``(chains, draws)``; left out if None.
         acceptance: Share of each kind of move that was accepted.
+        independent: Whether the draws of a chain are in no order, as particles are:
+            then each counts as one.
     """
     layout = prior.layout
     stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
@@ -144,6 +151,8 @@ def convergence_of(
     for i in range(int(parts.cardinality.max())):
         numbers[f"{location}_{i + 1}"] = places[..., i]
     values = torch.stack(list(numbers.values())).cpu().numpy()
+    if independent:  # particles lie beside their copies
+        values = values[..., torch.randperm(values.shape[-1], generator=_fixed())]
     rhat, ess = _rhat(values), _effective(values)
     return Convergence(
         dict(zip(numbers, rhat.tolist(), strict=True)),
@@ -196,6 +205,10 @@ def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
         for end, share in (("low", fraction < _OUTER), ("high", fraction > 1 - _OUTER)):
             found[f"{name} ({end})"] = float(share.double().mean())
     return found
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _size(value: float) -> float:

@@ -138,12 +138,19 @@ class RefinedPosterior(PosteriorDraws):
         pareto_k: k-hat of the weights; below 0.7 they can be believed.
         diagnostics: Numbers of the method: those of tempering steps and of sweeps of
             all moves, and the acceptance of each kind of move.
+        convergence: How far independent populations of particles agree; None without.
     """
 
     log_evidence: float = math.nan
     log_evidence_error: float = math.nan
     pareto_k: float = math.nan
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    convergence: Convergence | None = None
+
+    @property
+    def converged(self) -> bool:
+        """Whether independent populations agree; true of weighted draws."""
+        return self.convergence is None or self.convergence.converged
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -154,6 +161,7 @@ class RefinedPosterior(PosteriorDraws):
             "log_evidence": self.log_evidence,
             "log_evidence_error": self.log_evidence_error,
             **self.diagnostics,
+            **({} if self.convergence is None else self.convergence.statistics),
         }
 
     @property
@@ -163,8 +171,9 @@ class RefinedPosterior(PosteriorDraws):
 
     @property
     def is_reliable(self) -> bool:
-        """Whether k-hat and the effective sample size pass."""
-        return self.pareto_k <= LARGEST_K_HAT and self.ess >= FEWEST_EFFECTIVE
+        """Whether k-hat, the effective sample size and the populations pass."""
+        enough = self.pareto_k <= LARGEST_K_HAT and self.ess >= FEWEST_EFFECTIVE
+        return enough and self.converged
 
 
 @dataclass(frozen=True)

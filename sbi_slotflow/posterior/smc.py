@@ -7,20 +7,26 @@ Particles pass through the targets
     \qquad q'' = (1 - \delta)\, q' + \delta\, p
 
 from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
-Where 0.2 % of the draws are effective under the posterior, one step leads there: moves
-at beta = 1 need no q, which is what costs. Otherwise each step is as long as 80 % of
-the particles stay effective, but no longer than doubles beta: a component that q misses
-shows in no weight, and is found while beta is small and births are cheap. Then the
-particles are resampled, and moved for as long as the mean weight of the next step still
-grows (particles that lag behind their target make the evidence too small), at the end
-until what their cardinality and density keep of where they started is below the noise
-of as many particles. The small share of the prior lets moves reach every set.
+Where 2 % of the draws, and no fewer than 50, are effective under the posterior, one
+step leads there: moves at beta = 1 need no q, which is what costs. Otherwise each step
+is as long as 80 % of the particles stay effective, but no longer than doubles beta: a
+component that q misses shows in no weight, and is found while beta is small and births
+are cheap. Then the particles are resampled, and moved for as long as the mean weight of
+the next step still grows (particles that lag behind their target make the evidence too
+small), at the end until what their cardinality and density keep of where they started
+is below the noise of as many particles. The small share of the prior lets moves reach
+every set.
+
+Four populations of a quarter of the particles do so independently, and are weighed by
+their evidences. What they disagree in is what no weight of a single one can show: modes
+that it lost on the way. Their spread is the stated error if that is larger than the one
+of the weights, and they are compared as chains are (:mod:`.convergence`).
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +36,7 @@ from ..seeding import forked_rng
 from ..sets.layout import ThetaLayout
 from .base import Posterior
 from .component_proposals import PooledComponents
+from .convergence import convergence_of
 from .draws import RefinedPosterior
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
 from .moves import (
@@ -47,7 +54,8 @@ __all__ = ["temper"]
 
 _EFFECTIVE_SHARE = 0.8
 # Share that must stay effective to go to the posterior at once.
-_ENOUGH_SHARE = 0.002
+_ENOUGH_SHARE, _FEWEST = 0.02, 50
+_POPULATIONS = 4
 _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
 _SWEEPS, _MOST_SWEEPS = 2, 25
@@ -68,28 +76,137 @@ def temper(
     generator: torch.Generator | None,
 ) -> RefinedPosterior:
     """Run SMC for one observation ``(*event)``; see :func:`refine`."""
-    prior, likelihood = posterior.prior, likelihood_of(log_likelihood, x)
-
-    def log_target(theta: Tensor) -> Tensor:
-        log_p = prior.log_prob(theta).double()
-        inside = torch.isfinite(log_p)
-        if inside.any():
-            log_p[inside] += likelihood(theta[inside])
-        return log_p
-
-    proposal = WithExtraComponent(
-        posterior.given(x.unsqueeze(0)),
-        prior,
-        defensive,
-        lambda theta: log_target(theta[:, 0]).unsqueeze(1),
+    bridge = _Bridge(posterior, log_likelihood, x, defensive, generator)
+    size = math.ceil(num_samples / _POPULATIONS)
+    runs = [bridge.run(size) for _ in range(_POPULATIONS)]
+    log_z = torch.tensor([run.log_evidence for run in runs], dtype=torch.float64)
+    log_evidence = _log_mean(log_z)
+    relative = (log_z - log_evidence).exp()
+    variances = torch.tensor([run.variance for run in runs], dtype=torch.float64)
+    stated = float((variances * relative.square()).sum()) / _POPULATIONS**2
+    error = max(stated, float(relative.var()) / _POPULATIONS)
+    theta = torch.stack([run.population.theta for run in runs])
+    log_p = torch.stack([run.population.log_p for run in runs])
+    rates = {
+        name: sum(sum(run.rates[name]) for run in runs)
+        / max(1, sum(len(run.rates[name]) for run in runs))
+        for name in runs[0].rates
+    }
+    return RefinedPosterior(
+        posterior.prior.layout,
+        theta,
+        x,
+        log_z.unsqueeze(-1).expand(-1, size),
+        log_evidence=log_evidence,
+        log_evidence_error=math.sqrt(error),
+        pareto_k=max(run.pareto_k for run in runs),
+        diagnostics={
+            "steps": sum(run.steps for run in runs) / _POPULATIONS,
+            "sweeps": sum(run.sweeps for run in runs) / _POPULATIONS,
+            "least_effective": min(run.least_effective for run in runs),
+            "spread_log_evidence": float(log_z.std()),
+            **rates,
+        },
+        convergence=convergence_of(posterior.prior, theta, log_p, independent=True),
     )
 
-    def evaluate(theta: Tensor, beta: float = 0.0) -> Population:
-        log_p = log_target(theta)
+
+class _Run(NamedTuple):
+    """One population at the posterior, and how it got there."""
+
+    population: Population
+    log_evidence: float
+    variance: float
+    pareto_k: float
+    least_effective: float
+    steps: int
+    sweeps: int
+    rates: dict[str, list[float]]
+
+
+class _Bridge:
+    """From a posterior's proposal q'' to the exact posterior of one observation."""
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        log_likelihood: LogLikelihood,
+        x: Tensor,
+        defensive: float,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.prior, self.generator = posterior.prior, generator
+        self.likelihood = likelihood_of(log_likelihood, x)
+        self.proposal = WithExtraComponent(
+            posterior.given(x.unsqueeze(0)),
+            self.prior,
+            defensive,
+            lambda theta: self._log_target(theta[:, 0]).unsqueeze(1),
+        )
+        self.moves = _moves(posterior)
+        self.dtype = torch.get_default_dtype()
+
+    def run(self, num: int) -> _Run:
+        """Take one population of ``num`` particles to the posterior."""
+        population = self._start(num)
+        beta, steps, sweeps = 0.0, 0, 0
+        log_evidence, variance, worst = 0.0, 0.0, -math.inf
+        least = float(num)
+        rates: dict[str, list[float]] = {move.name: [] for move in self.moves}
+        while beta < 1:
+            step, log_weights = _step(population, beta)
+            mean = _log_mean(log_weights)
+            if not math.isfinite(mean):
+                raise ValueError("no draw has a positive prior density and likelihood.")
+            log_evidence += mean
+            variance += float((log_weights - mean).exp().var()) / num
+            log_weights, pareto_k = pareto_smoothed(log_weights)
+            share = _effective_share(log_weights)
+            worst, least = max(worst, pareto_k), min(least, share * num)
+            beta, steps = beta + step, steps + 1
+            if 1 - beta < 1e-9 or steps == _MAX_STEPS:
+                beta = 1.0
+            index = systematic(log_weights.softmax(-1), num, self.generator)
+            population = population.rows(index)
+            settled: Callable[[Population], bool] = _Drift(beta)
+            if beta == 1.0:
+                # Errors of good weights are random, and small before any move.
+                good = share if pareto_k < _FINITE_VARIANCE else 0.0
+                memory = max(_MEMORY, math.sqrt(good))
+                settled = _Forgetting(self.prior.layout, population, memory)
+            for _ in range(_MOST_SWEEPS):
+                sweeps += 1
+                for move in self.moves:
+                    evaluate = partial(self._evaluate, beta=beta)
+                    population, rate = metropolis(
+                        population, move, beta, evaluate, self.generator
+                    )
+                    rates[move.name].append(rate)
+                if settled(population):
+                    break
+        return _Run(
+            population, log_evidence, variance, worst, least, steps, sweeps, rates
+        )
+
+    def _start(self, num: int) -> Population:
+        """Draws from q''; those that do not count have weight zero."""
+        draws = self.proposal.sample(num, self.generator)
+        start, counted = (part[:, 0] for part in draws)
+        with forked_rng(self.generator):
+            chosen = torch.rand(num) < _PRIOR_SHARE
+            broad = self.prior.sample(torch.Size((num,))).to(start)
+        self.dtype = start.dtype
+        theta = torch.where(chosen.unsqueeze(-1), broad, start).double()
+        population = self._evaluate(theta)
+        log_q = torch.where(counted | chosen, population.log_q, math.inf)
+        return population._replace(log_q=log_q)
+
+    def _evaluate(self, theta: Tensor, beta: float = 0.0) -> Population:
+        log_p = self._log_target(theta)
         if beta == 1.0:  # q has no part in the last target, and costs most
             return Population(theta, log_p, log_p)
-        log_prior = prior.log_prob(theta).double()
-        log_q = proposal.log_prob(theta.to(dtype).unsqueeze(1))[:, 0]
+        log_prior = self.prior.log_prob(theta).double()
+        log_q = self.proposal.log_prob(theta.to(self.dtype).unsqueeze(1))[:, 0]
         log_q = torch.logaddexp(
             log_q + math.log1p(-_PRIOR_SHARE), log_prior + math.log(_PRIOR_SHARE)
         )
@@ -97,58 +214,12 @@ def temper(
         inside = torch.isfinite(log_prior)
         return Population(theta, torch.where(inside, log_q, -math.inf), log_p)
 
-    # Draws from q'', and which of them count.
-    start, counted = (part[:, 0] for part in proposal.sample(num_samples, generator))
-    with forked_rng(generator):
-        chosen = torch.rand(num_samples) < _PRIOR_SHARE
-        broad = prior.sample(torch.Size((num_samples,))).to(start)
-    dtype = start.dtype
-    population = evaluate(torch.where(chosen.unsqueeze(-1), broad, start).double())
-    log_q = torch.where(counted | chosen, population.log_q, math.inf)
-    population = population._replace(log_q=log_q)
-    moves = _moves(posterior)
-    beta, steps, sweeps = 0.0, 0, 0
-    log_evidence, variance, worst = 0.0, 0.0, -math.inf
-    rates: dict[str, list[float]] = {move.name: [] for move in moves}
-    while beta < 1:
-        step, log_weights = _step(population, beta)
-        mean = _log_mean(log_weights)
-        if not math.isfinite(mean):
-            raise ValueError("no draw has a positive prior density and likelihood.")
-        log_evidence += mean
-        variance += float((log_weights - mean).exp().var()) / num_samples
-        log_weights, pareto_k = pareto_smoothed(log_weights)
-        worst = max(worst, pareto_k)
-        beta, steps = beta + step, steps + 1
-        if 1 - beta < 1e-9 or steps == _MAX_STEPS:
-            beta = 1.0
-        index = systematic(log_weights.softmax(-1), num_samples, generator)
-        population = population.rows(index)
-        settled: Callable[[Population], bool] = _Drift(beta)
-        if beta == 1.0:
-            # Errors of good weights are random, and small before anything is moved.
-            share = _effective_share(log_weights) if pareto_k < _FINITE_VARIANCE else 0
-            memory = max(_MEMORY, math.sqrt(share))
-            settled = _Forgetting(prior.layout, population, memory)
-        for _ in range(_MOST_SWEEPS):
-            sweeps += 1
-            for move in moves:
-                population, rate = metropolis(
-                    population, move, beta, partial(evaluate, beta=beta), generator
-                )
-                rates[move.name].append(rate)
-            if settled(population):
-                break
-    diagnostics = {name: sum(r) / max(1, len(r)) for name, r in rates.items()}
-    return RefinedPosterior(
-        prior.layout,
-        population.theta.unsqueeze(0),
-        x,
-        log_evidence=log_evidence,
-        log_evidence_error=math.sqrt(variance),
-        pareto_k=worst,
-        diagnostics={"steps": float(steps), "sweeps": float(sweeps), **diagnostics},
-    )
+    def _log_target(self, theta: Tensor) -> Tensor:
+        log_p = self.prior.log_prob(theta).double()
+        inside = torch.isfinite(log_p)
+        if inside.any():
+            log_p[inside] += self.likelihood(theta[inside])
+        return log_p
 
 
 class _Drift:
@@ -224,7 +295,9 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
     most = 1 - beta
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
-    if _effective_share(pareto_smoothed(most * gain).log_weights) >= _ENOUGH_SHARE:
+    enough = max(_ENOUGH_SHARE, _FEWEST / len(gain))
+    share = _effective_share(pareto_smoothed(most * gain).log_weights)
+    if share >= min(enough, _EFFECTIVE_SHARE):
         return most, most * gain
     most = min(most, max(beta, _FIRST_STEP))
     low, high = 0.0, most

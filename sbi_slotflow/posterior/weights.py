@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["SmoothedWeights", "pareto_smoothed", "systematic"]
@@ -33,19 +34,36 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
     tail = math.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values))))
     if np.ptp(np.sort(values)[-tail:]) < 1e-4:
         return SmoothedWeights(log_weights, 0.0)
-    from arviz_stats.base.array import array_stats  # brings xarray
-
-    # The function takes log likelihoods of left-out data: weights are their inverse.
-    with np.errstate(all="ignore"):
-        result, shape = array_stats.psislw(-values)
-    if not np.isfinite(result).all():  # the fit fails on a tail with ties
-        tied = (values > values.max() - 1e-4).sum() > 1
-        return SmoothedWeights(log_weights, 0.0 if tied else math.inf)
+    result, shape = _fitted(values)
+    if not np.isfinite(result).all():
+        # Copies of one draw, or sets without components, have equal weights, and a tail
+        # of them has no fit. What tells of the tail are the different ones.
+        unique = np.unique(values)
+        if len(unique) >= _MIN_DRAWS:
+            shape = _fitted(unique)[1]
+        else:
+            alone = (values > values.max() - 1e-4).sum() == 1
+            shape = math.inf if alone else 0.0
+        return SmoothedWeights(log_weights, float(shape))
     # What it returns sums to one; keep our scale.
     shift = np.logaddexp.reduce(values) - np.logaddexp.reduce(result)
     smoothed = log_weights.clone()
     smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
     return SmoothedWeights(smoothed, float(shape))
+
+
+def _fitted(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Smoothed log weights and k-hat; NaN and infinite where the fit fails."""
+    from arviz_stats.base.array import array_stats  # brings xarray
+
+    failed = np.full(len(values), np.nan), math.inf
+    try:
+        # It takes log likelihoods of left-out data: weights are their inverse.
+        with np.errstate(all="ignore"):
+            result, shape = array_stats.psislw(-values)
+    except ValueError:  # all values of the tail are the same
+        return failed
+    return (result, float(shape)) if np.isfinite(result).all() else failed
 
 
 def systematic(

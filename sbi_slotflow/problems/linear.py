@@ -38,8 +38,13 @@ class LinearForm:
         ValueError: If a name is unknown, or no parameter or all are linear.
 
     Example:
-        >>> form = LinearForm(signal, prior.layout, ["height"])
-        >>> form.basis(form.nonlinear(components)).shape  # (..., M, T)
+        >>> from sbi_slotflow import problems
+        >>> problem = problems.spikes()
+        >>> signal = problem.simulator.component_signal
+        >>> form = LinearForm(signal, problem.layout, ["amplitude"])
+        >>> components = torch.tensor([[0.3, 0.01, 1.5], [0.6, 0.02, 0.7]])
+        >>> form.basis(form.nonlinear(components)).shape
+        torch.Size([2, 1, 512])
     """
 
     def __init__(

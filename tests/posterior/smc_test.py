@@ -243,9 +243,8 @@ def test_the_prior_becomes_the_exact_posterior(defensive, at_once, x, monkeypatc
     draws = tempered(PriorProposal(), x, 4_000, defensive=defensive)
     assert_exact(draws)
     assert draws.log_evidence_error < 0.06
-    assert draws.log_weights is None
-    assert draws.ess == pytest.approx(4_000)
-    assert draws.theta.shape == (1, 4_000, LAYOUT.size)
+    assert draws.ess > 3_900  # populations are weighed by their evidences
+    assert draws.theta.shape == (4, 1_000, LAYOUT.size)
     steps = draws.diagnostics["steps"]
     assert steps == 1 if at_once else steps >= 5
     for name in MOVES:
