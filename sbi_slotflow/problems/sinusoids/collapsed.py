@@ -1,12 +1,13 @@
 r"""Exact trans-dimensional posterior of sinusoids, by collapsed reversible-jump MCMC.
 
 Given frequencies and sigma the model is linear and Gaussian in (A cos phi, A sin phi).
-So moves propose frequencies only: random walks on scales from a thousandth to thrice
-the resolution, of one frequency or of two neighbours, independent redraws, births,
-deaths, splits and merges. All amplitudes are then drawn from their exact conditional
-under a working prior, and the move is accepted with the marginal likelihood times the
-amplitudes' true prior over the working one. sigma has a Gibbs step. No network and no
-sampling package is involved: this is what others are judged by.
+So moves propose frequencies only: random walks on scales from a third of the loudest
+line's Cramer-Rao bound to thrice the resolution, of one frequency or of two neighbours,
+independent redraws, births, deaths, splits and merges. All amplitudes are then drawn
+from their exact conditional under a working prior, and the move is accepted with the
+marginal likelihood times the amplitudes' true prior over the working one. sigma has a
+Gibbs step. No network and no sampling package is involved: this is what others are
+judged by.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...posterior.convergence import convergence_of
+from ...posterior.convergence import Convergence, convergence_of
 from ...posterior.draws import CollapsedDraws
 from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
@@ -38,6 +39,8 @@ _MOVES: dict[str, float] = {
     "refresh": 0.1,
 }
 _UNIFORM_SHARE = 0.3
+# Temperatures where chains do not converge without, and the ratio of two.
+_LEVELS, _COOLING = 8, 0.6
 # Twice the log likelihood by which a chain's start may fall short of the best fit.
 _WORST_START = 60.0
 
@@ -50,40 +53,63 @@ def collapsed(
     seed: int = 0,
     num_chains: int = 4,
     num_draws: int = 5_000,
+    num_levels: int | None = None,
     thin: int = 20,
     burn_in: int = 40_000,
 ) -> CollapsedDraws:
     """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
-    Chains start from pursuits of different size and have streams of their own.
+    Chains start from pursuits of different size and have streams of their own. Those
+    that do not converge by themselves are run again beside hotter ones, whose
+    likelihood is raised to a power: ``num_levels`` temperatures, 1 and then 8 if None.
     """
+    as_count(1 if num_levels is None else num_levels, "num_levels")
     as_count(num_chains, "num_chains")
     as_count(num_draws, "num_draws")
     as_count(thin, "thin")
     as_count(burn_in, "burn_in", 0)
     sampler = CollapsedSampler(prior, statistics, x)
     skipped = math.ceil(burn_in / thin)
+
+    def run(levels: int) -> tuple[Tensor, Convergence]:
+        theta, acceptance = _chains(
+            sampler, seed, num_chains, num_draws, skipped, thin, levels
+        )
+        rows = theta.flatten(0, 1)
+        values = statistics.log_likelihood_of(rows, prior.layout, WhiteNoise())
+        values = values.reshape(theta.shape[:-1])
+        return theta, convergence_of(prior, theta, values, acceptance)
+
+    theta, found = run(num_levels or 1)
+    if num_levels is None and not found.converged:
+        theta, found = run(_LEVELS)
+    found.warn(stacklevel=4)
+    return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+
+
+def _chains(
+    sampler: "CollapsedSampler",
+    seed: int,
+    num_chains: int,
+    num_draws: int,
+    skipped: int,
+    thin: int,
+    num_levels: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """Rows ``(chains, draws, E)``, and the acceptance of each kind of move."""
+    betas = _COOLING ** np.arange(num_levels, dtype=np.float64)
     chains, counts = [], []
     for chain in range(num_chains):
         # 0, -1, +1, 0, -1, ... components more than the best fit
         start = sampler.start(sampler.best_size + (0, -1, 1)[chain % 3])
         rng = np.random.default_rng([seed, chain])
-        rows, tried = sampler.run(start, skipped + num_draws, thin, rng)
+        rows, tried = sampler.run(start, skipped + num_draws, thin, rng, betas)
         chains.append(rows[skipped:])
         counts.append(tried)
     tried, accepted = np.sum(counts, axis=0).T
-    shares = accepted / np.maximum(tried, 1)
-    theta = torch.stack(chains)
-    found = convergence_of(
-        prior,
-        theta,
-        statistics.log_likelihood_of(
-            theta.flatten(0, 1), prior.layout, WhiteNoise()
-        ).reshape(theta.shape[:-1]),
-        dict(zip(_MOVES, shares.tolist(), strict=True)),
-    )
-    found.warn(stacklevel=4)
-    return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+    shares = (accepted / np.maximum(tried, 1)).tolist()
+    names = _MOVES if num_levels == 1 else [*_MOVES, "exchange"]
+    return torch.stack(chains), dict(zip(names, shares, strict=False))
 
 
 class CollapsedSampler:
@@ -194,9 +220,16 @@ class CollapsedSampler:
         return bool(((radius > low - slack) & (radius < high + slack)).all())
 
     def run(
-        self, start: Tensor, num_draws: int, thin: int, rng: np.random.Generator
+        self,
+        start: Tensor,
+        num_draws: int,
+        thin: int,
+        rng: np.random.Generator,
+        betas: Floats | None = None,
     ) -> tuple[Tensor, np.ndarray]:
         """Run one chain from a row of positive prior density, ``thin`` moves a draw.
+
+        ``betas`` are powers of the likelihood, the first of them 1; only that if None.
 
         Returns:
             Theta rows ``(num_draws, E)``, and for each move how often it was tried and
@@ -210,6 +243,7 @@ class CollapsedSampler:
             self._data,
             self._target,
             self._births,
+            np.ones(1) if betas is None else betas,
             components[:, 2].copy(),
             statistics.linear_amplitudes(components).ravel(),
             float(parts.shared[0]),
