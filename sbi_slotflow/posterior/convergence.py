@@ -9,7 +9,6 @@ they are worth. A chain that is stuck has no variance within, and so an infinite
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..sets.checks import warn_user
 from ..sets.prior import VariableKPrior
 
 __all__ = ["Convergence", "NotConverged", "PilesUp", "convergence_of"]
@@ -89,7 +89,7 @@ class Convergence:
             for name, value in values.items()
         }
 
-    def warn(self, stacklevel: int = 2) -> None:
+    def warn(self) -> None:
         """Warn of what is wrong, by its number.
 
         Warns:
@@ -99,22 +99,20 @@ class Convergence:
         if not self.converged:
             worst = max(self.rhat, key=lambda name: _size(self.rhat[name]))
             least = min(self.ess, key=lambda name: self.ess[name])
-            warnings.warn(
+            warn_user(
                 f"chains have not converged: R-hat of {worst} is "
                 f"{self.rhat[worst]:.3g} (at most {LARGEST_RHAT}), {least} has "
                 f"{self.ess[least]:.0f} effective draws (at least {FEWEST_EFFECTIVE}). "
                 "Run longer chains (num_draws, thin, burn_in), or more.",
                 NotConverged,
-                stacklevel=stacklevel + 1,
             )
         piled = {n: s for n, s in self.at_bounds.items() if s > _MOST_OUTER}
         if piled:
             each = ", ".join(f"{name} ({share:.0%})" for name, share in piled.items())
-            warnings.warn(
+            warn_user(
                 f"draws pile up on bounds of the prior: {each}. The data may lie "
                 "outside of what the prior allows.",
                 PilesUp,
-                stacklevel=stacklevel + 1,
             )
 
 

@@ -11,12 +11,13 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from ..sets.checks import Numbers, as_count, warn_user
+from ..sets.prior import VariableKPrior
 from .base import Posterior
 from .draws import (
     FEWEST_EFFECTIVE,
@@ -25,6 +26,7 @@ from .draws import (
     UnreliableWeights,
 )
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
+from .other_prior import ReweightedPosterior, check_covered, reweighted
 from .smc import temper
 from .weights import pareto_smoothed
 
@@ -41,6 +43,7 @@ def refine(
     *,
     method: Method = "importance",
     defensive: float = 0.1,
+    prior: VariableKPrior | None = None,
     generator: torch.Generator | None = None,
 ) -> RefinedPosterior | list[RefinedPosterior]:
     """Turn an approximate posterior into the exact one.
@@ -57,6 +60,8 @@ def refine(
         defensive: Share of draws that look beyond the posterior, with one more
             component from the prior. A missing component shows in the weights if one of
             them comes near it: more samples see narrower ones.
+        prior: Another prior over the same layout, within the support of the
+            posterior's own, to refine under; the posterior's own if None.
         generator: Source of randomness; torch's global generator if None.
 
     Returns:
@@ -64,7 +69,8 @@ def refine(
 
     Raises:
         ValueError: If an argument is out of range, the likelihood returns NaN or the
-            wrong shape, or no draw has a positive weight.
+            wrong shape, no draw has a positive weight, or the prior allows sets that
+            the posterior's own excludes.
 
     Warns:
         UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are effective.
@@ -78,8 +84,10 @@ def refine(
         raise NotImplementedError(
             f"{type(posterior).__name__} has no density, and cannot be refined."
         )
+    if prior is not None:
+        check_covered(prior, posterior.prior)
     batch = posterior.observations(x)
-    settings = num_samples, defensive, generator
+    settings = num_samples, defensive, prior or posterior.prior, generator
     if method == "importance":
         results = _weigh(posterior, log_likelihood, batch, *settings)
     else:
@@ -103,6 +111,54 @@ class Refinable(Posterior):
         """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`."""
         return refine(self, log_likelihood, x, num_samples, **options)
 
+    @overload
+    def with_prior(self, prior: VariableKPrior) -> ReweightedPosterior: ...
+
+    @overload
+    def with_prior(
+        self, prior: VariableKPrior, x: Numbers, num_samples: int = 10_000
+    ) -> RefinedPosterior: ...
+
+    def with_prior(
+        self,
+        prior: VariableKPrior,
+        x: Numbers | None = None,
+        num_samples: int = 10_000,
+    ) -> ReweightedPosterior | RefinedPosterior:
+        r"""Return the posterior under another prior, without training.
+
+        .. math:: q_{new}(\theta | x) \propto q(\theta | x)\,
+            p_{new}(\theta) / p_{train}(\theta)
+
+        Args:
+            prior: Prior over the same layout, within the support of this posterior's:
+                other amplitudes, separations or cardinalities.
+            x: One observation, to get its weighted draws with ``ess`` and
+                ``pareto_k``; a posterior for any observation if None.
+            num_samples: Number of draws that are weighed, if x is given.
+
+        Raises:
+            TypeError, ValueError: If the prior is of another kind or layout, or not
+                covered by this posterior's.
+
+        Warns:
+            UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are
+                effective.
+
+        Example:
+            >>> from sbi_slotflow import problems
+            >>> problem = problems.linear_gaussian()
+            >>> posterior = problem.exact_posterior()
+            >>> fewer = problem.prior.with_cardinality([8, 4, 2, 1])
+            >>> posterior.with_prior(fewer).cardinality(torch.zeros(2, 6)).batch_shape
+            torch.Size([2])
+        """
+        if x is None:
+            return ReweightedPosterior(self, prior)
+        num_samples = as_count(num_samples, "num_samples")
+        batch = self._one(x, "with_prior", "; leave x out")
+        return reweighted(self, prior, batch[0], num_samples)
+
 
 def _weigh(
     posterior: Posterior,
@@ -110,9 +166,10 @@ def _weigh(
     x: Tensor,
     num_samples: int,
     defensive: float,
+    prior: VariableKPrior,
     generator: torch.Generator | None,
 ) -> list[RefinedPosterior]:
-    prior, likelihood = posterior.prior, likelihood_of(log_likelihood, x)
+    likelihood = likelihood_of(log_likelihood, x)
 
     def log_target(theta: Tensor) -> Tensor:
         return prior.log_prob(theta).double() + likelihood(theta)

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..nn.charts import WhiteningChart
 from ..seeding import forked_rng
 from ..sets.layout import ThetaLayout
+from ..sets.prior import VariableKPrior
 from .base import Posterior
 from .component_proposals import PooledComponents
 from .convergence import convergence_of
@@ -73,10 +74,11 @@ def temper(
     x: Tensor,
     num_samples: int,
     defensive: float,
+    prior: VariableKPrior,
     generator: torch.Generator | None,
 ) -> RefinedPosterior:
     """Run SMC for one observation ``(*event)``; see :func:`refine`."""
-    bridge = _Bridge(posterior, log_likelihood, x, defensive, generator)
+    bridge = _Bridge(posterior, log_likelihood, x, defensive, prior, generator)
     size = math.ceil(num_samples / _POPULATIONS)
     runs = [bridge.run(size) for _ in range(_POPULATIONS)]
     log_z = torch.tensor([run.log_evidence for run in runs], dtype=torch.float64)
@@ -93,7 +95,7 @@ def temper(
         for name in runs[0].rates
     }
     return RefinedPosterior(
-        posterior.prior.layout,
+        prior.layout,
         theta,
         x,
         log_z.unsqueeze(-1).expand(-1, size),
@@ -107,7 +109,7 @@ def temper(
             "spread_log_evidence": float(log_z.std()),
             **rates,
         },
-        convergence=convergence_of(posterior.prior, theta, log_p, independent=True),
+        convergence=convergence_of(prior, theta, log_p, independent=True),
     )
 
 
@@ -133,9 +135,10 @@ class _Bridge:
         log_likelihood: LogLikelihood,
         x: Tensor,
         defensive: float,
+        prior: VariableKPrior,
         generator: torch.Generator | None,
     ) -> None:
-        self.prior, self.generator = posterior.prior, generator
+        self.prior, self.generator = prior, generator
         self.likelihood = likelihood_of(log_likelihood, x)
         self.proposal = WithExtraComponent(
             posterior.given(x.unsqueeze(0)),
@@ -143,7 +146,7 @@ class _Bridge:
             defensive,
             lambda theta: self._log_target(theta[:, 0]).unsqueeze(1),
         )
-        self.moves = _moves(posterior)
+        self.moves = _moves(posterior, prior)
         self.dtype = torch.get_default_dtype()
 
     def run(self, num: int) -> _Run:
@@ -268,8 +271,8 @@ class _Forgetting:
         return numbers - numbers.mean(-1, keepdim=True)
 
 
-def _moves(posterior: Posterior) -> list[Move]:
-    prior, chart = posterior.prior, posterior.chart
+def _moves(posterior: Posterior, prior: VariableKPrior) -> list[Move]:
+    chart = posterior.chart
     shared = WhiteningChart(prior.shared_marginals) if prior.shared_marginals else None
     differences = [
         DifferenceMove(prior.layout, chart, shared, moving)

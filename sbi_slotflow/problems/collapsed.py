@@ -100,7 +100,7 @@ def collapsed(
     shares = {n: a / max(t, 1) for n, (t, a) in chains.counts.items()}
     values = target.log_likelihood(theta)
     found = convergence_of(prior, theta, values, shares)
-    found.warn(stacklevel=5)
+    found.warn()
     return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
 
 

@@ -83,7 +83,7 @@ def collapsed(
     theta, found = run(num_levels or 1)
     if num_levels is None and not found.converged:
         theta, found = run(_LEVELS)
-    found.warn(stacklevel=4)
+    found.warn()
     return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
 
 
