@@ -76,6 +76,7 @@ MAKERS = {
     "weighted": weighted,
     "chains": lambda: CollapsedDraws(**drawn()),
     "refined": refined,
+    "reweighted": lambda: EXACT.with_prior(LINEAR.prior.with_cardinality([1, 2, 3, 4])),
     "narrowed": lambda: faults.narrowed(EXACT),
     "shifted": lambda: faults.shifted(EXACT),
     "oversharp": lambda: faults.oversharp(EXACT),
@@ -113,7 +114,7 @@ def _case(request) -> Case:
     return case_of(request.param)
 
 
-DENSE = ["exact", "network", "separated", "laplace"]
+DENSE = ["exact", "network", "separated", "laplace", "reweighted"]
 
 
 @pytest.fixture(name="dense", params=DENSE)
