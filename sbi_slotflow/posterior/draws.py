@@ -18,7 +18,7 @@ from .base import PosteriorOfOne
 from .convergence import Convergence
 from .weights import systematic
 
-__all__ = ["CollapsedDraws", "PosteriorDraws", "RefinedPosterior", "UnreliableWeights"]
+__all__ = ["ChainDraws", "PosteriorDraws", "RefinedPosterior", "UnreliableWeights"]
 
 
 # k-hat above which estimates from the weights are not to be trusted (Vehtari et al.
@@ -177,8 +177,8 @@ class RefinedPosterior(PosteriorDraws):
 
 
 @dataclass(frozen=True)
-class CollapsedDraws(PosteriorDraws):
-    """Draws of the collapsed sampler, in chains.
+class ChainDraws(PosteriorDraws):
+    """Draws of a Markov chain Monte Carlo sampler, in chains.
 
     Attributes:
         diagnostics: Whether the chains have converged.

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..posterior.convergence import convergence_of
-from ..posterior.draws import CollapsedDraws
+from ..posterior.draws import ChainDraws
 from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .linear import LinearForm
@@ -75,7 +75,7 @@ def collapsed(
     num_draws: int = 500,
     thin: int = 10,
     burn_in: int = 2_000,
-) -> CollapsedDraws:
+) -> ChainDraws:
     """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
     Chains start from fits of the best size, one less and one more, and from as few
@@ -101,7 +101,7 @@ def collapsed(
     values = target.log_likelihood(theta)
     found = convergence_of(prior, theta, values, shares)
     found.warn()
-    return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+    return ChainDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
 
 
 def _no_counts() -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ What builds on Eryn, an optional dependency, is imported when it is asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..posterior.draws import CollapsedDraws
+from ..posterior.draws import ChainDraws
 from .exact import collapsed, fixed_k, laplace_proposal
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .eryn_moves import SlotFlowMove
 
 __all__ = [
-    "CollapsedDraws",
+    "ChainDraws",
     "ErynSampler",
     "SlotFlowMove",
     "collapsed",

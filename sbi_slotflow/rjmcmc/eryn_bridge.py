@@ -20,6 +20,8 @@ parameters that is K = 0, so the prior is scaled to be one there.
 
 What to know of Eryn 1.2.6:
 
+- A file (``backend``) asks a prior of all branches together for the parameters of each,
+  and gives names back that it then finds different.
 - Swaps permute the walkers of a temperature, so walker i of the cold chain is no
   trajectory. R-hat and autocorrelation by walker mean nothing with more than one
   temperature; compare whole runs of different seeds.
@@ -38,10 +40,12 @@ What to know of Eryn 1.2.6:
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +54,8 @@ from torch import Tensor
 
 from ..nn.charts import WhiteningChart
 from ..posterior.component_proposals import PriorComponents
-from ..posterior.draws import PosteriorDraws
+from ..posterior.convergence import convergence_of
+from ..posterior.draws import ChainDraws
 from ..posterior.importance import likelihood_of
 from ..problems.base import Problem
 from ..seeding import forked_rng, generator_for
@@ -68,6 +73,7 @@ from .eryn_moves import (
 )
 
 # After .eryn_moves, which makes sure that Eryn can be imported.
+from eryn.backends import HDFBackend  # isort: skip
 from eryn.ensemble import EnsembleSampler  # isort: skip
 from eryn.moves import ReversibleJumpMove  # isort: skip
 from eryn.state import State  # isort: skip
@@ -93,15 +99,19 @@ class ErynSampler:
     ) -> None:
         self.problem, self.x, self.sampler = problem, x, sampler
         self._leaves = _Leaves(problem.layout)
-        coords, inds = self._leaves.from_rows(start)
-        self._state: Any = State(coords, inds=inds)
-        sampler.random_state = _numpy_state(seed, 0)
-        self._global_state = _numpy_state(seed, 1)
+        done = sampler.iteration
+        if done:
+            self._state: Any = sampler.get_last_sample()
+        else:
+            coords, inds = self._leaves.from_rows(start)
+            self._state = State(coords, inds=inds)
+        sampler.random_state = _numpy_state(seed, 0, done)
+        self._global_state = _numpy_state(seed, 1, done)
 
     def run(
         self, num_steps: int, burn_in: int = 0, thin: int = 1, progress: bool = False
-    ) -> PosteriorDraws:
-        """Advance the walkers from where they are.
+    ) -> ChainDraws:
+        """Advance the walkers from where they are; a second call goes on.
 
         Temperatures adapt during burn-in only. The kept steps of all temperatures stay
         in ``sampler``, for its ``get_chain`` and acceptance fractions.
@@ -113,16 +123,23 @@ class ErynSampler:
             progress: Whether to show progress bars.
 
         Returns:
-            The cold walkers, theta of shape ``(walkers, num_steps // thin, E)``.
+            The cold walkers, theta of shape ``(walkers, num_steps // thin, E)``, and
+            their diagnostics, which compare the first half of the steps with the second
+            (walkers of several temperatures mix by exchanges, so that one that is stuck
+            shows less than in chains of their own).
 
         Raises:
             TypeError: If a number is no integer.
             ValueError: If a number is too small.
+
+        Warns:
+            NotConverged: If the walkers still drift or hold too few effective draws.
+            PilesUp: If most draws lie on a bound of the prior.
         """
         burn_in, thin = as_count(burn_in, "burn_in", 0), as_count(thin, "thin")
         if as_count(num_steps, "num_steps") < thin:
             raise ValueError(f"num_steps must be at least thin, got {num_steps}.")
-        rows = []
+        rows, values = [], []
         with self._global_generator(), warnings.catch_warnings():
             # with few walkers it happens that none has a partner to stretch towards
             warnings.filterwarnings("ignore", "All points input for the Likelihood")
@@ -131,8 +148,19 @@ class ErynSampler:
             kept = num_steps // thin
             for _ in self._steps(kept, adaptive=False, thin_by=thin, bar=progress):
                 rows.append(self._cold_rows())
+                values.append(torch.from_numpy(self._state.log_like[0].copy()))
         theta = torch.stack(rows, dim=1)
-        return PosteriorDraws(self.problem.layout, theta, self.x)
+        shares = {"in model": self.sampler.acceptance_fraction[0]}
+        if self.sampler.has_reversible_jump:
+            shares["between models"] = self.sampler.rj_acceptance_fraction[0]
+        found = convergence_of(
+            self.problem.prior,
+            theta,
+            torch.stack(values, 1),
+            {name: float(np.mean(each)) for name, each in shares.items()},
+        )
+        found.warn()
+        return ChainDraws(self.problem.layout, theta, self.x, diagnostics=found)
 
     def _steps(
         self, iterations: int, *, adaptive: bool, bar: bool, **options: Any
@@ -181,6 +209,7 @@ def eryn_sampler(
     num_temperatures: int = 10,
     moves: Sequence[Any] | None = None,
     seed: int = 0,
+    backend: str | PathLike[str] | Any = None,
     **options: Any,
 ) -> ErynSampler:
     """Set up Eryn for one observation of a problem.
@@ -199,6 +228,9 @@ def eryn_sampler(
             and deaths from the prior, others :class:`ComponentStretchMove`; of a kind
             that is not given the default stays.
         seed: Seed of all randomness.
+        backend: File (HDF5) that keeps all steps, or a backend of Eryn's. Where it has
+            some already, walkers go on from the last of them and ``start`` does not
+            count; a run that was never interrupted draws other random numbers.
         options: Further options of Eryn's ``EnsembleSampler``, for example
             ``num_repeats_in_model``.
 
@@ -239,7 +271,9 @@ def eryn_sampler(
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)
     ladder = np.geomspace(1, 1 / _MAX_TEMPERATURE, num_temperatures)
-    sampler = EnsembleSampler(
+    if isinstance(backend, str | PathLike):
+        backend = _File(os.fspath(backend))
+    sampler = _Ensemble(
         num_walkers,
         {name: len(parameters) for name, parameters in branches.items()},
         _joint_log_likelihood(problem, data),
@@ -255,6 +289,7 @@ def eryn_sampler(
         moves=others or [(ComponentStretchMove(layout.order_by), 1.0)],
         rj_moves=jumps or [(births, 1.0)],
         periodic=periodic,
+        backend=backend,
         # K = 0 without shared parameters: a walker without leaves
         fill_zero_leaves_val=(
             -1e300
@@ -268,9 +303,36 @@ def eryn_sampler(
     )
 
 
-def _numpy_state(seed: int, stream: int) -> Any:
-    words = np.random.SeedSequence((seed, stream)).generate_state(8)
-    return np.random.RandomState(words).get_state()
+class _Ensemble(EnsembleSampler):
+    """Eryn's, whose one prior of all branches does not name their parameters."""
+
+    def reset(self, **options: Any) -> None:
+        """Tell a new backend the parameters of each branch."""
+        super().reset(**{**options, "key_order": self.key_order})
+
+    @property
+    def key_order(self) -> dict[str, list[str]]:
+        """Names of the parameters of each branch."""
+        prior: Any = self._priors["all_models_together"]
+        return prior.by_branch
+
+    @key_order.setter
+    def key_order(self, value: Any) -> None:
+        """Leave it to the prior."""
+
+
+class _File(HDFBackend):
+    """Eryn's file, which gives the names back as they were written."""
+
+    @property
+    def key_order(self) -> dict[str, list[str]]:
+        """Names of the parameters of each branch."""
+        return {branch: list(names) for branch, names in super().key_order.items()}
+
+
+def _numpy_state(*words: int) -> Any:
+    mixed = np.random.SeedSequence(words).generate_state(8)
+    return np.random.RandomState(mixed).get_state()
 
 
 def _start_rows(
@@ -372,7 +434,8 @@ class _JointPrior:
 
     def __init__(self, prior: VariableKPrior) -> None:
         self.prior, self.leaves = prior, _Leaves(prior.layout)
-        self.key_order = [name for b in self.leaves.branches.values() for name in b]
+        self.by_branch = {n: list(each) for n, each in self.leaves.branches.items()}
+        self.key_order = [name for each in self.by_branch.values() for name in each]
         empty = prior.log_cardinality_probs[0].item()
         scaled = prior.layout.num_shared == 0 and np.isfinite(empty)
         self._offset = empty if scaled else 0.0

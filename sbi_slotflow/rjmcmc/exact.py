@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ..posterior import refine
-from ..posterior.draws import CollapsedDraws, RefinedPosterior
+from ..posterior.draws import ChainDraws, RefinedPosterior
 from ..problems.base import Problem
 
 __all__ = ["collapsed", "fixed_k", "laplace_proposal"]
 
 
-def collapsed(problem: Problem, x: Tensor, **options: Any) -> CollapsedDraws:
+def collapsed(problem: Problem, x: Tensor, **options: Any) -> ChainDraws:
     """Draw from the exact posterior p(K, Theta, shared | x).
 
     Args:

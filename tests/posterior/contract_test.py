@@ -21,7 +21,7 @@ from torch import Tensor
 from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.calibration import faults
 from sbi_slotflow.posterior.base import Posterior, PosteriorOfOne
-from sbi_slotflow.posterior.draws import CollapsedDraws, PosteriorDraws
+from sbi_slotflow.posterior.draws import ChainDraws, PosteriorDraws
 from sbi_slotflow.posterior.refine import refine
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import generator_for
@@ -74,7 +74,7 @@ MAKERS = {
     "laplace": lambda: TINY.laplace_proposal(observations(TINY)[0]),
     "draws": lambda: PosteriorDraws(**drawn()),
     "weighted": weighted,
-    "chains": lambda: CollapsedDraws(**drawn()),
+    "chains": lambda: ChainDraws(**drawn()),
     "refined": refined,
     "reweighted": lambda: EXACT.with_prior(LINEAR.prior.with_cardinality([1, 2, 3, 4])),
     "narrowed": lambda: faults.narrowed(EXACT),

@@ -19,6 +19,7 @@ from trained import linear_gaussian_posterior
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.posterior.component_proposals import PriorComponents
+from sbi_slotflow.posterior.convergence import NotConverged
 from sbi_slotflow.problems.base import Problem
 from sbi_slotflow.problems.linear_gaussian import LinearGaussian
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
@@ -345,3 +346,36 @@ def test_a_missing_eryn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "eryn", None)
     with pytest.raises(ImportError, match=r"pip install sbi-slotflow\[rjmcmc\]"):
         require_eryn()
+
+
+# convergence, files
+
+
+def test_walkers_that_still_drift_are_told():
+    x = observation(tiny)
+    sampler = eryn_sampler(tiny, x, num_walkers=6, num_temperatures=2)
+    with pytest.warns(NotConverged, match="R-hat of"):
+        draws = sampler.run(20)
+    assert not draws.converged
+    assert set(draws.acceptance) == {"in model", "between models"}
+    assert all(0 <= share <= 1 for share in draws.acceptance.values())
+
+
+@pytest.mark.filterwarnings("ignore::sbi_slotflow.posterior.convergence.NotConverged")
+@pytest.mark.parametrize("problem", [tiny, gaussian], ids=["shared", "none shared"])
+def test_a_file_keeps_the_steps_and_a_run_goes_on_from_it(problem, tmp_path):
+    x, path = observation(problem), tmp_path / "chain.h5"
+    options: dict[str, Any] = {"num_walkers": 6, "num_temperatures": 2}
+    alone = eryn_sampler(problem, x, seed=1, **options).run(10)
+    first = eryn_sampler(problem, x, seed=1, backend=path, **options)
+    draws = first.run(10)
+    assert torch.equal(draws.theta, alone.theta)
+    again = eryn_sampler(problem, x, seed=1, backend=path, **options)
+    assert torch.equal(again._cold_rows(), draws.theta[:, -1])
+    after = again.run(5)
+    assert after.theta.shape == (6, 5, problem.layout.size)
+    # not the numbers of the first steps once more
+    assert not torch.equal(after.theta, draws.theta[:, :5])
+    kept = eryn_sampler(problem, x, backend=str(path), **options).sampler
+    assert kept.iteration == 15
+    assert kept.get_chain()["components"].shape[:3] == (15, 2, 6)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...posterior.convergence import Convergence, convergence_of
-from ...posterior.draws import CollapsedDraws
+from ...posterior.draws import ChainDraws
 from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
@@ -56,7 +56,7 @@ def collapsed(
     num_levels: int | None = None,
     thin: int = 20,
     burn_in: int = 40_000,
-) -> CollapsedDraws:
+) -> ChainDraws:
     """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
     Chains start from pursuits of different size and have streams of their own. Those
@@ -84,7 +84,7 @@ def collapsed(
     if num_levels is None and not found.converged:
         theta, found = run(_LEVELS)
     found.warn()
-    return CollapsedDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+    return ChainDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
 
 
 def _chains(
