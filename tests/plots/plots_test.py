@@ -99,6 +99,8 @@ def test_spectrum_marks_draws_and_truth(k: int) -> None:
     truth, x, samples = make_posterior(k)
     figure = plots.plot_spectrum(TINY, samples, x, truth)
     upper, lower = figure.axes
+    # The spectrum itself has most of the room.
+    assert lower.get_position().height > 1.5 * upper.get_position().height
     assert len(upper.lines) == k
     assert len(draws_of(lower)) == k
     assert len([line for line in lower.lines if line.get_linestyle() == "--"]) == k
