@@ -14,7 +14,13 @@ from sbi_slotflow import (
     problems,
     rjmcmc,
 )
-from sbi_slotflow.pretrained import RECIPES, available_weights, pretrain
+from sbi_slotflow.calibration import TrainingReference
+from sbi_slotflow.pretrained import (
+    RECIPES,
+    available_weights,
+    pretrain,
+    training_reference,
+)
 from sbi_slotflow.seeding import generator_for
 
 PRESETS = ("tiny", "paper", "crowded")
@@ -52,6 +58,18 @@ def test_a_card_says_how_they_were_made_and_what_was_measured(preset) -> None:
     assert trained == sum(s.num_simulations for s in RECIPES[name].stages)
     assert 0.3 < card["measured"]["K accuracy"]["accuracy"] <= 1.0
     json.dumps(card, allow_nan=False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_shipped_reference_is_that_of_the_recipe(preset) -> None:
+    name = f"sinusoids-{preset}"
+    shipped = load_pretrained(name).training_reference
+    assert isinstance(shipped, TrainingReference)
+    _, _, x = signals(preset, 20)
+    # Other versions of torch round elsewhere; another sample differs by about 0.1.
+    torch.testing.assert_close(
+        training_reference(name).p_values(x), shipped.p_values(x), rtol=0, atol=2e-3
+    )
 
 
 def test_the_most_probable_k_is_right_on_papers_signals() -> None:

@@ -7,6 +7,7 @@ are exact, so the false-alarm rate of a test is the rate that it passes to the c
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,23 @@ def test_matched_components_are_those_of_the_rows():
         torch.testing.assert_close(found.sort(-2).values, given.sort(-2).values)
 
 
+def test_components_go_to_the_nearest_guides():
+    draws = drawn("exact", 300)
+    matched = MatchedComponents(draws)
+    points, scale = matched._points
+    for k in (2, 3):
+        here = draws.cardinality == k
+        goal = points[here, :k]
+        for found in matched.components:
+            given = found[..., here, :k, :]
+            distances = [
+                ((given[..., order, :] - goal) / scale[here]).square().sum((-2, -1))
+                for order in permutations(range(k))
+            ]
+            nearest = torch.stack(distances).amin(0)
+            torch.testing.assert_close(distances[0], nearest)
+
+
 def test_circular_means_know_the_seam():
     turns = torch.tensor([[6.2, 3.0], [0.1, 5.0]], dtype=torch.float64)
     found = circular_mean(turns, torch.tensor([2 * math.pi, math.inf]).double())
@@ -311,6 +329,18 @@ def test_figures_have_a_panel_for_each_quantity():
         panels = [axes for axes in figure.axes if axes.get_visible()]
         expected = len(check.p_values) if name in ("sets", "components", "tarp") else 2
         assert len(panels) == expected, name
+
+
+def test_the_lowest_residuals_panels_name_their_axes():
+    figure = CHECKS["residuals"](drawn("exact", 300), 0.01).plot()
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        "frequency (cycles per sample)",
+        "lag (samples)",
+    ]
+    theta, x = truths(20)
+    figure = calibration.residuals(theta, x, tiny).plot()
+    shown = [bool(axes.get_xlabel()) for axes in figure.axes]
+    assert shown == [False, False, True, True]
 
 
 def test_verdict_names_what_failed():

@@ -124,6 +124,7 @@ def test_one_signal_becomes_an_arviz_tree_with_catalogue_and_figures(
     np.testing.assert_allclose(
         rows["frequency"], tree["catalogue"]["frequency"], rtol=1e-12
     )
+    assert set(rows.columns) == set(tree["catalogue"].data_vars)  # no row numbers
     names = {"cardinality", "reconstruction", "spectrum", "corner"}
     files = {f"r.{name}.png" for name in names} | {"x.npy", "r.nc", "t.csv"}
     assert {path.name for path in tmp_path.iterdir()} == files

@@ -410,6 +410,14 @@ CHANGES: dict[str, Any] = {
 }
 
 
+def test_512_sets_of_cells_are_weighed_unless_told_otherwise(tiny) -> None:
+    for given, expected in ((None, 512), (0, 0), (7, 7)):
+        builder = slot_nn(tiny, weighed_sets=given, **SMALL)
+        found = build(tiny, builder).component_head
+        assert isinstance(found, AutoregressiveHead)
+        assert found.weighed_sets == expected
+
+
 def answers(builder: slot_nn) -> list[Tensor]:
     """Numbers of a network with given random weights: parameters, losses, draws."""
     problem = builder.problem

@@ -12,6 +12,7 @@ from sbi_slotflow import slot_nn
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 from sbi_slotflow.nn.cell_chain import PrunedChain
 from sbi_slotflow.nn.cell_sets import CellSets
+from sbi_slotflow.nn.cells import OccupiedCells
 from sbi_slotflow.nn.encoders import Encoding
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.modes import ModeFinder
@@ -68,7 +69,7 @@ def all_sets(head: AutoregressiveHead, k: int) -> Tensor:
     return torch.nn.functional.pad(sets, (0, SIZE - k))
 
 
-@pytest.mark.parametrize("num_sets", [4, 40, 10_000])
+@pytest.mark.parametrize("num_sets", [1, 4, 40, 10_000])
 @pytest.mark.parametrize("k", [1, 2])
 def test_probabilities_of_all_sets_add_up_to_one(estimator, k: int, num_sets: int):
     head, _, anchors = weighed(estimator, observation(0.5), num_sets)
@@ -179,3 +180,25 @@ def test_more_sets_are_fitted_where_the_chain_knows_something(
     anchors.sample(torch.zeros(1).long(), mask, seeded(2))
     assert fitted[0] == num_sets // 4
     assert (sum(fitted) > num_sets) == knows
+
+
+def test_modes_of_weighed_sets_are_fitted_once(
+    estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, anchors = weighed(estimator, observation(0.5), 40)
+    owner = torch.zeros(20).long()
+    mask = tiny.layout.mask(torch.full((20,), 2))
+    none = OccupiedCells.among(anchors.edges, owner[:0], owner[:0, None], mask[:0, :1])
+    assert not len(anchors.modes(none).level)
+    table = anchors._weighed(owner[:1], mask[:1])[0]
+    best = table.log_weight[0].topk(20).indices
+    sets = OccupiedCells.among(anchors.edges, owner, table.cells[0, best], mask)
+    expected = anchors.find_modes(anchors.data, sets)
+
+    def refit(*_):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(ModeFinder, "__call__", refit)
+    found = anchors.modes(sets)
+    torch.testing.assert_close(found.height, expected.height)
+    torch.testing.assert_close(found.mode, expected.mode)

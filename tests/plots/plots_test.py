@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import StepPatch
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
@@ -98,6 +99,8 @@ def test_spectrum_marks_draws_and_truth(k: int) -> None:
     truth, x, samples = make_posterior(k)
     figure = plots.plot_spectrum(TINY, samples, x, truth)
     upper, lower = figure.axes
+    # The spectrum itself has most of the room.
+    assert lower.get_position().height > 1.5 * upper.get_position().height
     assert len(upper.lines) == k
     assert len(draws_of(lower)) == k
     assert len([line for line in lower.lines if line.get_linestyle() == "--"]) == k
@@ -320,6 +323,21 @@ def test_corner_draws_a_reference_over_the_samples() -> None:
         assert len(axes.collections) == len(bare.collections) + 1
     with pytest.raises(ValueError, match="no row of the reference has cardinality 2"):
         plots.plot_corner(samples, LAYOUT, 2, reference=make_posterior(1)[2])
+
+
+def test_histograms_of_samples_and_reference_have_one_area() -> None:
+    samples = make_posterior(2)[2]
+    other = make_posterior(2, num=5_000)[2]
+    figure = plots.plot_corner(samples, LAYOUT, 2, reference=other, names=["sigma"])
+    (axes,) = figure.axes
+    areas = []
+    for patch in axes.patches:
+        assert isinstance(patch, StepPatch)
+        heights, edges, _ = patch.get_data()
+        areas.append(float(heights @ np.diff(edges)))
+    assert len(areas) == 2
+    # The outermost draws may be cut.
+    assert areas[1] == pytest.approx(areas[0], rel=0.02)
 
 
 def test_sources_have_a_corner_each() -> None:

@@ -24,6 +24,7 @@ from sbi_slotflow.posterior.moves import (
     metropolis,
 )
 from sbi_slotflow.posterior.refine import RefinedPosterior, UnreliableWeights, refine
+from sbi_slotflow.posterior.smc import _LAST_SWEEPS, _Forgetting
 from sbi_slotflow.rjmcmc import laplace_proposal
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.prior import VariableKPrior
@@ -375,3 +376,17 @@ def test_differences_keep_the_noise_level_where_it_was(moving):
     moved = (population.theta != draws).any(0)
     assert moved[1] == (moving != "component")
     assert moved[2] == (moving != "shared")
+
+
+def test_particles_that_stay_have_forgotten_nothing() -> None:
+    # Of variances far from one, 0.09: the memory is relative to them.
+    k = (torch.arange(1_000) < 100).long()
+    size = 1_000, LAYOUT.max_cardinality, LAYOUT.num_component_params
+    shared = torch.zeros(1_000, LAYOUT.num_shared)
+    theta = LAYOUT.pack(k, torch.zeros(size), shared)
+    log_p = 0.3 * torch.randn(1_000, generator=generator_for(1)).double()
+    start = Population(theta, log_p, log_p)
+    mixed = start.rows(torch.randperm(1_000, generator=generator_for(2)))
+    kept, lost = (_Forgetting(LAYOUT, start, memory=0.5) for _ in range(2))
+    assert not any(kept(start) for _ in range(50))
+    assert [lost(mixed) for _ in range(_LAST_SWEEPS)].index(True) == _LAST_SWEEPS - 1

@@ -518,6 +518,20 @@ def test_a_natural_coordinate_covers_most_of_the_prior(prior: VariableKPrior) ->
         assert within.double().mean() > 0.995
 
 
+def test_a_natural_coordinate_covers_four_deviations_from_a_single_bound() -> None:
+    # 68 % of an exponential variable lie below 1.15 of its means
+    width = 4 * -math.log(2 * stats.norm.sf(1))
+    (above,) = marginals_of(Exponential(*one(0.5)))
+    middle, half, _ = above.natural_scale
+    assert middle == pytest.approx(width, rel=1e-5)  # from 0 to 4 x 1.15 x 2
+    assert half == pytest.approx(width, rel=1e-5)
+    mirrored = moved(Exponential(*one(1)), AffineTransform(2.0, -3.0))
+    (below,) = marginals_of(mirrored)
+    middle, half, _ = below.natural_scale
+    assert middle == pytest.approx(2 - 1.5 * width, rel=1e-5)
+    assert half == pytest.approx(1.5 * width, rel=1e-5)
+
+
 class Truncated(Distribution):
     """A normal variable between -1 and 2, with cdf and icdf of its own."""
 

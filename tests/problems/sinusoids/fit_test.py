@@ -55,6 +55,18 @@ def test_projections_are_the_sums_over_the_samples(case: Case) -> None:
     assert_close(case.statistics.projections(frequency), expected.reshape(-1, 2))
 
 
+def test_moments_are_the_sums_over_the_samples(case: Case) -> None:
+    frequency = np.concatenate([case.frequencies(50), np.array(case.band)])
+    wave = np.exp(-2j * math.pi * frequency[:, None] * case.centred)
+    data = case.x.double().numpy()
+    zeroth, first = case.statistics.moments(frequency)
+    # the slope of a cubic interpolation has one order less
+    for found, power, precision in ((zeroth, 0, 1e-8), (first, 1, 1e-5)):
+        expected = wave @ (case.centred**power * data)
+        atol = precision * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
 def test_gram_is_the_sum_over_the_samples(case: Case) -> None:
     frequency = case.frequencies(4, 5)
     frequency[0, 1] = frequency[0, 0]  # equal, and nearly so

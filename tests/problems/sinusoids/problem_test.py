@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sbi_slotflow import slot_nn
 from sbi_slotflow.problems import Grid, Sinusoids, sinusoids
+from sbi_slotflow.problems.sinusoids.problem import ResampledNoise
 
 # K, amplitude, frequency, separation, sigma, samples of the two records
 TABLE: dict[str, tuple[Any, ...]] = {
@@ -193,6 +194,26 @@ def test_likelihoods_of_many_rows_are_those_of_each(name: Any) -> None:
         torch.testing.assert_close(found, direct)
 
 
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_the_phase_repeats_after_a_turn(preset: Any) -> None:
+    problem = sinusoids(preset)
+    assert problem.layout.periods == {"phase": 2 * math.pi}
+    components = torch.tensor([0.8, 1.0, 0.9], dtype=torch.float64).expand(2, 1, -1)
+    turn = torch.zeros_like(components, memory_format=torch.contiguous_format)
+    turn[1, 0, 1] = 2 * math.pi
+    first, second = problem.simulator.component_signal(components + turn)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_the_reference_time_is_the_middle_of_the_long_record(preset: Any) -> None:
+    # There the phase says nothing about the frequency.
+    problem = sinusoids(preset)
+    grid = problem.grids[0]
+    middle = float(grid.times.mean())
+    assert problem.reference_time == pytest.approx(middle, abs=0.51 / grid.rate)
+
+
 # resampled noise
 
 
@@ -213,6 +234,13 @@ def test_resampled_noise_is_smaller_than_sigma(preset: Any) -> None:
 def test_resampled_noise_is_shared_by_the_two_records() -> None:
     correlation, _ = cross_correlation(sinusoids("paper", noise="resampled"))
     assert correlation > 0.5
+
+
+def test_resampled_noise_exists_for_a_record_of_one_sample() -> None:
+    noise = ResampledNoise((Grid(1.0, 1.0),))
+    drawn = noise.sample(torch.zeros(5, 1), torch.full((5, 1), 2.0), None)
+    assert drawn.shape == (5, 1)
+    assert (drawn != 0).all()
 
 
 def test_resampled_noise_has_no_likelihood() -> None:
