@@ -45,7 +45,7 @@ CHECKPOINT_EVERY = 100  # steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns what :func:`~sbi_slotflow.cli.exit_status` does."""
+    """Run the demo; returns what ``cli.exit_status`` does."""
     parser = argparse.ArgumentParser(
         prog="python -m sbi_slotflow.demo",
         description="Infer how many sinusoids are in a signal, and their parameters.",

@@ -8,7 +8,7 @@ nu are the nonlinear parameters (a place, a width, a period), a the amplitudes. 
 every field has such components: a pulse is linear in its height, a star in its flux, a
 sinusoid or a Keplerian orbit in amplitude times cosine and sine of its phase. With
 Gaussian noise, amplitudes can then be integrated out in closed form, which is what
-the collapsed sampler (:mod:`.collapsed`) lives on.
+the collapsed sampler (:mod:`sbi_slotflow.problems.collapsed`) lives on.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ class LinearForm:
         return self._joined(nonlinear, amplitudes)
 
     def log_det(self, components: Tensor) -> Tensor:
-        """Log |d amplitudes / d linear parameters| of components, shape ``(...)``."""
+        """Log Jacobian of the amplitudes by the linear parameters, shape ``(...)``."""
         return torch.zeros_like(components[..., 0])
 
     def basis(self, nonlinear: Tensor) -> Tensor:

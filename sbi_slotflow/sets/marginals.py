@@ -152,7 +152,7 @@ class Marginal(ABC):
 
     @cached_property
     def natural_scale(self) -> tuple[float, float, float]:
-        """A coordinate in which a likelihood is natural: middle, half width, reach.
+        """Middle, half width and reach of a natural coordinate of likelihoods.
 
         A bounded parameter covers [-1, 1] in it, one with a single bound does so with
         four deviations, and any other has unit width. The reach is the largest absolute

@@ -1,4 +1,4 @@
-r"""Compiled inner loop of the collapsed sampler; see :mod:`.collapsed`.
+r"""Compiled inner loop of :mod:`sbi_slotflow.problems.sinusoids.collapsed`.
 
 The chain's state is the frequencies, their amplitudes (a, b) and sigma. With a working
 prior N(0, s^2) of the amplitudes, M(f, sigma) is the marginal likelihood in closed form

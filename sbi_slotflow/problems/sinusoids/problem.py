@@ -189,7 +189,7 @@ class Sinusoids(Oscillations):
         return PolarForm(self.simulator.component_signal, self.layout, names, start[0])
 
     def collapsed(self, x: Tensor, *, general: bool = False, **options: Any) -> Any:
-        """Draw from the exact posterior; see :mod:`.collapsed`.
+        """Draw from the exact posterior of one observation.
 
         ``general`` takes the sampler of any linear form instead, which reads the
         signals themselves and is slower.
