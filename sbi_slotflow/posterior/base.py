@@ -135,9 +135,10 @@ class Posterior(ABC):
         One observation ``(*event)`` gives no batch shape, a batch of one gives (1,).
         """
         x = self._observed(x)
-        found = self.given(self.observations(x)).cardinality()
-        single = x.ndim == len(self.event_shape)
-        return Categorical(logits=found.logits[0]) if single else found
+        if x.ndim > len(self.event_shape):
+            return self.given(x).cardinality()
+        distribution, _ = self._given_one(x, "cardinality")
+        return Categorical(logits=distribution.cardinality().logits[0])
 
     def sample(
         self,

@@ -41,7 +41,7 @@ from ..posterior.draws import ChainDraws
 from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .linear import LinearForm
-from .marginal_likelihood import State, Target, _orthogonal
+from .marginal_likelihood import State, Target, orthogonal
 from .simulator import WhiteNoise
 
 __all__ = ["collapsed"]
@@ -378,7 +378,7 @@ class Chains:
         slopes = self.target.derivatives(u, amplitudes)
         slopes = slopes.reshape(len(rows), slots.shape[1] * size, -1)
         basis = state.basis[rows, slots].flatten(1, 2)
-        slopes = _orthogonal(slopes, basis)
+        slopes = orthogonal(slopes, basis)
         sigma = self.target.scale(state)[:, None, None]
         information = slopes @ slopes.mT / sigma.square()
         # A coordinate of which the data say nothing is uniform, of variance 1/12.
@@ -475,7 +475,7 @@ def _polished(target: Target, state: State) -> tuple[State, Tensor]:
         solution = target.solve(state)
         residual = solution.residual
         slopes = target.derivatives(state.u[0, slots], solution.mean[0, slots])
-        slopes = _orthogonal(
+        slopes = orthogonal(
             slopes.flatten(0, 1)[None], state.basis[0, slots].flatten(0, 1)[None]
         )[0]
         curvature = slopes @ slopes.mT

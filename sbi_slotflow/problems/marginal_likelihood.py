@@ -266,7 +266,7 @@ class Target:
             for m in range(basis.shape[1]):
                 unit = torch.eye(basis.shape[1], dtype=torch.float64)[m]
                 slope = self.derivatives(u, unit.expand(len(u), -1))
-                slope = _orthogonal(slope, basis)
+                slope = orthogonal(slope, basis)
                 length = basis[:, m].norm(dim=-1, keepdim=True)
                 each.append(length / slope.norm(dim=-1))
             spread = torch.stack(each).flatten(0, 1).nanquantile(0.3, dim=0)
@@ -343,7 +343,7 @@ class Grid:
         return log_weights.gather(1, cell).squeeze(1) + self.shape.log().sum()
 
 
-def _orthogonal(slopes: Tensor, basis: Tensor) -> Tensor:
+def orthogonal(slopes: Tensor, basis: Tensor) -> Tensor:
     """What of slopes ``(C, n, T)`` no signal of a basis ``(C, m, T)`` explains."""
     gram = basis @ basis.mT
     largest = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1)

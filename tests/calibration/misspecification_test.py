@@ -1,5 +1,6 @@
 """An observation unlike the training data has a small p-value and raises a warning."""
 
+import math
 import pickle
 import warnings
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow import SlotPosterior, load_pretrained, problems, slot_nn
 from sbi_slotflow.calibration import TrainingReference, UnlikeTrainingWarning
 from sbi_slotflow.seeding import generator_for
 
@@ -137,3 +138,21 @@ def test_an_observation_with_nan_is_refused(reference):
     x[1, 3] = float("nan")
     with pytest.raises(ValueError, match="x must be finite"):
         reference.p_values(x)
+
+
+@pytest.mark.parametrize("frequency", [2.5, 3.0, 4.0])
+def test_a_tone_outside_the_band_is_told_where_the_network_sees_none(
+    frequency: float,
+) -> None:
+    problem = problems.sinusoids("tiny")
+    posterior = load_pretrained("sinusoids-tiny")
+    times = torch.cat([grid.times for grid in problem.grids])
+    noise = 0.3 * torch.randn(len(times), generator=generator_for(0))
+    x = torch.cos(2 * math.pi * frequency * times).float() + noise
+    for ask in (posterior.cardinality, lambda x: posterior.sample((2,), x)):
+        with pytest.warns(UnlikeTrainingWarning):
+            ask(x)
+    ordinary = problem.simulator(problem.prior.sample((1,), generator_for(1)))[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior.cardinality(ordinary)
