@@ -87,16 +87,20 @@ class PooledComponents:
         self.chart, self.prior = chart, PriorComponents(prior.component)
         parts = layout.unpack(theta)
         components = parts.components[parts.mask].double()
-        num = min(_MOST_SLICES, len(components) // _LEAST_IN_SLICE)
+        # Copies of a component, as particles have them, would make slices of no width.
+        place = components[:, layout.order_by]
+        order = place.argsort()
+        first = torch.ones(min(1, len(order)), dtype=torch.bool)
+        order = order[torch.cat([first, place[order].diff() != 0])]
+        num = min(_MOST_SLICES, len(order) // _LEAST_IN_SLICE)
         self.prior_share = prior_share if num else 1.0
         if not num:
             return
-        order = components[:, layout.order_by].argsort()
         size = len(order) // num
         slices = components[order[: num * size]].reshape(num, size, -1)
         place = slices[..., layout.order_by]
         width = place[:, -1] - place[:, 0]
-        weights = (width + 1e-12) ** _WIDTH_POWER
+        weights = (width / width.max()) ** _WIDTH_POWER
         self.weights = weights / weights.sum()
         u, _ = chart.forward(slices)
         self.mean = u.mean(1)

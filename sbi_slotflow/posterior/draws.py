@@ -48,9 +48,9 @@ class PosteriorDraws(PosteriorOfOne):
     """
 
     layout: ThetaLayout
-    theta: Tensor
-    x: Tensor
-    log_weights: Tensor | None = None
+    theta: Tensor = field(repr=False)
+    x: Tensor = field(repr=False)
+    log_weights: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         shape = tuple(self.theta.shape)
@@ -72,6 +72,16 @@ class PosteriorDraws(PosteriorOfOne):
                 f"log_weights must have a finite largest entry, got {largest}: no draw "
                 "has a positive weight."
             )
+
+    def __str__(self) -> str:
+        """What the draws say of K, and how good they are."""
+        chains, draws = self.theta.shape[:2]
+        probs = ", ".join(f"{p:.3f}" for p in self.cardinality().probs.tolist())
+        numbers = ", ".join(f"{n} {v:.4g}" for n, v in self.statistics.items())
+        return (
+            f"{type(self).__name__}: {draws} draws in each of {chains} chains\n"
+            f"p(K | x) of K = 0, 1, ...: {probs}\n{numbers}"
+        )
 
     @property
     def rows(self) -> Tensor:

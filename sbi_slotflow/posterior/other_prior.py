@@ -30,6 +30,7 @@ from .draws import (
     RefinedPosterior,
     UnreliableWeights,
 )
+from .refine import Refinable
 from .weights import pareto_smoothed
 
 __all__ = ["ReweightedPosterior", "ReweightedSets", "check_covered", "reweighted"]
@@ -154,7 +155,7 @@ class ReweightedSets(SetDistribution):
         return torch.where(torch.isfinite(new), new - old, -torch.inf)
 
 
-class ReweightedPosterior(Posterior):
+class ReweightedPosterior(Refinable):
     """A posterior under another prior, for any observation.
 
     Attributes:

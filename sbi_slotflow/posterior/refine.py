@@ -11,7 +11,7 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 """
 
 import math
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ from .draws import (
     UnreliableWeights,
 )
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
-from .other_prior import ReweightedPosterior, check_covered, reweighted
 from .smc import temper
 from .weights import pareto_smoothed
+
+if TYPE_CHECKING:
+    from .other_prior import ReweightedPosterior
 
 __all__ = ["Refinable", "refine"]
 
@@ -85,6 +87,8 @@ def refine(
             f"{type(posterior).__name__} has no density, and cannot be refined."
         )
     if prior is not None:
+        from .other_prior import check_covered  # which has refinable posteriors
+
         check_covered(prior, posterior.prior)
     batch = posterior.observations(x)
     settings = num_samples, defensive, prior or posterior.prior, generator
@@ -112,7 +116,7 @@ class Refinable(Posterior):
         return refine(self, log_likelihood, x, num_samples, **options)
 
     @overload
-    def with_prior(self, prior: VariableKPrior) -> ReweightedPosterior: ...
+    def with_prior(self, prior: VariableKPrior) -> "ReweightedPosterior": ...
 
     @overload
     def with_prior(
@@ -124,7 +128,7 @@ class Refinable(Posterior):
         prior: VariableKPrior,
         x: Numbers | None = None,
         num_samples: int = 10_000,
-    ) -> ReweightedPosterior | RefinedPosterior:
+    ) -> "ReweightedPosterior | RefinedPosterior":
         r"""Return the posterior under another prior, without training.
 
         .. math:: q_{new}(\theta | x) \propto q(\theta | x)\,
@@ -153,6 +157,8 @@ class Refinable(Posterior):
             >>> posterior.with_prior(fewer).cardinality(torch.zeros(2, 6)).batch_shape
             torch.Size([2])
         """
+        from .other_prior import ReweightedPosterior, reweighted  # refinable, too
+
         if x is None:
             return ReweightedPosterior(self, prior)
         num_samples = as_count(num_samples, "num_samples")
@@ -201,10 +207,21 @@ def _weigh(
 
 
 def _complaint(result: RefinedPosterior, method: Method) -> str:
-    first = 'method="smc", ' if method == "importance" else ""
-    return (
-        f"the weights cannot be relied on: k-hat = {result.pareto_k:.2f} (should be "
-        f"below {LARGEST_K_HAT}), {result.ess:.0f} of {len(result.rows)} draws are "
-        f"effective (should be above {FEWEST_EFFECTIVE}). Try {first}more samples, or "
-        "a posterior that fits better."
-    )
+    wrong = []
+    if not result.pareto_k <= LARGEST_K_HAT:
+        wrong.append(f"k-hat = {result.pareto_k:.2f} (should be below {LARGEST_K_HAT})")
+    if not result.ess >= FEWEST_EFFECTIVE:
+        wrong.append(
+            f"{result.ess:.0f} of {len(result.rows)} draws are effective (should be "
+            f"above {FEWEST_EFFECTIVE})"
+        )
+    if result.convergence is not None and not result.converged:
+        worst = result.convergence.worst_rhat
+        wrong.append(f"populations differ, with an R-hat of up to {worst:.2f}")
+    advice = 'Try method="smc", more samples, or a posterior that fits better.'
+    if method == "smc":
+        advice = (
+            "A posterior that fits better helps; where components are linear in some "
+            "parameters, rjmcmc.collapsed needs none."
+        )
+    return f"the result cannot be relied on: {', '.join(wrong)}. {advice}"

@@ -254,6 +254,12 @@ class Trace(Problem):
                 "simulator must be an AdditiveSimulator, which knows the components' "
                 f"signals, got {type(self.simulator).__name__}."
             )
+        if isinstance(self.linear, str):
+            raise TypeError(
+                'linear must be a sequence of names, such as ("height",), got '
+                f"{self.linear!r}."
+            )
+        self.linear_form()  # checks the names
         as_count(self.cells, "cells")
         if self.num_data % self.cells:
             raise ValueError(

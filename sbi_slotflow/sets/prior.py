@@ -49,7 +49,7 @@ class VariableKPrior(Distribution):
         min_separation: Least distance between two components in the ``order_by``
             parameter, whose marginal must be uniform and independent of the others;
             around the circle, if the parameter has a period.
-        order_by: Index of the parameter that defines the canonical order.
+        order_by: Name or index of the parameter that defines the canonical order.
         component_names: Names of the D parameters; ``theta_1..theta_D`` if omitted.
         shared_names: Names of the S shared parameters.
         periods: Periods of circular parameters by name.
@@ -73,7 +73,7 @@ class VariableKPrior(Distribution):
         *,
         shared: Distribution | None = None,
         min_separation: float | None = None,
-        order_by: int = 0,
+        order_by: int | str = 0,
         component_names: Sequence[str] | None = None,
         shared_names: Sequence[str] | None = None,
         periods: Mapping[str, float] | None = None,
@@ -84,9 +84,17 @@ class VariableKPrior(Distribution):
         if shared is not None:
             self.shared, num_shared = _one_dimensional(shared, "shared")
         weights = cardinality_weights(cardinality)
+        names = _names(component_names, "theta", num_params)
+        if isinstance(order_by, str):
+            if order_by not in names:
+                raise ValueError(
+                    "order_by must be the index or the name of a component's "
+                    f"parameter, one of {names}, got {order_by!r}."
+                )
+            order_by = names.index(order_by)
         self.layout = ThetaLayout(
             max_cardinality=len(weights) - 1,
-            component_names=_names(component_names, "theta", num_params),
+            component_names=names,
             shared_names=_names(shared_names, "shared", num_shared),
             order_by=index(order_by),
             periods=dict(periods or {}),
