@@ -181,8 +181,11 @@ def _effective(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
     """Share of draws on each bound; see :class:`Convergence`."""
     layout, parts = prior.layout, prior.layout.unpack(theta)
-    largest = int(prior.cardinality_probs.nonzero().max())
-    found = {f"K = {largest}": float((parts.cardinality == largest).double().mean())}
+    probs = prior.cardinality_probs
+    largest, found = int(probs.nonzero().max()), {}
+    if probs[largest] < _MOST_OUTER:  # or it may well be there by itself
+        share = (parts.cardinality == largest).double().mean()
+        found[f"K = {largest}"] = float(share)
     columns = [
         (name, marginal, parts.shared[..., i])
         for i, (name, marginal) in enumerate(

@@ -11,6 +11,7 @@ k-hat and the effective number of draws say how much of q that is. Nothing that 
 training prior excludes can come back.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -31,13 +32,15 @@ from .draws import (
     UnreliableWeights,
 )
 from .refine import Refinable
-from .weights import pareto_smoothed
+from .weights import SmoothedWeights, pareto_smoothed
 
 __all__ = ["ReweightedPosterior", "ReweightedSets", "check_covered", "reweighted"]
 
 _NUM_DRAWS = 10_000
 # Draws of a new prior that the old one must allow.
 _NUM_CHECKED = 4_000
+# Draws of one K that have a k-hat of their own: share and number, at least.
+_RARE, _FEWEST_OF_K = 0.01, 100
 
 
 def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
@@ -106,6 +109,9 @@ class ReweightedSets(SetDistribution):
             rows = self.sets.sample(shape, generator=generator)
             raw = self._log_ratio(rows)
         smoothed = [pareto_smoothed(column) for column in raw.unbind(1)]
+        k = self.layout.cardinality(rows)
+        pairs = zip(raw.unbind(1), k.unbind(1), smoothed, strict=True)
+        worst = [_worst_k_hat(*pair) for pair in pairs]
         hopeless = [b for b, one in enumerate(raw.T) if not torch.isfinite(one).any()]
         if hopeless:
             raise ValueError(
@@ -113,7 +119,7 @@ class ReweightedSets(SetDistribution):
                 "the new prior: the data ask for sets that it excludes."
             )
         log_weights = torch.stack([one.log_weights for one in smoothed], 1)
-        return rows, log_weights, torch.tensor([one.pareto_k for one in smoothed])
+        return rows, log_weights, torch.tensor(worst)
 
     @property
     def ess(self) -> Tensor:
@@ -209,6 +215,19 @@ def reweighted(
     )
     _warn(result.ess, result.pareto_k, num_samples)
     return result
+
+
+def _worst_k_hat(raw: Tensor, k: Tensor, smoothed: SmoothedWeights) -> float:
+    """Largest k-hat of all draws and of those of each K that is not rare.
+
+    Draws of one K may be few and the best of another equal, as those without
+    components are: the tail of all says nothing then.
+    """
+    least = max(_FEWEST_OF_K, _RARE * len(k))
+    each = [raw[k == one] for one in k.unique()]
+    each = [part for part in each if len(part) >= least and part.isfinite().any()]
+    found = [pareto_smoothed(part).pareto_k for part in each]
+    return max([smoothed.pareto_k, *(one for one in found if not math.isnan(one))])
 
 
 def _warn(ess: float, pareto_k: float, num: int) -> None:

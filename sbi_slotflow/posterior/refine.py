@@ -26,7 +26,7 @@ from .draws import (
     UnreliableWeights,
 )
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
-from .smc import temper
+from .smc import FEWEST_PARTICLES, temper
 from .weights import pareto_smoothed
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def refine(
     if method not in (known := list(get_args(Method))):
         raise ValueError(f"method must be one of {known}, got {method!r}.")
     num_samples = as_count(num_samples, "num_samples")
+    if method == "smc" and num_samples < FEWEST_PARTICLES:
+        raise ValueError(
+            f'num_samples must be at least {FEWEST_PARTICLES} for method="smc", got '
+            f"{num_samples}."
+        )
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
     if not posterior.has_density:

@@ -7,7 +7,7 @@ Particles pass through the targets
     \qquad q'' = (1 - \delta)\, q' + \delta\, p
 
 from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
-Where 2 % of the draws, and no fewer than 50, are effective under the posterior, one
+Where 1 % of the draws, and no fewer than 25, are effective under the posterior, one
 step leads there: moves at beta = 1 need no q, which is what costs. Otherwise each step
 is as long as 80 % of the particles stay effective, but no longer than doubles beta: a
 component that q misses shows in no weight, and is found while beta is small and births
@@ -55,8 +55,10 @@ __all__ = ["temper"]
 
 _EFFECTIVE_SHARE = 0.8
 # Share that must stay effective to go to the posterior at once.
-_ENOUGH_SHARE, _FEWEST = 0.02, 50
+_ENOUGH_SHARE, _FEWEST = 0.01, 25
 _POPULATIONS = 4
+# Of all populations together.
+FEWEST_PARTICLES = 40
 _FIRST_STEP = 0.01
 _PRIOR_SHARE = 0.01
 _SWEEPS, _MOST_SWEEPS = 2, 25

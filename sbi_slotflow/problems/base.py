@@ -35,6 +35,8 @@ from .simulator import AdditiveSimulator, WhiteNoise
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_NOISE_LOG_PROB = AdditiveSimulator.noise_log_prob
+
 __all__ = [
     "Likelihood",
     "Problem",
@@ -196,10 +198,17 @@ class Problem:
                 "linear_form() in which parameters components are linear (a Trace by "
                 'linear=["amplitude"], for example).'
             )
-        if not isinstance(noise, WhiteNoise):
+        own = type(self.simulator).noise_log_prob
+        if not isinstance(noise, WhiteNoise) or own is not _NOISE_LOG_PROB:
             raise TypeError(
                 f"the collapsed sampler needs WhiteNoise, problem {self.name!r} has "
-                f"{type(noise).__name__}."
+                f"{type(noise).__name__} in a {type(self.simulator).__name__}."
+            )
+        level = () if self.noise_level is None else (self.noise_level,)
+        if len(level) != self.layout.num_shared:
+            raise TypeError(
+                "the collapsed sampler takes the noise level as only shared parameter, "
+                f"problem {self.name!r} has {self.shared_names}."
             )
         x = self.simulator.checked_data(x)
         if x.numel() != self.num_data or x.ndim > 2:

@@ -52,6 +52,8 @@ _STEPS = (0.1, 3.0)
 # Powers of the likelihood at one temperature over the one below.
 _COOLING = 0.7
 _POLISH = 8
+# Draws of the prior that are tried where fits are ruled out.
+_TRIES = 100
 _MOVES: dict[str, float] = {
     "walk": 0.25,
     "walk of two": 0.15,
@@ -81,6 +83,7 @@ def collapsed(
     Chains start from fits of the best size, one less and one more, and from as few
     components as the prior allows.
     """
+    seed = as_count(seed, "seed", 0) % 2**63
     as_count(num_chains, "num_chains")
     as_count(num_levels, "num_levels")
     as_count(num_draws, "num_draws")
@@ -97,15 +100,32 @@ def collapsed(
             chains.move()
         rows.append(target.rows(chains.state)[:num_chains])
     theta = prior.layout.canonical(torch.stack(rows, 1))
+    log_weights = counted(prior, theta)
     shares = {n: a / max(t, 1) for n, (t, a) in chains.counts.items()}
     values = target.log_likelihood(theta)
     found = convergence_of(prior, theta, values, shares)
     found.warn()
-    return ChainDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+    return ChainDraws(
+        prior.layout, theta, x.reshape(-1), log_weights, diagnostics=found
+    )
 
 
 def _no_counts() -> dict[str, list[int]]:
     return {name: [0, 0] for name in (*_MOVES, "exchange")}
+
+
+def counted(prior: VariableKPrior, theta: Tensor) -> Tensor | None:
+    """Log weights of rows: -inf where the prior excludes their K; None for equal ones.
+
+    Raises:
+        ValueError: If no row counts.
+    """
+    possible = (prior.cardinality_probs > 0)[prior.layout.cardinality(theta)]
+    if possible.all():
+        return None
+    if not possible.any():
+        raise ValueError("no chain came to a cardinality that the prior allows.")
+    return torch.where(possible, 0.0, -math.inf).double()
 
 
 class Proposal(NamedTuple):
@@ -207,7 +227,7 @@ class Chains:
 
     def _start(self, num: int) -> State:
         fits = pursuit(self.target)
-        probs = self.target.prior.cardinality_probs
+        probs = self.target.bridged.cardinality_probs
         allowed = [k for k in range(len(fits)) if probs[k] > 0]
         best = min(allowed, key=lambda k: fits[k].criterion)
         sizes = [
@@ -218,7 +238,29 @@ class Chains:
         state = State(*(torch.cat(part) for part in zip(*parts, strict=True)))
         beta = _COOLING ** torch.arange(self.num_levels).double()
         state = state._replace(beta=beta.repeat_interleave(self.num))
-        return self.target.complete(state, self.target.solve(state), self.generator)
+        state = self.target.complete(state, self.target.solve(state), self.generator)
+        for _ in range(_TRIES):  # fits that the prior rules out
+            hopeless = torch.isneginf(state.level)
+            if not hopeless.any():
+                return state
+            other = self._from_the_prior(state)
+            for old, fresh in zip(state, other, strict=True):
+                old[hopeless] = fresh[hopeless]
+        raise ValueError(
+            "no start was found that the prior allows: are amplitudes of the size that "
+            "the data ask for within its bounds, and separations possible?"
+        )
+
+    def _from_the_prior(self, state: State) -> State:
+        """Draws of the prior in place of all chains, with amplitudes by the data."""
+        target, num = self.target, len(state.level)
+        parts = target.layout.unpack(target.prior.sample((num,), self.generator))
+        u = target.fractions(target.form.nonlinear(parts.components.double()))
+        u = torch.where(parts.mask.unsqueeze(-1), u, 0.5)
+        slots = torch.arange(u.shape[1]).expand(num, -1)
+        shared = parts.shared.double()
+        new = target.updated(state, parts.mask, u, shared, slots)
+        return target.complete(new, target.solve(new), self.generator)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -325,7 +367,9 @@ class Chains:
             torch.stack([here + (1 - weight) * step, here - weight * step], 1)
         )
         merged = self._inside((here - (1 - weight) * gap).unsqueeze(1))[0][:, 0]
-        inside = inside | ~split
+        # Around a circle only steps of less than half a turn can be told apart.
+        around = (step.abs() < 0.5) | ~self.target.circular
+        inside = (inside & around.all(1)) | ~split
         two = split & inside
         u = state.u.clone()
         u[rows, first] = torch.where(two.unsqueeze(1), apart[:, 0], merged)

@@ -54,11 +54,11 @@ class LinearForm:
         linear: Sequence[str],
     ) -> None:
         names = layout.component_names
-        unknown = [name for name in linear if name not in names]
-        if unknown or not 0 < len(set(linear)) < len(names):
+        known = set(linear) <= set(names) and len(set(linear)) == len(linear)
+        if not known or not 0 < len(linear) < len(names):
             raise ValueError(
                 "linear must name some but not all of the component's parameters "
-                f"{names}, got {tuple(linear)}."
+                f"{names}, each once, got {tuple(linear)}."
             )
         self.signal, self.layout = signal, layout
         self.linear = [names.index(name) for name in linear]

@@ -23,7 +23,7 @@ from ..sets.prior import VariableKPrior
 from .linear import LinearForm
 from .simulator import WhiteNoise
 
-__all__ = ["Grid", "Solution", "State", "Target"]
+__all__ = ["Grid", "Solution", "State", "Target", "bridged", "orthogonal"]
 
 # Sets of amplitudes of an estimate of the target.
 _SETS = 8
@@ -94,6 +94,7 @@ class Target:
             ]
         )
         generator = torch.Generator().manual_seed(0)
+        self.bridged = bridged(prior)
         only = torch.zeros(len(prior.cardinality_probs))
         only[1] = 1.0
         probes = prior.with_cardinality(only).sample((_MOMENTS,), generator)
@@ -172,7 +173,9 @@ class Target:
         scale = -2 * len(self.x) * state.beta * scale
         value = 0.5 * (scale + volume - misfit)
         value = torch.where((failed == 0) & (weight > 0), value, -math.inf)
-        return Solution(value.nan_to_num(nan=-math.inf), mean, root, residual)
+        return Solution(
+            value.nan_to_num(nan=-math.inf, neginf=-math.inf), mean, root, residual
+        )
 
     def complete(
         self, state: State, solution: Solution, generator: torch.Generator
@@ -192,9 +195,9 @@ class Target:
         k = state.cardinality.unsqueeze(1).expand(-1, _SETS)
         shared = state.shared.unsqueeze(1).expand(-1, _SETS, -1)
         packed = _active_first(mask.expand(-1, _SETS, -1), components)
-        log_weights = self.prior.log_prob(self.layout.pack(k, packed, shared))
+        log_weights = self.bridged.log_prob(self.layout.pack(k, packed, shared))
         log_weights = log_weights - torch.where(mask, each, 0.0).sum(-1)
-        log_weights = log_weights.nan_to_num(nan=-math.inf)
+        log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)
         level = log_weights.logsumexp(1) - math.log(_SETS) + solution.log_marginal
         probs = log_weights.softmax(1).nan_to_num(nan=1.0)
         chosen = torch.multinomial(probs, 1, generator=generator).squeeze(1)
@@ -341,6 +344,21 @@ class Grid:
         index = torch.minimum(index, self.shape - 1)
         cell = (index * self.strides).sum(-1, keepdim=True)
         return log_weights.gather(1, cell).squeeze(1) + self.shape.log().sum()
+
+
+def bridged(prior: VariableKPrior) -> VariableKPrior:
+    """The prior with some weight on cardinalities between those that it allows.
+
+    K changes by one in a move: a chain passes through them, and its draws there do not
+    count.
+    """
+    probs = prior.cardinality_probs
+    allowed = probs.nonzero().flatten()
+    between = torch.arange(len(probs))
+    between = (between > allowed.min()) & (between < allowed.max()) & (probs == 0)
+    if not between.any():
+        return prior
+    return prior.with_cardinality(torch.where(between, probs[allowed].mean(), probs))
 
 
 def orthogonal(slopes: Tensor, basis: Tensor) -> Tensor:

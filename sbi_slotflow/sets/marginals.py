@@ -490,6 +490,13 @@ class Marginals(Sequence[Marginal], Transform):
     __hash__ = object.__hash__
 
     @property
+    def extreme(self) -> bool:
+        """Whether the square of a scale leaves the range of single precision."""
+        normal = [m for m in self if str(m) in ("normal", "half_normal")]
+        scales = [m.b for m in normal if isinstance(m, ClosedMarginal)]
+        return any(not 1e-17 < scale < 1e17 for scale in scales)
+
+    @property
     def closed(self) -> bool:
         """Whether all have a closed form."""
         return all(isinstance(m, ClosedMarginal) for m in self._marginals)

@@ -479,10 +479,12 @@ class _Law(NamedTuple):
 def _law(distribution: Distribution, marginals: Marginals) -> _Law:
     """In double precision, unless torch's density keeps its digits without.
 
-    That of most families is lost to rounding well inside their bounds.
+    That of most families is lost to rounding well inside their bounds, and a normal
+    one squares its scale.
     """
-    double = in_double(distribution)
-    if not marginals.closed and double is not distribution:
+    with forked_rng(generator_for(0)):  # sbi's distributions draw when they are made
+        double = in_double(distribution)
+    if (not marginals.closed or marginals.extreme) and double is not distribution:
         point = marginals.middle(torch.zeros((), dtype=torch.float64))
         with suppress(RuntimeError):  # some of torch's densities mix precisions
             log_density(double, point.unsqueeze(0))

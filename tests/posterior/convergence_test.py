@@ -147,3 +147,9 @@ def test_all_numbers_have_names() -> None:
     assert numbers["rhat_K"] == found.rhat["K"]
     assert numbers["ess_sigma"] == found.ess["sigma"]
     assert numbers["at_bound_K = 3"] == found.at_bounds["K = 3"]
+
+
+def test_the_largest_cardinality_is_no_bound_if_the_prior_is_mostly_there() -> None:
+    prior = TINY.prior.with_cardinality([0, 0, 1, 2])
+    theta = prior.sample((4, 100), torch.Generator().manual_seed(5)).double()
+    assert not any(n.startswith("K") for n in convergence_of(prior, theta).at_bounds)

@@ -157,3 +157,29 @@ def test_weights_that_cannot_be_relied_on_are_told(x: Tensor) -> None:
     )
     with pytest.warns(UnreliableWeights, match="to the new prior"):
         EXACT.with_prior(far, x[0])
+
+
+def test_draws_without_components_do_not_hide_the_tail_of_the_others() -> None:
+    # p(K = 1 | x) is 0.69 under the new prior, which none of the draws comes near to,
+    # while those with K = 0 all have the same weight
+    far = VariableKPrior(
+        Independent(Normal(torch.tensor([4.0, 0.0]), torch.full((2,), 0.05)), 1),
+        [1, 1, 0, 0],
+        component_names=("level", "slope"),
+    )
+    x = LINEAR.design @ torch.tensor([2.2, 0.0])
+    with pytest.warns(UnreliableWeights, match="k-hat"):
+        draws = EXACT.with_prior(far, x)
+    assert draws.pareto_k > 0.7
+
+
+def test_a_reweighted_posterior_is_refined_and_reweighted_again(x: Tensor) -> None:
+    some = LINEAR.prior.with_cardinality([1, 2, 1, 0])
+    fewer = LINEAR.prior.with_cardinality([1, 1, 0, 0])
+    posterior = EXACT.with_prior(some)
+    refined = posterior.refine(
+        LINEAR.log_likelihood, x[0], 2_000, generator=generator_for(0)
+    )
+    assert isinstance(refined, RefinedPosterior)
+    for found in (refined, posterior.with_prior(fewer)):
+        assert (found.cardinality(x[0]).probs[3:] == 0).all()

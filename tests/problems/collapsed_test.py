@@ -28,6 +28,7 @@ def bumps(
     sigma: float | None,
     cardinality: list[float],
     height: tuple[float, float] | None = None,
+    separation: float | None = None,
 ) -> Trace:
     """Bumps of normal height, or of uniform height; sigma uniform if None."""
     law = Normal(torch.tensor([0.5]), torch.tensor([1.0]))
@@ -38,6 +39,7 @@ def bumps(
         MultipleIndependent(parts, validate_args=False),
         cardinality,
         shared=None if sigma else BoxUniform(torch.tensor([0.1]), torch.tensor([0.6])),
+        min_separation=separation,
         component_names=("time", "height"),
         shared_names=() if sigma else ("sigma",),
     )
@@ -224,9 +226,8 @@ def test_what_is_not_linear_is_refused() -> None:
     wrong = Trace("bumps", problem.prior, problem.simulator, 32, linear=("time",))
     with pytest.raises(ValueError, match=r"must be linear in \['time'\]"):
         rjmcmc.collapsed(wrong, torch.zeros(64))
-    unknown = Trace("bumps", problem.prior, problem.simulator, 32, linear=("flux",))
     with pytest.raises(ValueError, match="linear must name some"):
-        rjmcmc.collapsed(unknown, torch.zeros(64))
+        Trace("bumps", problem.prior, problem.simulator, 32, linear=("flux",))
     none = Trace("bumps", problem.prior, problem.simulator, 32)
     with pytest.raises(TypeError, match="has no collapsed sampler"):
         rjmcmc.collapsed(none, torch.zeros(64))
@@ -235,3 +236,94 @@ def test_what_is_not_linear_is_refused() -> None:
             rjmcmc.collapsed(problem, bad)
     with pytest.raises(ValueError, match="num_levels"):
         rjmcmc.collapsed(problem, torch.zeros(64), num_levels=0)
+
+
+# what the prior excludes
+
+
+def test_cardinalities_on_both_sides_of_a_gap_are_reached() -> None:
+    problem = bumps(10.0, [1, 0, 1])  # data of the noise alone say nothing of K
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    draws = rjmcmc.collapsed(problem, x, num_levels=1, seed=1)
+    probs = draws.cardinality().probs
+    assert probs[1] == 0
+    # p(K = 2) is 0.5 but for 0.01; 1,000 effective draws: 5 standard errors
+    assert probs[2].item() == pytest.approx(0.5, abs=0.1)
+    assert (draws.sample((500,))[:, 0] != 1).all()
+
+
+def test_draws_keep_a_separation_that_fits_break() -> None:
+    apart = bumps(1.0, [0, 0, 0, 1], separation=0.45)
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = rjmcmc.collapsed(apart, x, num_levels=2, num_draws=50, burn_in=50)
+    assert (draws.rows[:, 0] == 3).all()
+    assert torch.isfinite(apart.prior.log_prob(draws.rows)).all()
+
+
+def test_splits_around_a_circle_leave_the_prior() -> None:
+    def around(components: Tensor) -> Tensor:
+        place, height = components.unsqueeze(-1).unbind(-2)
+        turn = 2 * math.pi * (TIMES.to(place) - place)
+        return height * (1 + 0.1 * torch.cos(turn))
+
+    parts: list[Distribution] = [
+        Uniform(torch.tensor([0.0]), torch.tensor([1.0])),
+        Normal(torch.tensor([0.0]), torch.tensor([1.0])),
+    ]
+    prior = VariableKPrior(
+        MultipleIndependent(parts, validate_args=False),
+        [1, 1, 1, 1],
+        component_names=("place", "height"),
+        periods={"place": 1.0},
+    )
+    simulator = AdditiveSimulator(around, WhiteNoise(1e4), prior.layout)
+    problem = Trace("circle", prior, simulator, 32, linear=("height",))
+    x = 1e4 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    draws = rjmcmc.collapsed(
+        problem, x, num_chains=128, num_levels=1, num_draws=100, burn_in=100, seed=2
+    )
+    error = math.sqrt(0.25 * 0.75 / draws.diagnostics.ess["K"])
+    # five standard errors of each of four: false alarms below 3e-6
+    assert (draws.cardinality().probs - 0.25).abs().max() < 5 * error
+    assert error < 0.006
+
+
+def test_what_the_sampler_cannot_do_is_refused() -> None:
+    problem = bumps(0.5, [1, 1])
+
+    class Growing(AdditiveSimulator):
+        def noise_log_prob(self, residual: Tensor, signal: Tensor, shared: Tensor):
+            return super().noise_log_prob(residual / 2, signal, shared)
+
+    growing = Growing(bump, WhiteNoise(0.5), problem.layout)
+    own = Trace("own noise", problem.prior, growing, 32, linear=("height",))
+    with pytest.raises(TypeError, match="needs WhiteNoise"):
+        rjmcmc.collapsed(own, torch.zeros(64))
+    prior = VariableKPrior(
+        problem.prior.component,
+        [1, 1],
+        shared=BoxUniform(torch.zeros(2), torch.ones(2)),
+        component_names=("time", "height"),
+        shared_names=("sigma", "offset"),
+    )
+    simulator = AdditiveSimulator(bump, WhiteNoise(), prior.layout)
+    two = Trace("two shared", prior, simulator, 32, linear=("height",))
+    with pytest.raises(TypeError, match="only shared parameter"):
+        rjmcmc.collapsed(two, torch.zeros(64))
+    for names in (("height", "height"), ("time", "height")):
+        with pytest.raises(ValueError, match="each once"):
+            Trace("twice", problem.prior, problem.simulator, 32, linear=names)
+    with pytest.raises(TypeError, match="sequence of names"):
+        Trace("bare", problem.prior, problem.simulator, 32, linear="height")  # pyright: ignore
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    problem = bumps(0.5, [1, 1])
+    before = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rjmcmc.collapsed(problem, torch.zeros(64), num_draws=2, burn_in=0)
+    problem.prior.with_cardinality([1, 2])
+    assert torch.equal(before, torch.random.get_rng_state())

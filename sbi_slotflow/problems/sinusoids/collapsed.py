@@ -21,6 +21,8 @@ from ...posterior.draws import ChainDraws
 from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
+from ..collapsed import counted
+from ..marginal_likelihood import bridged
 from ..simulator import WhiteNoise
 from .fit import Floats, SineStatistics
 from .pursuit import SinusoidFit, SpectralDensity, matching_pursuit
@@ -64,6 +66,7 @@ def collapsed(
     likelihood is raised to a power: ``num_levels`` temperatures, 1 and then 8 if None.
     """
     as_count(1 if num_levels is None else num_levels, "num_levels")
+    seed = as_count(seed, "seed", 0)
     as_count(num_chains, "num_chains")
     as_count(num_draws, "num_draws")
     as_count(thin, "thin")
@@ -84,7 +87,8 @@ def collapsed(
     if num_levels is None and not found.converged:
         theta, found = run(_LEVELS)
     found.warn()
-    return ChainDraws(prior.layout, theta, x.reshape(-1), diagnostics=found)
+    weights = counted(prior, theta)
+    return ChainDraws(prior.layout, theta, x.reshape(-1), weights, diagnostics=found)
 
 
 def _chains(
@@ -129,7 +133,7 @@ class CollapsedSampler:
                 "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
             ) from error
         self._kernel = _kernel
-        self.prior, self.statistics = prior, statistics
+        self.prior, self.statistics = bridged(prior), statistics
         _check_families(self.prior)
         band = self.prior.component_marginals[2].bounds
         self.fits = matching_pursuit(
@@ -193,6 +197,9 @@ class CollapsedSampler:
         """
         possible = self.prior.cardinality_probs[: len(self.fits)].nonzero().flatten()
         nearest = [int(k) for k in possible[(possible - size).abs().argsort()]]
+        if not nearest:  # the pursuit has no such sets
+            generator = torch.Generator().manual_seed(size)
+            return self.prior.sample((), generator).double()
         allowed = [k for k in nearest if self._is_allowed(self.fits[k])]
         best = min((self._criterion[k] for k in allowed), default=math.inf)
         likely = [k for k in allowed if self._criterion[k] <= best + _WORST_START]
