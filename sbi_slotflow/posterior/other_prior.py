@@ -11,7 +11,6 @@ k-hat and the effective number of draws say how much of q that is. Nothing that 
 training prior excludes can come back.
 """
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -32,15 +31,13 @@ from .draws import (
     UnreliableWeights,
 )
 from .refine import Refinable
-from .weights import SmoothedWeights, pareto_smoothed
+from .weights import pareto_smoothed, worst_pareto_k
 
 __all__ = ["ReweightedPosterior", "ReweightedSets", "check_covered", "reweighted"]
 
 _NUM_DRAWS = 10_000
 # Draws of a new prior that the old one must allow.
 _NUM_CHECKED = 4_000
-# Draws of one K that have a k-hat of their own: share and number, at least.
-_RARE, _FEWEST_OF_K = 0.01, 100
 
 
 def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
@@ -111,7 +108,7 @@ class ReweightedSets(SetDistribution):
         smoothed = [pareto_smoothed(column) for column in raw.unbind(1)]
         k = self.layout.cardinality(rows)
         pairs = zip(raw.unbind(1), k.unbind(1), smoothed, strict=True)
-        worst = [_worst_k_hat(*pair) for pair in pairs]
+        worst = [worst_pareto_k(*pair) for pair in pairs]
         hopeless = [b for b, one in enumerate(raw.T) if not torch.isfinite(one).any()]
         if hopeless:
             raise ValueError(
@@ -215,19 +212,6 @@ def reweighted(
     )
     _warn(result.ess, result.pareto_k, num_samples)
     return result
-
-
-def _worst_k_hat(raw: Tensor, k: Tensor, smoothed: SmoothedWeights) -> float:
-    """Largest k-hat of all draws and of those of each K that is not rare.
-
-    Draws of one K may be few and the best of another equal, as those without
-    components are: the tail of all says nothing then.
-    """
-    least = max(_FEWEST_OF_K, _RARE * len(k))
-    each = [raw[k == one] for one in k.unique()]
-    each = [part for part in each if len(part) >= least and part.isfinite().any()]
-    found = [pareto_smoothed(part).pareto_k for part in each]
-    return max([smoothed.pareto_k, *(one for one in found if not math.isnan(one))])
 
 
 def _warn(ess: float, pareto_k: float, num: int) -> None:

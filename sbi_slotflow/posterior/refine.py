@@ -27,12 +27,15 @@ from .draws import (
 )
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
 from .smc import FEWEST_PARTICLES, temper
-from .weights import pareto_smoothed
+from .weights import pareto_smoothed, worst_pareto_k
 
 if TYPE_CHECKING:
     from .other_prior import ReweightedPosterior
 
 __all__ = ["Refinable", "refine"]
+
+# Share of the weight from which a cardinality has a k-hat of its own.
+_LEAST_SHARE = 1e-3
 
 Method = Literal["importance", "smc"]
 
@@ -194,7 +197,9 @@ def _weigh(
     log_weights = torch.where(possible, log_p - log_q, -torch.inf)
     results = []
     for b, raw in enumerate(log_weights.unbind(1)):
-        smoothed, pareto_k = pareto_smoothed(raw)
+        smoothed = pareto_smoothed(raw)
+        k = prior.layout.cardinality(theta[:, b])
+        pareto_k = worst_pareto_k(raw, k, smoothed, _LEAST_SHARE)
         mean = raw.logsumexp(0) - math.log(num_samples)
         relative = (raw - mean).exp().std() / math.sqrt(num_samples)
         results.append(
@@ -202,7 +207,7 @@ def _weigh(
                 prior.layout,
                 theta[:, b].unsqueeze(0),
                 x[b],
-                smoothed.unsqueeze(0),
+                smoothed.log_weights.unsqueeze(0),
                 log_evidence=float(mean),
                 log_evidence_error=float(relative),
                 pareto_k=pareto_k,

@@ -8,10 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SmoothedWeights", "pareto_smoothed", "systematic"]
+__all__ = ["SmoothedWeights", "pareto_smoothed", "systematic", "worst_pareto_k"]
 
 # Fewer draws have no tail to speak of.
 _MIN_DRAWS = 25
+# Draws of one K that have a k-hat of their own: share and number, at least.
+_RARE, _FEWEST_OF_K = 0.01, 100
 
 
 class SmoothedWeights(NamedTuple):
@@ -50,6 +52,27 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
     smoothed = log_weights.clone()
     smoothed[finite] = torch.from_numpy(np.asarray(result) + shift).to(smoothed)
     return SmoothedWeights(smoothed, float(shape))
+
+
+def worst_pareto_k(
+    log_weights: Tensor, k: Tensor, smoothed: SmoothedWeights, least_share: float = 0.0
+) -> float:
+    """Largest k-hat of all draws ``(S,)`` and of those of each cardinality ``(S,)``.
+
+    Draws of one K may be too few to show in the tail of all, or hidden by others of
+    equal weight, as those without components are. Left out are cardinalities of fewer
+    than 100 draws or 1 %, and those with less than a share of the weight.
+    """
+    shares = smoothed.log_weights.double().softmax(0)
+    found = [smoothed.pareto_k]
+    for one in k.unique():
+        chosen = k == one
+        part = log_weights[chosen]
+        enough = len(part) >= max(_FEWEST_OF_K, _RARE * len(k))
+        counts = float(shares[chosen].sum()) >= least_share
+        if enough and counts and torch.isfinite(part).any():
+            found.append(pareto_smoothed(part).pareto_k)
+    return max(value for value in found if not math.isnan(value) or len(found) == 1)
 
 
 def _fitted(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:

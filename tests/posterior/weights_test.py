@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sbi_slotflow.posterior.weights import pareto_smoothed
+from sbi_slotflow.posterior.weights import pareto_smoothed, worst_pareto_k
 from sbi_slotflow.seeding import generator_for
 
 
@@ -144,3 +144,24 @@ def test_the_input_is_left_alone():
     before = log_weights.clone()
     pareto_smoothed(log_weights)
     assert torch.equal(log_weights, before)
+
+
+def test_a_heavy_tail_among_few_draws_of_one_cardinality_is_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k = (torch.arange(10_000) % 20 == 0).long()  # 5 % of the draws
+    good = 0.3 * torch.randn(10_000, generator=generator, dtype=torch.float64)
+    u = torch.rand(10_000, generator=generator, dtype=torch.float64)
+    heavy = -0.9 * u.log() - 5.0  # a Pareto tail of shape 0.9, of small weight
+    raw = torch.where(k == 1, heavy, good)
+    smoothed = pareto_smoothed(raw)
+    assert smoothed.pareto_k < 0.7
+    # of 500 draws k-hat errs by 0.1
+    assert worst_pareto_k(raw, k, smoothed) == pytest.approx(0.9, abs=0.3)
+    assert worst_pareto_k(raw, k, smoothed) > 0.7
+    # of no weight, it does not count; nor do cardinalities of a few draws
+    light = raw - 20.0 * k
+    without = pareto_smoothed(light)
+    assert worst_pareto_k(light, k, without, 1e-3) < 0.1
+    assert worst_pareto_k(light, k, without) > 0.7
+    rare = (torch.arange(10_000) % 200 == 0).long()
+    assert worst_pareto_k(raw, rare, smoothed) < 0.9
