@@ -5,7 +5,7 @@ observations and returns their :class:`~sbi_slotflow.sets.distribution.SetDistri
 Everything else (``sample``, ``log_prob``, ``cardinality``, ``map``, ``catalogue``,
 ``to_datatree``) is written here, and builds that distribution once. A posterior
 remembers nothing of the observations that it was asked about. Those with a density are
-:class:`~sbi_slotflow.posterior.refine.Refinable` too.
+:class:`~sbi_slotflow.posterior.refinable.Refinable` too.
 
 Example:
     >>> from sbi_slotflow import problems

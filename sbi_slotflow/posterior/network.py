@@ -35,7 +35,7 @@ from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
 from .datatree import SignalModel
 from .importance import entries
-from .refine import Refinable
+from .refinable import Refinable
 
 __all__ = ["LEAST_ACCEPTANCE", "SeparatedSets", "SlotPosterior"]
 

@@ -11,13 +11,13 @@ whether to believe either. Where it does not, ``method="smc"`` moves the draws.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..sets.checks import Numbers, as_count, warn_user
-from ..sets.prior import VariableKPrior
+from ..sets.prior import VariableKPrior, check_covered
 from .base import Posterior
 from .draws import (
     FEWEST_EFFECTIVE,
@@ -29,10 +29,7 @@ from .importance import LogLikelihood, WithExtraComponent, likelihood_of
 from .smc import FEWEST_PARTICLES, temper
 from .weights import pareto_smoothed, worst_pareto_k
 
-if TYPE_CHECKING:
-    from .other_prior import ReweightedPosterior
-
-__all__ = ["Refinable", "refine"]
+__all__ = ["refine"]
 
 # Share of the weight from which a cardinality has a k-hat of its own.
 _LEAST_SHARE = 1e-3
@@ -95,8 +92,6 @@ def refine(
             f"{type(posterior).__name__} has no density, and cannot be refined."
         )
     if prior is not None:
-        from .other_prior import check_covered  # which has refinable posteriors
-
         check_covered(prior, posterior.prior)
     batch = posterior.observations(x)
     settings = num_samples, defensive, prior or posterior.prior, generator
@@ -108,70 +103,6 @@ def refine(
         if not result.is_reliable:
             warn_user(_complaint(result, method), UnreliableWeights)
     return results[0] if len(batch) == 1 else results
-
-
-class Refinable(Posterior):
-    """A posterior with a density, which can be refined."""
-
-    def refine(
-        self,
-        log_likelihood: LogLikelihood,
-        x: Numbers | None = None,
-        num_samples: int = 10_000,
-        **options: Any,
-    ) -> RefinedPosterior | list[RefinedPosterior]:
-        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`."""
-        return refine(self, log_likelihood, x, num_samples, **options)
-
-    @overload
-    def with_prior(self, prior: VariableKPrior) -> "ReweightedPosterior": ...
-
-    @overload
-    def with_prior(
-        self, prior: VariableKPrior, x: Numbers, num_samples: int = 10_000
-    ) -> RefinedPosterior: ...
-
-    def with_prior(
-        self,
-        prior: VariableKPrior,
-        x: Numbers | None = None,
-        num_samples: int = 10_000,
-    ) -> "ReweightedPosterior | RefinedPosterior":
-        r"""Return the posterior under another prior, without training.
-
-        .. math:: q_{new}(\theta | x) \propto q(\theta | x)\,
-            p_{new}(\theta) / p_{train}(\theta)
-
-        Args:
-            prior: Prior over the same layout, within the support of this posterior's:
-                other amplitudes, separations or cardinalities.
-            x: One observation, to get its weighted draws with ``ess`` and
-                ``pareto_k``; a posterior for any observation if None.
-            num_samples: Number of draws that are weighed, if x is given.
-
-        Raises:
-            TypeError, ValueError: If the prior is of another kind or layout, or not
-                covered by this posterior's.
-
-        Warns:
-            UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are
-                effective.
-
-        Example:
-            >>> from sbi_slotflow import problems
-            >>> problem = problems.linear_gaussian()
-            >>> posterior = problem.exact_posterior()
-            >>> fewer = problem.prior.with_cardinality([8, 4, 2, 1])
-            >>> posterior.with_prior(fewer).cardinality(torch.zeros(2, 6)).batch_shape
-            torch.Size([2])
-        """
-        from .other_prior import ReweightedPosterior, reweighted  # refinable, too
-
-        if x is None:
-            return ReweightedPosterior(self, prior)
-        num_samples = as_count(num_samples, "num_samples")
-        batch = self._one(x, "with_prior", "; leave x out")
-        return reweighted(self, prior, batch[0], num_samples)
 
 
 def _weigh(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 
-from ..posterior.refine import Refinable
+from ..posterior.refinable import Refinable
 from ..seeding import forked_rng
 from ..sets.checks import Numbers
 from ..sets.distribution import SetDistribution

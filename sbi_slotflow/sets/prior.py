@@ -34,6 +34,8 @@ from .separation import log_separation_constant, sample_separated, smallest_gap
 
 __all__ = ["VariableKPrior", "cardinality_weights"]
 
+# Draws of a new prior that an old one must allow.
+_NUM_CHECKED = 4_000
 _NUM_MOMENT_SAMPLES = 20_000
 
 
@@ -374,6 +376,47 @@ class _SetSupport(constraints.Constraint):
         warn_without_slots(value)
         parts = self.prior.layout.unpack(value)
         return self.prior._inside(value, parts, self.prior._log_densities(parts))
+
+
+def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
+    """Check that a new prior lies within the support of an old one.
+
+    Raises:
+        TypeError: If it is no prior over sets.
+        ValueError: If their layouts differ, or some sets of the new prior are
+            impossible under the old one.
+    """
+    if not isinstance(new, VariableKPrior):
+        raise TypeError(f"prior must be a VariableKPrior, got {type(new).__name__}.")
+    if new.layout != old.layout:
+        raise ValueError(f"prior must have the layout {old.layout}, got {new.layout}.")
+    extra = (new.cardinality_probs > 0) & (old.cardinality_probs == 0)
+    if extra.any():
+        raise ValueError(
+            "prior must give no weight to cardinalities that the training prior "
+            f"excludes, got some for K = {extra.nonzero().flatten().tolist()}."
+        )
+    rows = new.sample((_NUM_CHECKED,), generator_for(0))
+    missed = ~torch.isfinite(old.log_prob(rows))
+    if not missed.any():
+        return
+    parts = old.layout.unpack(rows[missed])
+    active = parts.components[parts.mask]
+    columns = dict(zip(old.layout.component_names, active.unbind(-1), strict=True))
+    columns |= zip(old.layout.shared_names, parts.shared.unbind(-1), strict=True)
+    marginals = [*old.component_marginals, *(old.shared_marginals or ())]
+    beyond = [
+        f"{name} from {values.min():g} to {values.max():g} (training: "
+        f"{marginal.bounds[0]:g} to {marginal.bounds[1]:g})"
+        for (name, values), marginal in zip(columns.items(), marginals, strict=True)
+        if values.numel()
+        and (values.min() < marginal.bounds[0] or values.max() > marginal.bounds[1])
+    ]
+    raise ValueError(
+        "prior must lie within the training prior's support, got one of which "
+        f"{missed.double().mean():.1%} of the draws do not"
+        + (f": {', '.join(beyond)}." if beyond else ", by their separation.")
+    )
 
 
 def cardinality_weights(

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ...posterior.base import PosteriorOfOne
-from ...posterior.refine import Refinable
+from ...posterior.refinable import Refinable
 from ...seeding import draw_seed
 from ...sets.checks import Numbers
 from ...sets.distribution import SetDistribution

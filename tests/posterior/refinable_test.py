@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.posterior.draws import RefinedPosterior, UnreliableWeights
-from sbi_slotflow.posterior.other_prior import ReweightedPosterior
+from sbi_slotflow.posterior.refinable import ReweightedPosterior
 from sbi_slotflow.rjmcmc import laplace_proposal
 from sbi_slotflow.seeding import generator_for
 

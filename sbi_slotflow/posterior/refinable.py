@@ -1,4 +1,4 @@
-r"""The posterior under another prior than the one that was trained with.
+r"""Posteriors with a density: refined, or put under another prior.
 
 .. math::
     p_{new}(\theta | x) = \frac{1}{Z(x)}\, q(\theta | x)\,
@@ -6,22 +6,23 @@ r"""The posterior under another prior than the one that was trained with.
     Z(x) = \mathrm{E}_{q(\theta | x)} \frac{p_{new}(\theta)}{p_{train}(\theta)}
 
 Priors, amplitudes, separations and cardinalities alike, are known in closed form, so
-that this costs draws and no training. It is as good as q is where the new prior lies:
-k-hat and the effective number of draws say how much of q that is. Nothing that the
-training prior excludes can come back.
+that another one costs draws and no training. It is as good as q is where the new prior
+lies: k-hat and the effective number of draws say how much of q that is. Nothing that
+the training prior excludes can come back.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
 from ..seeding import generator_for
-from ..sets.checks import warn_user
+from ..sets.checks import Numbers, as_count, warn_user
 from ..sets.distribution import SetDistribution
-from ..sets.prior import VariableKPrior
+from ..sets.prior import VariableKPrior, check_covered
 from .base import Posterior
 from .draws import (
     FEWEST_EFFECTIVE,
@@ -30,55 +31,13 @@ from .draws import (
     RefinedPosterior,
     UnreliableWeights,
 )
-from .refine import Refinable
+from .importance import LogLikelihood
+from .refine import refine
 from .weights import pareto_smoothed, worst_pareto_k
 
-__all__ = ["ReweightedPosterior", "ReweightedSets", "check_covered", "reweighted"]
+__all__ = ["Refinable", "ReweightedPosterior", "ReweightedSets"]
 
 _NUM_DRAWS = 10_000
-# Draws of a new prior that the old one must allow.
-_NUM_CHECKED = 4_000
-
-
-def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
-    """Check that a new prior lies within the support of an old one.
-
-    Raises:
-        TypeError: If it is no prior over sets.
-        ValueError: If their layouts differ, or some sets of the new prior are
-            impossible under the old one.
-    """
-    if not isinstance(new, VariableKPrior):
-        raise TypeError(f"prior must be a VariableKPrior, got {type(new).__name__}.")
-    if new.layout != old.layout:
-        raise ValueError(f"prior must have the layout {old.layout}, got {new.layout}.")
-    extra = (new.cardinality_probs > 0) & (old.cardinality_probs == 0)
-    if extra.any():
-        raise ValueError(
-            "prior must give no weight to cardinalities that the training prior "
-            f"excludes, got some for K = {extra.nonzero().flatten().tolist()}."
-        )
-    rows = new.sample((_NUM_CHECKED,), generator_for(0))
-    missed = ~torch.isfinite(old.log_prob(rows))
-    if not missed.any():
-        return
-    parts = old.layout.unpack(rows[missed])
-    active = parts.components[parts.mask]
-    columns = dict(zip(old.layout.component_names, active.unbind(-1), strict=True))
-    columns |= zip(old.layout.shared_names, parts.shared.unbind(-1), strict=True)
-    marginals = [*old.component_marginals, *(old.shared_marginals or ())]
-    beyond = [
-        f"{name} from {values.min():g} to {values.max():g} (training: "
-        f"{marginal.bounds[0]:g} to {marginal.bounds[1]:g})"
-        for (name, values), marginal in zip(columns.items(), marginals, strict=True)
-        if values.numel()
-        and (values.min() < marginal.bounds[0] or values.max() > marginal.bounds[1])
-    ]
-    raise ValueError(
-        "prior must lie within the training prior's support, got one of which "
-        f"{missed.double().mean():.1%} of the draws do not"
-        + (f": {', '.join(beyond)}." if beyond else ", by their separation.")
-    )
 
 
 class ReweightedSets(SetDistribution):
@@ -156,6 +115,68 @@ class ReweightedSets(SetDistribution):
         """Log of the new over the old prior ``(S, B)``, float64."""
         new, old = (p.log_prob(theta).double() for p in (self.new, self.old))
         return torch.where(torch.isfinite(new), new - old, -torch.inf)
+
+
+class Refinable(Posterior):
+    """A posterior with a density: it can be refined and put under another prior."""
+
+    def refine(
+        self,
+        log_likelihood: LogLikelihood,
+        x: Numbers | None = None,
+        num_samples: int = 10_000,
+        **options: Any,
+    ) -> RefinedPosterior | list[RefinedPosterior]:
+        """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`."""
+        return refine(self, log_likelihood, x, num_samples, **options)
+
+    @overload
+    def with_prior(self, prior: VariableKPrior) -> "ReweightedPosterior": ...
+
+    @overload
+    def with_prior(
+        self, prior: VariableKPrior, x: Numbers, num_samples: int = 10_000
+    ) -> RefinedPosterior: ...
+
+    def with_prior(
+        self,
+        prior: VariableKPrior,
+        x: Numbers | None = None,
+        num_samples: int = 10_000,
+    ) -> "ReweightedPosterior | RefinedPosterior":
+        r"""Return the posterior under another prior, without training.
+
+        .. math:: q_{new}(\theta | x) \propto q(\theta | x)\,
+            p_{new}(\theta) / p_{train}(\theta)
+
+        Args:
+            prior: Prior over the same layout, within the support of this posterior's:
+                other amplitudes, separations or cardinalities.
+            x: One observation, to get its weighted draws with ``ess`` and
+                ``pareto_k``; a posterior for any observation if None.
+            num_samples: Number of draws that are weighed, if x is given.
+
+        Raises:
+            TypeError, ValueError: If the prior is of another kind or layout, or not
+                covered by this posterior's.
+
+        Warns:
+            UnreliableWeights: If k-hat exceeds 0.7 or fewer than 100 draws are
+                effective.
+
+        Example:
+            >>> from sbi_slotflow import problems
+            >>> problem = problems.linear_gaussian()
+            >>> posterior = problem.exact_posterior()
+            >>> fewer = problem.prior.with_cardinality([8, 4, 2, 1])
+            >>> posterior.with_prior(fewer).cardinality(torch.zeros(2, 6)).batch_shape
+            torch.Size([2])
+        """
+        if x is None:
+            return ReweightedPosterior(self, prior)
+        num_samples = as_count(num_samples, "num_samples")
+        batch = self._one(x, "with_prior", "; leave x out")
+        return reweighted(self, prior, batch[0], num_samples)
 
 
 class ReweightedPosterior(Refinable):
