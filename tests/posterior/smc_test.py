@@ -390,3 +390,14 @@ def test_particles_that_stay_have_forgotten_nothing() -> None:
     kept, lost = (_Forgetting(LAYOUT, start, memory=0.5) for _ in range(2))
     assert not any(kept(start) for _ in range(50))
     assert [lost(mixed) for _ in range(_LAST_SWEEPS)].index(True) == _LAST_SWEEPS - 1
+
+
+def test_a_few_particles_are_refused(x):
+    with pytest.raises(ValueError, match='at least 40 for method="smc"'):
+        tempered(EXACT, x, 39)
+
+
+def test_no_step_is_taken_on_a_few_effective_particles(x):
+    # from the prior few draws are effective: some steps, each on 25 of 250 or more
+    draws = tempered(PriorProposal(), x, 1_000)
+    assert draws.diagnostics["least_effective"] >= 25

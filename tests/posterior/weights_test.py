@@ -165,3 +165,12 @@ def test_a_heavy_tail_among_few_draws_of_one_cardinality_is_seen() -> None:
     assert worst_pareto_k(light, k, without) > 0.7
     rare = (torch.arange(10_000) % 200 == 0).long()
     assert worst_pareto_k(raw, rare, smoothed) < 0.9
+
+
+def test_ties_in_the_tail_leave_the_k_hat_of_the_others() -> None:
+    # copies of one draw a quarter into the tail, where a fit of the tail fails
+    values = torch.linspace(-3.0, 0.0, 250, dtype=torch.float64)
+    values[190:235] = values[190]
+    found = pareto_smoothed(values)
+    assert math.isfinite(found.pareto_k)
+    assert found.pareto_k < 0.7

@@ -713,3 +713,22 @@ def test_a_wrong_number_of_names_is_rejected() -> None:
         VariableKPrior(
             box((0.0, 1.0)), [1.0, 1.0], shared=box((0.0, 1.0)), shared_names=[]
         )
+
+
+@pytest.mark.parametrize("scale", [1e-23, 1e-21, 1.0, 1e20, 1e21])
+def test_a_normal_prior_of_any_scale_has_its_density(scale: float) -> None:
+    law = torch.distributions.Normal(torch.zeros(2), torch.full((2,), scale))
+    prior = VariableKPrior(torch.distributions.Independent(law, 1), [0, 1])
+    row = torch.tensor([1.0, 2 * scale, 0.0])
+    expected = -math.log(2 * math.pi) - 2 * math.log(scale) - 2.0
+    assert prior.log_prob(row).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_order_may_be_named() -> None:
+    law = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
+    component = torch.distributions.Independent(law, 1)
+    names = ("height", "place")
+    prior = VariableKPrior(component, [1, 1], order_by="place", component_names=names)
+    assert prior.layout.order_by == 1
+    with pytest.raises(ValueError, match=r"one of \('height', 'place'\), got 'width'"):
+        VariableKPrior(component, [1, 1], order_by="width", component_names=names)
