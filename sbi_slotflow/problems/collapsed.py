@@ -71,6 +71,7 @@ def collapsed(
     noise: WhiteNoise,
     x: Tensor,
     *,
+    start: Tensor | None = None,
     seed: int = 0,
     num_chains: int = 8,
     num_levels: int = 6,
@@ -80,8 +81,8 @@ def collapsed(
 ) -> ChainDraws:
     """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
-    Chains start from fits of the best size, one less and one more, and from as few
-    components as the prior allows.
+    Without ``start`` chains begin at fits of the best size, one less and one more, and
+    at as few components as the prior allows.
     """
     seed = as_count(seed, "seed", 0) % 2**63
     as_count(num_chains, "num_chains")
@@ -90,7 +91,8 @@ def collapsed(
     as_count(thin, "thin")
     as_count(burn_in, "burn_in", 0)
     target = Target(prior, form, noise, x.reshape(-1).double())
-    chains = Chains(target, num_chains, num_levels, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    chains = Chains(target, num_chains, num_levels, generator, start)
     for _ in range(burn_in):
         chains.move()
     chains.counts = _no_counts()
@@ -153,7 +155,12 @@ class Chains:
     """
 
     def __init__(
-        self, target: Target, num: int, num_levels: int, generator: torch.Generator
+        self,
+        target: Target,
+        num: int,
+        num_levels: int,
+        generator: torch.Generator,
+        start: Tensor | None = None,
     ) -> None:
         self.target, self.generator = target, generator
         self.num, self.num_levels = num, num_levels
@@ -168,7 +175,7 @@ class Chains:
         }
         self.counts = _no_counts()
         self.odd = False
-        self.state = self._start(num * num_levels)
+        self.state = self._start(start)
 
     def move(self) -> None:
         """Make one move of a kind drawn at random, and exchange temperatures."""
@@ -225,25 +232,35 @@ class Chains:
         self._take(new, accepted)
         self._count("exchange", exists, accepted)
 
-    def _start(self, num: int) -> State:
-        fits = pursuit(self.target)
-        probs = self.target.bridged.cardinality_probs
-        allowed = [k for k in range(len(fits)) if probs[k] > 0]
-        best = min(allowed, key=lambda k: fits[k].criterion)
-        sizes = [
-            min(allowed, key=lambda k: abs(k - size))
-            for size in (best, best - 1, best + 1, 0)
-        ]
-        parts = [fits[sizes[i % 4]].state for i in range(num)]
-        state = State(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    def _start(self, rows: Tensor | None) -> State:
+        """The first state: at some rows ``(n, E)``, in turn, or at fits."""
+        target, num = self.target, len(self.rows)
         beta = _COOLING ** torch.arange(self.num_levels).double()
-        state = state._replace(beta=beta.repeat_interleave(self.num))
-        state = self.target.complete(state, self.target.solve(state), self.generator)
-        for _ in range(_TRIES):  # fits that the prior rules out
+        beta = beta.repeat_interleave(self.num)
+        if rows is not None:
+            rows = rows[self.rows % len(rows)].double()
+            shared = target.layout.unpack(rows).shared
+            empty = target.empty(num, shared)._replace(beta=beta)
+            state = self._at(rows, empty)
+        else:
+            fits = pursuit(target)
+            probs = target.bridged.cardinality_probs
+            allowed = [k for k in range(len(fits)) if probs[k] > 0]
+            best = min(allowed, key=lambda k: fits[k].criterion)
+            sizes = [
+                min(allowed, key=lambda k: abs(k - size))
+                for size in (best, best - 1, best + 1, 0)
+            ]
+            parts = [fits[sizes[i % 4]].state for i in range(num)]
+            state = State(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            state = state._replace(beta=beta)
+            state = target.complete(state, target.solve(state), self.generator)
+        for _ in range(_TRIES):  # starts that the prior rules out
             hopeless = torch.isneginf(state.level)
             if not hopeless.any():
                 return state
-            other = self._from_the_prior(state)
+            prior = target.prior.sample((num,), self.generator)
+            other = self._at(prior.double(), state)
             for old, fresh in zip(state, other, strict=True):
                 old[hopeless] = fresh[hopeless]
         raise ValueError(
@@ -251,15 +268,14 @@ class Chains:
             "the data ask for within its bounds, and separations possible?"
         )
 
-    def _from_the_prior(self, state: State) -> State:
-        """Draws of the prior in place of all chains, with amplitudes by the data."""
-        target, num = self.target, len(state.level)
-        parts = target.layout.unpack(target.prior.sample((num,), self.generator))
-        u = target.fractions(target.form.nonlinear(parts.components.double()))
+    def _at(self, rows: Tensor, state: State) -> State:
+        """A state at rows ``(C, E)``, with amplitudes by the data."""
+        target = self.target
+        parts = target.layout.unpack(rows)
+        u = target.fractions(target.form.nonlinear(parts.components))
         u = torch.where(parts.mask.unsqueeze(-1), u, 0.5)
-        slots = torch.arange(u.shape[1]).expand(num, -1)
-        shared = parts.shared.double()
-        new = target.updated(state, parts.mask, u, shared, slots)
+        slots = torch.arange(u.shape[1]).expand(len(rows), -1)
+        new = target.updated(state, parts.mask, u, parts.shared, slots)
         return target.complete(new, target.solve(new), self.generator)
 
     def _normal(self, *shape: int) -> Tensor:

@@ -21,21 +21,37 @@ import torch
 from torch import Tensor
 
 from ..posterior import refine
+from ..posterior.base import Posterior
 from ..posterior.draws import ChainDraws, RefinedPosterior
 from ..problems.base import Problem
+from ..seeding import generator_for
+from ..sets.checks import as_count, as_floats
 
 __all__ = ["collapsed", "fixed_k", "laplace_proposal"]
 
+# Draws of a posterior that chains start from.
+_STARTS = 64
 
-def collapsed(problem: Problem, x: Tensor, **options: Any) -> ChainDraws:
+
+def collapsed(
+    problem: Problem,
+    x: Tensor,
+    *,
+    start: Posterior | Tensor | None = None,
+    **options: Any,
+) -> ChainDraws:
     """Draw from the exact posterior p(K, Theta, shared | x).
 
     Args:
         problem: A problem with a sampler of its own,
             ``problems.sinusoids(...)`` for one.
         x: The observation, shape ``(T,)`` or ``(1, T)``.
+        start: Where chains begin: draws of an approximate posterior, a trained network
+            for one, or theta rows ``(n, E)``, taken in turn. Fits to x if None. What
+            the chains converge to does not depend on it; how soon they do may.
         options: ``seed``, ``num_chains``, ``num_draws`` (kept from each chain),
-            ``thin`` (moves between two draws), ``burn_in`` (moves thrown away first).
+            ``thin`` (moves between two draws), ``burn_in`` (moves thrown away first),
+            ``num_levels`` (temperatures).
 
     Returns:
         Float64 draws, shape ``(num_chains, num_draws, E)``.
@@ -43,9 +59,40 @@ def collapsed(problem: Problem, x: Tensor, **options: Any) -> ChainDraws:
     Raises:
         ImportError: If numba is missing (``pip install sbi-slotflow[rjmcmc]``).
         TypeError: If the problem has no such sampler.
-        ValueError: If x is malformed or a number is not positive.
+        ValueError: If x is malformed, a number is not positive, or a row of ``start``
+            lies outside the prior's support.
     """
-    return _checked(problem).collapsed(x, **options)
+    problem = _checked(problem)
+    if start is not None:
+        options["start"] = _starts(problem, x, start, options.get("seed", 0))
+    return problem.collapsed(x, **options)
+
+
+def _starts(
+    problem: Problem, x: Tensor, start: Posterior | Tensor, seed: int
+) -> Tensor:
+    """Theta rows ``(n, E)`` inside the prior's support."""
+    if isinstance(start, Posterior):
+        generator = generator_for(as_count(seed, "seed", 0), 1)
+        x = as_floats(x, "x").reshape(-1)
+        rows = start.sample(
+            (_STARTS,), x, generator=generator, show_progress_bars=False
+        )
+        inside = torch.isfinite(problem.prior.log_prob(rows))
+        if inside.any():  # rounding takes some draws out
+            return rows[inside]
+    else:
+        rows = as_floats(start, "start")
+        if rows.ndim == 1:
+            rows = rows.unsqueeze(0)
+        problem.layout.validate(rows)
+        inside = torch.isfinite(problem.prior.log_prob(rows))
+    if not inside.all():
+        raise ValueError(
+            "start must lie inside the prior's support, got "
+            f"{int((~inside).sum())} of {len(rows)} rows outside."
+        )
+    return rows
 
 
 def laplace_proposal(

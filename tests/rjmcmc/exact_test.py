@@ -13,11 +13,14 @@ from sine_evidence import (
 )
 from torch import Tensor
 
+from sbi_slotflow import load_pretrained
+from sbi_slotflow.posterior.convergence import NotConverged
 from sbi_slotflow.posterior.refine import RefinedPosterior
-from sbi_slotflow.problems import Sinusoids, sinusoids
-from sbi_slotflow.rjmcmc import fixed_k
+from sbi_slotflow.problems import Problem, Sinusoids, sinusoids, spikes
+from sbi_slotflow.rjmcmc import collapsed, fixed_k
 
 tiny, paper = sinusoids("tiny"), sinusoids("paper")
+BRIEF = {"num_draws": 1, "thin": 1, "burn_in": 0, "num_levels": 1}
 
 pytestmark = pytest.mark.filterwarnings(
     "error::sbi_slotflow.posterior.refine.UnreliableWeights"
@@ -133,3 +136,48 @@ def test_a_cardinality_that_the_prior_excludes_is_rejected(k: int) -> None:
     x = torch.zeros(paper.num_data)
     with pytest.raises(ValueError, match="k must be a cardinality that the prior"):
         fixed_k(paper, x, k)
+
+
+@pytest.mark.parametrize("problem", [tiny, spikes()], ids=lambda problem: problem.name)
+def test_chains_begin_where_they_are_told(problem: Problem) -> None:
+    rows = problem.prior.sample((5,), torch.Generator().manual_seed(1))
+    x = problem.simulator(rows[0], torch.Generator().manual_seed(2))
+    with pytest.warns(NotConverged):
+        draws = collapsed(problem, x, start=rows, num_chains=7, **BRIEF)
+    order = problem.layout.order_by
+    begun, after = (
+        problem.layout.unpack(part).components[..., order].double()
+        for part in (rows[[0, 1, 2, 3, 4, 0, 1]], draws.theta[:, 0])
+    )
+    # one move changes two places at most, and few are accepted so far from the data
+    here = (after.unsqueeze(-1) - begun.unsqueeze(-2)).abs() < 1e-6
+    found = here.any(-2) | (begun == 0)
+    assert found.all(-1).sum() >= 3
+    assert (~found).sum() <= 8
+
+
+def test_chains_that_begin_at_draws_of_a_network_end_at_the_posterior() -> None:
+    x = observe(tiny, [[0.7, 1.0, 1.0], [1.0, 1.0, 1.3]], 0.9, seed=1)
+    network = load_pretrained("sinusoids-tiny")
+    before = torch.random.get_rng_state()
+    runs = [collapsed(tiny, x, start=network, seed=s, num_chains=8) for s in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    draws, again, other = runs
+    assert torch.equal(draws.theta, again.theta)
+    expected = collapsed(tiny, x).cardinality().probs
+    # standard errors are 0.004 or less
+    for each in (draws, other):
+        assert each.converged
+        probs = each.cardinality().probs.tolist()
+        assert probs == pytest.approx(expected.tolist(), abs=0.03)
+
+
+def test_a_start_outside_the_support_is_refused() -> None:
+    x = observe(tiny, [[0.7, 1.0, 1.0]], 0.5, seed=1)
+    inside = tiny.prior.sample((2,), torch.Generator().manual_seed(1)).double()
+    outside = inside.clone()
+    outside[1, 1] = 1e3  # sigma
+    with pytest.raises(ValueError, match=r"start must lie inside .* 1 of 2 rows"):
+        collapsed(tiny, x, start=outside)
+    with pytest.raises(ValueError, match="theta must"):
+        collapsed(tiny, x, start=inside[:, :-1])

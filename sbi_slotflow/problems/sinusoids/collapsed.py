@@ -52,6 +52,7 @@ def collapsed(
     statistics: SineStatistics,
     x: Tensor,
     *,
+    start: Tensor | None = None,
     seed: int = 0,
     num_chains: int = 4,
     num_draws: int = 5_000,
@@ -61,9 +62,9 @@ def collapsed(
 ) -> ChainDraws:
     """Draw from the posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`.
 
-    Chains start from pursuits of different size and have streams of their own. Those
-    that do not converge by themselves are run again beside hotter ones, whose
-    likelihood is raised to a power: ``num_levels`` temperatures, 1 and then 8 if None.
+    Without ``start`` chains begin at pursuits of different size. Those that do not
+    converge by themselves are run again beside hotter ones, whose likelihood is raised
+    to a power: ``num_levels`` temperatures, 1 and then 8 if None.
     """
     as_count(1 if num_levels is None else num_levels, "num_levels")
     seed = as_count(seed, "seed", 0)
@@ -73,10 +74,16 @@ def collapsed(
     as_count(burn_in, "burn_in", 0)
     sampler = CollapsedSampler(prior, statistics, x)
     skipped = math.ceil(burn_in / thin)
+    chains = range(num_chains)
+    if start is None:
+        # 0, -1, +1, 0, -1, ... components more than the best fit
+        starts = [sampler.start(sampler.best_size + (0, -1, 1)[i % 3]) for i in chains]
+    else:
+        starts = [start[i % len(start)] for i in chains]
 
     def run(levels: int) -> tuple[Tensor, Convergence]:
         theta, acceptance = _chains(
-            sampler, seed, num_chains, num_draws, skipped, thin, levels
+            sampler, starts, seed, num_draws, skipped, thin, levels
         )
         rows = theta.flatten(0, 1)
         values = statistics.log_likelihood_of(rows, prior.layout, WhiteNoise())
@@ -93,8 +100,8 @@ def collapsed(
 
 def _chains(
     sampler: "CollapsedSampler",
+    starts: list[Tensor],
     seed: int,
-    num_chains: int,
     num_draws: int,
     skipped: int,
     thin: int,
@@ -103,9 +110,7 @@ def _chains(
     """Rows ``(chains, draws, E)``, and the acceptance of each kind of move."""
     betas = _COOLING ** np.arange(num_levels, dtype=np.float64)
     chains, counts = [], []
-    for chain in range(num_chains):
-        # 0, -1, +1, 0, -1, ... components more than the best fit
-        start = sampler.start(sampler.best_size + (0, -1, 1)[chain % 3])
+    for chain, start in enumerate(starts):
         rng = np.random.default_rng([seed, chain])
         rows, tried = sampler.run(start, skipped + num_draws, thin, rng, betas)
         chains.append(rows[skipped:])
