@@ -170,20 +170,25 @@ def against_exact(
     )
     seconds = time.thread_time() - started
     reference, second = (
-        rjmcmc.collapsed(problem, x, seed=2 * seeds[1] + run, num_draws=5_000, thin=80)
-        for run in range(2)
+        rjmcmc.collapsed(problem, x, seed=seed, num_draws=5_000, thin=80)
+        for seed in (3 * seeds[1], 3 * seeds[1] + 1)
     )
+    started = time.thread_time()
+    sampled = rjmcmc.collapsed(problem, x, seed=3 * seeds[1] + 2, start=posterior)
+    seconds_sampled = time.thread_time() - started
     exact, again = (run.cardinality().probs for run in (reference, second))
     amortized = posterior.cardinality(x).probs.double()
     others = {
         "amortized": amortized,
         "refined": refined.cardinality().probs,
         "weighted": weighted.cardinality().probs,
+        "collapsed from the network": sampled.cardinality().probs,
         "floor": again,
     }
     scores = {"exact": 0.5 * (exact + again), "amortized": amortized}
     found = {
         f"refine by {method}, seconds of the thread": seconds,
+        "collapsed from the network, seconds of the thread": seconds_sampled,
         **{
             f"TV, {name}": metrics.total_variation(probs, exact).item()
             for name, probs in others.items()
