@@ -435,7 +435,7 @@ def answers(builder: slot_nn) -> list[Tensor]:
         for parameter in estimator.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         losses = estimator.loss(theta, x)
-        draws = estimator.sample((8,), x[:4], generator=generator)
+        draws = estimator.sample((8,), x[:2], generator=generator)
     return [*estimator.state_dict().values(), losses, draws]
 
 

@@ -1,5 +1,6 @@
 """A network given data: one distribution, whoever asks it, and in whatever order."""
 
+import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from sbi_slotflow import (
 from sbi_slotflow.nn.autoregressive_head import AutoregressiveHead
 
 tiny = problems.sinusoids("tiny")
-THREADS, ROUNDS = 4, 200
+THREADS = 4
 SMALL: dict[str, Any] = {
     "hidden_features": 16,
     "trunk_features": 8,
@@ -53,8 +54,12 @@ def estimator() -> SlotDensityEstimator:
     return estimator
 
 
+@pytest.mark.parametrize("rounds", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_threads_with_data_of_their_own_find_what_one_finds(
-    estimator: SlotDensityEstimator, signals: Tensor, monkeypatch: pytest.MonkeyPatch
+    rounds: int,
+    estimator: SlotDensityEstimator,
+    signals: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sbi_slotflow.nn.cell_sets._ROUNDS", 0)  # for speed
     posterior = SlotPosterior(estimator, tiny.prior)
@@ -67,13 +72,13 @@ def test_threads_with_data_of_their_own_find_what_one_finds(
 
     def work(i: int) -> int:
         same = 0
-        for _ in range(ROUNDS // 2):
+        for _ in range(rounds):
             same += torch.equal(draw(i), rows[i])
             same += torch.equal(posterior.log_prob(rows[i], signals[i]), expected[i])
         return same
 
     with ThreadPoolExecutor(THREADS) as pool:
-        assert list(pool.map(work, range(THREADS))) == [ROUNDS] * THREADS
+        assert list(pool.map(work, range(THREADS))) == [2 * rounds] * THREADS
 
 
 @torch.no_grad()
@@ -127,6 +132,10 @@ def test_no_set_of_the_prior_has_density_zero(
 
 
 SCALES = {"2**-70": 2.0**-70, "2**70": 2.0**70, "1e-21": 1e-21, "1e21": 1e21}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "attention": {"slots": "attention"},
+    "anchored": {"refine_slots": 1, "weighed_sets": 16},
+}
 
 
 def scaled(
@@ -151,7 +160,7 @@ def scaled(
         shared_names=tiny.shared_names,
     )
     problem = replace(tiny, prior=prior)
-    theta = tiny.prior.sample((32,), seeded(5))
+    theta = tiny.prior.sample((8,), seeded(5))
     x = tiny.simulator(theta, seeded(6)) * factor
     columns = torch.ones(theta.shape[-1])
     columns[[1, 2, 5, 8]] = factor
@@ -161,23 +170,27 @@ def scaled(
     return estimator, theta * columns, x
 
 
-@pytest.mark.parametrize("options", [{"slots": "attention"}, {"refine_slots": 1}])
+@functools.cache
+def results(unit: float, structure: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a network of signals in a unit: log p(K | x), slopes, drawn amplitudes."""
+    estimator, theta, x = scaled(unit, **STRUCTURES[structure])
+    terms = estimator.loss_terms(theta, x)
+    estimator.weigh(terms).mean().backward()
+    slopes = [
+        p.grad.flatten() for p in estimator.net.parameters() if p.grad is not None
+    ]
+    estimator.eval()
+    with torch.no_grad():
+        log_k = estimator.given(x).log_cardinality
+        amplitude = estimator.sample((4,), x, generator=seeded(7))[..., 2] / unit
+    return log_k, torch.cat(slopes), amplitude
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", SCALES)
-def test_results_do_not_depend_on_the_unit(name: str, options: Any) -> None:
-    factor, found = SCALES[name], []
-    for unit in (1.0, factor):
-        estimator, theta, x = scaled(unit, **options)
-        terms = estimator.loss_terms(theta, x)
-        estimator.weigh(terms).mean().backward()
-        slopes = [
-            p.grad.flatten() for p in estimator.net.parameters() if p.grad is not None
-        ]
-        estimator.eval()
-        with torch.no_grad():
-            log_k = estimator.given(x).log_cardinality
-            amplitude = estimator.sample((4,), x, generator=seeded(7))[..., 2] / unit
-        found.append((log_k, torch.cat(slopes), amplitude))
-    (log_k, slope, amplitude), others = found
+def test_results_do_not_depend_on_the_unit(name: str, structure: str) -> None:
+    log_k, slope, amplitude = results(1.0, structure)
+    others = results(SCALES[name], structure)
     assert log_k.std(0).max() > 1e-4  # it does depend on x
     if name.startswith("2"):
         assert torch.equal(others[0], log_k)

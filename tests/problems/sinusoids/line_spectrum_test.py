@@ -231,7 +231,7 @@ def test_tokens_turn_with_the_spectrum(problem: LineSpectrum) -> None:
 def test_a_network_of_lines_learns_draws_and_is_saved(
     problem: LineSpectrum, refine_slots: int, tmp_path: Path
 ) -> None:
-    theta = problem.prior.sample((32,), generator_for(10))
+    theta = problem.prior.sample((8,), generator_for(10))
     x = problem.simulator(theta, generator_for(11))
     sets = {"weighed_sets": 4} if refine_slots else {}
     build = slot_nn(problem, refine_slots=refine_slots, **sets, **SMALL)
