@@ -80,11 +80,10 @@ class CellHead(SetHead):
         log_det = torch.where(inside, log_det, -torch.inf)
         return coordinates, torch.where(mask, log_det, 0.0).sum(-1).float()
 
-    def components(self, coordinates: Tensor, mask: Tensor) -> Tensor:
-        """Float32 components of coordinates with positions, zero where inactive."""
+    def components(self, coordinates: Tensor) -> Tensor:
+        """Float32 components of coordinates with positions."""
         components = self.local_chart.components(coordinates).float()
-        components = self.chart.marginals.clamp(components)
-        return torch.where(mask.unsqueeze(-1), components, 0.0)
+        return self.chart.marginals.clamp(components)
 
     def limits(
         self, cells: Tensor, starts: Tensor, ends: Tensor
@@ -203,7 +202,7 @@ class _IndependentSets(SetsGivenK):
             centre, given = self.in_cells(here, count[row], cells)
             w, _ = head.local.sample(*given, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
-        components = head.components(coordinates, mask)
+        components = head.components(coordinates)
         return components, self.sample_shared(owner, count, generator, None)
 
     def in_cells(

@@ -47,8 +47,8 @@ class SetsGivenK(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Draw N sets with active components ``mask`` ``(N, Kmax)``.
 
-        Components ``(N, Kmax, D)`` are in any order, zero where inactive; shared
-        parameters ``(N, S)`` are None if there are none.
+        Components ``(N, Kmax, D)`` are in any order, inactive ones hold anything;
+        shared parameters ``(N, S)`` are None if there are none.
         """
 
     def log_shared(

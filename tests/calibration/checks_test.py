@@ -329,6 +329,13 @@ def test_figures_have_a_panel_for_each_quantity():
         panels = [axes for axes in figure.axes if axes.get_visible()]
         expected = len(check.p_values) if name in ("sets", "components", "tarp") else 2
         assert len(panels) == expected, name
+        if name in ("sets", "components"):
+            for axes in panels:  # zero in the middle, and nothing cut off
+                low, high = axes.get_ylim()
+                assert low == -high
+                assert np.abs(axes.lines[0].get_ydata()).max() < high
+                band = axes.collections[0].get_datalim(axes.transData)
+                assert low < band.y0 < 0 < band.y1 < high
 
 
 def test_the_lowest_residuals_panels_name_their_axes():
@@ -341,6 +348,20 @@ def test_the_lowest_residuals_panels_name_their_axes():
     figure = calibration.residuals(theta, x, tiny).plot()
     shown = [bool(axes.get_xlabel()) for axes in figure.axes]
     assert shown == [False, False, True, True]
+
+
+def test_one_process_does_the_work_unless_more_are_asked_for():
+    seen = []
+
+    class Watched:
+        cardinality = exact.cardinality
+
+        def sample_batched(self, *args, **kwargs):
+            seen.append(args)  # a worker's copy of the list would get it
+            return exact.sample_batched(*args, **kwargs)
+
+    calibration.draw(Watched(), problem, 20, num_draws=20)
+    assert seen
 
 
 def test_verdict_names_what_failed():

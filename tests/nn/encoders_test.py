@@ -305,6 +305,19 @@ def test_each_stream_needs_its_own_options(name: str, value: Any) -> None:
         dual(**{name: value})
 
 
+def test_the_dual_encoder_is_the_papers_unless_told_otherwise() -> None:
+    spec = DualStreamEncoder((3000, 5120)).spec
+    expected = {
+        "domains": ["frequency", "time"],
+        "channels": [32, 64, 128],
+        "kernels": [8, 8, 5],
+        "strides": [[2, 2, 1], [2, 2, 1]],
+        "num_heads": 4,
+        "hidden_features": 256,
+    }
+    assert spec | expected == spec
+
+
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder kind must be one of"):
         build("encoder", {"kind": "transformer"})

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import StepPatch
+from matplotlib.text import Annotation
 from torch import Tensor
 
 from sbi_slotflow import ThetaLayout, plots
@@ -128,6 +129,27 @@ def test_spectrum_shows_every_component_where_draws_are_thinned() -> None:
             centre = parts.components[:, slot, 2].median()
             share = ((frequencies - centre).abs() < 0.04).double().mean().item()
             assert share == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_spectrum_writes_probabilities_that_do_not_hide_each_other() -> None:
+    # three in a row, of which each has room beside the next but one only
+    num, generator = 600, generator_for(4)
+    noise = torch.randn(num, 3, 3, generator=generator)
+    centre = torch.tensor([[0.6, 1.0, 1.0], [0.9, 3.0, 1.06], [1.3, 5.0, 1.12]])
+    there = torch.rand(num, 3, generator=generator) < torch.tensor([0.8, 0.7, 0.6])
+    components = centre + noise * torch.tensor([0.02, 0.1, 0.004])
+    order = (~there).long().argsort(dim=-1, stable=True)
+    components = components.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
+    rows = LAYOUT.pack(there.sum(-1), components, torch.full((num, 1), 0.3))
+    lower = plots.plot_spectrum(TINY, rows, torch.zeros(TINY.num_data)).axes[1]
+    notes = [text for text in lower.texts if isinstance(text, Annotation)]
+    above = {text.xy[0]: text for text in notes if text.get_text() != "probability:"}
+    places = sorted(above)
+    np.testing.assert_allclose(places, centre[:, 2], atol=0.01)
+    shown = [float(above[place].get_text()) for place in places]
+    np.testing.assert_allclose(shown, there.double().mean(0), atol=0.011)
+    heights = [above[place].xyann[1] for place in places]
+    assert heights[0] != heights[1] != heights[2]
 
 
 def test_spectrum_of_a_sinusoid_peaks_at_its_amplitude() -> None:

@@ -46,9 +46,15 @@ def test_births_have_a_density(target: Target) -> None:
     grid = target.grid
     weights = grid.log_weights(target.x[None], torch.tensor([0.5]).double())
     assert float(weights.logsumexp(-1)) == pytest.approx(0.0, abs=1e-9)
-    u = grid.draw(weights, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    u = grid.draw(weights.expand(2_000, -1), generator)
     volume = math.log(float(grid.shape.prod()))
-    away = grid.centre(torch.arange(weights.shape[-1])) - u
-    cell = (away * grid.shape).abs().amax(-1).argmin()
-    expected = float(weights[0, cell]) + volume
-    assert float(grid.log_prob(weights, u)) == pytest.approx(expected, abs=1e-6)
+    centres = grid.centre(torch.arange(weights.shape[-1]))
+    # draws, and the outermost places of every cell
+    places = [u, *((centres + end / grid.shape).clamp(0, 1) for end in (-0.49, 0.49))]
+    for at in places:
+        away = ((centres - at[:, None]) * grid.shape).abs().amax(-1)
+        assert (away.amin(-1) <= 0.5).all()
+        expected = weights[0, away.argmin(-1)] + volume
+        found = grid.log_prob(weights.expand(len(at), -1), at)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -29,6 +29,7 @@ pytest.importorskip("eryn")
 
 from sbi_slotflow.rjmcmc.eryn_bridge import eryn_sampler
 from sbi_slotflow.rjmcmc.eryn_moves import (
+    ComponentStretchMove,
     SlotFlowMove,
     leaf_limits,
     require_eryn,
@@ -210,6 +211,32 @@ def test_the_empty_model_has_its_likelihood():
     log_like, _ = sampler.sampler.compute_log_like(coords, inds, logp=log_prior)
     expected = gaussian.log_likelihood(torch.zeros(gaussian.layout.size), x)
     np.testing.assert_allclose(log_like, expected.item())
+
+
+def test_stretches_have_their_density():
+    # 500 walkers of one component go towards one of the 500 that stand still
+    move = ComponentStretchMove(a=3.0)
+    before = np.random.default_rng(0).normal(size=(1, 1_000, 1, 3))
+    inds = {"components": np.ones((1, 1_000, 1), dtype=bool)}
+    random = np.random.RandomState(1)
+    found, factors = move.get_proposal({"components": before}, random, inds)
+    moved = np.isfinite(factors[0])
+    assert moved.sum() == 500
+    z = np.exp(factors[0, moved] / 2)
+    old, new, still = (
+        rows[0, chosen, 0]
+        for rows, chosen in (
+            (before, moved),
+            (found["components"], moved),
+            (before, ~moved),
+        )
+    )
+    centre = (new - z[:, None] * old) / (1 - z[:, None])
+    away = np.abs(centre[:, None] - still).max(-1).min(-1)
+    assert (away < 1e-6).all()
+    # g(z) is proportional to z^(-1/2) on [1/a, a]
+    low, high = 3**-0.5, 3**0.5
+    assert kstest((np.sqrt(z) - low) / (high - low), "uniform").pvalue > 1e-4
 
 
 def test_phases_are_periodic_in_every_move():

@@ -33,6 +33,8 @@ _ZERO_PADDING = 8
 _NUM_BANDS = 300
 # Existence above which there is nothing to say.
 _SURE = 0.995
+# Probabilities that stand below each other at most.
+_MOST_LINES = 4
 # A component's frequency and amplitude among its parameters.
 _PLACE = [2, 0]
 
@@ -117,7 +119,7 @@ def _draw_sources(axes: Axes, layout: ThetaLayout, samples: Tensor) -> None:
     parts = layout.unpack(rows)
     free = parts.mask.clone()
     style: dict[str, Any] = {"marker": ".", "ls": "", "ms": 3, "alpha": 0.25, "mew": 0}
-    placed: list[float] = []
+    placed: list[tuple[float, int]] = []
     width = float(np.diff(axes.get_xlim())[0])
     for i in range(len(sources)):
         there = (owner[:, i] >= 0).nonzero().flatten()
@@ -145,15 +147,18 @@ def _draw_sources(axes: Axes, layout: ThetaLayout, samples: Tensor) -> None:
         axes.plot(*loose.T, color=DATA, zorder=1, **style)
 
 
-def _write_above(axes: Axes, place: float, value: float, placed: list[float]) -> None:
+def _write_above(
+    axes: Axes, place: float, value: float, placed: list[tuple[float, int]]
+) -> None:
     """Write a probability above a place, lower where it would hide another."""
     low, high = axes.get_xlim()
-    level = sum(abs(place - other) < 0.05 * (high - low) for other in placed)
+    taken = {at for other, at in placed if abs(place - other) < 0.05 * (high - low)}
+    level = min(set(range(_MOST_LINES)) - taken, default=0)
     where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center"}
     where |= {"textcoords": "offset points", "fontsize": SMALL}
     text = f"{value:.2f}"
-    axes.annotate(text, (place, 1.0), xytext=(0, -9 - 10 * (level % 4)), **where)
-    placed.append(place)
+    axes.annotate(text, (place, 1.0), xytext=(0, -9 - 10 * level), **where)
+    placed.append((place, level))
 
 
 def _amplitude_spectrum(data: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:

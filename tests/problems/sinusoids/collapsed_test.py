@@ -437,3 +437,19 @@ def test_tones_that_the_prior_finds_too_faint_are_noise() -> None:
     # what is left: three tones of power 0.3^2 / 2 and the noise
     sigma = math.sqrt(1.5 * 0.3**2 + 0.05**2)
     assert draws.rows[:, 1].mean() == pytest.approx(sigma, rel=0.15)
+
+
+def test_the_least_step_is_a_third_of_the_cramer_rao_bound() -> None:
+    # The prior's least noise is far below the record's.
+    sigma, duration, rate = 1e-3, 10.0, 500.0
+    problem = sinusoids(
+        "tiny",
+        grids=Grid(duration, rate),
+        frequency=(20.0, 30.0),
+        sigma=(1e-6, 1.0),
+        separation=0,
+    )
+    x = observe(problem, [[1.0, 0.7, 24.123]], sigma, seed=1)
+    sampler = CollapsedSampler(problem.prior, problem.statistics(x), x)
+    bound = math.sqrt(6 / (duration * rate)) * sigma / (math.pi * duration)
+    assert sampler._target.least_step == pytest.approx(bound / 3, rel=0.05)

@@ -186,6 +186,11 @@ def test_likelihoods_of_many_rows_are_those_of_each(name: Any) -> None:
         torch.testing.assert_close(bound, expected[:3, i], rtol=1e-6, atol=0)
     batch = problem.log_likelihood.given(x)(theta[:4].unsqueeze(1).expand(-1, 3, -1))
     torch.testing.assert_close(batch, expected[:4], rtol=1e-6, atol=0)
+    # one row for all of as many observations as a row has entries
+    many = problem.simulator(theta[: problem.layout.size])
+    wide = problem.log_likelihood.given(many)(theta[:4].unsqueeze(1))
+    direct = problem.simulator.log_likelihood(theta[:4].unsqueeze(1), many)
+    torch.testing.assert_close(wide, direct, rtol=1e-6, atol=0)
     empty = theta[:200].clone()
     empty[:, 0], empty[:, 2:] = 0.0, 0.0
     if problem.prior.cardinality_probs[0] > 0:
