@@ -27,8 +27,8 @@ from .common import PERIODS, TEST, Numbers, one, progress, ready, run_parts, sim
 from .intervals import share_interval, spread
 from .store import RESULTS
 
-# Share of draws with one more component, where the posterior is refined.
-_DEFENSIVE = {"importance": 0.0, "smc": 0.1}
+# By weights, or by the collapsed sampler from the posterior's draws.
+Method = Literal["importance", "collapsed"]
 WEIGHTS = Path(__file__).parents[1] / "sbi_slotflow" / "weights"
 
 
@@ -109,12 +109,10 @@ def paper(num_signals: int, seed: int) -> Numbers:
 
 def crowded(num_signals: int, seed: int) -> Numbers:
     """The weights against the collapsed sampler, ``crowded``."""
-    return _against_exact("crowded", "smc", num_signals, seed)
+    return _against_exact("crowded", "collapsed", num_signals, seed)
 
 
-def _against_exact(
-    preset: str, method: Literal["importance", "smc"], num_signals: int, seed: int
-) -> Numbers:
+def _against_exact(preset: str, method: Method, num_signals: int, seed: int) -> Numbers:
     problem, posterior = ready(preset)
     theta, x = simulate(problem, num_signals, TEST + seed)
     kept: dict[str, list[float]] = {}
@@ -133,7 +131,7 @@ def _against_exact(
 def against_exact(
     problem: Sinusoids,
     posterior: SlotPosterior,
-    method: Literal["importance", "smc"],
+    method: Method,
     x: Tensor,
     true: int,
     seeds: tuple[int, int],
@@ -158,37 +156,34 @@ def against_exact(
         )
     )
     started = time.thread_time()
-    refined = one(
-        posterior.refine(
-            problem.log_likelihood,
-            x,
-            10_000,
-            method=method,
-            defensive=_DEFENSIVE[method],
-            generator=generator_for(*seeds, 1),
+    if method == "importance":
+        refined = one(
+            posterior.refine(
+                problem.log_likelihood,
+                x,
+                10_000,
+                defensive=0.0,
+                generator=generator_for(*seeds, 1),
+            )
         )
-    )
+    else:
+        refined = rjmcmc.collapsed(problem, x, seed=3 * seeds[1] + 2, start=posterior)
     seconds = time.thread_time() - started
     reference, second = (
         rjmcmc.collapsed(problem, x, seed=seed, num_draws=5_000, thin=80)
         for seed in (3 * seeds[1], 3 * seeds[1] + 1)
     )
-    started = time.thread_time()
-    sampled = rjmcmc.collapsed(problem, x, seed=3 * seeds[1] + 2, start=posterior)
-    seconds_sampled = time.thread_time() - started
     exact, again = (run.cardinality().probs for run in (reference, second))
     amortized = posterior.cardinality(x).probs.double()
     others = {
         "amortized": amortized,
         "refined": refined.cardinality().probs,
         "weighted": weighted.cardinality().probs,
-        "collapsed from the network": sampled.cardinality().probs,
         "floor": again,
     }
     scores = {"exact": 0.5 * (exact + again), "amortized": amortized}
     found = {
         f"refine by {method}, seconds of the thread": seconds,
-        "collapsed from the network, seconds of the thread": seconds_sampled,
         **{
             f"TV, {name}": metrics.total_variation(probs, exact).item()
             for name, probs in others.items()
