@@ -75,6 +75,15 @@ def test_a_tone_is_seen_in_a_long_record() -> None:
     assert scan.scores(x + tone).min() > scan.scores(x).max()
 
 
+def test_a_louder_half_is_seen_in_a_long_record() -> None:
+    scan = Scan.fit(noise(1_000, 4_000, 0), [4_000])
+    x = noise(40, 4_000, 1)
+    # Of the same power in all, and too little for the kurtosis.
+    factors = torch.where(torch.arange(4_000) < 2_000, 1.3, 1.0)
+    louder = x * factors / factors.square().mean().sqrt()
+    assert scan.scores(louder).median() > scan.scores(x).max()
+
+
 def test_what_the_training_data_hold_is_no_surprise() -> None:
     times = torch.arange(300.0)
     turns = torch.rand(3_000, 1, generator=generator_for(1))
