@@ -115,7 +115,8 @@ def training_reference(name: str) -> TrainingReference:
     problem = RECIPES[name].problem
     theta = problem.prior.sample((_REFERENCE_SIGNALS,), generator_for(0, _REFERENCE, 0))
     x = problem.simulator(theta, generator_for(0, _REFERENCE, 1))
-    return TrainingReference.fit(x)
+    lengths = [stream.num_samples for stream in problem.streams]
+    return TrainingReference.fit(x, streams=lengths)
 
 
 def available_weights() -> tuple[str, ...]:
@@ -180,6 +181,7 @@ def _main() -> None:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/weights"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--reference-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -188,9 +190,10 @@ def _main() -> None:
     # Before the training: it takes hours.
     for path, made in ((weights, SlotDensityEstimator), (reference, TrainingReference)):
         check_tensors_replaceable(path, f"sbi_slotflow.{made.__name__}")
-    pretrain(args.name, device=args.device).save(weights)
+    if not args.reference_only:
+        pretrain(args.name, device=args.device).save(weights)
     training_reference(args.name).save(reference)
-    for path in (weights, reference):
+    for path in (weights, reference)[args.reference_only :]:
         print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")  # noqa: T201
 
 

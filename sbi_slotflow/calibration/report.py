@@ -325,6 +325,8 @@ def _misspecification(
     if not isinstance(reference, TrainingReference):
         generator = draws.generator(8)
         theta = problem.prior.sample((_NUM_REFERENCE,), generator).cpu()
-        reference = TrainingReference.fit(problem.simulator(theta, generator))
+        data = problem.simulator(theta, generator)
+        lengths = [stream.num_samples for stream in problem.streams]
+        reference = TrainingReference.fit(data, streams=lengths)
     observed = draws.x if x is None else x
     return reference.check(observed, false_alarm_rate=false_alarm_rate)

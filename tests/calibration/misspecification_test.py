@@ -3,19 +3,21 @@
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import binom, kstest
 
 from sbi_slotflow import SlotPosterior, load_pretrained, problems, slot_nn
 from sbi_slotflow.calibration import TrainingReference, UnlikeTrainingWarning
 from sbi_slotflow.seeding import generator_for
+from sbi_slotflow.storage import read_tensors, write_tensors
 
 tiny = problems.sinusoids("tiny")
 
 
-def simulate(num, seed, problem=tiny):
+def simulate(num, seed, problem: problems.Trace | problems.Sinusoids = tiny):
     theta = problem.prior.sample((num,), generator_for(seed, 0))
     return problem.simulator(theta, generator_for(seed, 1))
 
@@ -122,6 +124,98 @@ def test_reference_follows_the_posterior(posterior, reference):
         again.sample((5,), loud(simulate(1, 6)))
 
 
+def shipped_reference(preset):
+    reference = load_pretrained(f"sinusoids-{preset}").training_reference
+    assert isinstance(reference, TrainingReference)
+    return reference
+
+
+def departed(change, num, seed):
+    """Signals of ``tiny`` with something else in them, and their sigma."""
+    theta = tiny.prior.sample((num,), generator_for(seed, 0))
+    x = tiny.simulator(theta, generator_for(seed, 1))
+    return change(x, theta[:, 1:2])
+
+
+HALVES = torch.arange(300) >= 200  # which of the two records a sample is in
+TIMES = torch.cat([grid.times for grid in tiny.grids]).float()
+DEPARTURES = {
+    "tone below the band": lambda x, sigma: x + 3 * sigma * torch.cos(1.2 * TIMES),
+    "tone above the band": lambda x, sigma: x + 2 * sigma * torch.cos(18 * TIMES),
+    "offset": lambda x, sigma: x + 1.5 * sigma,
+    "trend": lambda x, sigma: x + sigma * (TIMES - 10) / 3,
+    "step": lambda x, sigma: x + 3 * sigma * (TIMES > 12),
+    "glitch": lambda x, sigma: x + 100 * sigma * (torch.arange(300) == 250),
+    "glitch at the end": lambda x, sigma: x + 100 * sigma * (torch.arange(300) == 299),
+}
+
+
+@pytest.mark.parametrize("departure", DEPARTURES)
+def test_departures_from_the_model_are_noticed_by_shipped_weights(departure):
+    p = shipped_reference("tiny").p_values(departed(DEPARTURES[departure], 100, 20))
+    assert (p < 1e-3).double().mean() >= 0.9
+
+
+def test_a_record_of_another_noise_level_is_noticed():
+    theta = tiny.prior.sample((100,), generator_for(21, 0))
+    noise = theta[:, 1:2] * torch.randn(100, 300, generator=generator_for(21, 1))
+    x = tiny.simulator.signal(theta) + torch.where(HALVES, 4 * noise, noise)
+    assert (shipped_reference("tiny").p_values(x) < 1e-3).double().mean() >= 0.9
+
+
+def test_departures_are_noticed_in_a_problem_of_another_kind():
+    spikes = problems.spikes(max_cardinality=3)
+    reference = TrainingReference.fit(simulate(4_000, 0, spikes))
+    x = simulate(100, 1, spikes)
+    for change in (
+        torch.cos(1.2 * torch.arange(512)),
+        20.0 * (torch.arange(512) == 300),
+    ):
+        assert (reference.p_values(x + change) < 1e-3).double().mean() >= 0.9
+    # Noise of sigma 0.1 to 0.5, and pulses of a height of 0.5 to 2.
+    louder = torch.randn(100, 512, generator=generator_for(22))
+    louder = x + louder * (torch.arange(512) >= 256)
+    assert (reference.p_values(louder) < 0.01).double().mean() >= 0.9
+
+
+def test_false_alarms_are_as_rare_as_stated():
+    reference, fresh = shipped_reference("tiny"), simulate(20_000, 30)
+    p = reference.p_values(fresh)
+    # The stated bound of a reference's rate; a false alarm in 10,000 runs.
+    most = binom.ppf(1 - 1e-4, len(fresh), 0.0024)
+    assert int((p < reference.level).sum()) <= most
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference.warn(fresh[(p >= reference.level) & (p < 5 * reference.level)])
+
+
+def test_streams_are_not_mixed():
+    x = simulate(4_000, 0)
+    apart = TrainingReference.fit(x, streams=[200, 100])
+    assert apart.scan is not None
+    assert apart.scan.lengths.tolist() == [200, 100]
+    # 0.2 Hz at 10 Hz is where 1 Hz is at 50 Hz, inside the band.
+    strange = departed(lambda x, s: x + s * torch.cos(1.2 * TIMES), 100, 23)
+    joint = TrainingReference.fit(x).p_values(strange)
+    assert (apart.p_values(strange) < 0.01).sum() > 2 * (joint < 0.01).sum()
+    with pytest.raises(ValueError, match=r"streams must add up to 300, got \[200, 90"):
+        TrainingReference.fit(x, streams=[200, 90])
+    with pytest.raises(ValueError, match="streams must be at least 1"):
+        TrainingReference.fit(x, streams=[300, 0])
+
+
+def test_files_of_the_first_version_are_read(reference, tmp_path):
+    path, old = tmp_path / "reference.safetensors", replace(reference, scan=None)
+    old.save(path)
+    tensors, meta = read_tensors(path, "sbi_slotflow.TrainingReference", 2)
+    write_tensors(path, tensors, {**meta, "version": 1})
+    assert not any(name.startswith("scan") for name in tensors)
+    x = simulate(20, 4)
+    loaded = TrainingReference.load(path)
+    torch.testing.assert_close(loaded.p_values(x), old.p_values(x))
+    assert loaded.scan is None
+
+
 def test_malformed_data_are_refused(reference):
     with pytest.raises(ValueError, match=r"x must have shape \(N, T\) with N >= 100"):
         TrainingReference.fit(torch.zeros(5, 10))
@@ -140,7 +234,7 @@ def test_an_observation_with_nan_is_refused(reference):
         reference.p_values(x)
 
 
-@pytest.mark.parametrize("frequency", [2.5, 3.0, 4.0])
+@pytest.mark.parametrize("frequency", [0.2, 0.3, 2.3, 2.5, 3.0, 4.0])
 def test_a_tone_outside_the_band_is_told_where_the_network_sees_none(
     frequency: float,
 ) -> None:
