@@ -104,9 +104,9 @@ lines(twelve)
 
 # %% [markdown]
 # Twelve are not enough either. The two bright lines have the famous periods and
-# amplitudes of about 10 and 7. The others have amplitudes of a tenth, but they are no
-# noise: each is there with a probability of 0.93 or more. Look at their periods: 29 / n
-# with n = 2, 3, 4, 11 and 13, and 24 / n with n = 2, 5, 6, 10 and 11.
+# amplitudes of about 10 and 7. The others have amplitudes of a tenth, but ten of them
+# are no noise: each is there with a probability of 0.9 or more. Look at their periods:
+# 29 / n with n = 2, 3, 4, 11 and 13, and 24 / n with n = 2, 5, 6, 10 and 11.
 #
 # ## Look at the residuals
 #

@@ -135,21 +135,21 @@ for name, one in changed.items():
     print(f"{name:22s} p = {p:.4f}  {said}   most probable K = {int(k)}")
 
 # %% [markdown]
-# Three changes are noticed, with the least p-value that 2,000 reference signals allow.
-# Of the ten times louder signal the network would have said K = 10.
+# Four changes are noticed, with the least p-value that 2,000 reference signals allow.
+# Of the ten times louder signal the network would have said K = 10, and a constant
+# would have cost it a component.
 #
-# Two changes are not. The constant does little harm: it lies outside of the band, and
-# the answer hardly changes. The gap is worse: the most probable K goes from four to
-# six, and nobody warns. The summary looks at the power in bands and stretches and in
-# total, and a tenth of the long record does not weigh enough there. Such a warning is a
-# smoke detector. No smoke is no proof: if your data have gaps, train on data with gaps.
+# The gap is not, and it matters: the most probable K goes from four to six. The p-value
+# of 0.04 is small, but one in 25 signals of the prior has one as small; to warn below
+# 0.001 only is what keeps false alarms rare. Such a warning is a smoke detector. No
+# smoke is no proof: if your data have gaps, train on data with gaps.
 
 # %%
 reference.check(torch.stack(list(changed.values()))).plot()
 
 # %% [markdown]
 # Grey: how far training data are from each other. The lines are the six signals; the
-# three that were warned of are far to the right.
+# four that were warned of are far to the right.
 #
 # For weights that you train yourself, make a reference from training data:
 

@@ -72,10 +72,9 @@ slots.plot_slot_stability(shares)
 slots.plot_slot_contexts(matches)
 
 # %% [markdown]
-# Faint components gather in one half and strong ones along the edge. Of phase and
-# frequency the eye finds no order: a token need not say where it is, as its cell does
-# that. And t-SNE shows what varies most; a context may know more than two dimensions
-# tell.
+# The eye finds no order of amplitude, phase or frequency here: a token need not say
+# where it is, as its cell does that. And t-SNE shows what varies most; a context may
+# know more than two dimensions tell.
 #
 # ## What earns its keep: a small ablation
 #
@@ -107,8 +106,8 @@ for name, options in variants.items():
     print(f"{name:18s}  {-last['val_loss']:24.2f}   {right:7.1%}")
 
 # %% [markdown]
-# Anchored slots learn much faster: after 60 steps they get K right in nearly nine of
-# ten signals, and each signal's parameters are 8 nats more probable. Gauss-Newton steps
+# Anchored slots learn much faster: after 60 steps they get K right in nine of ten
+# signals, and each signal's parameters are 7 nats more probable. Gauss-Newton steps
 # inside the network add another 10: they find the peak, so that the flow has to learn
 # only what is not Gaussian about it. Attention and global slots do not differ at this
 # budget. (For these two the number is a lower bound, of the best assignment of slots to

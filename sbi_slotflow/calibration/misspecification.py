@@ -143,7 +143,10 @@ class Misspecification(Check):
         figure = Figure(figsize=(5.0, 3.0), layout="constrained")
         axes = figure.subplots()
         values = np.concatenate([self.usual, self.scores])
-        edges = np.linspace(values.min(), values.max() + 1e-6, 41)
+        most = max(1.0, self.usual.max())
+        if values.max() > 3 * most:  # or all that is usual is one bar
+            axes.set_xscale("symlog", linthresh=most)
+        edges = np.linspace(values.min(), min(values.max(), 3 * most) + 1e-6, 41)
         axes.hist(self.usual, edges.tolist(), density=True, color=DATA, alpha=0.6)
         handles: list[Artist] = [Patch(color=DATA, alpha=0.6, label="training data")]
         if len(self.scores) > _MANY:
