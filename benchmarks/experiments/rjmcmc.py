@@ -21,6 +21,7 @@ and warns where it cannot.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def _three(size: Size, seed: int) -> xr.Dataset:
     """The signal with three components."""
     problem, posterior = ready("paper")
     theta, x = simulate(given_k(problem, 3), 1, TEST + seed)
-    options = {"num_draws": size.num_kept, "thin": 30}
+    options: dict[str, Any] = {"num_draws": size.num_kept, "thin": 30}
     first, second = (
         samplers.collapsed(problem, x[0], seed=2 * seed + i, **options)
         for i in range(2)
@@ -220,7 +221,7 @@ def _random(preset: str, i: int, size: Size, seed: int) -> xr.Dataset:
 def _compared(
     posterior, refined, first, second, x, k, size, i
 ) -> Mapping[str, Comparison]:
-    options = {
+    options: dict[str, Any] = {
         "layout": posterior.prior.layout,
         "k": k,
         "num_samples": size.num_draws,

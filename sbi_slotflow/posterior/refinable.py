@@ -9,8 +9,21 @@ Priors, amplitudes, separations and cardinalities alike, are known in closed for
 that another one costs draws and no training. It is as good as q is where the new prior
 lies: k-hat and the effective number of draws say how much of q that is. Nothing that
 the training prior excludes can come back.
+
+Where the new prior excludes most of what q finds, it is mostly by K: sets with one weak
+component more than the new prior knows have another K than those that stay. So a few
+draws of each K tell first how much of it stays,
+
+.. math::
+    m_K = q(K | x)\, \mathrm{E}_{q(\theta | x, K)}
+        \frac{p_{new}(\theta)}{p_{train}(\theta)},
+
+and the draws that are weighed have K from :math:`r(K | x) = 0.9\, c \sqrt{m_K} + 0.1\,
+c' q(K | x)\, p_{new}(K) / p_{train}(K)` in place of q(K | x), with weights divided by
+r / q. The root gives more to a K that q thinks little of than it would get by itself.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, overload
@@ -19,11 +32,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..seeding import generator_for
+from ..nn.charts import Chart
+from ..seeding import draw_seed, generator_for
 from ..sets.checks import Numbers, as_count, warn_user
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior, check_covered
-from .base import Posterior
+from .base import Posterior, PosteriorOfOne
 from .draws import (
     FEWEST_EFFECTIVE,
     LARGEST_K_HAT,
@@ -33,37 +47,129 @@ from .draws import (
 )
 from .importance import LogLikelihood
 from .refine import refine
-from .weights import pareto_smoothed, worst_pareto_k
+from .weights import pareto_smoothed, systematic, worst_pareto_k
 
-__all__ = ["Refinable", "ReweightedPosterior", "ReweightedSets"]
+__all__ = [
+    "LeaningPosterior",
+    "LeaningSets",
+    "Refinable",
+    "ReweightedPosterior",
+    "ReweightedSets",
+]
 
 _NUM_DRAWS = 10_000
+# Draws of each K that tell how much of it stays, the share of a K from which it is
+# asked for, and the share of the draws that does not go by that.
+_PILOT, _LEAST_CHANCE, _BY_Q = 200, 1e-6, 0.1
+
+
+class LeaningSets(SetDistribution):
+    """The sets of one observation, with K where a new prior leaves most of them.
+
+    Attributes:
+        shares: Probabilities r(K | x) of the draws' cardinalities, ``(Kmax + 1,)``.
+    """
+
+    num_observations = 1
+
+    def __init__(
+        self, sets: SetDistribution, old: VariableKPrior, new: VariableKPrior
+    ) -> None:
+        self.sets, self.old, self.new, self.layout = sets, old, new, new.layout
+        with torch.no_grad():
+            logits = sets.cardinality().logits[0]
+            self._device, self._log_q = logits.device, logits.double().cpu()
+            self.shares = self._found()
+
+    def cardinality(self) -> Categorical:
+        """Return r(K | x), batch shape ``(1,)``."""
+        return Categorical(logits=self.shares.log().to(self._device)[None])
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows; see :meth:`SetDistribution.sample`."""
+        if k is not None:
+            return self.sets.sample(sample_shape, k, generator)
+        shape, order = torch.Size(sample_shape), generator_for(draw_seed(generator))
+        chosen = systematic(self.shares, shape.numel(), order)
+        counts = zip(*chosen.unique(return_counts=True), strict=True)
+        parts = [self.sets.sample((int(num),), int(k), generator) for k, num in counts]
+        rows = torch.cat(parts) if parts else self.sets.sample((0,))
+        mixed = torch.randperm(len(rows), generator=order).to(rows.device)
+        return rows[mixed].reshape(*shape, 1, self.layout.size)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Evaluate log densities, float64; see :meth:`SetDistribution.log_prob`."""
+        k = self.layout.cardinality(theta)
+        lean = self.log_lean.to(theta.device)[k]
+        value = self.sets.log_prob(theta).double() + lean
+        return torch.where(torch.isfinite(lean), value, -torch.inf)
+
+    @property
+    def log_lean(self) -> Tensor:
+        """Log of r over q for each K, ``(Kmax + 1,)``, -inf where nothing is drawn."""
+        log_r = self.shares.log()
+        return torch.where(torch.isfinite(log_r), log_r - self._log_q, -torch.inf)
+
+    def _found(self) -> Tensor:
+        """Probabilities r(K | x), by the pilot's draws."""
+        new, old = (p.cardinality_probs.cpu().double() for p in (self.new, self.old))
+        expected = self._log_q.exp() * torch.where(new > 0, new / old, 0.0)
+        if not expected.sum() > 0:  # all is excluded, which the weights will tell
+            return self._log_q.softmax(0)
+        expected = expected / expected.sum()
+        expected = torch.where(expected >= _LEAST_CHANCE, expected, 0.0)
+        generator = generator_for(0, device=self._device)
+        left = torch.zeros_like(expected)
+        for k in expected.nonzero().flatten().tolist():
+            rows = self.sets.sample((_PILOT,), k, generator)
+            log_mean = log_prior_ratio(rows, self.new, self.old).logsumexp(0)
+            left[k] = (self._log_q[k] + float(log_mean) - math.log(_PILOT)).exp()
+        if not left.sum() > 0:
+            return expected / expected.sum()
+        root = left.sqrt()
+        return (1 - _BY_Q) * root / root.sum() + _BY_Q * expected / expected.sum()
+
+
+def log_prior_ratio(theta: Tensor, new: VariableKPrior, old: VariableKPrior) -> Tensor:
+    """Log of the new over the old prior of rows ``(..., E)``, float64."""
+    log_new, log_old = (prior.log_prob(theta).double() for prior in (new, old))
+    return torch.where(torch.isfinite(log_new), log_new - log_old, -torch.inf)
 
 
 class ReweightedSets(SetDistribution):
     """A distribution over sets given B observations, weighed to another prior.
 
-    Draws are chosen among ``num_draws`` of a fixed seed, by their weights; they are
-    made when first asked for.
+    ``sets`` holds a distribution for each observation. Draws are chosen among
+    ``num_draws`` of a fixed seed, by their weights; they are made when first asked for.
     """
 
     def __init__(
         self,
-        sets: SetDistribution,
+        sets: Sequence[SetDistribution],
         old: VariableKPrior,
         new: VariableKPrior,
         num_draws: int = _NUM_DRAWS,
     ) -> None:
         self.sets, self.old, self.new, self.num_draws = sets, old, new, num_draws
-        self.layout, self.num_observations = new.layout, sets.num_observations
+        self.layout, self.num_observations = new.layout, len(sets)
 
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows ``(S, B, E)``, smoothed log weights ``(S, B)`` and k-hat ``(B,)``."""
+        drawn, weights = [], []
         with torch.no_grad():
-            shape, generator = (self.num_draws,), generator_for(0)
-            rows = self.sets.sample(shape, generator=generator)
-            raw = self._log_ratio(rows)
+            for one in self.sets:
+                sets = LeaningSets(one, self.old, self.new)
+                rows = sets.sample((self.num_draws,), generator=generator_for(0))
+                lean = sets.log_lean.to(rows.device)[self.layout.cardinality(rows)]
+                drawn.append(rows)
+                weights.append(log_prior_ratio(rows, self.new, self.old) - lean)
+        rows, raw = torch.cat(drawn, 1), torch.cat(weights, 1)
         smoothed = [pareto_smoothed(column) for column in raw.unbind(1)]
         k = self.layout.cardinality(rows)
         pairs = zip(raw.unbind(1), k.unbind(1), smoothed, strict=True)
@@ -101,8 +207,11 @@ class ReweightedSets(SetDistribution):
         """Evaluate log densities; Z(x) is the mean weight of the draws."""
         size = torch.tensor(float(self.num_draws)).log()
         log_z = self.pool[1].logsumexp(0) - size
-        ratio = self._log_ratio(theta)
-        value = self.sets.log_prob(theta).double() + ratio - log_z
+        ratio = log_prior_ratio(theta, self.new, self.old)
+        columns = theta.expand(-1, self.num_observations, -1).split(1, 1)
+        pairs = zip(self.sets, columns, strict=True)
+        values = torch.cat([one.log_prob(rows) for one, rows in pairs], 1)
+        value = values.double() + ratio - log_z
         return torch.where(torch.isfinite(ratio), value, -torch.inf)
 
     @cached_property
@@ -110,11 +219,6 @@ class ReweightedSets(SetDistribution):
         rows, log_weights, _ = self.pool
         pairs = zip(rows.unbind(1), log_weights.softmax(0).unbind(1), strict=True)
         return [DrawnSets(self.layout, *pair) for pair in pairs]
-
-    def _log_ratio(self, theta: Tensor) -> Tensor:
-        """Log of the new over the old prior ``(S, B)``, float64."""
-        new, old = (p.log_prob(theta).double() for p in (self.new, self.old))
-        return torch.where(torch.isfinite(new), new - old, -torch.inf)
 
 
 class Refinable(Posterior):
@@ -128,7 +232,17 @@ class Refinable(Posterior):
         **options: Any,
     ) -> RefinedPosterior | list[RefinedPosterior]:
         """Turn this posterior into the exact one; see :func:`sbi_slotflow.refine`."""
-        return refine(self, log_likelihood, x, num_samples, **options)
+        prior = options.get("prior")
+        if not (isinstance(prior, VariableKPrior) and self.has_density):
+            return refine(self, log_likelihood, x, num_samples, **options)
+        check_covered(prior, self.prior)
+        with torch.no_grad():
+            each = [LeaningPosterior(self, prior, x) for x in self.observations(x)]
+        found = [
+            refine(one, log_likelihood, None, num_samples, **options) for one in each
+        ]
+        results = [one for one in found if isinstance(one, RefinedPosterior)]
+        return results[0] if len(results) == 1 else results
 
     @overload
     def with_prior(self, prior: VariableKPrior) -> "ReweightedPosterior": ...
@@ -205,11 +319,29 @@ class ReweightedPosterior(Refinable):
 
     def given(self, x: Tensor) -> ReweightedSets:
         """Return the distribution over sets given observations ``(B, *event)``."""
-        sets = self.posterior.given(x)
+        sets = [self.posterior.given(one) for one in x.split(1)]
         found = ReweightedSets(sets, self.posterior.prior, self.prior)
         for ess, pareto_k in zip(found.ess.tolist(), found.pool[2], strict=True):
             _warn(ess, float(pareto_k), found.num_draws)
         return found
+
+
+class LeaningPosterior(Refinable, PosteriorOfOne):
+    """The posterior of one observation, as :class:`LeaningSets`: to be refined."""
+
+    def __init__(self, posterior: Posterior, new: VariableKPrior, x: Tensor) -> None:
+        self.posterior, self.prior, self.x = posterior, posterior.prior, x
+        self.simulator, self.model_card = posterior.simulator, posterior.model_card
+        self._device = posterior._device
+        self.sets = LeaningSets(posterior.given(x.unsqueeze(0)), self.prior, new)
+
+    @property
+    def chart(self) -> Chart:
+        """Coordinates of the posterior itself."""
+        return self.posterior.chart
+
+    def _distribution(self) -> LeaningSets:
+        return self.sets
 
 
 def reweighted(
@@ -222,7 +354,7 @@ def reweighted(
     check_covered(prior, posterior.prior)
     with torch.no_grad():
         sets = posterior.given(x.unsqueeze(0))
-    found = ReweightedSets(sets, posterior.prior, prior, num_samples)
+    found = ReweightedSets([sets], posterior.prior, prior, num_samples)
     rows, log_weights, pareto_k = found.pool
     result = RefinedPosterior(
         prior.layout,

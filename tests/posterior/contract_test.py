@@ -22,6 +22,7 @@ from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.calibration import faults
 from sbi_slotflow.posterior.base import Posterior, PosteriorOfOne
 from sbi_slotflow.posterior.draws import ChainDraws, PosteriorDraws
+from sbi_slotflow.posterior.refinable import LeaningPosterior
 from sbi_slotflow.posterior.refine import refine
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import generator_for
@@ -77,6 +78,9 @@ MAKERS = {
     "chains": lambda: ChainDraws(**drawn()),
     "refined": refined,
     "reweighted": lambda: EXACT.with_prior(LINEAR.prior.with_cardinality([1, 2, 3, 4])),
+    "leaning": lambda: LeaningPosterior(
+        EXACT, LINEAR.prior.with_cardinality([4, 3, 2, 1]), observations(LINEAR)[0]
+    ),
     "narrowed": lambda: faults.narrowed(EXACT),
     "shifted": lambda: faults.shifted(EXACT),
     "oversharp": lambda: faults.oversharp(EXACT),
@@ -114,7 +118,7 @@ def _case(request) -> Case:
     return case_of(request.param)
 
 
-DENSE = ["exact", "network", "separated", "laplace", "reweighted"]
+DENSE = ["exact", "network", "separated", "laplace", "reweighted", "leaning"]
 
 
 @pytest.fixture(name="dense", params=DENSE)

@@ -88,6 +88,41 @@ def test_another_cardinality_prior_is_bayes_rule(x: Tensor) -> None:
         assert_equal_probs(one, other, ess=1_000)
 
 
+def unlikely() -> tuple[Tensor, VariableKPrior, Any]:
+    """Data with p(K = 3 | x) below 1 %, a prior of that K alone, its closed form."""
+    x = LINEAR.design @ torch.tensor([0.0, 0.0])
+    assert float(EXACT.cardinality(x).probs[3]) < 0.01
+    prior = LINEAR.prior.with_cardinality([0, 0, 0, 1])
+    return x, prior, replace(LINEAR, prior=prior).exact_posterior()
+
+
+def test_a_cardinality_that_is_seldom_drawn_may_be_all_that_stays() -> None:
+    x, prior, exact = unlikely()
+    draws = EXACT.with_prior(prior, x)
+    assert draws.ess > 9_000
+    assert draws.pareto_k < 0.7
+    theta = exact.sample((200,), x, generator=generator_for(3))
+    value, known = EXACT.with_prior(prior).log_prob(theta, x), exact.log_prob(theta, x)
+    torch.testing.assert_close(value, known.double(), atol=0.02, rtol=1e-4)
+
+
+def test_refinement_under_it_has_as_many_draws() -> None:
+    x, prior, exact = unlikely()
+    refined = EXACT.refine(
+        LINEAR.log_likelihood, x, 4_000, prior=prior, generator=generator_for(0)
+    )
+    assert isinstance(refined, RefinedPosterior)
+    assert refined.ess > 3_000
+    miss = refined.log_evidence - exact.log_evidence(x).item()
+    assert abs(miss) <= 5 * refined.log_evidence_error + 0.01
+    batch = torch.stack([x, x])
+    both = EXACT.refine(
+        LINEAR.log_likelihood, batch, 500, prior=prior, generator=generator_for(0)
+    )
+    assert isinstance(both, list)
+    assert [one.x.shape for one in both] == [x.shape, x.shape]
+
+
 @pytest.mark.parametrize("method", ["importance", "smc"])
 def test_refine_takes_another_prior(method: Any, x: Tensor) -> None:
     prior, exact = narrower()

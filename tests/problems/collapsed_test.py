@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,12 @@ def test_the_general_path_agrees_with_the_fast_kernel() -> None:
     problem = sinusoids("tiny")
     theta = torch.tensor([2.0, 0.9, 0.6, 1.0, 0.8, 0.7, 2.0, 1.3, 0.0, 0.0, 0.0])
     x = problem.simulator(theta.double(), torch.Generator().manual_seed(2))
-    options = {"num_levels": 3, "num_draws": 300, "burn_in": 500, "thin": 5}
+    options: dict[str, Any] = {
+        "num_levels": 3,
+        "num_draws": 300,
+        "burn_in": 500,
+        "thin": 5,
+    }
     general = rjmcmc.collapsed(problem, x, general=True, seed=1, **options)
     fast = rjmcmc.collapsed(problem, x, seed=1, num_draws=2_000)
     errors = [1 / math.sqrt(draws.diagnostics.ess["K"]) for draws in (general, fast)]
@@ -185,7 +191,12 @@ def test_the_general_path_agrees_with_the_fast_kernel() -> None:
 def test_chains_start_from_the_right_fit_and_repeat() -> None:
     problem = spikes()
     theta, x = observe(problem, 6)
-    options = {"num_chains": 4, "num_levels": 1, "num_draws": 3, "burn_in": 0}
+    options: dict[str, Any] = {
+        "num_chains": 4,
+        "num_levels": 1,
+        "num_draws": 3,
+        "burn_in": 0,
+    }
     runs = []
     for seed in (3, 3, 4):
         with pytest.warns(NotConverged, match="R-hat of"):

@@ -4,6 +4,7 @@ Units are powers of two, near 1e-21 and 1e+21, so that nothing is rounded otherw
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,13 @@ def test_the_laplace_proposal_is_the_same(unit: float, k: int) -> None:
 def test_the_exact_sampler_is_the_same(unit: float, silent: bool) -> None:
     pytest.importorskip("numba")
     x = 0 * observation() if silent else observation()
-    options = {"seed": 1, "num_chains": 2, "num_draws": 50, "thin": 5, "burn_in": 100}
+    options: dict[str, Any] = {
+        "seed": 1,
+        "num_chains": 2,
+        "num_draws": 50,
+        "thin": 5,
+        "burn_in": 100,
+    }
     one = rjmcmc.collapsed(tiny_in(1.0), x, **options)
     other = rjmcmc.collapsed(tiny_in(unit), unit * x, **options)
     expected = in_unit(tiny_in(1.0), one.theta, unit)
