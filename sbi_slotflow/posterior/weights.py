@@ -61,7 +61,8 @@ def worst_pareto_k(
 
     Draws of one K may be too few to show in the tail of all, or hidden by others of
     equal weight, as those without components are. Left out are cardinalities of fewer
-    than 100 draws or 1 %, and those with less than a share of the weight.
+    than 100 draws or 1 %, and those with less than a share of the weight. NaN where
+    too few draws have a positive weight for any.
     """
     shares = smoothed.log_weights.double().softmax(0)
     found = [smoothed.pareto_k]
@@ -72,7 +73,7 @@ def worst_pareto_k(
         counts = float(shares[chosen].sum()) >= least_share
         if enough and counts and torch.isfinite(part).any():
             found.append(pareto_smoothed(part).pareto_k)
-    return max(value for value in found if not math.isnan(value) or len(found) == 1)
+    return max((value for value in found if not math.isnan(value)), default=math.nan)
 
 
 def _fitted(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:

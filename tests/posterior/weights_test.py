@@ -167,6 +167,15 @@ def test_a_heavy_tail_among_few_draws_of_one_cardinality_is_seen() -> None:
     assert worst_pareto_k(raw, rare, smoothed) < 0.9
 
 
+def test_too_few_positive_weights_have_no_k_hat() -> None:
+    raw = torch.full((1_000,), -math.inf, dtype=torch.float64)
+    raw[:3] = torch.tensor([0.0, 1.0, 2.0])
+    smoothed = pareto_smoothed(raw)
+    assert math.isnan(smoothed.pareto_k)
+    one_k = torch.ones(1_000, dtype=torch.long)
+    assert math.isnan(worst_pareto_k(raw, one_k, smoothed))
+
+
 def test_ties_in_the_tail_leave_the_k_hat_of_the_others() -> None:
     # copies of one draw a quarter into the tail, where a fit of the tail fails
     values = torch.linspace(-3.0, 0.0, 250, dtype=torch.float64)
