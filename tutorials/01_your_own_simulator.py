@@ -181,8 +181,8 @@ for gap, x_one in zip(gaps, x_pairs, strict=True):
 # - Gap 0: two equal flares at one time are one flare of twice the height. One is the
 #   simpler answer, and the exact posterior says so although the truth is two. That is
 #   no error: the data are the same.
-# - At 0.02 (five samples) two is nearly three times as probable as one, at 0.08 there is
-#   no doubt: the data can tell.
+# - At 0.02 (five samples) two is nearly three times as probable as one, at 0.08 there
+#   is no doubt: the data can tell.
 # - The network cannot yet. It takes 0.02 for one flare, and finds two at 0.08 only. On
 #   signals from the prior it is right in 88 % (see above), but pairs as close as these
 #   are rare among 9,600 simulations. Train longer, or take the exact sampler, which
