@@ -35,7 +35,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from ..sets.checks import as_count, check_finite, warn_user
+from ..sets.checks import Numbers, as_count, as_floats, check_finite, warn_user
 from ..storage import read_tensors, write_tensors
 from .check import Array, Check
 from .scan import LEAST, Scan, tail
@@ -59,6 +59,7 @@ _FEWEST = 100
 # Observations above which their scores are compared all together.
 _MANY = 20
 _CHUNK = 1_000
+_TINY = 1e-300  # below any square of a float32
 
 
 class UnlikeTrainingWarning(UserWarning):
@@ -74,15 +75,15 @@ def summarise(x: Tensor) -> list[Tensor]:
     size = x.shape[-1]
     if size <= _SHORT:
         return [x]
-    tiny = 1e-300  # below any square of a float32
+    tiny = _TINY
     power = x.square().mean(-1, keepdim=True) + tiny
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True) + tiny
     spectrum = torch.fft.rfft(x).abs().square()
-    bands = spectrum @ _means(spectrum.shape[-1], _NUM_BANDS)
+    bands = spectrum @ _means(spectrum.shape[-1], min(_NUM_BANDS, size // 2))
     stretches = x.square() @ _means(size, _NUM_STRETCHES)
     correlation = (centred[:, 1:] * centred[:, :-1]).mean(-1, keepdim=True) / variance
-    kurtosis = centred.pow(4).mean(-1, keepdim=True) / variance.square() + tiny
+    kurtosis = (centred.square() / variance).square().mean(-1, keepdim=True) + tiny
     largest = centred.abs().amax(-1, keepdim=True) / variance.sqrt() + tiny
     groups = [
         power.log(),
@@ -172,10 +173,16 @@ class _Group(NamedTuple):
 
     @classmethod
     def fit(cls, features: Tensor) -> "_Group":
-        mean = features.mean(0)
-        _, sizes, axes = torch.linalg.svd(features - mean, full_matrices=False)
+        mean, unit = features.mean(0), features.std(0)
+        still = unit <= 1e-12 * mean.abs()
+        # A step of a number that never moves is as far as one can be.
+        unit = torch.where(still, 1e-6 * mean.abs() + _TINY, unit)
+        moving = torch.where(still, 0.0, (features - mean) / unit)
+        _, sizes, axes = torch.linalg.svd(moving, full_matrices=False)
         kept = sizes > 1e-6 * sizes[0]
         whitening = axes[kept].T / (sizes[kept] / len(features) ** 0.5)
+        fixed = torch.eye(len(unit), dtype=unit.dtype)[:, still]
+        whitening = torch.cat([whitening, fixed], 1) / unit.unsqueeze(-1)
         points = ((features - mean) @ whitening).float()
         # A point is its own nearest neighbour, at distance zero.
         logs = _distances(points, points, _NEIGHBOURS + 1).log()
@@ -211,7 +218,7 @@ class TrainingReference:
 
     @classmethod
     def fit(
-        cls, x: Tensor, level: float = 1e-3, streams: Sequence[int] | None = None
+        cls, x: Numbers, level: float = 1e-3, streams: Sequence[int] | None = None
     ) -> "TrainingReference":
         """Describe training data.
 
@@ -227,6 +234,7 @@ class TrainingReference:
             ValueError: If x has the wrong shape, too few rows for the level, or is not
                 finite, or if the streams' lengths do not add up to T.
         """
+        x = as_floats(x, "x").detach()
         if x.ndim != 2 or len(x) < _FEWEST:
             raise ValueError(
                 f"x must have shape (N, T) with N >= {_FEWEST}, got {tuple(x.shape)}."
@@ -240,7 +248,9 @@ class TrainingReference:
                 f"got {level}."
             )
         size = x.shape[-1]
-        lengths = [as_count(n, "streams") for n in streams or [size]]
+        lengths = [
+            as_count(n, "streams") for n in ([size] if streams is None else streams)
+        ]
         if sum(lengths) != size:
             raise ValueError(f"streams must add up to {size}, got {lengths}.")
         groups = tuple(_Group.fit(part[:half]) for part in summarise(x))
@@ -249,24 +259,25 @@ class TrainingReference:
         new = cls(groups, torch.empty(0), size, level, scan)
         return replace(new, usual=new.scores(x[half:]).sort().values)
 
-    def scores(self, x: Tensor) -> Tensor:
+    def scores(self, x: Numbers) -> Tensor:
         """How unusual observations are, float64, shape ``(B,)``."""
-        x = torch.atleast_2d(x)
-        if x.ndim != 2 or x.shape[-1] != self.num_data:
-            expected = f"(B, {self.num_data})"
-            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}.")
-        check_finite(x)
-        parts = zip(self.groups, summarise(x), strict=True)
+        data = as_floats(x, "x")
+        data = data.unsqueeze(0) if data.ndim == 1 else data
+        if data.ndim != 2 or data.shape[-1] != self.num_data or not len(data):
+            expected = f"(B, {self.num_data}) with B >= 1"
+            raise ValueError(f"x must have shape {expected}, got {tuple(data.shape)}.")
+        check_finite(data)
+        parts = zip(self.groups, summarise(data), strict=True)
         scores = [group.scores(part) for group, part in parts]
         if self.scan is not None:
-            scores.append(self.scan.scores(x))
+            scores.append(self.scan.scores(data))
         return torch.stack(scores).amax(0)
 
-    def p_values(self, x: Tensor) -> Tensor:
+    def p_values(self, x: Numbers) -> Tensor:
         """p-value of each observation ``(B, T)``, float64, shape ``(B,)``."""
         return self._ranked(self.scores(x))
 
-    def check(self, x: Tensor, *, false_alarm_rate: float = 0.01) -> Misspecification:
+    def check(self, x: Numbers, *, false_alarm_rate: float = 0.01) -> Misspecification:
         """Test observations.
 
         Up to 20 are tested one by one. More are tested all together: their scores
@@ -284,7 +295,7 @@ class TrainingReference:
             p_values, false_alarm_rate, each.numpy(), scores.numpy(), usual
         )
 
-    def warn(self, x: Tensor) -> None:
+    def warn(self, x: Numbers) -> None:
         """Warn, in one line, if an observation's p-value is below the level."""
         least = float(self.p_values(x).min())
         if least < self.level:
@@ -316,12 +327,18 @@ class TrainingReference:
                 _Group(*(tensors[f"{i}.{name}"] for name in _Group._fields))
                 for i in range(int(meta["num_groups"]))
             )
-            parts = [tensors[f"scan.{n}"] for n in Scan._fields if meta["version"] > 1]
+            scanned = any(name.startswith("scan.") for name in tensors)
+            parts = [tensors[f"scan.{n}"] for n in Scan._fields] if scanned else []
             scan = Scan(*parts) if parts else None
             num, level = int(meta["num_data"]), float(meta["level"])
-            return cls(groups, tensors["usual"], num, level, scan)
+            usual = tensors["usual"]
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}.") from error
+        whole = all(bool(torch.isfinite(t).all()) for t in tensors.values())
+        ranked = len(usual) > 0 and bool((usual.diff() >= 0).all())
+        if not (whole and ranked and 0 < level < 1):
+            raise ValueError(f"{path} is damaged: its numbers are no reference's.")
+        return cls(groups, usual, num, level, scan)
 
     def _ranked(self, scores: Tensor) -> Tensor:
         above = len(self.usual) - torch.searchsorted(self.usual, scores)

@@ -32,7 +32,7 @@ def plot_reconstruction(
     x: Tensor,
     true_theta: Tensor | None = None,
     *,
-    max_points: int = 200,
+    max_points: int | None = None,
 ) -> Figure:
     """Plot data and the posterior of the noise-free signal, a panel for each stream.
 
@@ -46,7 +46,7 @@ def plot_reconstruction(
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         true_theta: The true row if known, shape ``(E,)`` or ``(1, E)``.
         max_points: Longer streams are cut to this many samples, and their titles say
-            so.
+            so; those of more than 512 to 200 if None.
 
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
@@ -68,7 +68,8 @@ def plot_reconstruction(
     rows = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
     start = 0
     for axes, stream in zip(rows, streams, strict=True):
-        part = slice(start, start + min(stream.num_samples, max_points))
+        most = max_points or (512 if stream.num_samples <= 512 else 200)
+        part = slice(start, start + min(stream.num_samples, most))
         start += stream.num_samples
         times = stream.times[: part.stop - part.start]
         axes.plot(times, data[part], ".", color=DATA, markersize=4)
@@ -79,7 +80,8 @@ def plot_reconstruction(
         axes.set_xlim(*padded(times[0], times[-1], 0.01))
         title = stream.title
         if len(times) < stream.num_samples:
-            title = f"{title}, first {len(times):,} of {stream.num_samples:,} samples"
+            shown = f"first {len(times):,} of {stream.num_samples:,} samples"
+            title = f"{title}, {shown}" if title else shown
         dress(axes, stream.axis_label, "signal", title)
     handles: list[Artist] = [
         Line2D([], [], color=DATA, marker=".", linestyle="", label="data"),

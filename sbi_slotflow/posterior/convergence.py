@@ -103,15 +103,16 @@ class Convergence:
                 f"chains have not converged: R-hat of {worst} is "
                 f"{self.rhat[worst]:.3g} (at most {LARGEST_RHAT}), {least} has "
                 f"{self.ess[least]:.0f} effective draws (at least {FEWEST_EFFECTIVE}). "
-                "Run longer chains (num_draws, thin, burn_in), or more.",
+                "Run longer chains (num_draws, thin, burn_in), more of them "
+                "(num_chains) or more temperatures (num_levels), or begin elsewhere.",
                 NotConverged,
             )
         piled = {n: s for n, s in self.at_bounds.items() if s > _MOST_OUTER}
         if piled:
             each = ", ".join(f"{name} ({share:.0%})" for name, share in piled.items())
             warn_user(
-                f"draws pile up on bounds of the prior: {each}. The data may lie "
-                "outside of what the prior allows.",
+                f"draws pile up on bounds of the prior: {each}. What lies beyond, more "
+                "components for one, it does not allow: is it as wide as you mean it?",
                 PilesUp,
             )
 
@@ -151,7 +152,10 @@ def convergence_of(
     values = torch.stack(list(numbers.values())).cpu().numpy()
     if independent:  # particles lie beside their copies
         values = values[..., torch.randperm(values.shape[-1], generator=_fixed())]
-    rhat, ess = _rhat(values), _effective(values)
+    # K may well be certain, and what follows from it. No place and no level is.
+    still = [name in ("K", "log_likelihood") for name in numbers]
+    may_rest = np.array(still) | (values == 1.0).all((1, 2))  # nor what is absent
+    rhat, ess = _rhat(values, may_rest), _effective(values)
     return Convergence(
         dict(zip(numbers, rhat.tolist(), strict=True)),
         dict(zip(numbers, ess.tolist(), strict=True)),
@@ -160,13 +164,19 @@ def convergence_of(
     )
 
 
-def _rhat(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Split R-hat of quantities ``(Q, chains, draws)``; 1 where all is one value."""
+def _rhat(
+    values: NDArray[np.float64], may_rest: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Split R-hat of quantities ``(Q, chains, draws)``.
+
+    It is infinite where each chain stays where it is, but 1 where all chains stay at
+    one value, if that ``may_rest`` ``(Q,)``.
+    """
     from arviz_stats.base.array import array_stats  # brings xarray
 
     with np.errstate(all="ignore"):
         rhat = array_stats.rhat(values, chain_axis=1, draw_axis=2)
-    constant = np.ptp(values, axis=(1, 2)) == 0
+    constant = (np.ptp(values, axis=(1, 2)) == 0) & may_rest
     stuck = (np.ptp(values, axis=2) == 0).all(1)  # each chain in its own place
     return np.where(constant, 1.0, np.where(stuck, np.inf, rhat))
 

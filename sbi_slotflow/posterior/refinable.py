@@ -21,10 +21,16 @@ draws of each K tell first how much of it stays,
 and the draws that are weighed have K from :math:`r(K | x) = 0.9\, c \sqrt{m_K} + 0.1\,
 c' q(K | x)\, p_{new}(K) / p_{train}(K)` in place of q(K | x), with weights divided by
 r / q. The root gives more to a K that q thinks little of than it would get by itself.
+
+A K of which no draw stays is in no weight, and yet may be what the new prior is about.
+Of n draws of which s < 10 stay, up to a share (s + 3) / n might have, with the ratio of
+priors that sets of the new one have. Where that bound is more than a tenth of all
+weight, k-hat is infinite.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -61,6 +67,10 @@ _NUM_DRAWS = 10_000
 # Draws of each K that tell how much of it stays, the share of a K from which it is
 # asked for, and the share of the draws that does not go by that.
 _PILOT, _LEAST_CHANCE, _BY_Q = 200, 1e-6, 0.1
+# Draws of a K that are enough to see it, the probability from which it is looked for,
+# sets of the new prior that tell the ratio of priors, and the largest share that may
+# remain unseen.
+_SEEN, _LOOKED_FOR, _TYPICAL, _MOST_UNSEEN = 10, 1e-3, 100, 0.1
 
 
 class LeaningSets(SetDistribution):
@@ -79,6 +89,8 @@ class LeaningSets(SetDistribution):
         with torch.no_grad():
             logits = sets.cardinality().logits[0]
             self._device, self._log_q = logits.device, logits.double().cpu()
+            # Draws of each K in the pilot, and how many of them stayed, (2, Kmax + 1).
+            self._tried = torch.zeros(2, len(self._log_q), dtype=torch.float64)
             self.shares = self._found()
 
     def cardinality(self) -> Categorical:
@@ -115,6 +127,31 @@ class LeaningSets(SetDistribution):
         log_r = self.shares.log()
         return torch.where(torch.isfinite(log_r), log_r - self._log_q, -torch.inf)
 
+    def unseen(self, k: Tensor, log_weights: Tensor) -> float:
+        """Largest share that a K of hardly any draw may have, see the module.
+
+        ``k`` and ``log_weights`` ``(S,)`` are those of draws and of what is left.
+        """
+        stayed, largest = torch.isfinite(log_weights), len(self._log_q)
+        drawn, left = (
+            torch.bincount(each, minlength=largest).double().cpu()
+            for each in (k, k[stayed])
+        )
+        drawn, left = drawn + self._tried[0], left + self._tried[1]
+        total = float(log_weights.double().logsumexp(0)) - math.log(len(k))
+        asked = (self.new.cardinality_probs > 0).cpu() & (left < _SEEN)
+        asked &= self._log_q >= math.log(_LOOKED_FOR)
+        shares = [0.0]
+        for one in asked.nonzero().flatten().tolist():
+            only = torch.zeros(largest)
+            only[one] = 1.0
+            sets = self.new.with_cardinality(only).sample((_TYPICAL,), generator_for(0))
+            ratio = float(log_prior_ratio(sets, self.new, self.old).median())
+            rate = (left[one] + 3) / drawn[one].clamp(min=3)
+            bound = float(self._log_q[one] + rate.log()) + ratio
+            shares.append(1 / (1 + math.exp(min(total - bound, 700.0))))
+        return max(shares)
+
     def _found(self) -> Tensor:
         """Probabilities r(K | x), by the pilot's draws."""
         new, old = (p.cardinality_probs.cpu().double() for p in (self.new, self.old))
@@ -127,8 +164,11 @@ class LeaningSets(SetDistribution):
         left = torch.zeros_like(expected)
         for k in expected.nonzero().flatten().tolist():
             rows = self.sets.sample((_PILOT,), k, generator)
-            log_mean = log_prior_ratio(rows, self.new, self.old).logsumexp(0)
-            left[k] = (self._log_q[k] + float(log_mean) - math.log(_PILOT)).exp()
+            log_ratio = log_prior_ratio(rows, self.new, self.old)
+            log_mean = float(log_ratio.logsumexp(0)) - math.log(_PILOT)
+            left[k] = (self._log_q[k] + log_mean).exp()
+            stayed = torch.isfinite(log_ratio).sum()
+            self._tried[:, k] = torch.stack([torch.tensor(_PILOT), stayed.cpu()])
         if not left.sum() > 0:
             return expected / expected.sum()
         root = left.sqrt()
@@ -161,19 +201,22 @@ class ReweightedSets(SetDistribution):
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows ``(S, B, E)``, smoothed log weights ``(S, B)`` and k-hat ``(B,)``."""
-        drawn, weights = [], []
+        drawn, weights, unseen = [], [], []
         with torch.no_grad():
             for one in self.sets:
                 sets = LeaningSets(one, self.old, self.new)
                 rows = sets.sample((self.num_draws,), generator=generator_for(0))
-                lean = sets.log_lean.to(rows.device)[self.layout.cardinality(rows)]
+                k = self.layout.cardinality(rows)
+                lean = sets.log_lean.to(rows.device)[k]
                 drawn.append(rows)
                 weights.append(log_prior_ratio(rows, self.new, self.old) - lean)
+                unseen.append(sets.unseen(k[:, 0], weights[-1][:, 0]) > _MOST_UNSEEN)
         rows, raw = torch.cat(drawn, 1), torch.cat(weights, 1)
         smoothed = [pareto_smoothed(column) for column in raw.unbind(1)]
         k = self.layout.cardinality(rows)
         pairs = zip(raw.unbind(1), k.unbind(1), smoothed, strict=True)
-        worst = [worst_pareto_k(*pair) for pair in pairs]
+        worst = torch.tensor([worst_pareto_k(*pair) for pair in pairs])
+        worst = worst.masked_fill(torch.tensor(unseen), torch.inf)
         hopeless = [b for b, one in enumerate(raw.T) if not torch.isfinite(one).any()]
         if hopeless:
             raise ValueError(
@@ -181,7 +224,7 @@ class ReweightedSets(SetDistribution):
                 "the new prior: the data ask for sets that it excludes."
             )
         log_weights = torch.stack([one.log_weights for one in smoothed], 1)
-        return rows, log_weights, torch.tensor(worst)
+        return rows, log_weights, worst
 
     @property
     def ess(self) -> Tensor:
@@ -242,6 +285,10 @@ class Refinable(Posterior):
             refine(one, log_likelihood, None, num_samples, **options) for one in each
         ]
         results = [one for one in found if isinstance(one, RefinedPosterior)]
+        for i, one in enumerate(each):
+            if one.misses_a_cardinality():
+                results[i] = replace(results[i], pareto_k=math.inf)
+                _warn(results[i].ess, math.inf, num_samples)
         return results[0] if len(results) == 1 else results
 
     @overload
@@ -340,6 +387,15 @@ class LeaningPosterior(Refinable, PosteriorOfOne):
         """Coordinates of the posterior itself."""
         return self.posterior.chart
 
+    def misses_a_cardinality(self) -> bool:
+        """Whether draws may miss what the new prior makes of a K, see the module."""
+        with torch.no_grad():
+            rows = self.sets.sample((_NUM_DRAWS // 5,), generator=generator_for(1))
+        k = self.sets.layout.cardinality(rows)
+        ratio = log_prior_ratio(rows, self.sets.new, self.sets.old)
+        log_weights = ratio - self.sets.log_lean.to(rows.device)[k]
+        return self.sets.unseen(k[:, 0], log_weights[:, 0]) > _MOST_UNSEEN
+
     def _distribution(self) -> LeaningSets:
         return self.sets
 
@@ -374,6 +430,7 @@ def _warn(ess: float, pareto_k: float, num: int) -> None:
         f"the weights to the new prior cannot be relied on: k-hat = {pareto_k:.2f} "
         f"(should be below {LARGEST_K_HAT}), {ess:.0f} of {num} draws are effective "
         f"(should be above {FEWEST_EFFECTIVE}). The new prior lies where the training "
-        "prior has little weight: refine(prior=...) with a likelihood, or train anew.",
+        "prior has little weight, or keeps hardly a draw of some K: refine(prior=...) "
+        "with a likelihood, an exact sampler, or train anew.",
         UnreliableWeights,
     )

@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..posterior.convergence import convergence_of
 from ..posterior.draws import ChainDraws
@@ -93,14 +94,16 @@ def collapsed(
     target = Target(prior, form, noise, x.reshape(-1).double())
     generator = torch.Generator().manual_seed(seed)
     chains = Chains(target, num_chains, num_levels, generator, start)
-    for _ in range(burn_in):
-        chains.move()
-    chains.counts = _no_counts()
     rows = []
-    for _ in range(num_draws):
-        for _ in range(thin):
-            chains.move()
-        rows.append(target.rows(chains.state)[:num_chains])
+    steps = range(-(burn_in // thin), num_draws)
+    chains.move(burn_in % thin)
+    chains.counts = _no_counts()
+    for step in tqdm(steps, "Sampling", unit="draw", delay=2, leave=False):
+        chains.move(thin)
+        if step >= 0:
+            rows.append(target.rows(chains.state)[:num_chains])
+        else:
+            chains.counts = _no_counts()
     theta = prior.layout.canonical(torch.stack(rows, 1))
     log_weights = counted(prior, theta)
     shares = {n: a / max(t, 1) for n, (t, a) in chains.counts.items()}
@@ -177,8 +180,12 @@ class Chains:
         self.odd = False
         self.state = self._start(start)
 
-    def move(self) -> None:
-        """Make one move of a kind drawn at random, and exchange temperatures."""
+    def move(self, num: int) -> None:
+        """Make moves of kinds drawn at random, and exchange temperatures."""
+        for _ in range(num):
+            self._move()
+
+    def _move(self) -> None:
         shares = torch.tensor(list(_MOVES.values()))
         kind = int(torch.multinomial(shares, 1, generator=self.generator))
         name = list(_MOVES)[kind]

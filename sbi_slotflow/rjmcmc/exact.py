@@ -51,7 +51,10 @@ def collapsed(
             the chains converge to does not depend on it; how soon they do may.
         options: ``seed``, ``num_chains``, ``num_draws`` (kept from each chain),
             ``thin`` (moves between two draws), ``burn_in`` (moves thrown away first),
-            ``num_levels`` (temperatures).
+            ``num_levels`` (temperatures). Defaults are 4, 5,000, 20, 40,000 and 1 (8
+            where that does not converge) for sinusoids, of which a move takes
+            microseconds; 8, 500, 10, 2,000 and 6 for other problems, of which a move
+            of all chains takes milliseconds.
 
     Returns:
         Float64 draws, shape ``(num_chains, num_draws, E)``.
@@ -86,6 +89,8 @@ def _starts(
         if rows.ndim == 1:
             rows = rows.unsqueeze(0)
         problem.layout.validate(rows)
+        if not len(rows):
+            raise ValueError("start must have at least one row, got none.")
         inside = torch.isfinite(problem.prior.log_prob(rows))
     if not inside.all():
         raise ValueError(

@@ -255,11 +255,15 @@ class VariableKPrior(Distribution):
         if self.min_separation is None:
             return torch.ones(theta.shape[:-1], dtype=torch.bool, device=theta.device)
         parts = self.layout.unpack(theta)
-        low, high = self._order_marginal.bounds
-        slack = 2 * torch.finfo(torch.float32).eps * max(abs(low), abs(high))
         values = parts.components[..., self.layout.order_by]
         gap = smallest_gap(values, parts.mask, self._order_period)
-        return gap >= self.min_separation - slack
+        return gap >= self.min_separation - self.slack
+
+    @property
+    def slack(self) -> float:
+        """By how much a gap may fall short of the least separation."""
+        low, high = self._order_marginal.bounds
+        return 2 * torch.finfo(torch.float32).eps * max(abs(low), abs(high))
 
     @property
     def _order_marginal(self) -> Marginal:
@@ -389,7 +393,10 @@ def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     if not isinstance(new, VariableKPrior):
         raise TypeError(f"prior must be a VariableKPrior, got {type(new).__name__}.")
     if new.layout != old.layout:
-        raise ValueError(f"prior must have the layout {old.layout}, got {new.layout}.")
+        raise ValueError(
+            f"prior must have the layout {old.layout}, got {new.layout}. Weights of K "
+            "reach to the same largest K, zeros among them: with_cardinality(weights)."
+        )
     extra = (new.cardinality_probs > 0) & (old.cardinality_probs == 0)
     if extra.any():
         raise ValueError(

@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +251,37 @@ def test_a_tone_outside_the_band_is_told_where_the_network_sees_none(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         posterior.cardinality(ordinary)
+
+
+def test_numbers_of_any_scale_and_those_that_never_move_are_looked_at() -> None:
+    usual = torch.randn(1_000, 3, generator=generator_for(1))
+    usual *= torch.tensor([1.0, 1e-7, 0.0])
+    reference = TrainingReference.fit(usual, 0.01)
+    for odd in ([0.0, 1e-2, 0.0], [0.0, 0.0, 5.0]):
+        assert reference.p_values(torch.tensor([odd])) < 0.003
+    assert reference.p_values(usual[:1]) > 0.01
+
+
+@pytest.mark.parametrize("size", [5, 33, 45, 80])
+def test_records_of_any_length_are_kept(size: int, tmp_path: Path) -> None:
+    usual = torch.randn(400, size, generator=generator_for(2))
+    usual[3] = 1.0  # a record that does not move
+    reference = TrainingReference.fit(usual.numpy(), 0.05)
+    path = tmp_path / "usual.safetensors"
+    reference.save(path)
+    loaded = TrainingReference.load(path)
+    x = torch.randn(size, generator=generator_for(3))
+    assert torch.equal(loaded.p_values(x.tolist()), reference.p_values(x))
+    with pytest.raises(ValueError, match="x must have shape"):
+        loaded.p_values(x.expand(0, size))
+
+
+@pytest.mark.parametrize("usual", [[math.nan, 1.0], [1.0, 0.0], []])
+def test_a_damaged_reference_is_refused(usual: list[float], tmp_path: Path) -> None:
+    reference = TrainingReference.fit(
+        torch.randn(400, 5, generator=generator_for(4)), 0.05
+    )
+    path = tmp_path / "usual.safetensors"
+    replace(reference, usual=torch.tensor(usual, dtype=torch.float64)).save(path)
+    with pytest.raises(ValueError, match="is damaged"):
+        TrainingReference.load(path)

@@ -58,12 +58,17 @@ def test_independent_draws_have_converged() -> None:
 def test_frozen_chains_are_seen() -> None:
     # the faults of old: one value in 2,000 draws, while K agrees
     places = torch.tensor([1.0, 1.1, 1.2, 1.3], dtype=torch.float64)
-    theta = with_one(places.unsqueeze(1).expand(4, 500))
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.4 + 0.01 * torch.randn(4, 500, 1, generator=generator).double()
+    theta = with_one(places.unsqueeze(1).expand(4, 500), sigma)
     found = convergence_of(TINY.prior, theta)
     assert found.rhat["K"] == 1.0
     assert found.rhat["frequency_1"] == math.inf
     assert not found.converged
     assert "R-hat of frequency_1 is inf" in complaint(found)
+    # all at one place, as chains that never left their start
+    found = convergence_of(TINY.prior, with_one(torch.full((4, 500), 1.1), sigma))
+    assert found.rhat["frequency_1"] == math.inf
 
 
 @pytest.mark.parametrize("moved", ["frequency", "sigma", "log_likelihood"])

@@ -1,5 +1,6 @@
 """The posterior under another prior, against closed forms and refinement under it."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from sbi.utils import BoxUniform
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, Uniform
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.posterior.draws import RefinedPosterior, UnreliableWeights
@@ -218,3 +219,29 @@ def test_a_reweighted_posterior_is_refined_and_reweighted_again(x: Tensor) -> No
     assert isinstance(refined, RefinedPosterior)
     for found in (refined, posterior.with_prior(fewer)):
         assert (found.cardinality(x[0]).probs[3:] == 0).all()
+
+
+@pytest.mark.parametrize(("half_width", "told"), [(0.02, True), (0.5, False)])
+def test_a_cardinality_that_no_draw_shows_is_told(
+    half_width: float, told: bool
+) -> None:
+    # of the narrow one hardly a draw of K > 0 stays, and yet it has most of the weight
+    middle = torch.tensor([1.5, 0.0])
+    prior = VariableKPrior(
+        Independent(Uniform(middle - half_width, middle + half_width), 1),
+        [1, 1, 1, 1],
+        component_names=("level", "slope"),
+    )
+    x = LINEAR.design @ torch.tensor([0.8, 0.0])
+    x = x + torch.randn(6, generator=generator_for(1))
+    for draw in (
+        lambda: EXACT.with_prior(prior, x),
+        lambda: EXACT.with_prior(prior).cardinality(x),
+        lambda: EXACT.refine(
+            LINEAR.log_likelihood, x, 4_000, prior=prior, generator=generator_for(2)
+        ),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            draw()
+        assert any("k-hat = inf" in str(one.message) for one in found) == told

@@ -181,3 +181,38 @@ def test_a_start_outside_the_support_is_refused() -> None:
         collapsed(tiny, x, start=outside)
     with pytest.raises(ValueError, match="theta must"):
         collapsed(tiny, x, start=inside[:, :-1])
+    with pytest.raises(ValueError, match="start must have at least one row"):
+        collapsed(tiny, x, start=inside[:0])
+
+
+def test_frozen_chains_have_not_converged() -> None:
+    x = observe(tiny, [[0.9, 1.0, 1.0], [0.8, 2.0, 1.4]], 0.5, seed=1)
+    # three strong components where there is nothing: no death leaves a likelier set
+    far = tiny.layout.pack(
+        torch.tensor(3),
+        torch.tensor([[1.4, 0.0, 0.55], [1.4, 0.0, 0.8], [1.4, 0.0, 1.9]]),
+        torch.tensor([0.5]),
+    )
+    for num_chains in (1, 4):
+        with pytest.warns(NotConverged, match="inf"):
+            draws = collapsed(tiny, x, start=far, num_chains=num_chains)
+        assert draws.cardinality().probs[3] == 1.0
+        assert not draws.converged
+
+
+def test_chains_leave_starts_on_the_edge_of_the_support() -> None:
+    problem = sinusoids("paper", sigma=(0.0, 1.5))
+    places = torch.tensor([2.6, 2.6101, 2.7, 2.7101])
+    truth = torch.stack([torch.ones(4), torch.ones(4), places], 1)
+    x = observe(problem, truth.tolist(), 0.9, seed=2)
+    components = torch.zeros(10, 3)
+    # 2.61 - 2.60 falls short of the least separation by rounding
+    components[:4] = truth
+    components[:4, 2] = torch.tensor([2.6, 2.61, 2.7, 2.71])
+    row = problem.layout.pack(torch.tensor(4), components, torch.tensor([0.0]))
+    draws = collapsed(problem, x, start=row, num_draws=500, burn_in=5_000)
+    assert draws.converged
+    assert draws.cardinality().probs[4] > 0.99
+    found = problem.layout.unpack(draws.rows).components[:, :4, 2].double()
+    # of five deviations, 2e-5 each, and far from where they began
+    assert ((found.mean(0) - places).abs() < 1e-4).all()

@@ -79,7 +79,7 @@ def collapsed(
         # 0, -1, +1, 0, -1, ... components more than the best fit
         starts = [sampler.start(sampler.best_size + (0, -1, 1)[i % 3]) for i in chains]
     else:
-        starts = [start[i % len(start)] for i in chains]
+        starts = [sampler.inside(start[i % len(start)]) for i in chains]
 
     def run(levels: int) -> tuple[Tensor, Convergence]:
         theta, acceptance = _chains(
@@ -166,7 +166,7 @@ class CollapsedSampler:
         self._target = _kernel.Target(
             log_prior=_log_prior(self.prior, high - low),
             band=band,
-            separation=float(self.prior.min_separation or 0.0),
+            separation=max(0.0, (self.prior.min_separation or 0.0) - self.prior.slack),
             amplitude=amplitude.bounds,
             log_amplitude=amplitude.is_log_uniform,
             sigma=self.prior.shared_marginals[0].bounds,
@@ -210,18 +210,26 @@ class CollapsedSampler:
         likely = [k for k in allowed if self._criterion[k] <= best + _WORST_START]
         fit = self.fits[(likely or nearest)[0]]
         components = self.statistics.components(fit.amplitudes, fit.frequency)
-        low, high = self.prior.component_marginals[0].bounds
-        margin = 1e-6 * (high - low)
-        components[:, 0] = components[:, 0].clip(low + margin, high - margin)
-        low, high = self.prior.shared_marginals[0].bounds
         sigma = math.sqrt(max(fit.energy, 0.0) / self.statistics.num_data)
-        margin = 1e-3 * (high - low)
-        sigma = min(max(sigma, low + margin), high - margin)
         layout = self.prior.layout
         padded = torch.zeros(layout.max_cardinality, 3, dtype=torch.float64)
         padded[: len(components)] = torch.from_numpy(components)
         number = torch.tensor(len(components))
-        return layout.pack(number, padded, padded.new_tensor([sigma]))
+        return self.inside(layout.pack(number, padded, padded.new_tensor([sigma])))
+
+    def inside(self, row: Tensor) -> Tensor:
+        """A theta row with amplitudes and sigma a little inside the prior's bounds."""
+        layout = self.prior.layout
+        parts = layout.unpack(row.double())
+        low, high = self.prior.component_marginals[0].bounds
+        margin = 1e-6 * (high - low)
+        components = parts.components.clone()
+        components[..., 0].clamp_(low + margin, high - margin)
+        components = torch.where(parts.mask.unsqueeze(-1), components, 0.0)
+        low, high = self.prior.shared_marginals[0].bounds
+        margin = 1e-3 * (high - low)
+        shared = parts.shared.clamp(low + margin, high - margin)
+        return layout.pack(parts.cardinality, components, shared)
 
     def _is_allowed(self, fit: SinusoidFit) -> bool:
         """Whether a fit's amplitudes lie within the prior's bounds, or nearly."""
