@@ -1,5 +1,6 @@
 """Shipped weights: what is there, that it is safe to load, and that it is good."""
 
+import hashlib
 import json
 import math
 
@@ -20,6 +21,7 @@ from sbi_slotflow.pretrained import (
     available_weights,
     pretrain,
     training_reference,
+    weights_file,
 )
 from sbi_slotflow.seeding import generator_for
 
@@ -117,3 +119,10 @@ def test_a_signal_of_zeros_has_a_posterior() -> None:
         )
         assert posterior.prior.support.check(draws).all()
         assert posterior.log_prob(draws, x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_card_is_that_of_its_weights(name: str) -> None:
+    with weights_file(name, "safetensors") as path:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert model_card(name)["sha256"] == found
