@@ -71,6 +71,8 @@ _PILOT, _LEAST_CHANCE, _BY_Q = 200, 1e-6, 0.1
 # sets of the new prior that tell the ratio of priors, and the largest share that may
 # remain unseen.
 _SEEN, _LOOKED_FOR, _TYPICAL, _MOST_UNSEEN = 10, 1e-3, 100, 0.1
+# Further draws in the pilot of a K that fewer show.
+_SECOND_LOOK = 1_000
 
 
 class LeaningSets(SetDistribution):
@@ -165,10 +167,15 @@ class LeaningSets(SetDistribution):
         for k in expected.nonzero().flatten().tolist():
             rows = self.sets.sample((_PILOT,), k, generator)
             log_ratio = log_prior_ratio(rows, self.new, self.old)
-            log_mean = float(log_ratio.logsumexp(0)) - math.log(_PILOT)
+            few = torch.isfinite(log_ratio).sum() < _SEEN
+            if few and self._log_q[k] >= math.log(_LOOKED_FOR):
+                rows = self.sets.sample((_SECOND_LOOK,), k, generator)
+                more = log_prior_ratio(rows, self.new, self.old)
+                log_ratio = torch.cat([log_ratio, more])
+            num, stayed = len(log_ratio), torch.isfinite(log_ratio).sum()
+            log_mean = float(log_ratio.logsumexp(0)) - math.log(num)
             left[k] = (self._log_q[k] + log_mean).exp()
-            stayed = torch.isfinite(log_ratio).sum()
-            self._tried[:, k] = torch.stack([torch.tensor(_PILOT), stayed.cpu()])
+            self._tried[:, k] = torch.stack([torch.tensor(num), stayed.cpu()])
         if not left.sum() > 0:
             return expected / expected.sum()
         root = left.sqrt()

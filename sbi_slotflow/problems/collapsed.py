@@ -31,7 +31,7 @@ in the unit cube, the fractions of nu under its prior's marginals:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ _COOLING = 0.7
 _POLISH = 8
 # Draws of the prior that are tried where fits are ruled out.
 _TRIES = 100
+_BAR: dict[str, Any] = {"unit": "draw", "delay": 2, "mininterval": 1, "leave": False}
 _MOVES: dict[str, float] = {
     "walk": 0.25,
     "walk of two": 0.15,
@@ -98,7 +99,7 @@ def collapsed(
     steps = range(-(burn_in // thin), num_draws)
     chains.move(burn_in % thin)
     chains.counts = _no_counts()
-    for step in tqdm(steps, "Sampling", unit="draw", delay=2, leave=False):
+    for step in tqdm(steps, "Sampling", **_BAR):
         chains.move(thin)
         if step >= 0:
             rows.append(target.rows(chains.state)[:num_chains])
