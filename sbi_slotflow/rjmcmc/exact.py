@@ -48,7 +48,9 @@ def collapsed(
         x: The observation, shape ``(T,)`` or ``(1, T)``.
         start: Where chains begin: draws of an approximate posterior, a trained network
             for one, or theta rows ``(n, E)``, taken in turn. Fits to x if None. What
-            the chains converge to does not depend on it; how soon they do may.
+            the chains converge to does not depend on it; how soon they do may. Outside
+            of sinusoids only places are taken: amplitudes are drawn by the data, and
+            rows where the prior rules those out give way to draws of the prior.
         options: ``seed``, ``num_chains``, ``num_draws`` (kept from each chain),
             ``thin`` (moves between two draws), ``burn_in`` (moves thrown away first),
             ``num_levels`` (temperatures). Defaults are 4, 5,000, 20, 40,000 and 1 (8

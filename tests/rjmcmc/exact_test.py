@@ -140,7 +140,10 @@ def test_a_cardinality_that_the_prior_excludes_is_rejected(k: int) -> None:
 
 @pytest.mark.parametrize("problem", [tiny, spikes()], ids=lambda problem: problem.name)
 def test_chains_begin_where_they_are_told(problem: Problem) -> None:
-    rows = problem.prior.sample((5,), torch.Generator().manual_seed(1))
+    # as many components as there may be, at places that no fit would choose
+    only = [0] * problem.prior.max_cardinality + [1]
+    prior = problem.prior.with_cardinality(only)
+    rows = prior.sample((5,), torch.Generator().manual_seed(1))
     x = problem.simulator(rows[0], torch.Generator().manual_seed(2))
     with pytest.warns(NotConverged):
         draws = collapsed(problem, x, start=rows, num_chains=7, **BRIEF)
@@ -149,11 +152,11 @@ def test_chains_begin_where_they_are_told(problem: Problem) -> None:
         problem.layout.unpack(part).components[..., order].double()
         for part in (rows[[0, 1, 2, 3, 4, 0, 1]], draws.theta[:, 0])
     )
-    # one move changes two places at most, and few are accepted so far from the data
+    # one move changes two places at most
     here = (after.unsqueeze(-1) - begun.unsqueeze(-2)).abs() < 1e-6
-    found = here.any(-2) | (begun == 0)
-    assert found.all(-1).sum() >= 3
-    assert (~found).sum() <= 8
+    kept = here.any(-2).sum(-1) >= begun.shape[-1] - 2
+    # of spikes, some rows give way as their amplitudes are drawn anew, by the data
+    assert kept.sum() >= (7 if problem is tiny else 2), kept
 
 
 def test_chains_that_begin_at_draws_of_a_network_end_at_the_posterior() -> None:
