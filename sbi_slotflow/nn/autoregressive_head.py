@@ -62,11 +62,8 @@ class _Conditioned(NamedTuple):
     near: Tensor  # Whether a component is near the one before, (S, Kmax)
     centre: Tensor  # Angles about which components' are unwrapped, (S, Kmax, P)
     modes: Modes | None  # Modes found by Gauss-Newton steps; None without
-
-    @property
-    def level(self) -> Tensor | None:
-        """Log of each row's residual level, shape ``(N,)``; None without modes."""
-        return None if self.modes is None else self.modes.level[self.which]
+    # Log of each row's residual level above whole cells, (N,); None without modes
+    level: Tensor | None
 
 
 class AutoregressiveHead(CellHead):
@@ -124,11 +121,12 @@ class AutoregressiveHead(CellHead):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not weighed):
             cells = PrunedChain(self.cells, tokens, edges)
         find_modes = None if finder is None else partial(finder, data.x)
+        parts: CellSets | None = None
         if finder is not None and weighed:
-            cells = CellSets(cells, finder, self.weighed_sets, data.x)
+            cells = parts = CellSets(cells, finder, self.weighed_sets, data.x)
             find_modes = cells.modes
         floored = FlooredCells(cells, UniformCells(self.axis, edges))
-        return _JointSets(self, tokens, edges, floored, find_modes, data, shared)
+        return _JointSets(self, tokens, edges, floored, find_modes, data, shared, parts)
 
     def in_training(
         self,
@@ -164,6 +162,7 @@ class _JointSets(SetsGivenK):
     find_modes: Callable[[OccupiedCells], Modes] | None
     data: Observations
     shared: SharedGivenX | None
+    parts: CellSets | None = None
 
     def log_terms(self, parts: ThetaParts, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
@@ -172,8 +171,33 @@ class _JointSets(SetsGivenK):
         coordinates, log_det = head.coordinates(parts)
         position = coordinates[..., 0]
         cells = torch.where(mask, head.axis.cells(position, self.edges[owner]), 0)
-        value = self.cells.log_prob(owner, cells, mask)
-        sets = self.conditioned(owner, cells, mask)
+        value = self.cells.log_prob(owner, cells, mask) + log_det
+        whole = torch.full_like(owner, -1)
+        local, level = self._log_local(coordinates, cells, mask, owner, whole)
+        if self.parts is not None and len(owner):
+            there = OccupiedCells.among(self.edges, owner, cells, mask)
+            part, log_part = self.parts.parts_of(there, position)
+            some = (part >= 0).nonzero().squeeze(-1)
+            if len(some):
+                of = (each[some] for each in (coordinates, cells, mask, owner, part))
+                inside = self._log_local(*of)[0] + log_part[some].to(local)
+                log_whole, log_parts = self.parts.log_shares
+                both = torch.logaddexp(local[some] + log_whole, inside + log_parts)
+                local = local.index_copy(0, some, both)
+        value = value + local
+        return value, self.log_shared(parts, owner, value, level)
+
+    def _log_local(
+        self,
+        coordinates: Tensor,
+        cells: Tensor,
+        mask: Tensor,
+        owner: Tensor,
+        part: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log densities ``(N,)`` within cells or parts of them, and residual levels."""
+        head, position = self.head, coordinates[..., 0]
+        sets = self.conditioned(owner, cells, mask, part)
         w = head.local_chart.relative(coordinates, cells, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)
         which, here = sets.which[row], w[row, k]
@@ -191,8 +215,8 @@ class _JointSets(SetsGivenK):
         here = torch.maximum(torch.minimum(here, high), low)
         local = head.local.log_prob(here, mean, factor, (low, high), context)
         local = torch.where(allowed, local, -torch.inf)
-        value = value.index_add(0, row, local) + log_det
-        return value, self.log_shared(parts, owner, value, sets.level)
+        total = local.new_zeros(len(mask)).index_add(0, row, local)
+        return total, sets.level
 
     @torch.no_grad()
     def sample(
@@ -201,7 +225,11 @@ class _JointSets(SetsGivenK):
         """Draw sets; see :meth:`SetsGivenK.sample`."""
         head, count = self.head, mask.sum(-1)
         cells = self.cells.sample(owner, mask, generator)
-        sets = self.conditioned(owner, cells, mask)
+        part = torch.full_like(owner, -1)
+        if self.parts is not None and len(owner):
+            there = OccupiedCells.among(self.edges, owner, cells, mask)
+            part = self.parts.sample_parts(there, generator)
+        sets = self.conditioned(owner, cells, mask, part)
         shape = (*mask.shape, head.local_chart.num_features)
         w = torch.zeros(shape, dtype=torch.float64, device=mask.device)
         noise = torch.zeros_like(w)
@@ -224,16 +252,25 @@ class _JointSets(SetsGivenK):
         components = head.components(w)
         return components, self.sample_shared(owner, count, generator, sets.level)
 
-    def conditioned(self, owner: Tensor, cells: Tensor, mask: Tensor) -> _Conditioned:
-        """Collect what follows from the cells ``(N, Kmax)`` of N rows."""
+    def conditioned(
+        self, owner: Tensor, cells: Tensor, mask: Tensor, part: Tensor
+    ) -> _Conditioned:
+        """Collect what follows from the cells ``(N, Kmax)`` of N rows, and parts."""
         head, count = self.head, mask.sum(-1)
         which = torch.arange(len(owner), device=owner.device)
         if not torch.is_grad_enabled():
-            columns, which = unique_rows(owner, count, *cells.unbind(-1))
-            owner, count, cells = *columns[:2], torch.stack(columns[2:], -1)
+            columns, which = unique_rows(owner, count, part, *cells.unbind(-1))
+            owner, count, part = columns[:3]
+            cells = torch.stack(columns[3:], -1)
             mask = torch.arange(cells.shape[-1]).to(count) < count.unsqueeze(-1)
         sets = OccupiedCells.among(self.edges, owner, cells, mask)
-        modes = None if self.find_modes is None else self.find_modes(sets)
+        modes = level = None
+        if self.find_modes is not None:
+            modes = self.find_modes(sets)
+            level = modes.level[which]
+            if self.parts is not None and (part >= 0).any():
+                sets = self.parts.within(sets, part)
+                modes = self.parts.modes(sets, part)
         gaps = cells.diff(dim=-1, prepend=cells[:, :1]).clamp(min=0)
         contexts = self._contexts(sets, gaps, modes)
         if modes is None:
@@ -242,7 +279,7 @@ class _JointSets(SetsGivenK):
             centre = modes.centre
         near = (gaps < _REACH) & ~_first(mask)
         upper = head.axis.upper(sets.ends, mask)
-        return _Conditioned(which, sets, upper, contexts, near, centre, modes)
+        return _Conditioned(which, sets, upper, contexts, near, centre, modes, level)
 
     def _contexts(
         self, sets: OccupiedCells, gaps: Tensor, modes: Modes | None

@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cell_chain import LOG_ZERO, PrunedChain, Tilt, draw_cells
+from .cell_parts import divided, num_divisions, part_codes
 from .cells import OccupiedCells, unique_rows
 from .modes import ModeFinder, Modes, log_evidence
 
@@ -74,16 +75,36 @@ _SAY, _AS_HIGH = 0.03, 12.0
 _MODE_BYTES = 2**24
 
 
+# Sets that share cells are divided where they have more than that weight, and how many.
+_WORTH_DIVIDING, _MOST_DIVIDED = 3e-3, 12
+# Share of the mode above whole cells beside those above their parts.
+_WHOLE = 0.3
+# Share of all ways in which components stand in parts of cells, whatever the evidence.
+_ANY_PART = 0.02
+
+
 class _Weighed(NamedTuple):
     """Weighed sets of one observation and K."""
 
     tilt: Tilt  # What the chain is tilted by
     cells: Tensor  # The sets, likeliest first, (S, Kmax)
     modes: Modes  # Their modes
+    evidence: Tensor  # Their log evidence, (S,)
     log_chain: Tensor  # Log probabilities by the chain, (S,)
     log_weight: Tensor  # Log weights w, (S,)
     log_tail: Tensor  # Log of c, ()
     outside: Tensor  # c r, ()
+
+
+class _Parts(NamedTuple):
+    """Weighed parts of sets, P in all."""
+
+    of: Tensor  # Number of the divided set, (P,)
+    code: Tensor  # Which part; see :class:`.cell_parts.CellParts`, (P,)
+    starts: Tensor  # Where the components' parts start, (P, Kmax)
+    ends: Tensor  # Where they end, same shape
+    log_weight: Tensor  # Log q(b | a), (P,)
+    modes: Modes
 
 
 class _Table(NamedTuple):
@@ -97,6 +118,7 @@ class _Table(NamedTuple):
     log_tail: Tensor  # Log of c, (P,)
     outside: Tensor  # c r, (P,)
     kept: Tensor  # Which of the kept modes is that of a set, -1 for none, (P, S)
+    divided: Tensor  # Number of a divided set, -1 for others, (P, S)
 
 
 class CellSets:
@@ -114,6 +136,7 @@ class CellSets:
         self._size = chain.chain.max_cardinality + 1
         self._table: _Table | None = None
         self._modes: Modes | None = None
+        self._parts: _Parts | None = None
         self._lock = Lock()
         numbers = ((self._size - 1) * find_modes.local_chart.num_features) ** 2
         most = _MODE_BYTES // (8 * numbers * max(1, len(data)))
@@ -122,7 +145,7 @@ class CellSets:
     @torch.no_grad()
     def log_prob(self, owner: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
         """Evaluate log probabilities; see :meth:`CellDistribution.log_prob`."""
-        table, pair, _ = self._weighed(owner, mask)
+        table, pair, *_ = self._weighed(owner, mask)
         chain = self._chain(table).log_prob(owner, cells, mask)
         place = _find(table, pair, cells)
         inside = torch.log1p(-table.outside)[pair]
@@ -135,7 +158,7 @@ class CellSets:
         self, owner: Tensor, mask: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw cells; see :meth:`CellDistribution.sample`."""
-        table, pair, _ = self._weighed(owner, mask)
+        table, pair, *_ = self._weighed(owner, mask)
         cells = self._chain(table).sample(owner, mask, generator)
         level = torch.rand(
             *(2, len(owner)),
@@ -148,15 +171,80 @@ class CellSets:
         drawn = draw_cells(table.log_weight.exp().cumsum(-1), pair, level[1])
         return torch.where(weighed.unsqueeze(-1), table.cells[pair, drawn], cells)
 
+    log_shares = math.log(_WHOLE), math.log1p(-_WHOLE)
+
     @torch.no_grad()
-    def modes(self, sets: OccupiedCells) -> Modes:
-        """Modes above sets of cells; those of the heaviest sets are kept."""
+    def parts_of(self, sets: OccupiedCells, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts ``(S,)`` of components at positions ``(S, Kmax)``, and log q(b | a).
+
+        Parts are -1, with probability one, where a set of cells is not divided.
+        """
+        number, parts = self._divided(sets)
+        if not len(parts.of):
+            return number, parts.log_weight.new_zeros(len(number))
+        code = part_codes(sets, position)
+        found = _place(
+            torch.stack([parts.of, parts.code], -1), torch.stack([number, code], -1)
+        )
+        value = parts.log_weight[found.clamp(min=0)].masked_fill(found < 0, -torch.inf)
+        return found, torch.where(number >= 0, value, 0.0)
+
+    @torch.no_grad()
+    def sample_parts(
+        self, sets: OccupiedCells, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw parts ``(S,)`` of sets of cells, -1 for whole cells."""
+        number, parts = self._divided(sets)
+        if not len(parts.of):
+            return number
+        level = torch.rand(
+            len(number), dtype=torch.float64, device=number.device, generator=generator
+        )
+        whole = torch.rand(
+            len(number), dtype=torch.float64, device=number.device, generator=generator
+        )
+        number = number.masked_fill(whole < _WHOLE, -1)
+        # Sets stand one after the other, each with a total of one.
+        steps = parts.log_weight.exp().cumsum(-1)
+        size = torch.bincount(parts.of)
+        last = size.cumsum(-1) - 1
+        here = number.clamp(min=0)
+        first, last = (last - size + 1)[here], last[here]
+        before = torch.where(first > 0, steps[(first - 1).clamp(min=0)], 0.0)
+        drawn = torch.searchsorted(steps, before + level * (steps[last] - before))
+        drawn = torch.maximum(torch.minimum(drawn, last), first)
+        return torch.where(number >= 0, drawn, -1)
+
+    def within(self, sets: OccupiedCells, part: Tensor) -> OccupiedCells:
+        """The sets, with the starts and ends of their parts ``(S,)``."""
+        parts = self._parts
+        if parts is None or not len(parts.of):
+            return sets
+        here, there = part.clamp(min=0), (part >= 0).unsqueeze(-1)
+        starts = torch.where(there, parts.starts[here], sets.starts)
+        ends = torch.where(there, parts.ends[here], sets.ends)
+        return sets._replace(starts=starts, ends=ends)
+
+    @torch.no_grad()
+    def modes(self, sets: OccupiedCells, part: Tensor | None = None) -> Modes:
+        """Modes above sets of cells, or parts of them; the heaviest are kept."""
         if not len(sets.owner):
             return self.find_modes(self.data, sets)
-        table, pair, known = self._weighed(sets.owner, sets.mask)
+        table, pair, known, parts = self._weighed(sets.owner, sets.mask)
         place = _find(table, pair, sets.cells)
         kept = table.kept.flatten()[place.clamp(min=0)]
-        return self._completed(known, torch.where(place >= 0, kept, -1), sets)
+        kept = torch.where(place >= 0, kept, -1)
+        if part is not None:
+            kept = torch.where(part >= 0, len(known.level) + part, kept)
+            known = Modes(*map(torch.cat, zip(known, parts.modes, strict=True)))
+        return self._completed(known, kept, sets)
+
+    def _divided(self, sets: OccupiedCells) -> tuple[Tensor, _Parts]:
+        """Numbers ``(S,)`` of divided sets, -1 for others, and all parts."""
+        table, pair, _, parts = self._weighed(sets.owner, sets.mask)
+        place = _find(table, pair, sets.cells)
+        number = table.divided.flatten()[place.clamp(min=0)]
+        return torch.where(place >= 0, number, -1), parts
 
     def _completed(self, known: Modes, place: Tensor, sets: OccupiedCells) -> Modes:
         """Modes of sets at places ``(S,)`` among known ones; -1 for one to be found."""
@@ -168,22 +256,26 @@ class CellSets:
                 part[new] = fresh
         return found
 
-    def _weighed(self, owner: Tensor, mask: Tensor) -> tuple[_Table, Tensor, Modes]:
-        """Sets of all pairs that occur, the pair of each row, and all kept modes."""
+    def _weighed(
+        self, owner: Tensor, mask: Tensor
+    ) -> tuple[_Table, Tensor, Modes, _Parts]:
+        """Sets of all pairs that occur, each row's pair, all kept modes and parts."""
         keys = owner * self._size + mask.sum(-1)
         wanted, pair = keys.unique(return_inverse=True)
         with self._lock:
             known = [] if self._table is None else self._table.key.tolist()
             for key in wanted.tolist():
                 if key not in known:
-                    self._keep(key, self._weigh(*divmod(key, self._size)))
-            table, modes = self._table, self._modes
+                    found = self._weigh(*divmod(key, self._size))
+                    self._keep(key, *self._divide(found, *divmod(key, self._size)))
+            table, modes, parts = self._table, self._modes, self._parts
         assert table is not None
         assert modes is not None
+        assert parts is not None
         where = (table.key == wanted.unsqueeze(-1)).int().argmax(-1)
-        return _Table(*(part[where] for part in table)), pair, modes
+        return _Table(*(part[where] for part in table)), pair, modes, parts
 
-    def _keep(self, key: int, found: _Weighed) -> None:
+    def _keep(self, key: int, found: _Weighed, divided: Tensor, parts: _Parts) -> None:
         """Add the sets of one pair to the table, and the modes of the heaviest."""
         num, index = len(found.cells), found.cells.new_tensor([key])
         best = found.log_weight.argsort(descending=True)[: self._num_kept]
@@ -202,11 +294,22 @@ class CellSets:
             found.log_tail.unsqueeze(0),
             found.outside.unsqueeze(0),
             functional.pad(kept, spare, value=-1).unsqueeze(0),
+            functional.pad(divided, spare, value=-1).unsqueeze(0),
         )
-        if self._table is not None and self._modes is not None:
+        if self._table is not None:
+            assert self._modes is not None
+            assert self._parts is not None
+            before = int(self._table.divided.max()) + 1
+            table.divided[table.divided >= 0] += before
+            parts = parts._replace(of=parts.of + before)
             table = _Table(*map(torch.cat, zip(self._table, table, strict=True)))
             modes = Modes(*map(torch.cat, zip(self._modes, modes, strict=True)))
-        self._table, self._modes = table, modes
+            both = zip(self._parts.modes, parts.modes, strict=True)
+            all_modes = Modes(*map(torch.cat, both))
+            columns = zip(self._parts[:-1], parts[:-1], strict=True)
+            of, code, starts, ends, weight = map(torch.cat, columns)
+            parts = _Parts(of, code, starts, ends, weight, all_modes)
+        self._table, self._modes, self._parts = table, modes, parts
 
     def _weigh(self, observation: int, count: int) -> _Weighed:
         """Weigh the sets of one pair, more of them where they are not enough."""
@@ -241,6 +344,14 @@ class CellSets:
         else:
             modes = self._completed(known.modes, _place(known.cells, cells), sets)
         evidence = log_evidence(modes, sets, self.find_modes.local_chart)
+        assert chain.tilt is not None
+        weights = self._weights(evidence, modes, log_chain)
+        return _Weighed(chain.tilt, cells, modes, evidence, log_chain, *weights)
+
+    def _weights(
+        self, evidence: Tensor, modes: Modes, log_chain: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights ``(S,)`` of sets, log c, and c r."""
         likelihood = -self.data.shape[-1] * modes.level
         low = likelihood < likelihood.amax() - _AS_HIGH
         weight = torch.logaddexp(
@@ -248,12 +359,44 @@ class CellSets:
             log_chain.masked_fill(low, -torch.inf).log_softmax(-1) + math.log(_SAY),
         )
         inside = log_chain.logsumexp(-1)
-        last = slice(len(cells) // 2, None)
+        last = slice(len(log_chain) // 2, None)
         ratio = weight[last].logsumexp(-1) - log_chain[last].logsumexp(-1) + inside
         log_tail = ratio.clamp(math.log(_LEAST_TAIL), 0.0)
         outside = log_tail.exp() * (1 - inside.exp()).clamp(min=0.0)
-        assert chain.tilt is not None
-        return _Weighed(chain.tilt, cells, modes, log_chain, weight, log_tail, outside)
+        return weight, log_tail, outside
+
+    def _divide(
+        self, found: _Weighed, observation: int, count: int
+    ) -> tuple[_Weighed, Tensor, _Parts]:
+        """Weigh the parts of heavy sets that share cells, and those sets anew."""
+        mask = torch.arange(self._size - 1).to(found.cells) < count
+        owner = torch.full_like(found.cells[:, 0], observation)
+        sets = OccupiedCells.among(
+            self.edges, owner, found.cells, mask.expand_as(found.cells)
+        )
+        worth = found.log_weight.masked_fill(num_divisions(sets) < 2, -torch.inf)
+        chosen = worth.argsort(descending=True)[:_MOST_DIVIDED]
+        chosen = chosen[worth[chosen] > math.log(_WORTH_DIVIDING)]
+        number = torch.full_like(owner, -1)
+        number[chosen] = torch.arange(len(chosen)).to(number)
+        parts = divided(sets.part(chosen), self.chain.axis)
+        within = sets.part(chosen[parts.of])
+        within = within._replace(starts=parts.starts, ends=parts.ends)
+        modes = self.find_modes(self.data, within)
+        value = log_evidence(modes, within, self.find_modes.local_chart)
+        total = _logsumexp(value, parts.of, len(chosen))
+        ways = torch.bincount(parts.of, minlength=len(chosen)).to(value)
+        share = torch.logaddexp(
+            value - total[parts.of] + math.log1p(-_ANY_PART),
+            math.log(_ANY_PART) - ways[parts.of].log(),
+        )
+        evidence = found.evidence.index_copy(0, chosen, total)
+        weights = self._weights(evidence, found.modes, found.log_chain)
+        log_weight, log_tail, outside = weights
+        found = found._replace(
+            evidence=evidence, log_weight=log_weight, log_tail=log_tail, outside=outside
+        )
+        return found, number, _Parts(*parts, share, modes)
 
     def _corrected(self, found: _Weighed, count: int) -> Tensor:
         """Shifts ``(1, L)`` that let the chain agree with the evidence on each cell."""
@@ -298,6 +441,14 @@ class CellSets:
             earliest = chain.axis.lower(edges[cell], earliest[parent])
         enough = total >= total[0] + math.log(_LEAST_SHARE)
         return cells[enough], total[enough]
+
+
+def _logsumexp(values: Tensor, group: Tensor, num: int) -> Tensor:
+    """Log of the sum of exponentials in each of ``num`` groups."""
+    top = values.new_full((num,), -torch.inf)
+    top = top.scatter_reduce(0, group, values, "amax")
+    sums = values.new_zeros(num).index_add(0, group, (values - top[group]).exp())
+    return top + sums.log()
 
 
 def _find(table: _Table, pair: Tensor, cells: Tensor) -> Tensor:

@@ -201,9 +201,9 @@ class ModeFinder:
     def _start(self, fit: LeastSquares, sets: OccupiedCells) -> Tensor:
         """Local coordinates to start from, angles absolute."""
         owner, cells, starts, ends, mask = sets
-        same = cells.unsqueeze(-1) == cells.unsqueeze(-2)
+        same = starts.unsqueeze(-1) == starts.unsqueeze(-2)
         same &= mask.unsqueeze(-1) & mask.unsqueeze(-2)
-        # Components in one cell share it evenly.
+        # Components in one cell, or one part of it, share it evenly.
         width = (ends - starts) / same.sum(-1).clamp(min=1)
         first = starts + same.tril(-1).sum(-1) * width
         axis = self.local_chart.axis

@@ -2,8 +2,10 @@
 
 ``python tests/contract/freeze.py --write`` computes every quantity and writes it to
 ``reference.safetensors``, with the commit and the versions of the libraries in
-``reference.json``. ``--check`` computes them again and says of each whether it is the
-same bit for bit; ``contract_test.py`` compares them within tolerances instead.
+``reference.json``; ``--write GROUP ...`` does so for some groups, whose results are
+meant to change, and names their commit under ``anew``. ``--check`` computes them again
+and says of each whether it is the same bit for bit; ``contract_test.py`` compares them
+within tolerances instead.
 
 Signals, theta rows and bounds are kept in the reference too. What depends on them is
 computed from those that were kept: a change of the simulator is seen in ``x`` alone.
@@ -337,8 +339,8 @@ def load() -> Values:
     return load_file(TENSORS)
 
 
-def write() -> None:
-    """Compute everything and write the reference.
+def write(groups: list[str]) -> None:
+    """Compute some groups anew, or everything, and write the reference.
 
     Raises:
         RuntimeError: If the package is not the one beside this file, or was changed
@@ -349,11 +351,17 @@ def write() -> None:
     if changed := _git("status", "--porcelain", "--", "sbi_slotflow"):
         raise RuntimeError(f"sbi_slotflow must have no changes, got\n{changed}")
     commit = _git("log", "-1", "--format=%H", "--", "sbi_slotflow")
-    values: Values = {}
-    for group in GROUPS:
+    values: Values = load() if groups else {}
+    for group in groups or GROUPS:
         found = compute(group, values)
         values |= {f"{group}.{n}": v.detach().contiguous() for n, v in found.items()}
         print(f"{group}: {len(found)} quantities")
+    if groups:
+        description = json.loads(DESCRIPTION.read_text())
+        description.setdefault("anew", {}).update(dict.fromkeys(groups, commit))
+        save_file(values, TENSORS)
+        DESCRIPTION.write_text(json.dumps(description, indent=2) + "\n")
+        return
     packages = ("torch", "numpy", "scipy", "sbi", "nflows", "safetensors")
     description = {
         "commit": commit,
@@ -401,10 +409,13 @@ def _verdict(expected: Tensor | None, found: Tensor | None) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", action="store_true", help="write the reference anew")
+    mode.add_argument(
+        "--write", nargs="*", choices=GROUPS, help="write the reference anew"
+    )
     mode.add_argument("--check", action="store_true", help="compare bit for bit")
     torch.set_num_threads(1)
-    if parser.parse_args().write:
-        write()
+    arguments = parser.parse_args()
+    if arguments.write is not None:
+        write(arguments.write)
     else:
         sys.exit(check() > 0)
