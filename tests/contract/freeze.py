@@ -353,6 +353,7 @@ def write(groups: list[str]) -> None:
     commit = _git("log", "-1", "--format=%H", "--", "sbi_slotflow")
     values: Values = load() if groups else {}
     for group in groups or GROUPS:
+        values = {n: v for n, v in values.items() if not n.startswith(f"{group}.")}
         found = compute(group, values)
         values |= {f"{group}.{n}": v.detach().contiguous() for n, v in found.items()}
         print(f"{group}: {len(found)} quantities")
