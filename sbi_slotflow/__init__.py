@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .posterior.network import SlotPosterior
     from .pretrained import load_pretrained, model_card
     from .problems import Problem
+    from .problems.noise import GaussianNoise, PoissonNoise
     from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart
     from .sets.layout import ThetaLayout
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveSimulator",
     "CircleChart",
+    "GaussianNoise",
+    "PoissonNoise",
     "PolarChart",
     "PosteriorDraws",
     "Problem",
@@ -68,6 +71,8 @@ _HOMES = {
     "SlotPosterior": "posterior",
     "ThetaLayout": "sets.layout",
     "VariableKPrior": "sets.prior",
+    "GaussianNoise": "problems.noise",
+    "PoissonNoise": "problems.noise",
     "WhiteNoise": "problems.simulator",
     "WhiteningChart": "nn",
     "build_catalogue": "catalogue",

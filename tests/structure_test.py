@@ -33,6 +33,8 @@ WINGS = {
 BASE = {
     "base",
     "simulator",
+    "noise",
+    "white_space",
     "least_squares",
     "linear",
     "marginal_likelihood",
@@ -61,8 +63,8 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
-MOST_LINES = 27_000
-MOST_MODULES = 110
+MOST_LINES = 27_800
+MOST_MODULES = 112
 MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]

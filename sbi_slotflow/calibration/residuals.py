@@ -3,9 +3,9 @@ r"""Posterior-predictive checks of signals: what is left of x.
 With one posterior draw :math:`\tilde\theta` for each x, the residual
 :math:`r = x - s(\tilde\theta)` is noise of the model if the posterior and the model are
 right: :math:`(\tilde\theta, x)` has the distribution of :math:`(\theta, x)` (Johnson
-2007). So numbers of r have exactly the distribution that they have for noise simulated
-at :math:`\tilde\theta`, and their ranks among such noise are uniform. For each stream
-of x these are
+2007). So numbers of r, made white if the noise model knows how, have exactly the
+distribution that they have for noise simulated at :math:`\tilde\theta`, and their
+ranks among such noise are uniform. For each stream of x these are
 
 - power: the mean square,
 - whiteness: the sum of squared autocorrelations at lags up to 10 (Box and Pierce 1970),
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
+from ..problems.noise import PoissonNoise
 from ..sets.checks import as_count, check_finite
 from .check import Array, Check, pit, rank_p_value
 
@@ -173,10 +174,12 @@ def residuals(
         signal = simulator.signal(rows)
         shape = (num_noise, *signal.shape)
         shared = problem.layout.unpack(rows).shared.expand(num_noise, -1, -1)
+        # Counts, for one, depend on the signal.
         noise = simulator.noise.sample(
-            torch.zeros(shape).flatten(0, 1), shared.flatten(0, 1), generator
+            signal.expand(shape).flatten(0, 1), shared.flatten(0, 1), generator
         )
         both = torch.cat([(data - signal).unsqueeze(0), noise.reshape(shape)]).double()
+        both = _white(simulator.noise, both, signal, shared[:1])
         measured.append([_measure(part) for part in both.split(lengths, dim=-1)])
     ranks: dict[str, Array] = {}
     found = []
@@ -189,6 +192,19 @@ def residuals(
         found.append(_averaged(*joined[3:]))
     p_values = {name: rank_p_value(u) for name, u in ranks.items()}
     return Residuals(p_values, false_alarm_rate, ranks, tuple(found))
+
+
+def _white(noise: Any, both: Tensor, signal: Tensor, shared: Tensor) -> Tensor:
+    """Residuals ``(R, n, T)`` where noise of the model is white, if it can be.
+
+    What shows there is seen in noise of any colour; its ranks are right in any case.
+    """
+    if hasattr(noise, "whiten"):
+        return noise.whiten(both, shared.double())
+    if isinstance(noise, PoissonNoise):
+        largest = signal.amax(-1, keepdim=True).clamp(min=1.0).double()
+        return both / torch.maximum(signal.double(), 1e-3 * largest).sqrt()
+    return both
 
 
 def _measure(noise: Tensor) -> tuple[Tensor, ...]:

@@ -250,7 +250,8 @@ class _JointSets(SetsGivenK):
             before[rows] = cells[rows, k] + 0.5 + w[rows, k, 0]
         w = head.local_chart.absolute(w, cells, sets.centre[sets.which])
         components = head.components(w)
-        return components, self.sample_shared(owner, count, generator, sets.level)
+        level = sets.level
+        return components, self.sample_shared(owner, mask, components, generator, level)
 
     def conditioned(
         self, owner: Tensor, cells: Tensor, mask: Tensor, part: Tensor

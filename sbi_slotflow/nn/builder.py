@@ -263,6 +263,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             encoder=described,
             shared_head=self.shared_head,
             noise_from_fit=bool(slots.get("refine_steps")) and self._noise_alone,
+            noise_index=None if self._known is None else self._known.noise_level,
             flow=self._flow(slots),
             slots=slots,
             matching="ordered" if _is_joint(slots) else self.matching or "hungarian",
@@ -320,11 +321,15 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     @property
     def _noise_alone(self) -> bool:
-        """Whether sigma of white noise is all that components share."""
+        """Whether the noise level is all that components share, a background aside."""
         assert isinstance(self.problem, ProblemLike)
-        marginals = self._prior.shared_marginals
-        alone = self.problem.noise_level == 0 and len(marginals) == 1
-        return alone and marginals[0].bounds[0] >= 0
+        marginals, level = self._prior.shared_marginals, self.problem.noise_level
+        space = getattr(self._fit, "space", None)
+        linear = () if space is None else space.indices
+        others = [i for i in range(len(marginals)) if i not in linear]
+        return (
+            level is not None and others == [level] and marginals[level].bounds[0] >= 0
+        )
 
     @property
     def _anchored(self) -> bool:

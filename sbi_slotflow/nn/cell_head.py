@@ -203,7 +203,7 @@ class _IndependentSets(SetsGivenK):
             w, _ = head.local.sample(*given, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
         components = head.components(coordinates)
-        return components, self.sample_shared(owner, count, generator, None)
+        return components, self.sample_shared(owner, mask, components, generator)
 
     def in_cells(
         self, owner: Tensor, count: Tensor, cells: Tensor

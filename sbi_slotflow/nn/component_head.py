@@ -218,7 +218,7 @@ class _SlotSets(SetsGivenK):
         drawn = self.head.chart.inverse(self.head.flow.sample(contexts, generator))
         components = drawn.new_zeros(*mask.shape, drawn.shape[-1])
         components[mask] = drawn
-        return components, self.sample_shared(owner, mask.sum(-1), generator, None)
+        return components, self.sample_shared(owner, mask, components, generator)
 
     def contexts(self, mask: Tensor, owner: Tensor) -> RowContext:
         """Contexts of the active slots, in the order of ``mask.nonzero()``."""

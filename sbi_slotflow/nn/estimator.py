@@ -23,12 +23,19 @@ from ..storage import read_tensors, write_tensors
 from .autoregressive_head import AutoregressiveHead
 from .cell_head import IndependentHead
 from .cells import CellAxis
-from .charts import Chart, chart_from_spec
+from .charts import Chart, WhiteningChart, chart_from_spec
 from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
-from .heads import CardinalityHead, NoiseHead, PriorSharedHead, SharedGivenX, SharedHead
+from .heads import (
+    BackgroundHead,
+    CardinalityHead,
+    NoiseHead,
+    PriorSharedHead,
+    SharedGivenX,
+    SharedHead,
+)
 from .set_distribution import NetworkSets, SetHead, SetsGivenK
 from .spec import EstimatorSpec, build, single_precision
 
@@ -55,6 +62,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     x_shift: Tensor
     x_scale: Tensor
+    white_scale: Tensor
 
     @single_precision()
     def __init__(
@@ -70,6 +78,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                     "the user's own, which a file cannot describe."
                 )
             encoder = cast(nn.Module, build("encoder", spec.encoder))
+        described = spec.slots.get("fit")
+        if fit is None and described is not None:
+            fit = cast(SignalFit, build("fit", described))
         layout = spec.layout
         super().__init__(
             encoder, torch.Size((layout.size,)), torch.Size((spec.num_data,))
@@ -82,10 +93,16 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         self.cardinality_head = CardinalityHead(
             probe.cardinality.shape[-1], weights.log()
         )
-        self.shared_head = _shared_head(spec, probe.shared.shape[-1])
+        # Where noise is white and a background gone, if that is not where data are.
+        self.fit, self.white_space = fit, getattr(fit, "space", None)
+        self.shared_head = _shared_head(
+            spec, probe.shared.shape[-1], self._linear_shared()
+        )
         self.component_head = component_head_from_spec(spec, probe, fit)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
+        if self.white_space is not None:
+            self.register_buffer("white_scale", torch.ones(()))
 
     @property
     def chart(self) -> Chart:
@@ -152,10 +169,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         encoding = self.encode(condition)
         log_k = self.cardinality_head(encoding.cardinality)
         owner = torch.arange(len(input), device=input.device)
-        head, shared_head = self.component_head, self.shared_given(encoding)
+        head = self.component_head
+        shared_head = self.shared_given(encoding, condition)
         if part == "all":
             matching = self.spec.matching
-            data = Observations(condition, self.x_scale)
+            data = Observations(condition, self._unit)
             sets = head.in_training(encoding, data, shared_head, matching)
             log_flow, log_shared = sets.log_terms(parts, owner)
         elif isinstance(head, AutoregressiveHead):
@@ -259,21 +277,43 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         log_k = self.cardinality_head(encoding.cardinality)
 
         def sets() -> SetsGivenK:
-            data, shared = Observations(x, self.x_scale), self.shared_given(encoding)
+            data = Observations(x, self._unit)
+            shared = self.shared_given(encoding, x)
             return head.given(encoding, data, shared)
 
         return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
+        if self.white_space is not None:
+            seen = self.white_space.given(condition).data / self._unit.double()
+            return encode(self.net, seen.to(condition))
         return encode(self.net, (condition - self.x_shift) / self.x_scale)
 
-    def shared_given(self, encoding: Encoding) -> SharedGivenX | None:
-        """Return the shared parameters' density given x; None if there are none."""
+    def shared_given(
+        self, encoding: Encoding, x: Tensor | None = None
+    ) -> SharedGivenX | None:
+        """Return the shared parameters' density given x; None if there are none.
+
+        x ``(B, T)`` itself is asked for beside a background that is fitted.
+        """
         if self.shared_head is None:
             return None
-        sizes = self.layout.max_cardinality + 1
-        return SharedGivenX(self.shared_head, encoding.shared, sizes)
+        sizes, moments = self.layout.max_cardinality + 1, None
+        if isinstance(self.shared_head, BackgroundHead):
+            assert self.fit is not None
+            assert x is not None
+            moments = cast(Any, self.fit.given(x)).background_moments
+        return SharedGivenX(self.shared_head, encoding.shared, sizes, moments)
+
+    @property
+    def _unit(self) -> Tensor:
+        """The unit in which networks are told of levels, ``()``."""
+        return self.x_scale if self.white_space is None else self.white_scale
+
+    def _linear_shared(self) -> tuple[int, ...]:
+        """Shared parameters in which a background is linear that is fitted beside."""
+        return () if self.white_space is None else self.white_space.indices
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.
@@ -305,6 +345,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         scale = x.std()
         self.x_shift.copy_(x.mean())
         self.x_scale.copy_(scale if scale > 0 else torch.ones_like(scale))
+        if self.white_space is not None:
+            scale = self.white_space.given(x).data.std()
+            self.white_scale.copy_(scale if scale > 0 else torch.ones_like(scale))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimator to one file: safetensors, the spec as JSON in its header.
@@ -387,15 +430,26 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return cast(Tensor, k.long())
 
 
-def _shared_head(spec: EstimatorSpec, features: int) -> SharedHead | NoiseHead | None:
+def _shared_head(
+    spec: EstimatorSpec, features: int, linear: tuple[int, ...] = ()
+) -> SharedHead | NoiseHead | BackgroundHead | None:
     if spec.shared_chart is None:
         return None
-    chart = chart_from_spec(spec.shared_chart)
+    chart, largest = chart_from_spec(spec.shared_chart), spec.layout.max_cardinality
     if not spec.shared_head:
         return PriorSharedHead(chart)
+    if linear:
+        others = [i for i in range(chart.num_features) if i not in linear]
+        inner = WhiteningChart([chart.marginals[i] for i in others])
+        head: SharedHead | NoiseHead | None = None
+        if others and spec.noise_from_fit:
+            head = NoiseHead(inner, spec.num_data, features, largest)
+        elif others:
+            head = SharedHead(inner, features, largest)
+        return BackgroundHead(chart, linear, spec.noise_index, head)
     if spec.noise_from_fit:
-        return NoiseHead(chart, spec.num_data, features, spec.layout.max_cardinality)
-    return SharedHead(chart, features, spec.layout.max_cardinality)
+        return NoiseHead(chart, spec.num_data, features, largest)
+    return SharedHead(chart, features, largest)
 
 
 def component_head_from_spec(
@@ -410,9 +464,7 @@ def component_head_from_spec(
         return ComponentHead(chart, slots, flow)
     del options["kind"]
     axis = CellAxis(**options.pop("axis"))
-    described = options.pop("fit")
-    if fit is None and described is not None:
-        fit = build("fit", described)
+    del options["fit"]
     if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
         raise ValueError(
             f"slots='anchored' need an encoder that keeps {axis.num_cells} tokens, "

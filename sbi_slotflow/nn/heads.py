@@ -21,6 +21,7 @@ See Also:
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,22 @@ from .flows import ConditionalFlow, RowContext
 from .local import LocalDensity
 
 __all__ = [
+    "BackgroundHead",
     "CardinalityHead",
     "NoiseHead",
     "PriorSharedHead",
     "SharedGivenX",
     "SharedHead",
 ]
+
+
+# Moments (N, P) and (N, P, P) of a background, of observations, components and masks.
+Moments = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Stands for infinity; what rounding may put past an end.
+_OPEN, _SLACK = 1e6, 1e-4
+# Least precision of a natural coordinate, whose prior covers [-1, 1] or has unit width.
+_RIDGE = 1e-3
 
 
 class CardinalityHead(nn.Module):
@@ -160,6 +171,122 @@ class NoiseHead(nn.Module):
         return low.unsqueeze(-1), high.unsqueeze(-1)
 
 
+class BackgroundHead(nn.Module):
+    r"""Density of shared parameters, in some of which the background is linear.
+
+    .. math::
+        q(\beta, s | \Theta, x, K) = q(s | x, K)\,
+            N(\beta; \hat\beta, P^{-1}) \; \text{within its prior's bounds}, \qquad
+        P = \frac{G}{s^2} + \Lambda
+
+    G and the right side of :math:`P \hat\beta = r / s^2` are inner products of the
+    background's columns with each other, and with what components leave of the data;
+    :math:`\Lambda` is one over the prior's variance where that has no bounds. The other
+    shared parameters, the noise level s among them, have a head of their own.
+
+    Args:
+        chart: The chart of all shared parameters.
+        linear: Those in which the background is linear.
+        level: The noise level among them; None if it is known, s = 1.
+        others: The head of those that are not linear; None if there are none.
+    """
+
+    def __init__(
+        self,
+        chart: Chart,
+        linear: Sequence[int],
+        level: int | None,
+        others: "SharedHead | NoiseHead | None",
+    ) -> None:
+        super().__init__()
+        self.chart, self.linear, self.level = chart, list(linear), level
+        self.rest = [i for i in range(chart.num_features) if i not in self.linear]
+        self.others = others
+        self.local = LocalDensity(
+            len(self.linear), 1, own_features=0, num_layers=0, location_scale=False
+        )
+        scales, ends = [], []
+        for i in self.linear:
+            marginal = chart.marginals[i]
+            middle, half, _ = marginal.natural_scale
+            low, high = (math.isfinite(bound) for bound in marginal.bounds)
+            scales.append((middle, half, 0.0 if low or high else 1.0))
+            ends.append((-1.0 if low else -_OPEN, 1.0 if high else _OPEN))
+        numbers = torch.tensor(scales, dtype=torch.float64).reshape(-1, 3)
+        self.middle, self.width, self.precision = numbers.unbind(-1)
+        self.low, self.high = torch.tensor(ends, dtype=torch.float64).unbind(-1)
+
+    def log_prob(
+        self,
+        shared: Tensor,
+        context: RowContext,
+        level: Tensor | None,
+        moments: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Evaluate the log density of N rows, given the moments of each."""
+        value = torch.zeros(len(shared)).to(shared)
+        if self.others is not None:
+            value = self.others.log_prob(shared[:, self.rest], context, level)
+        w = (shared[:, self.linear].double() - self._to(shared, self.middle)) / (
+            self._to(shared, self.width)
+        )
+        ends = self._ends(w)
+        allowed = ((w >= ends[0] - _SLACK) & (w <= ends[1] + _SLACK)).all(-1)
+        w = torch.maximum(torch.minimum(w, ends[1]), ends[0])
+        gaussian = self._gaussian(shared, moments)
+        local = self.local.log_prob(w, *gaussian, ends, _nothing(w))
+        local = local - self.width.log().sum().to(local)
+        return value + torch.where(allowed, local.to(value), -torch.inf)
+
+    def sample(
+        self,
+        context: RowContext,
+        generator: torch.Generator | None,
+        level: Tensor | None,
+        moments: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Draw the shared parameters ``(N, S)`` of N rows."""
+        num = len(context.which)
+        shared = torch.zeros(num, self.chart.num_features).to(context.values)
+        if self.others is not None:
+            shared[:, self.rest] = self.others.sample(context, generator, level)
+        gaussian = self._gaussian(shared, moments)
+        like = gaussian[0]
+        w, _ = self.local.sample(*gaussian, self._ends(like), _nothing(like), generator)
+        value = self._to(w, self.middle) + self._to(w, self.width) * w
+        shared[:, self.linear] = value.to(shared)
+        return self.chart.marginals.clamp(shared)
+
+    def _gaussian(
+        self, shared: Tensor, moments: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Means ``(N, P)`` and factors ``(N, P, P)`` of natural coordinates."""
+        right, gram = moments
+        half = self._to(right, self.width)
+        right = (right - (gram @ self._to(right, self.middle))) * half
+        gram = gram * half * half.unsqueeze(-1)
+        weight = right.new_ones(len(right))
+        if self.level is not None:
+            weight = shared[:, self.level].double().square().reciprocal()
+        precision = gram * weight[:, None, None]
+        # Columns that nearly coincide are told apart by the prior's range alone.
+        ridge = self._to(right, self.precision) + _RIDGE
+        precision = precision + torch.diag_embed(ridge.expand_as(right))
+        covariance = torch.linalg.inv(precision)
+        mean = (covariance @ (right * weight.unsqueeze(-1)).unsqueeze(-1)).squeeze(-1)
+        return mean, torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
+
+    def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (
+            self._to(like, end).expand_as(like) for end in (self.low, self.high)
+        )
+        return low, high
+
+    @staticmethod
+    def _to(like: Tensor, numbers: Tensor) -> Tensor:
+        return numbers.to(like.device)
+
+
 class PriorSharedHead(SharedHead):
     """The shared parameters' prior, standard normal in a chart's coordinates."""
 
@@ -180,9 +307,13 @@ class SharedGivenX:
     """The shared parameters' density given B observations."""
 
     def __init__(
-        self, head: SharedHead | NoiseHead, embedding: Tensor, num_cardinalities: int
+        self,
+        head: SharedHead | NoiseHead | BackgroundHead,
+        embedding: Tensor,
+        num_cardinalities: int,
+        moments: Moments | None = None,
     ) -> None:
-        self.head, self._sizes = head, num_cardinalities
+        self.head, self._sizes, self._moments = head, num_cardinalities, moments
         every = torch.eye(num_cardinalities).to(embedding).repeat(len(embedding), 1)
         repeated = embedding.repeat_interleave(num_cardinalities, dim=0)
         self._values = torch.cat([repeated, every], dim=-1)
@@ -193,9 +324,17 @@ class SharedGivenX:
         owner: Tensor,
         cardinality: Tensor,
         level: Tensor | None = None,
+        components: Tensor | None = None,
     ) -> Tensor:
-        """Evaluate N rows of observations ``(N,)`` and K; see :class:`SharedHead`."""
-        return self.head.log_prob(shared, self._context(owner, cardinality), level)
+        """Evaluate N rows of observations ``(N,)`` and K; see :class:`SharedHead`.
+
+        Components ``(N, Kmax, D)`` are looked at by :class:`BackgroundHead` alone.
+        """
+        context = self._context(owner, cardinality)
+        if isinstance(self.head, BackgroundHead):
+            moments = self._moments_of(owner, cardinality, components)
+            return self.head.log_prob(shared, context, level, moments)
+        return self.head.log_prob(shared, context, level)
 
     def sample(
         self,
@@ -203,12 +342,31 @@ class SharedGivenX:
         cardinality: Tensor,
         generator: torch.Generator | None = None,
         level: Tensor | None = None,
+        components: Tensor | None = None,
     ) -> Tensor:
         """Draw N rows; see :meth:`log_prob`."""
-        return self.head.sample(self._context(owner, cardinality), generator, level)
+        context = self._context(owner, cardinality)
+        if isinstance(self.head, BackgroundHead):
+            moments = self._moments_of(owner, cardinality, components)
+            return self.head.sample(context, generator, level, moments)
+        return self.head.sample(context, generator, level)
+
+    def _moments_of(
+        self, owner: Tensor, cardinality: Tensor, components: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert self._moments is not None
+        assert components is not None
+        slots = torch.arange(components.shape[1], device=components.device)
+        return self._moments(owner, components, slots < cardinality.unsqueeze(-1))
 
     def _context(self, owner: Tensor, cardinality: Tensor) -> RowContext:
         return RowContext(self._values, owner * self._sizes + cardinality)
+
+
+def _nothing(rows: Tensor) -> RowContext:
+    """A context that says nothing."""
+    which = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    return RowContext(torch.zeros(1, 1, device=rows.device), which)
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:

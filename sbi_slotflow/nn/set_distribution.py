@@ -57,19 +57,23 @@ class SetsGivenK(ABC):
         """The second of :meth:`log_terms`: 0 if there are no shared parameters."""
         if self.shared is None:
             return torch.zeros_like(like)
-        return self.shared.log_prob(parts.shared, owner, parts.cardinality, level)
+        return self.shared.log_prob(
+            parts.shared, owner, parts.cardinality, level, parts.components
+        )
 
     def sample_shared(
         self,
         owner: Tensor,
-        cardinality: Tensor,
+        mask: Tensor,
+        components: Tensor,
         generator: torch.Generator | None,
-        level: Tensor | None,
+        level: Tensor | None = None,
     ) -> Tensor | None:
         """The second of :meth:`sample`."""
         if self.shared is None:
             return None
-        return self.shared.sample(owner, cardinality, generator, level)
+        count = mask.sum(-1)
+        return self.shared.sample(owner, count, generator, level, components)
 
 
 class SetHead(nn.Module, ABC):

@@ -86,6 +86,8 @@ class EstimatorSpec:
     shared_head: bool = True  # Else draws come from their prior
     # Whether sigma is read from what Gauss-Newton steps leave
     noise_from_fit: bool = False
+    # Index of the noise level among the shared parameters; None if it is none of them
+    noise_index: int | None = None
     flow: dict[str, Any] = field(default_factory=dict)  # Options of ConditionalFlow
     # Their kind and options, see slots_from_spec
     slots: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class EstimatorSpec:
         """
         try:
             names = {f.name for f in fields(cls)}
+            # Older files do not name it: nothing then read it.
+            entries = {"noise_index": None, **entries}
             if set(entries) != names:
                 raise ValueError(f"unexpected fields {sorted(set(entries) ^ names)}")
             layout: dict[str, Any] = {

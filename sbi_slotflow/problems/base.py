@@ -5,6 +5,7 @@ that a problem of your own states what is special about it and nothing else; whe
 components sit somewhere in a trace, :class:`Trace` is enough.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,9 @@ from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
 from .linear import LinearForm
+from .noise import GaussianNoise
 from .simulator import AdditiveSimulator, WhiteNoise
+from .white_space import linear_background, white_space
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,9 +142,9 @@ class Problem:
 
     @property
     def noise_level(self) -> int | None:
-        """Index of the shared parameter that is white noise's sigma, if one is."""
+        """Index of the shared parameter that scales the noise, if one does."""
         noise = getattr(self.simulator, "noise", None)
-        if isinstance(noise, WhiteNoise) and noise.sigma is None:
+        if isinstance(noise, WhiteNoise | GaussianNoise) and noise.sigma is None:
             return noise.shared_index
         return None
 
@@ -199,16 +202,21 @@ class Problem:
                 'linear=["amplitude"], for example).'
             )
         own = type(self.simulator).noise_log_prob
-        if not isinstance(noise, WhiteNoise) or own is not _NOISE_LOG_PROB:
+        gaussian = isinstance(noise, WhiteNoise | GaussianNoise)
+        if not gaussian or own is not _NOISE_LOG_PROB:
             raise TypeError(
-                f"the collapsed sampler needs WhiteNoise, problem {self.name!r} has "
-                f"{type(noise).__name__} in a {type(self.simulator).__name__}."
+                "the collapsed sampler needs WhiteNoise or GaussianNoise, problem "
+                f"{self.name!r} has {type(noise).__name__} in a "
+                f"{type(self.simulator).__name__}."
             )
-        level = () if self.noise_level is None else (self.noise_level,)
-        if len(level) != self.layout.num_shared:
+        background = linear_background(self.simulator, self.prior)
+        known = set() if background is None else set(background.indices)
+        known |= set() if self.noise_level is None else {self.noise_level}
+        if len(known) != self.layout.num_shared:
             raise TypeError(
-                "the collapsed sampler takes the noise level as only shared parameter, "
-                f"problem {self.name!r} has {self.shared_names}."
+                "the collapsed sampler takes as shared parameters the noise level and "
+                "those in which a background is linear, problem "
+                f"{self.name!r} has {self.shared_names}."
             )
         x = self.simulator.checked_data(x)
         if x.numel() != self.num_data or x.ndim > 2:
@@ -216,7 +224,8 @@ class Problem:
                 f"x must have shape ({self.num_data},) or (1, {self.num_data}), got "
                 f"{tuple(x.shape)}."
             )
-        return collapsed(self.prior, form, noise, x.detach().cpu(), **options)
+        x = x.detach().cpu()
+        return collapsed(self.prior, form, noise, x, background=background, **options)
 
     def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
         """Return what :func:`sbi_slotflow.rjmcmc.laplace_proposal` does."""
@@ -303,7 +312,9 @@ class Trace(Problem):
     def build_fit(self) -> AdditiveFit | None:
         """Return the least squares of the component signal, by its derivatives.
 
-        None if torch cannot differentiate the signal, one of NumPy for example.
+        Noise is made white, and a background that is linear in shared parameters is
+        fitted along. None if torch cannot differentiate the signal, one of NumPy for
+        example, or, with a warning, where noise or background allow no least squares.
         """
         signal = self.simulator.component_signal
         width = self.layout.num_component_params
@@ -312,7 +323,13 @@ class Trace(Problem):
             jvp(signal, (middle,), (torch.ones_like(middle),))
         except (AttributeError, RuntimeError, TypeError):
             return None
-        return AdditiveFit(signal, self.prior.component_marginals, self.layout.order_by)
+        try:
+            space = white_space(self.simulator, self.prior)
+        except TypeError as error:
+            warnings.warn(f"no Gauss-Newton steps: {error}", stacklevel=2)
+            return None
+        marginals, order_by = self.prior.component_marginals, self.layout.order_by
+        return AdditiveFit(signal, marginals, order_by, space)
 
 
 def uniform(low: float, high: float) -> Uniform:

@@ -1,7 +1,7 @@
 r"""Exact trans-dimensional posterior of conditionally linear components.
 
 Components have nonlinear parameters nu and amplitudes a (:mod:`.linear`), the noise is
-white and Gaussian of level sigma. Under a working prior
+Gaussian, of level sigma once it is made white. Under a working prior
 :math:`a_k \sim N(\mu, V)`, the marginal likelihood
 :math:`M(\nu, \sigma)` and the conditional :math:`N(a | \nu, \sigma)` have closed
 forms. A move proposes nu, draws J sets of amplitudes from that conditional, and is
@@ -43,7 +43,9 @@ from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
 from .linear import LinearForm
 from .marginal_likelihood import State, Target, orthogonal
+from .noise import GaussianNoise
 from .simulator import WhiteNoise
+from .white_space import Background
 
 __all__ = ["collapsed"]
 
@@ -70,9 +72,10 @@ _MOVES: dict[str, float] = {
 def collapsed(
     prior: VariableKPrior,
     form: LinearForm,
-    noise: WhiteNoise,
+    noise: WhiteNoise | GaussianNoise,
     x: Tensor,
     *,
+    background: Background | None = None,
     start: Tensor | None = None,
     seed: int = 0,
     num_chains: int = 8,
@@ -92,7 +95,7 @@ def collapsed(
     as_count(num_draws, "num_draws")
     as_count(thin, "thin")
     as_count(burn_in, "burn_in", 0)
-    target = Target(prior, form, noise, x.reshape(-1).double())
+    target = Target(prior, form, noise, x.reshape(-1).double(), background)
     generator = torch.Generator().manual_seed(seed)
     chains = Chains(target, num_chains, num_levels, generator, start)
     rows = []
@@ -514,7 +517,8 @@ def pursuit(target: Target) -> list[Fit]:
     steps with the amplitudes eliminated (variable projection).
     """
     state = target.empty(1, _shared(target, target.x.unsqueeze(0)))
-    residual, fits = target.x.unsqueeze(0), []
+    residual, fits = target.solve(state).residual, []
+    state = state._replace(shared=_shared(target, residual))
     most, num = target.layout.max_cardinality, len(target.x)
     least = 1e-24 * target.x.square().sum()
     for k in range(most + 1):
@@ -566,9 +570,14 @@ def _polished(target: Target, state: State) -> tuple[State, Tensor]:
 
 def _shared(target: Target, residual: Tensor) -> Tensor:
     """Shared parameters with the level of a residual ``(1, T)``, inside the prior."""
-    noise, prior = target.noise, target.prior
-    if noise.sigma is not None:
-        return residual.new_zeros(1, 0)
-    ends = torch.tensor([1e-3, 1 - 1e-3], dtype=torch.float64)
-    low, high = prior.shared_marginals[noise.shared_index].quantile(ends).tolist()
-    return residual.square().mean(-1, keepdim=True).sqrt().clamp(low, high)
+    noise, marginals = target.noise, target.prior.shared_marginals
+    shared = residual.new_zeros(1, target.layout.num_shared)
+    middle = torch.tensor(0.5, dtype=torch.float64)
+    for i in target.background.indices:
+        shared[:, i] = marginals[i].quantile(middle)
+    if noise.sigma is None:
+        ends = torch.tensor([1e-3, 1 - 1e-3], dtype=torch.float64)
+        low, high = marginals[noise.shared_index].quantile(ends).tolist()
+        level = residual.square().mean(-1).sqrt().clamp(low, high)
+        shared[:, noise.shared_index] = level
+    return shared

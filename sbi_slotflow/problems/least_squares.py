@@ -23,6 +23,7 @@ from torch.quasirandom import SobolEngine
 from ..nn.gauss_newton import NormalEquations
 from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
+from .white_space import GivenWhite, WhiteSpace
 
 __all__ = ["AdditiveFit", "AdditiveLeastSquares"]
 
@@ -35,7 +36,7 @@ _MOST_NUMBERS = 2**24
 @register("fit")
 @dataclass(frozen=True)
 class AdditiveFit:
-    """Normal equations of K components in white noise.
+    """Normal equations of K components, beside a background.
 
     A file can describe it if the signal is a registered part
     (:mod:`sbi_slotflow.nn.spec`); an estimator that was saved with another signal
@@ -46,11 +47,14 @@ class AdditiveFit:
             its own, by operations that torch can differentiate in forward mode.
         marginals: Prior marginals of the D parameters, ``prior.component_marginals``.
         location: Index of the location among the parameters.
+        space: Where noise is white and the background gone; None where noise is white
+            and there is no background.
     """
 
     component_signal: Callable[[Tensor], Tensor]
     marginals: Sequence[Marginal]
     location: int = 0
+    space: WhiteSpace | None = None
 
     kind: ClassVar[str] = "additive"
 
@@ -63,9 +67,9 @@ class AdditiveFit:
 
     @property
     def spec(self) -> dict[str, Any] | None:
-        """Description for :meth:`from_spec`; None if the signal has none."""
+        """Description for :meth:`from_spec`; None if the signal or space has none."""
         signal = describe("signal", self.component_signal)
-        if signal is None:
+        if signal is None or self.space is not None:
             return None
         return {
             "kind": self.kind,
@@ -82,15 +86,25 @@ class AdditiveFit:
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
-        return AdditiveLeastSquares(self, data)
+        if self.space is None:
+            return AdditiveLeastSquares(self, data)
+        white = self.space.given(data)
+        return AdditiveLeastSquares(self, white.data, white)
 
 
 @dataclass(frozen=True)
 class AdditiveLeastSquares:
-    """Least squares of given observations ``(B, T)``."""
+    """Least squares of given observations.
+
+    Attributes:
+        fit: The signal.
+        data: The observations ``(B, T)``, where noise is white.
+        white: The map there; None where it already is.
+    """
 
     fit: AdditiveFit
     data: Tensor
+    white: GivenWhite | None = None
 
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
@@ -101,7 +115,7 @@ class AdditiveLeastSquares:
         candidates = self._candidates(low.double(), high.double())
         signals = mask.shape[-1] * _SEARCH_POINTS
         parts = self._parts(signals, owner, candidates, mask)
-        return torch.cat([self._choose(self.data[i], *part) for i, *part in parts])
+        return torch.cat([self._choose(i, *part) for i, *part in parts])
 
     def normal_equations(
         self, owner: Tensor, components: Tensor, mask: Tensor
@@ -110,7 +124,7 @@ class AdditiveLeastSquares:
         components = components.double()
         signals = components.shape[-2] * components.shape[-1]
         parts = self._parts(signals, owner, components, mask)
-        found = [self._linearise(self.data[i].double(), *part) for i, *part in parts]
+        found = [self._linearise(i, *part) for i, *part in parts]
         return NormalEquations(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def _parts(self, signals: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -118,10 +132,33 @@ class AdditiveLeastSquares:
         size = max(1, _MOST_NUMBERS // max(1, signals * self.data.shape[-1]))
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
+    def background_moments(
+        self, owner: Tensor, components: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Moments of the background given components; see :meth:`GivenWhite.moments`.
+
+        They are of shapes ``(N, P)`` and ``(N, P, P)``.
+        """
+        assert self.white is not None
+        found = []
+        parts = self._parts(mask.shape[-1], owner, components.double(), mask)
+        for i, here, active in parts:
+            total = here.new_zeros(len(i), self.data.shape[-1])
+            if active.any():
+                signals = self.fit.component_signal(here[active])
+                total.index_add_(0, active.nonzero()[:, 0], signals.to(total))
+            found.append(self.white.moments(total, i))
+        right, gram = zip(*found, strict=True)
+        return torch.cat(right), torch.cat(gram)
+
+    def _seen(self, signals: Tensor, owner: Tensor) -> Tensor:
+        """Signals ``(N, ..., T)`` where noise is white and the background gone."""
+        return signals if self.white is None else self.white(signals, owner)
+
     def _linearise(
-        self, data: Tensor, components: Tensor, mask: Tensor
+        self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
-        """As :meth:`normal_equations`, with the data ``(N, T)`` of each set."""
+        data = self.data[owner].double()
         num, width = data.shape[-1], components.shape[-1]
         active = components[mask]
         slopes = components.new_zeros(*components.shape, num)
@@ -133,8 +170,8 @@ class AdditiveLeastSquares:
             slopes[..., d, :][mask] = pushed[1]
             if d == 0:
                 signals[mask] = pushed[0]
-        residual = data - signals.sum(-2)
-        jacobian = slopes.flatten(-3, -2)
+        residual = data - self._seen(signals.sum(-2), owner)
+        jacobian = self._seen(slopes.flatten(-3, -2), owner)
         return NormalEquations(
             residual=residual.square().sum(-1),
             gradient=(jacobian @ residual.unsqueeze(-1)).squeeze(-1),
@@ -152,8 +189,9 @@ class AdditiveLeastSquares:
         columns[self.fit.location] = torch.lerp(low[..., None], high[..., None], place)
         return torch.stack(columns, -1)
 
-    def _choose(self, data: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
-        """Candidates ``(N, K, D)`` that explain data ``(N, T)`` best together."""
+    def _choose(self, owner: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
+        """Candidates ``(N, K, D)`` that explain the data best together."""
+        data = self.data[owner]
         signals = data.new_zeros(*candidates.shape[:-1], data.shape[-1])
         # Squares of small numbers vanish in float32: in units near the data's scale.
         exponent = -torch.frexp(data.abs().amax()).exponent
@@ -161,6 +199,7 @@ class AdditiveLeastSquares:
         if mask.any():
             # A start need not be exact: the data's own precision will do.
             found = self.fit.component_signal(candidates[mask].to(data))
+            found = self._seen(found, owner[mask.nonzero()[:, 0]])
             signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)

@@ -9,8 +9,10 @@ The amplitudes of K components, of nonlinear parameters nu, have a working prior
     \log M = -\frac{T}{2} \log 2 \pi \sigma^2 - \frac{|x - B \hat a|^2}{2 \sigma^2}
     - \frac12 |\hat a - \mu|^2_{V^{-1}} - \frac12 \log |V| - \frac12 \log |P|
 
-Everything is in float64 and batched over chains. The residual is computed itself, not
-as a difference of energies, so that loud components lose no digits.
+Noise of another shape is made white first, and columns of a linear background
+(:mod:`.white_space`) are amplitudes that are always there, with a working prior of
+their own. Everything is in float64 and batched over chains. The residual is computed
+itself, not as a difference of energies, so that loud components lose no digits.
 """
 
 import math
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from ..sets.prior import VariableKPrior
 from .linear import LinearForm
+from .noise import GaussianNoise
 from .simulator import WhiteNoise
+from .white_space import Background
 
 __all__ = ["Grid", "Solution", "State", "Target", "bridged", "orthogonal"]
 
@@ -42,13 +46,15 @@ class Solution(NamedTuple):
 
     ``log_marginal`` (C,) is log M, ``mean`` (C, Kmax, M) and ``root``
     (C, Kmax M, Kmax M) are the conditional's mean and the Cholesky factor of its
-    precision, ``residual`` (C, T) is what the mean leaves of the data.
+    precision, ``residual`` (C, T) is what the mean leaves of the data. Of P columns of
+    a background, ``background`` (C, P) is the mean; they are the last of ``root``.
     """
 
     log_marginal: Tensor
     mean: Tensor
     root: Tensor
     residual: Tensor
+    background: Tensor
 
 
 class State(NamedTuple):
@@ -81,9 +87,20 @@ class Target:
     """The posterior of one observation ``(T,)``, and the geometry of its data."""
 
     def __init__(
-        self, prior: VariableKPrior, form: LinearForm, noise: WhiteNoise, x: Tensor
+        self,
+        prior: VariableKPrior,
+        form: LinearForm,
+        noise: WhiteNoise | GaussianNoise,
+        x: Tensor,
+        background: Background | None = None,
     ) -> None:
-        self.prior, self.form, self.noise, self.x = prior, form, noise, x
+        self.prior, self.form, self.noise = prior, form, noise
+        if background is None:
+            nothing = torch.zeros(0, len(x), dtype=torch.float64)
+            background = Background((), nothing, torch.zeros_like(x))
+        self.background, self.data = background, x
+        self.x = noise.unit_white(x - background.constant)
+        self.columns = noise.unit_white(background.columns)
         self.layout = prior.layout
         self.marginals = [prior.component_marginals[i] for i in form.others]
         periods = [self.layout.component_periods[i] for i in form.others]
@@ -94,6 +111,7 @@ class Target:
             ]
         )
         generator = torch.Generator().manual_seed(0)
+        self._prepare_background(generator)
         self.bridged = bridged(prior)
         only = torch.zeros(len(prior.cardinality_probs))
         only[1] = 1.0
@@ -127,8 +145,8 @@ class Target:
         return torch.stack([m.fraction(value) for m, value in columns], -1)
 
     def signals(self, u: Tensor) -> Tensor:
-        """The basis ``(..., M, T)`` at coordinates ``(..., N)``."""
-        return self.form.basis(self.place(u))
+        """The basis ``(..., M, T)`` at coordinates ``(..., N)``, made white."""
+        return self.noise.unit_white(self.form.basis(self.place(u)))
 
     def derivatives(self, u: Tensor, amplitudes: Tensor) -> Tensor:
         """Of signals by coordinates ``(C, N)``, amplitudes fixed, ``(C, N, T)``."""
@@ -140,7 +158,7 @@ class Target:
         amplitudes = amplitudes.unsqueeze(-2).expand(*ends.shape[:-1], -1)
         components = self.form.components(self.place(ends), amplitudes)
         above, below = torch.as_tensor(self.form.signal(components)).double()
-        return (above - below) / width
+        return self.noise.unit_white(above - below) / width
 
     def scale(self, state: State) -> Tensor:
         """Noise level ``(C,)``, as a power of the likelihood makes it."""
@@ -158,34 +176,58 @@ class Target:
         right = torch.where(active, right, 0.0)
         slots = torch.eye(mask.shape[1], dtype=torch.float64)
         before = torch.kron(slots, self.precision)
-        right = right + (self.precision @ self.location).repeat(mask.shape[1])
+        location = self.location.repeat(mask.shape[1])
+        if len(self.columns):
+            cross = state.basis.reshape(num, size, -1) @ self.columns.mT
+            cross = torch.where(active.unsqueeze(-1), cross, 0.0)
+            below = (self.columns @ self.columns.mT).expand(num, -1, -1)
+            upper = torch.cat([gram, cross * weight[:, None, None]], -1)
+            lower = torch.cat([cross.mT, below], -1) * weight[:, None, None]
+            gram = torch.cat([upper, lower], -2)
+            inner = (self.columns @ self.x).expand(num, -1) * weight.unsqueeze(-1)
+            right = torch.cat([right, inner], -1)
+            before = torch.block_diag(before, self.around.precision_matrix)
+            location = torch.cat([location, self.around.loc])
+        right = right + before @ location
         root, failed = torch.linalg.cholesky_ex(gram + before)
-        mean = torch.cholesky_solve(right.unsqueeze(-1), root).squeeze(-1)
-        mean = mean.reshape(num, mask.shape[1], -1)
+        every = torch.cholesky_solve(right.unsqueeze(-1), root).squeeze(-1)
+        off = (every - location).unsqueeze(1)
+        mean = every[:, :size].reshape(num, mask.shape[1], -1)
+        background = every[:, size:]
         used = torch.where(mask.unsqueeze(-1), mean, 0.0)
         residual = self.x - torch.einsum("ckm,ckmt->ct", used, state.basis)
-        off = (mean - self.location).reshape(num, 1, size)
+        residual = residual - background @ self.columns
         misfit = weight * residual.square().sum(-1)
         misfit = misfit + (off @ before @ off.mT).flatten()
-        volume = mask.shape[1] * torch.linalg.slogdet(self.precision)[1]
+        volume = torch.linalg.slogdet(before)[1]
         volume = volume - 2 * torch.diagonal(root, dim1=-2, dim2=-1).log().sum(-1)
         scale = self.noise.scale(state.shared).log() + 0.5 * math.log(2 * math.pi)
         scale = -2 * len(self.x) * state.beta * scale
         value = 0.5 * (scale + volume - misfit)
         value = torch.where((failed == 0) & (weight > 0), value, -math.inf)
         return Solution(
-            value.nan_to_num(nan=-math.inf, neginf=-math.inf), mean, root, residual
+            value.nan_to_num(nan=-math.inf, neginf=-math.inf),
+            mean,
+            root,
+            residual,
+            background,
         )
 
     def complete(
         self, state: State, solution: Solution, generator: torch.Generator
     ) -> State:
-        """Draw amplitudes, and fill in the level."""
+        """Draw amplitudes, and a background's, and fill in the level."""
         mean = solution.mean
         num, size = len(mean), mean[0].numel()
-        noise = torch.randn(num, size, _SETS, generator=generator, dtype=torch.float64)
-        noise = torch.linalg.solve_triangular(solution.root.mT, noise, upper=True)
-        draws = mean.unsqueeze(1) + noise.mT.reshape(num, _SETS, *mean.shape[1:])
+        each = torch.randn(
+            *(num, size + len(self.columns), _SETS),
+            generator=generator,
+            dtype=torch.float64,
+        )
+        noise = torch.linalg.solve_triangular(solution.root.mT, each, upper=True).mT
+        around = solution.background.unsqueeze(1) + noise[..., size:]
+        noise = noise[..., :size].reshape(num, _SETS, *mean.shape[1:])
+        draws = mean.unsqueeze(1) + noise
         u = state.u.unsqueeze(1).expand(-1, _SETS, -1, -1)
         components = self.form.components(self.place(u), draws)
         mask = state.mask.unsqueeze(1)
@@ -194,15 +236,21 @@ class Target:
             each = each + marginal.log_density(components[..., i])
         k = state.cardinality.unsqueeze(1).expand(-1, _SETS)
         shared = state.shared.unsqueeze(1).expand(-1, _SETS, -1)
+        if len(self.columns):
+            shared = shared.clone()
+            shared[..., list(self.background.indices)] = around
         packed = _active_first(mask.expand(-1, _SETS, -1), components)
         log_weights = self.bridged.log_prob(self.layout.pack(k, packed, shared))
         log_weights = log_weights - torch.where(mask, each, 0.0).sum(-1)
+        if len(self.columns):
+            log_weights = log_weights - self.around.log_prob(around)
         log_weights = log_weights.nan_to_num(nan=-math.inf, neginf=-math.inf)
         level = log_weights.logsumexp(1) - math.log(_SETS) + solution.log_marginal
         probs = log_weights.softmax(1).nan_to_num(nan=1.0)
         chosen = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-        amplitudes = draws[torch.arange(num), chosen]
-        return state._replace(amplitudes=amplitudes, level=level)
+        chains = torch.arange(num)
+        amplitudes, shared = draws[chains, chosen], shared[chains, chosen]
+        return state._replace(amplitudes=amplitudes, shared=shared, level=level)
 
     def rows(self, state: State) -> Tensor:
         """Theta rows ``(C, E)``."""
@@ -216,7 +264,9 @@ class Target:
 
     def _log_likelihood(self, rows: Tensor) -> Tensor:
         parts = self.layout.unpack(rows)
-        residual = self.x.expand(len(rows), -1).clone()
+        residual = (self.data - self.background.constant).expand(len(rows), -1)
+        beta = parts.shared[:, list(self.background.indices)].double()
+        residual = residual - beta @ self.background.columns
         for k in range(int(parts.cardinality.max())):
             signal = torch.as_tensor(self.form.signal(parts.components[:, k]))
             active = parts.mask[:, k].unsqueeze(-1)
@@ -257,6 +307,17 @@ class Target:
             zeros,
             zeros.new_ones(num),
             zeros.new_full((num,), -math.inf),
+        )
+
+    def _prepare_background(self, generator: torch.Generator) -> None:
+        """Choose the working prior of the background's amplitudes."""
+        if not len(self.columns):
+            return
+        rows = self.prior.sample((_MOMENTS,), generator).double()
+        beta = self.layout.unpack(rows).shared[:, list(self.background.indices)]
+        covariance = torch.atleast_2d(torch.cov(beta.T))
+        self.around = torch.distributions.MultivariateNormal(
+            beta.mean(0), covariance, validate_args=False
         )
 
     def _resolution(self, u: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-r"""Simulators whose signal is the sum of the components' signals.
+r"""Simulators whose signal is the sum of the components' signals and a background.
 
 .. math::
-    x = \sum_{k=1}^{K} s(\theta_k) + \epsilon, \qquad
+    x = b(s_1 \ldots s_S) + \sum_{k=1}^{K} s(\theta_k) + \epsilon, \qquad
     \epsilon \sim p(\epsilon | s_1 \ldots s_S)
 """
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..sets.checks import Numbers, as_count, as_floats
-from ..sets.layout import ThetaLayout
+from ..sets.layout import ThetaLayout, ThetaParts
 
 __all__ = [
     "AdditiveSimulator",
+    "NoiseAboutSignal",
     "NoiseModel",
     "SummedSignal",
     "WhiteNoise",
@@ -37,6 +38,17 @@ class NoiseModel(Protocol):
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Log density (...) of residuals (..., T) given ``shared`` (..., S)."""
+        ...
+
+
+@runtime_checkable
+class NoiseAboutSignal(Protocol):
+    """Noise whose law depends on the signal, counts for one."""
+
+    def log_prob_about(
+        self, residual: Tensor, signal: Tensor, shared: Tensor
+    ) -> Tensor:
+        """Log density (...) of residuals (..., T) about signals (..., T)."""
         ...
 
 
@@ -60,6 +72,14 @@ class WhiteNoise:
         if self.sigma is None:
             return shared[..., self.shared_index]
         return shared.new_full(shared.shape[:-1], self.sigma)
+
+    def whiten(self, residual: Tensor, shared: Tensor) -> Tensor:
+        """Independent standard normal variables of noise ``(..., T)``."""
+        return residual / self.scale(shared).to(residual).unsqueeze(-1)
+
+    def unit_white(self, signal: Tensor) -> Tensor:
+        """Signals ``(..., T)`` as they are: noise is white, of level sigma."""
+        return signal
 
     def sample(
         self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
@@ -104,6 +124,9 @@ class AdditiveSimulator:
         noise: A noise model, for example :class:`~sbi_slotflow.WhiteNoise`.
         layout: Layout of theta, ``prior.layout``.
         chunk_size: Most rows handled at once; bounds the memory.
+        background: Maps shared parameters ``(..., S)`` to what they add to the signal,
+            ``(..., T)``: an offset, a trend, a continuum, a known source. Parameters in
+            which it is linear are integrated out where components are fitted.
 
     Calling the simulator returns data of shape ``(..., T)`` for theta ``(..., E)``.
 
@@ -118,6 +141,8 @@ class AdditiveSimulator:
         noise: NoiseModel,
         layout: ThetaLayout,
         chunk_size: int = 128,
+        *,
+        background: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not callable(component_signal):
             raise TypeError(
@@ -128,7 +153,13 @@ class AdditiveSimulator:
             raise TypeError(
                 f"layout must be a prior's layout, got {type(layout).__name__}."
             )
+        if background is not None and not callable(background):
+            raise TypeError(
+                "background must be a function of shared parameters, got "
+                f"{type(background).__name__}."
+            )
         self.component_signal, self.noise, self.layout = component_signal, noise, layout
+        self.background = background
         self.chunk_size = as_count(chunk_size, "chunk_size")
 
     def __call__(
@@ -157,7 +188,10 @@ class AdditiveSimulator:
         return self._in_chunks(draw, theta)
 
     def signal(self, theta: Tensor) -> Tensor:
-        """Return the noise-free signals ``(..., T)`` of theta ``(..., E)``."""
+        """Return the noise-free signals ``(..., T)`` of theta ``(..., E)``.
+
+        The background is part of them.
+        """
         return self._in_chunks(self._signal, theta)
 
     def component_signals(self, theta: Tensor) -> Tensor:
@@ -218,10 +252,42 @@ class AdditiveSimulator:
         self, residual: Tensor, signal: Tensor, shared: Tensor
     ) -> Tensor:
         """Log density of residuals; override it for noise that follows the signal."""
+        if isinstance(self.noise, NoiseAboutSignal):
+            return self.noise.log_prob_about(residual, signal, shared)
         return self.noise.log_prob(residual, shared)
+
+    def background_signal(self, shared: Tensor) -> Tensor:
+        """What shared parameters ``(..., S)`` add to the signal, ``(..., T)``.
+
+        Raises:
+            TypeError: If the simulator has no background.
+            ValueError: If ``background`` returns another shape.
+        """
+        if self.background is None:
+            raise TypeError("this simulator has no background.")
+        found = as_floats(self.background(shared), "background")
+        if found.shape[:-1] != shared.shape[:-1] or not found.ndim:
+            raise ValueError(
+                f"background must map shared parameters {tuple(shared.shape)} to "
+                f"signals {(*shared.shape[:-1], 'T')}, got {tuple(found.shape)}."
+            )
+        return found.to(shared)
 
     def _signal(self, rows: Tensor) -> Tensor:
         parts = self.layout.unpack(rows)
+        total = self._total(parts)
+        if self.background is None:
+            return total
+        added = self.background_signal(parts.shared)
+        if added.shape != total.shape:
+            raise ValueError(
+                f"background must have the {total.shape[-1]} samples of the component "
+                f"signals, got {added.shape[-1]}."
+            )
+        return total + added
+
+    def _total(self, parts: ThetaParts) -> Tensor:
+        """Sum of the components' signals, ``(B, T)``."""
         if isinstance(self.component_signal, SummedSignal):
             return self.component_signal.total(parts.components, parts.mask)
         active = parts.components[parts.mask]
@@ -229,7 +295,7 @@ class AdditiveSimulator:
         some = active if len(active) else parts.components.new_zeros(1, active.shape[1])
         signals = self._each(some)[: len(active)]
         owner = parts.mask.nonzero()[:, 0]
-        total = signals.new_zeros(len(rows), signals.shape[-1])
+        total = signals.new_zeros(len(parts.mask), signals.shape[-1])
         return total.index_add(0, owner, signals)
 
     def _each(self, components: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Parts of shared cells: they divide a set, and hold the modes of blended pairs."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_parts_are_drawn_as_often_as_they_weigh(blended) -> None:
     x, exact = blended
     posterior = load_pretrained("sinusoids-crowded")
     network = posterior.posterior_estimator.given(x[None] if x.ndim == 1 else x)
-    sets, num = network._sets, 20_000
+    sets: Any = network._sets
+    num = 20_000
     parts = sinusoids("crowded").layout.unpack(exact[:1])
     position = sets.head.coordinates(parts)[0][..., 0]
     owner = torch.zeros(num).long()

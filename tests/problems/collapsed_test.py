@@ -310,7 +310,7 @@ def test_what_the_sampler_cannot_do_is_refused() -> None:
 
     growing = Growing(bump, WhiteNoise(0.5), problem.layout)
     own = Trace("own noise", problem.prior, growing, 32, linear=("height",))
-    with pytest.raises(TypeError, match="needs WhiteNoise"):
+    with pytest.raises(TypeError, match="needs WhiteNoise or GaussianNoise"):
         rjmcmc.collapsed(own, torch.zeros(64))
     prior = VariableKPrior(
         problem.prior.component,
@@ -321,7 +321,7 @@ def test_what_the_sampler_cannot_do_is_refused() -> None:
     )
     simulator = AdditiveSimulator(bump, WhiteNoise(), prior.layout)
     two = Trace("two shared", prior, simulator, 32, linear=("height",))
-    with pytest.raises(TypeError, match="only shared parameter"):
+    with pytest.raises(TypeError, match="takes as shared parameters the noise level"):
         rjmcmc.collapsed(two, torch.zeros(64))
     for names in (("height", "height"), ("time", "height")):
         with pytest.raises(ValueError, match="each once"):
