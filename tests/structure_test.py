@@ -52,6 +52,7 @@ TESTS_OF_NO_MODULE = {
     "posterior.closed_form",
     "posterior.contract",
     "problems.own_problem",
+    "problems.own_simulator",
     "problems.sinusoids.matching_pursuit",
     "problems.units",
     "readme",

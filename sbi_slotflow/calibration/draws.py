@@ -29,7 +29,7 @@ from torch.distributions import Categorical
 
 from ..problems.base import Problem
 from ..seeding import generator_for
-from ..sets.checks import as_count
+from ..sets.checks import as_count, simulate
 from ..sets.circular import circular_mean, near
 from ..sets.layout import ThetaLayout
 from ..sets.matching import hungarian
@@ -169,9 +169,9 @@ def _block(
     start: int,
 ) -> tuple[Tensor, ...]:
     """Theta, x, q(K | x), draws, draws given K, guides, all on the CPU."""
-    simulate = generator_for(seed, 0, start, 0)
-    theta = problem.prior.sample((size,), simulate).cpu()
-    x = problem.simulator(theta, simulate)
+    source = generator_for(seed, 0, start, 0)
+    theta = problem.prior.sample((size,), source).cpu()
+    x = simulate(problem.simulator, theta, source)
     device = getattr(posterior, "_device", "cpu")
     generator = generator_for(seed, 0, start, 1, device=device)
     batch = x.to(device)

@@ -112,7 +112,8 @@ def local_c2st(
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
     from threadpoolctl import threadpool_limits
 
-    x = as_observation(x, draws.x.shape[-1])
+    event = draws.x.shape[1:]
+    x = as_observation(x, event.numel()).reshape(1, *event)
     num_null = as_count(num_null, "num_null")
     check_rate(false_alarm_rate)
     if (num_null + 1) * false_alarm_rate < 1:
@@ -184,5 +185,5 @@ def _about(probs: Tensor, x: Tensor) -> Tensor:
     k = torch.arange(probs.shape[-1], dtype=torch.float64)
     mean = probs @ k
     spread = (probs @ k.square() - mean.square()).clamp(min=0).sqrt()
-    power = x.double().square().mean(-1)
+    power = x.double().square().flatten(1).mean(-1)
     return torch.stack([mean, spread, 0.5 * (power + 1e-300).log()], dim=-1)

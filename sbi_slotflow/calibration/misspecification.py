@@ -235,6 +235,7 @@ class TrainingReference:
                 finite, or if the streams' lengths do not add up to T.
         """
         x = as_floats(x, "x").detach()
+        x = x.flatten(1) if x.ndim > 2 else x
         if x.ndim != 2 or len(x) < _FEWEST:
             raise ValueError(
                 f"x must have shape (N, T) with N >= {_FEWEST}, got {tuple(x.shape)}."
@@ -263,6 +264,8 @@ class TrainingReference:
         """How unusual observations are, float64, shape ``(B,)``."""
         data = as_floats(x, "x")
         data = data.unsqueeze(0) if data.ndim == 1 else data
+        if data.ndim > 2 and data.shape[1:].numel() == self.num_data:
+            data = data.flatten(1)  # a batch of images, for example
         if data.ndim != 2 or data.shape[-1] != self.num_data or not len(data):
             expected = f"(B, {self.num_data}) with B >= 1"
             raise ValueError(f"x must have shape {expected}, got {tuple(data.shape)}.")

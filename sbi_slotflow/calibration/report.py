@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
-from ..sets.checks import as_observation
+from ..sets.checks import as_observation, simulate
 from ..storage import write_atomically
 from .cardinality import cardinality_reliability
 from .check import Check, check_rate
@@ -150,7 +150,7 @@ def report(
     """
     check_rate(false_alarm_rate)
     if x is not None:
-        x = as_observation(x)
+        x = as_observation(x, problem.num_data).reshape(1, *problem.event_shape)
     given = {"num_draws": num_draws, "seed": seed}
     shown = {"num_workers": num_workers, "show_progress": show_progress}
     draws = draw(posterior, problem, n, **given, **shown)
@@ -325,8 +325,8 @@ def _misspecification(
     if not isinstance(reference, TrainingReference):
         generator = draws.generator(8)
         theta = problem.prior.sample((_NUM_REFERENCE,), generator).cpu()
-        data = problem.simulator(theta, generator)
+        data = simulate(problem.simulator, theta, generator)
         lengths = [stream.num_samples for stream in problem.streams]
-        reference = TrainingReference.fit(data, streams=lengths)
+        reference = TrainingReference.fit(data.flatten(1), streams=lengths)
     observed = draws.x if x is None else x
     return reference.check(observed, false_alarm_rate=false_alarm_rate)

@@ -150,6 +150,7 @@ def residuals(
             raise TypeError(
                 f"problem.simulator must have {name}, got {type(simulator).__name__}."
             )
+    x = x.flatten(1) if x.ndim > 2 else x
     if theta.ndim != 2 or x.ndim != 2 or len(theta) != len(x) or not len(x):
         raise ValueError(
             "theta and x must have shapes (n, E) and (n, T), n >= 1, got "
@@ -171,7 +172,7 @@ def residuals(
     step = max(1, _CHUNK // (num_noise * x.shape[-1]))
     measured = []
     for rows, data in zip(theta.split(step), x.split(step), strict=True):
-        signal = simulator.signal(rows)
+        signal = simulator.signal(rows).flatten(1)
         shape = (num_noise, *signal.shape)
         shared = problem.layout.unpack(rows).shared.expand(num_noise, -1, -1)
         # Counts, for one, depend on the signal.

@@ -224,7 +224,7 @@ def sbc(
     if log_likelihood is not None:
         rows = draws.draws[:num_likelihood_draws]
         rows = torch.cat([theta.unsqueeze(0), rows])
-        step = max(1, _CHUNK // (len(rows) * draws.x.shape[-1]))
+        step = max(1, _CHUNK // (len(rows) * draws.x[0].numel()))
         pieces = zip(rows.split(step, dim=1), draws.x.split(step), strict=True)
         values = torch.cat([log_likelihood(*piece) for piece in pieces], dim=1)
         ranks["log-likelihood"] = pit(values[0], values[1:], generator)

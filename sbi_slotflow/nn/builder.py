@@ -229,7 +229,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
         Args:
             theta: Theta rows, shape ``(B, E)``; checked against the prior's layout.
-            x: Data, shape ``(B, T)``; gives the length of x and its scale.
+            x: Data, shape ``(B, *event)``; gives the shape of x and its scale.
 
         Returns:
             An untrained estimator.
@@ -242,21 +242,25 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         prior.layout.validate(theta)
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}.")
-        if x.ndim != 2:
-            raise ValueError(f"x must have shape (batch, T), got {tuple(x.shape)}.")
+        if x.ndim < 2:
+            raise ValueError(
+                f"x must have shape (batch, *event), got {tuple(x.shape)}."
+            )
         check_finite(x)
         if len(theta) != len(x):
             raise ValueError(
                 "theta and x must be batches of one size, got "
                 f"{len(theta)} and {len(x)}."
             )
-        encoder, described = self._encoder(x.shape[-1])
+        event = x.shape[1:]
+        encoder, described = self._encoder(event.numel())
         slots = self._slots(encoder, x)
         self._check_used(slots)
         shared = prior.shared_marginals
         spec = EstimatorSpec(
             layout=prior.layout,
-            num_data=x.shape[-1],
+            num_data=event.numel(),
+            event_shape=tuple(event) if len(event) > 1 else None,
             cardinality_weights=tuple(prior.cardinality_probs.tolist()),
             chart=self._chart().spec,
             shared_chart=WhiteningChart(shared).spec if shared else None,

@@ -51,7 +51,7 @@ class Encoding(NamedTuple):
 class Observations(NamedTuple):
     """The data themselves, for those who fit them."""
 
-    x: Tensor  # Observations, (B, T)
+    x: Tensor  # Observations, (B, *event)
     scale: Tensor  # Unit in which networks are told of their levels, ()
 
 
@@ -83,8 +83,8 @@ class MLPEncoder(nn.Module):
         self.network = mlp(num_features, *widths, activated=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed x ``(B, T)`` as ``(B, hidden_features)``."""
-        return self.network(x)
+        """Embed x ``(B, *event)`` as ``(B, hidden_features)``."""
+        return self.network(x.flatten(1))
 
 
 class SelfAttention(nn.Module):

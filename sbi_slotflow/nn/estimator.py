@@ -82,13 +82,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         if fit is None and described is not None:
             fit = cast(SignalFit, build("fit", described))
         layout = spec.layout
-        super().__init__(
-            encoder, torch.Size((layout.size,)), torch.Size((spec.num_data,))
-        )
+        super().__init__(encoder, torch.Size((layout.size,)), spec.event)
         self.spec = spec
         self.layout = layout
         with torch.no_grad():
-            probe = encode(encoder, torch.zeros(2, spec.num_data))
+            probe = encode(encoder, torch.zeros(2, *spec.event))
         weights = torch.tensor(spec.cardinality_weights)
         self.cardinality_head = CardinalityHead(
             probe.cardinality.shape[-1], weights.log()
@@ -144,7 +142,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
         Args:
             input: Theta rows, shape ``(B, E)``.
-            condition: Data, shape ``(B, T)``.
+            condition: Data, shape ``(B, *event)``.
             part: ``"cells"`` leaves out all densities but those of the cardinality and
                 of the components' cells: a first stage of training without fits.
 
@@ -197,7 +195,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
         Args:
             input: Theta rows, shape ``(S, B, E)`` or ``(B, E)``, in any order.
-            condition: Data, shape ``(B, T)`` (or ``(S, B, T)``).
+            condition: Data, shape ``(B, *event)`` (or ``(S, B, *event)``).
             kwargs: Ignored; sbi may pass its own.
 
         Returns:
@@ -209,11 +207,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             TypeError, ValueError: If theta or x is malformed.
         """
         self.layout.validate(input, "input")
-        if isinstance(condition, Tensor) and condition.ndim > 2:
+        event = self.condition_shape
+        if isinstance(condition, Tensor) and condition.ndim > 1 + len(event):
             input, condition, _ = self._broadcast_and_align(input, condition)
             flat = self.log_prob(
-                input.reshape(-1, input.shape[-1]),
-                condition.reshape(-1, condition.shape[-1]),
+                input.reshape(-1, input.shape[-1]), condition.reshape(-1, *event)
             )
             return flat.reshape(input.shape[:2])
         condition = self.checked(condition)
@@ -228,7 +226,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return self.given(condition).log_prob(input)
 
     def log_prob_cardinality(self, condition: Tensor) -> Tensor:
-        """Evaluate log q(K | x) of data ``(B, T)``, shape ``(B, Kmax + 1)``."""
+        """Evaluate log q(K | x) of data ``(B, *event)``, shape ``(B, Kmax + 1)``."""
         return self.given(condition).log_cardinality
 
     @torch.no_grad()
@@ -244,7 +242,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
         Args:
             sample_shape: Shape of the draws for each observation.
-            condition: Data, shape ``(B, T)``.
+            condition: Data, shape ``(B, *event)``.
             cardinality: K of each draw, broadcastable to ``(*sample_shape, B)``; drawn
                 from q(K | x) if None.
             generator: Source of randomness; torch's global generator if None.
@@ -265,7 +263,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return sets.draw(owner, k, generator).reshape(*shape, self.layout.size)
 
     def given(self, x: Tensor) -> NetworkSets:
-        """Return the distribution over sets given data ``(B, T)``.
+        """Return the distribution over sets given data ``(B, *event)``.
 
         It encodes x once and holds all that is remembered of it.
 
@@ -284,7 +282,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return NetworkSets(self.layout, log_k, head, sets)
 
     def encode(self, condition: Tensor) -> Encoding:
-        """Embed checked data ``(B, T)``; see :class:`~sbi_slotflow.nn.Encoding`."""
+        """Embed checked data; see :class:`~sbi_slotflow.nn.Encoding`."""
         if self.white_space is not None:
             seen = self.white_space.given(condition).data / self._unit.double()
             return encode(self.net, seen.to(condition))
@@ -396,7 +394,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         return estimator.eval()
 
     def checked(self, condition: Tensor) -> Tensor:
-        """Return x in float32, if it is a finite batch ``(B, T)`` on the data's scale.
+        """Return x in float32, if it is a finite batch on the data's scale.
 
         Raises:
             TypeError, ValueError: If it is not.
@@ -404,10 +402,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         if not isinstance(condition, Tensor) or not condition.is_floating_point():
             kind = getattr(condition, "dtype", type(condition).__name__)
             raise TypeError(f"x must be a floating-point tensor, got {kind}.")
-        num = self.condition_shape[0]
-        if condition.ndim != 2 or condition.shape[-1] != num:
+        event = self.condition_shape
+        if condition.ndim != 1 + len(event) or condition.shape[1:] != event:
+            sizes = ", ".join(map(str, event))
             raise ValueError(
-                f"x must have shape (batch, {num}), got {tuple(condition.shape)}."
+                f"x must have shape (batch, {sizes}), got {tuple(condition.shape)}."
             )
         condition = condition.to(self.x_scale.dtype)
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0

@@ -78,7 +78,7 @@ class EstimatorSpec:
     """Everything that rebuilds an estimator but its weights."""
 
     layout: ThetaLayout
-    num_data: int  # Length T of x
+    num_data: int  # Numbers in one x
     cardinality_weights: tuple[float, ...]  # Training prior p(K), K = 0..Kmax
     chart: dict[str, Any]  # Spec of the components' chart
     shared_chart: dict[str, Any] | None  # That of the shared parameters; None without
@@ -88,6 +88,7 @@ class EstimatorSpec:
     noise_from_fit: bool = False
     # Index of the noise level among the shared parameters; None if it is none of them
     noise_index: int | None = None
+    event_shape: tuple[int, ...] | None = None  # Shape of one x; None for (num_data,)
     flow: dict[str, Any] = field(default_factory=dict)  # Options of ConditionalFlow
     # Their kind and options, see slots_from_spec
     slots: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +97,11 @@ class EstimatorSpec:
     mean_flow_loss: bool = False
     # Cardinality, flow and shared terms
     loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @property
+    def event(self) -> torch.Size:
+        """Shape of one x."""
+        return torch.Size(self.event_shape or (self.num_data,))
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as JSON would give it back: lists for tuples.
@@ -118,7 +124,7 @@ class EstimatorSpec:
         try:
             names = {f.name for f in fields(cls)}
             # Older files do not name it: nothing then read it.
-            entries = {"noise_index": None, **entries}
+            entries = {"noise_index": None, "event_shape": None, **entries}
             if set(entries) != names:
                 raise ValueError(f"unexpected fields {sorted(set(entries) ^ names)}")
             layout: dict[str, Any] = {
@@ -129,6 +135,7 @@ class EstimatorSpec:
                 "layout": ThetaLayout(**layout),
                 "cardinality_weights": tuple(entries["cardinality_weights"]),
                 "loss_weights": tuple(entries["loss_weights"]),
+                "event_shape": entries["event_shape"] and tuple(entries["event_shape"]),
             }
             return cls(**{**entries, **changes})
         except (AttributeError, TypeError, ValueError) as error:

@@ -269,11 +269,12 @@ class Posterior(ABC):
         ValueError if there is none.
         """
         simulator = simulator or self.simulator
-        if simulator is None:
+        if not hasattr(simulator, "signal"):
             raise ValueError(
                 "reconstruct needs a simulator with a method signal(theta): pass "
                 "simulator=..., or build the posterior from slot_nn(problem)."
             )
+        assert simulator is not None
         return simulator.signal(samples)
 
     @torch.no_grad()

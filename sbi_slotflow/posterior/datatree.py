@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..seeding import draw_seed, generator_for
-from ..sets.checks import as_row
+from ..sets.checks import as_row, simulate
 from ..sets.circular import unwrap
 from ..sets.layout import ThetaLayout
 from .weights import systematic
@@ -122,9 +122,12 @@ def to_datatree(
         groups["observed_data"] = _streams({"x": x.detach().cpu().reshape(-1).numpy()})
     if simulator is not None and num_predictive:
         rows = _resampled(samples, weights, num_predictive, generator).float()
-        predictive = {"signal": simulator.signal(rows).cpu().numpy()[None]}
+        predictive = {}
+        if hasattr(simulator, "signal"):
+            predictive["signal"] = simulator.signal(rows).flatten(1).cpu().numpy()[None]
         if callable(simulator):
-            predictive["x"] = simulator(rows, generator).cpu().numpy()[None]
+            found = simulate(simulator, rows, generator).flatten(1)
+            predictive["x"] = found.cpu().numpy()[None]
         groups["posterior_predictive"] = _streams(predictive, ("chain", "draw"))
         if x is not None and "x" in predictive:
             groups["pit"] = _pit(predictive["x"][0], x, generator)

@@ -26,7 +26,7 @@ from ..nn.cells import CellAxis
 from ..nn.charts import Chart, WhiteningChart
 from ..nn.encoders import MLPEncoder, TokenEncoder, TraceTokens
 from ..nn.gauss_newton import SignalFit
-from ..sets.checks import Numbers, as_count
+from ..sets.checks import Numbers, as_count, simulate
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .least_squares import AdditiveFit
@@ -74,11 +74,22 @@ class Stream:
 class Likelihood:
     """Log p(x | theta) of a simulator, called as ``log_likelihood(theta, x)``."""
 
-    simulator: AdditiveSimulator
+    simulator: Any
 
     def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
-        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`."""
-        return self.simulator.log_likelihood(theta, x)
+        """Evaluate log p(x | theta); see :meth:`AdditiveSimulator.log_likelihood`.
+
+        Raises:
+            NotImplementedError: If the simulator has none.
+        """
+        own = getattr(self.simulator, "log_likelihood", None)
+        if own is None:
+            raise NotImplementedError(
+                "this simulator has no log_likelihood(theta, x): what needs a "
+                "likelihood (refine, exact samplers) needs an AdditiveSimulator, or a "
+                "function log_likelihood(theta, x) of your own."
+            )
+        return own(theta, x)
 
     def given(self, x: Numbers) -> Callable[[Tensor], Tensor]:
         """Log p(x | theta) as a function of theta alone, rows that broadcast with x.
@@ -113,12 +124,26 @@ class Problem:
     Attributes:
         name: Name of the problem.
         prior: Prior over theta rows.
-        simulator: Simulator theta -> x.
+        simulator: Simulator theta -> x. Any callable from rows ``(B, E)`` to data
+            ``(B, *event)`` will do for training and calibration; one without
+            ``log_likelihood``, ``signal`` and ``noise`` cannot be refined, and checks
+            that need them are left out.
     """
 
     name: str
     prior: VariableKPrior
-    simulator: AdditiveSimulator
+    simulator: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prior, VariableKPrior):
+            raise TypeError(
+                f"prior must be a VariableKPrior, got {type(self.prior).__name__}."
+            )
+        if not callable(self.simulator):
+            raise TypeError(
+                "simulator must be a callable from theta rows to data, got "
+                f"{type(self.simulator).__name__}."
+            )
 
     @property
     def layout(self) -> ThetaLayout:
@@ -154,9 +179,18 @@ class Problem:
         return (Stream(np.arange(self.num_data, dtype=np.float64)),)
 
     @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one x; one is simulated if the simulator does not say."""
+        if isinstance(self.simulator, AdditiveSimulator):
+            return self.simulator.signal(torch.zeros(self.layout.size)).shape
+        generator = torch.Generator().manual_seed(0)
+        rows = self.prior.sample((2,), generator)
+        return simulate(self.simulator, rows, generator).shape[1:]
+
+    @property
     def num_data(self) -> int:
-        """Length T of x."""
-        return self.simulator.signal(torch.zeros(self.layout.size)).shape[-1]
+        """Numbers in one x: the length T of a record."""
+        return self.event_shape.numel()
 
     @property
     def log_likelihood(self) -> Likelihood:
@@ -194,13 +228,14 @@ class Problem:
         """Draw from the exact posterior; see :func:`sbi_slotflow.rjmcmc.collapsed`."""
         from .collapsed import collapsed
 
-        form, noise = self.linear_form(), self.simulator.noise
+        form = self.linear_form()
         if form is None:
             raise TypeError(
                 f"problem {self.name!r} has no collapsed sampler: it must say by "
                 "linear_form() in which parameters components are linear (a Trace by "
                 'linear=["amplitude"], for example).'
             )
+        noise = self.simulator.noise
         own = type(self.simulator).noise_log_prob
         gaussian = isinstance(noise, WhiteNoise | GaussianNoise)
         if not gaussian or own is not _NOISE_LOG_PROB:
@@ -271,6 +306,11 @@ class Trace(Problem):
             raise TypeError(
                 "simulator must be an AdditiveSimulator, which knows the components' "
                 f"signals, got {type(self.simulator).__name__}."
+            )
+        if len(self.simulator.event_shape) != 1:
+            raise ValueError(
+                "a Trace has signals of shape (..., T), got ones of event shape "
+                f"{tuple(self.simulator.event_shape)}."
             )
         if isinstance(self.linear, str):
             raise TypeError(

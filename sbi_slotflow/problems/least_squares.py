@@ -86,6 +86,7 @@ class AdditiveFit:
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
+        data = data.flatten(1)
         if self.space is None:
             return AdditiveLeastSquares(self, data)
         white = self.space.given(data)

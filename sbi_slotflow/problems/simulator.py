@@ -118,9 +118,11 @@ class AdditiveSimulator:
     r"""Simulator x(theta) for signals that add up.
 
     Args:
-        component_signal: Maps components ``(..., D)`` to signals ``(..., T)``, torch
-            tensors or NumPy arrays of any real dtype. If it has a method
-            ``total(components, mask)``, that is used for sums.
+        component_signal: Maps components ``(..., D)`` to signals ``(..., T)``, or of
+            another event shape, images ``(..., H, W)`` for one: torch tensors or NumPy
+            arrays of any real dtype. If it has a method ``total(components, mask)``,
+            that is used for sums of signals ``(..., T)``. Noise sees the T numbers of
+            an event side by side.
         noise: A noise model, for example :class:`~sbi_slotflow.WhiteNoise`.
         layout: Layout of theta, ``prior.layout``.
         chunk_size: Most rows handled at once; bounds the memory.
@@ -161,6 +163,7 @@ class AdditiveSimulator:
         self.component_signal, self.noise, self.layout = component_signal, noise, layout
         self.background = background
         self.chunk_size = as_count(chunk_size, "chunk_size")
+        self._event: torch.Size | None = None
 
     def __call__(
         self, theta: Tensor, generator: torch.Generator | None = None
@@ -195,11 +198,21 @@ class AdditiveSimulator:
         return self._in_chunks(self._signal, theta)
 
     def component_signals(self, theta: Tensor) -> Tensor:
-        """Each component's signal ``(..., Kmax, T)``, zero where there is none."""
+        """Each component's signal ``(..., Kmax, *event)``, zero where there is none."""
         self.layout.validate(theta)
         parts = self.layout.unpack(theta)
-        signals = self._each(parts.components)
-        return torch.where(parts.mask.unsqueeze(-1), signals, 0.0)
+        signals = self.flat_signal(parts.components)
+        signals = torch.where(parts.mask.unsqueeze(-1), signals, 0.0)
+        return signals.unflatten(-1, self.event_shape)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one observation."""
+        if self._event is None:
+            width = self.layout.num_component_params
+            self.flat_signal(torch.zeros(1, width))
+        assert self._event is not None
+        return self._event
 
     def log_likelihood(self, theta: Tensor, x: Numbers) -> Tensor:
         """Evaluate log p(x | theta) exactly.
@@ -219,6 +232,8 @@ class AdditiveSimulator:
         """
         self.layout.validate(theta)
         x = self.checked_data(x)
+        if len(self.event_shape) > 1:
+            x = self._flat_data(x)
         batch = np.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
         rows = theta.double().expand(*batch, -1).reshape(-1, self.layout.size)
         data = x.double().expand(*batch, -1)
@@ -239,6 +254,16 @@ class AdditiveSimulator:
             return rows.new_zeros(batch)
         return torch.cat(values).reshape(batch)
 
+    def _flat_data(self, x: Tensor) -> Tensor:
+        """Data ``(..., *event)`` with the numbers of an event side by side."""
+        event = self.event_shape
+        if x.shape[-len(event) :] != event:
+            raise ValueError(
+                f"x must have the event shape {tuple(event)} last, got "
+                f"{tuple(x.shape)}."
+            )
+        return x.flatten(-len(event))
+
     def checked_data(self, x: Numbers) -> Tensor:
         """Return data as a floating-point tensor with an axis, free of NaN and Inf."""
         x = as_floats(x, "x")
@@ -257,7 +282,7 @@ class AdditiveSimulator:
         return self.noise.log_prob(residual, shared)
 
     def background_signal(self, shared: Tensor) -> Tensor:
-        """What shared parameters ``(..., S)`` add to the signal, ``(..., T)``.
+        """What shared parameters ``(..., S)`` add, ``(..., T)``, events side by side.
 
         Raises:
             TypeError: If the simulator has no background.
@@ -266,12 +291,13 @@ class AdditiveSimulator:
         if self.background is None:
             raise TypeError("this simulator has no background.")
         found = as_floats(self.background(shared), "background")
-        if found.shape[:-1] != shared.shape[:-1] or not found.ndim:
+        lead = shared.ndim - 1
+        if found.shape[:lead] != shared.shape[:-1] or found.ndim == lead:
             raise ValueError(
                 f"background must map shared parameters {tuple(shared.shape)} to "
                 f"signals {(*shared.shape[:-1], 'T')}, got {tuple(found.shape)}."
             )
-        return found.to(shared)
+        return found.to(shared).flatten(lead)
 
     def _signal(self, rows: Tensor) -> Tensor:
         parts = self.layout.unpack(rows)
@@ -293,21 +319,23 @@ class AdditiveSimulator:
         active = parts.components[parts.mask]
         # Of no components the length of a signal is all that is asked.
         some = active if len(active) else parts.components.new_zeros(1, active.shape[1])
-        signals = self._each(some)[: len(active)]
+        signals = self.flat_signal(some)[: len(active)]
         owner = parts.mask.nonzero()[:, 0]
         total = signals.new_zeros(len(parts.mask), signals.shape[-1])
         return total.index_add(0, owner, signals)
 
-    def _each(self, components: Tensor) -> Tensor:
-        """Signals ``(..., T)`` of components ``(..., D)``, in their dtype."""
+    def flat_signal(self, components: Tensor) -> Tensor:
+        """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
         signals = as_floats(self.component_signal(components), "component_signal")
-        if signals.shape[:-1] != components.shape[:-1] or not signals.ndim:
+        lead = components.ndim - 1
+        if signals.shape[:lead] != components.shape[:-1] or signals.ndim == lead:
             raise ValueError(
                 "component_signal must map components of shape "
                 f"{tuple(components.shape)} to signals of shape "
                 f"{(*components.shape[:-1], 'T')}, got {tuple(signals.shape)}."
             )
-        return signals.to(components)
+        self._event = signals.shape[lead:]
+        return signals.to(components).flatten(lead)
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         self.layout.validate(theta)
@@ -318,4 +346,7 @@ class AdditiveSimulator:
             if start == 0:
                 out = part.new_empty(len(rows), part.shape[-1])
             out[start : start + len(part)] = part
-        return out.reshape(*theta.shape[:-1], out.shape[-1])
+        event = out.shape[-1:]
+        if not isinstance(self.component_signal, SummedSignal):
+            event = self.event_shape
+        return out.reshape(*theta.shape[:-1], *event)

@@ -94,6 +94,7 @@ class WhiteSpace:
 
     def given(self, data: Tensor) -> "GivenWhite":
         """The map for observations ``(B, T)``, whose counts may be its weights."""
+        data = data.flatten(1)
         weights = None
         if isinstance(self.noise, PoissonNoise):
             kernel = torch.tensor(_SMOOTHING, dtype=torch.float64)[None, None]

@@ -12,7 +12,7 @@ Example:
 import inspect
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
@@ -21,6 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Categorical
+
+from ..seeding import draw_seed, forked_rng
 
 if TYPE_CHECKING:
     from .layout import ThetaLayout
@@ -139,6 +141,47 @@ def as_rows(samples: Tensor, layout: "ThetaLayout", name: str = "samples") -> Te
     return samples.detach().cpu()
 
 
+def simulate(
+    simulator: Callable[..., Numbers],
+    theta: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw float32 data ``(B, *event)`` of rows ``(B, E)``, by any simulator.
+
+    One that takes a ``generator`` gets it; for any other, torch's and NumPy's global
+    generators are seeded from it, and put back afterwards.
+
+    Raises:
+        TypeError, ValueError: If the simulator returns something else.
+    """
+    if generator is None:
+        x = simulator(theta)
+    elif _takes_generator(simulator):
+        x = simulator(theta, generator=generator)
+    else:
+        state = np.random.get_state()  # noqa: NPY002
+        try:
+            with forked_rng(generator):
+                np.random.seed(draw_seed(None) % 2**32)  # noqa: NPY002
+                x = simulator(theta)
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+    x = as_floats(x, "the simulator's x").float()
+    if x.ndim < 2 or len(x) != len(theta):
+        raise ValueError(
+            f"the simulator's x must have shape ({len(theta)}, *event) for theta of "
+            f"shape {tuple(theta.shape)}, got {tuple(x.shape)}."
+        )
+    return x
+
+
+def _takes_generator(simulator: Callable[..., Numbers]) -> bool:
+    try:
+        return "generator" in inspect.signature(simulator).parameters
+    except (TypeError, ValueError):  # one that Python knows nothing of
+        return False
+
+
 def as_row(theta: Tensor, layout: "ThetaLayout", name: str = "true_theta") -> Tensor:
     """Check one theta row, ``(E,)`` or ``(1, E)``; returns it as ``(1, E)``."""
     layout.validate(theta, name)
@@ -148,9 +191,13 @@ def as_row(theta: Tensor, layout: "ThetaLayout", name: str = "true_theta") -> Te
 
 
 def as_observation(x: Tensor, length: int | None = None) -> Tensor:
-    """Check one finite signal, ``(T,)`` or ``(1, T)``; returns it as ``(1, T)``."""
+    """Check one finite signal, ``(T,)`` or ``(1, T)``; returns it as ``(1, T)``.
+
+    Of a known number of entries, one of any shape will do.
+    """
     size = x.shape[-1] if length is None and x.ndim else length
-    if x.ndim not in (1, 2) or x.shape[-1] != size or x.numel() != size:
+    shaped = length is not None or (x.ndim in (1, 2) and x.shape[-1] == size)
+    if not x.ndim or not shaped or x.numel() != size:
         of = "" if length is None else f" of length {length}"
         raise ValueError(f"x must be one observation{of}, got shape {tuple(x.shape)}.")
     check_finite(x)

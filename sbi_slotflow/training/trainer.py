@@ -20,7 +20,7 @@ from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
 from ..posterior.base import check_keywords
 from ..posterior.network import SlotPosterior
-from ..sets.checks import Numbers, as_floats
+from ..sets.checks import Numbers, simulate
 from ..sets.prior import VariableKPrior
 from .online import OnlineSettings, OnlineTraining, RecipeName
 
@@ -137,7 +137,7 @@ class SlotNPE(NPE):
         training = OnlineTraining(
             self._build,
             self._prior,  # pyright: ignore[reportArgumentType]
-            partial(_simulated, simulator),
+            partial(simulate, simulator),
             OnlineSettings(
                 num_simulations=num_simulations,
                 batch_size=batch_size,
@@ -208,14 +208,3 @@ class SlotNPE(NPE):
     def _log(self, entry: dict[str, float]) -> None:
         metrics = {name: value for name, value in entry.items() if name != "step"}
         self._tracker.log_metrics(metrics, step=int(entry["step"]))
-
-
-def _simulated(simulator: Callable[[Tensor], Numbers], theta: Tensor) -> Tensor:
-    """Simulate float32 data, one row for each of theta."""
-    x = as_floats(simulator(theta), "the simulator's x").float()
-    if x.ndim < 2 or len(x) != len(theta):
-        raise ValueError(
-            f"the simulator's x must have shape ({len(theta)}, *event) for theta of "
-            f"shape {tuple(theta.shape)}, got {tuple(x.shape)}."
-        )
-    return x

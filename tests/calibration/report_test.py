@@ -95,7 +95,7 @@ def test_faulty_posterior_fails_a_full_report(fault):
 def test_malformed_arguments_are_refused():
     with pytest.raises(ValueError, match="false_alarm_rate must lie between 0 and 1"):
         calibration.report(exact, problem, false_alarm_rate=0.0)
-    with pytest.raises(ValueError, match="x must be one observation, got shape"):
+    with pytest.raises(ValueError, match="x must be one observation of length 6, got shape"):
         calibration.report(exact, problem, x=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="num_draws must be at least 20, got 1"):
         calibration.report(exact, problem, num_draws=1, show_progress=False)

@@ -218,7 +218,7 @@ def closed_form(given: Values) -> Values:
     """Evaluate the posterior of the linear-Gaussian problem."""
     problem = problems.linear_gaussian()
     theta = problem.prior.sample((4,), generator=seeded(1))
-    found = {"theta": theta, "x": problem.simulator(theta, seeded(2))}
+    found: Values = {"theta": theta, "x": problem.simulator(theta, seeded(2))}
     x = given.get("x", found["x"])
     posterior = problem.exact_posterior()
     found["cardinality_of_batch"] = posterior.cardinality(x).probs
@@ -238,7 +238,7 @@ def spikes(given: Values) -> Values:
     problem = problems.spikes()
     theta = problem.prior.sample((20,), generator=seeded(1))
     rows = given.get("theta", theta)
-    x = problem.simulator(rows, seeded(2))
+    x: Tensor = problem.simulator(rows, seeded(2))
     return {
         "theta": theta,
         "x": x[:1],

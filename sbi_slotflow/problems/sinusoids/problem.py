@@ -143,6 +143,8 @@ class Oscillations(Problem):
 class Sinusoids(Oscillations):
     """A sinusoid problem, see :func:`sinusoids`."""
 
+    simulator: AdditiveSimulator
+
     @property
     def log_likelihood(self) -> Likelihood:
         """Log p(x | theta); of white noise from :class:`SineStatistics` if it pays."""
@@ -258,6 +260,7 @@ class SineLikelihood(Likelihood):
     record's length. A call does so for many rows, :meth:`given` in any case.
     """
 
+    simulator: AdditiveSimulator
     problem: Sinusoids
 
     def __call__(self, theta: Tensor, x: Numbers) -> Tensor:
