@@ -64,7 +64,7 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
-MOST_LINES = 27_800
+MOST_LINES = 28_200
 MOST_MODULES = 112
 MOST_FLOORS = 10
 
