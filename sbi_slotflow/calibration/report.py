@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..problems.base import Problem
-from ..sets.checks import as_observation, simulate
+from ..sets.checks import as_count, as_observation, simulate
 from ..storage import write_atomically
 from .cardinality import cardinality_reliability
 from .check import Check, check_rate
@@ -33,7 +33,7 @@ from .draws import (
 from .local_c2st import local_c2st
 from .misspecification import TrainingReference
 from .residuals import residuals
-from .sbc import sbc, sbc_components
+from .sbc import FEWEST_RANKS, sbc, sbc_components
 from .tarp import tarp
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def report(
             concern ``x``; a training reference attached to the posterior is used.
         problem: The problem that it claims to solve.
         n: Number of simulated pairs. At the default a posterior 20 % too narrow, or
-            shifted by half a standard deviation, is found nearly always.
+            shifted by half a standard deviation, is found nearly always. The error
+            names the least that a problem needs.
         x: The observation that matters, shape ``(T,)`` or ``(1, T)``; the first
             simulated one if None.
         seed: Seed of everything.
@@ -151,6 +152,12 @@ def report(
     check_rate(false_alarm_rate)
     if x is not None:
         x = as_observation(x, problem.num_data).reshape(1, *problem.event_shape)
+    least = _least_pairs(posterior, problem, cardinality_weights)
+    if as_count(n, "n") < least:
+        raise ValueError(
+            f"n must be at least {least} here, got {n}: of fewer pairs not enough are "
+            "left that hold a component, or have another prior of K."
+        )
     given = {"num_draws": num_draws, "seed": seed}
     shown = {"num_workers": num_workers, "show_progress": show_progress}
     draws = draw(posterior, problem, n, **given, **shown)
@@ -171,6 +178,35 @@ def report(
     }
     found = dict(zip(jobs, checks, strict=True))
     return Report(found, skipped, false_alarm_rate, settings)
+
+
+def _least_pairs(
+    posterior: BatchedPosterior,
+    problem: Problem,
+    weights: Sequence[float] | Tensor | None,
+) -> int:
+    """Pairs of which the checks find enough, in 999 of 1,000 reports."""
+    probs = problem.prior.cardinality_probs.double().cpu()
+    shares = [1 - float(probs[0])]
+    if hasattr(posterior, "with_cardinality_prior"):
+        other = _other_weights(problem, weights)
+        if other.shape == probs.shape and other.sum() > 0:
+            ratio = torch.where(probs > 0, other / probs, 0.0)
+            shares.append(float(probs @ (ratio / ratio.max())))
+    share, num = max(min(shares), 1e-3), FEWEST_RANKS
+    while num * share - 3.1 * math.sqrt(num * share * (1 - share)) < FEWEST_RANKS:
+        num += 1
+    return num
+
+
+def _other_weights(
+    problem: Problem, weights: Sequence[float] | Tensor | None
+) -> Tensor:
+    """Weights of the other prior of K, float64, shape ``(Kmax + 1,)``."""
+    if weights is None:
+        k = torch.arange(problem.prior.max_cardinality + 1)
+        weights = problem.prior.cardinality_probs.cpu() / (k + 1)
+    return torch.as_tensor(weights, dtype=torch.float64)
 
 
 Job = Callable[..., Check]
@@ -198,10 +234,7 @@ def _jobs(
     }
     prior = problem.prior
     if hasattr(posterior, "with_cardinality_prior"):
-        if weights is None:
-            k = torch.arange(prior.max_cardinality + 1)
-            weights = prior.cardinality_probs.cpu() / (k + 1)
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        weights = _other_weights(problem, weights)
         other: Any = posterior
         probs = cardinality_probs(other.with_cardinality_prior(weights), draws.x)
         jobs["cardinality under another prior"] = partial(

@@ -44,12 +44,19 @@ from .modes import ModeFinder, Modes
 from .set_distribution import SetsGivenK
 from .spec import Matching
 
-__all__ = ["AutoregressiveHead"]
+__all__ = ["NO_FIT", "AutoregressiveHead"]
 
 # Cells within which two components are told of each other.
 _REACH = 6
 # Float32 rows round: that far past an end counts as on it.
 _SLACK = 1e-4
+
+
+NO_FIT = (
+    "refine_slots needs a signal that can be fitted: a problem whose build_fit() "
+    "returns a SignalFit, and, for a signal of your own, fit=... where its estimator "
+    "is loaded (fit=problem.build_fit())."
+)
 
 
 class _Conditioned(NamedTuple):
@@ -96,11 +103,7 @@ class AutoregressiveHead(CellHead):
         seen = max_cardinality + 1 + 3 * token_features + 2 * (_REACH + 1)
         if fitted:
             if fit is None:
-                raise ValueError(
-                    "refine_slots needs a signal that can be fitted: a problem whose "
-                    "build_fit() returns a SignalFit, and, for a signal of your own, "
-                    "fit=... where its estimator is loaded."
-                )
+                raise ValueError(NO_FIT)
             self.find_modes = ModeFinder(chart, self.local_chart, fit, refine_steps)
             seen += self.find_modes.num_features
         flow = dict(flow or {})

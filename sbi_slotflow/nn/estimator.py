@@ -20,7 +20,7 @@ from ..seeding import forked_rng, generator_for
 from ..sets.checks import check_finite
 from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
-from .autoregressive_head import AutoregressiveHead
+from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .cell_head import IndependentHead
 from .cells import CellAxis
 from .charts import Chart, WhiteningChart, chart_from_spec
@@ -81,6 +81,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         described = spec.slots.get("fit")
         if fit is None and described is not None:
             fit = cast(SignalFit, build("fit", described))
+        if fit is None and spec.slots.get("refine_steps"):
+            raise ValueError(NO_FIT)
         layout = spec.layout
         super().__init__(encoder, torch.Size((layout.size,)), spec.event)
         self.spec = spec
@@ -285,7 +287,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """Embed checked data; see :class:`~sbi_slotflow.nn.Encoding`."""
         if self.white_space is not None:
             seen = self.white_space.given(condition).data / self._unit.double()
-            return encode(self.net, seen.to(condition))
+            return encode(self.net, seen.to(self.x_scale))
         return encode(self.net, (condition - self.x_shift) / self.x_scale)
 
     def shared_given(
@@ -408,7 +410,9 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {sizes}), got {tuple(condition.shape)}."
             )
-        condition = condition.to(self.x_scale.dtype)
+        # Beneath a background, digits are kept until it is taken away.
+        kept = self.white_space is not None and condition.dtype == torch.float64
+        condition = condition if kept else condition.to(self.x_scale.dtype)
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN
             check_finite(condition)

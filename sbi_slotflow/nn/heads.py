@@ -47,6 +47,8 @@ Moments = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Stands for infinity; what rounding may put past an end.
 _OPEN, _SLACK = 1e6, 1e-4
+# Levels of quantiles that a prior's mean and variance are taken of.
+_LEVELS = (torch.arange(1_000, dtype=torch.float64) + 0.5) / 1_000
 # Least precision of a natural coordinate, whose prior covers [-1, 1] or has unit width.
 _RIDGE = 1e-3
 
@@ -181,8 +183,10 @@ class BackgroundHead(nn.Module):
 
     G and the right side of :math:`P \hat\beta = r / s^2` are inner products of the
     background's columns with each other, and with what components leave of the data;
-    :math:`\Lambda` is one over the prior's variance where that has no bounds. The other
-    shared parameters, the noise level s among them, have a head of their own.
+    :math:`\Lambda` is one over the prior's variance where that is not uniform (and its
+    mean is part of the right side). Bounds cut off one parameter after the other, in
+    their order: exact where they cut little. The other shared parameters, the noise
+    level s among them, have a head of their own.
 
     Args:
         chart: The chart of all shared parameters.
@@ -210,10 +214,13 @@ class BackgroundHead(nn.Module):
             marginal = chart.marginals[i]
             middle, half, _ = marginal.natural_scale
             low, high = (math.isfinite(bound) for bound in marginal.bounds)
-            scales.append((middle, half, 0.0 if low or high else 1.0))
+            # A uniform prior adds nothing but its ends, another about a normal one.
+            w = (marginal.quantile(_LEVELS) - middle) / half
+            precision = 0.0 if marginal.is_uniform else float(1 / w.var())
+            scales.append((middle, half, precision, float(w.mean())))
             ends.append((-1.0 if low else -_OPEN, 1.0 if high else _OPEN))
-        numbers = torch.tensor(scales, dtype=torch.float64).reshape(-1, 3)
-        self.middle, self.width, self.precision = numbers.unbind(-1)
+        numbers = torch.tensor(scales, dtype=torch.float64).reshape(-1, 4)
+        self.middle, self.width, self.precision, self.mean = numbers.unbind(-1)
         self.low, self.high = torch.tensor(ends, dtype=torch.float64).unbind(-1)
 
     def log_prob(
@@ -273,7 +280,9 @@ class BackgroundHead(nn.Module):
         ridge = self._to(right, self.precision) + _RIDGE
         precision = precision + torch.diag_embed(ridge.expand_as(right))
         covariance = torch.linalg.inv(precision)
-        mean = (covariance @ (right * weight.unsqueeze(-1)).unsqueeze(-1)).squeeze(-1)
+        right = right * weight.unsqueeze(-1)
+        right = right + self._to(right, self.precision * self.mean)
+        mean = (covariance @ right.unsqueeze(-1)).squeeze(-1)
         return mean, torch.linalg.cholesky(0.5 * (covariance + covariance.mT))
 
     def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:

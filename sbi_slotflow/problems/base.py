@@ -33,7 +33,7 @@ from .least_squares import AdditiveFit
 from .linear import LinearForm
 from .noise import GaussianNoise
 from .simulator import AdditiveSimulator, WhiteNoise
-from .white_space import linear_background, white_space
+from .white_space import linear_background, noise_index, white_space
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,10 +168,7 @@ class Problem:
     @property
     def noise_level(self) -> int | None:
         """Index of the shared parameter that scales the noise, if one does."""
-        noise = getattr(self.simulator, "noise", None)
-        if isinstance(noise, WhiteNoise | GaussianNoise) and noise.sigma is None:
-            return noise.shared_index
-        return None
+        return noise_index(getattr(self.simulator, "noise", None))
 
     @property
     def streams(self) -> tuple[Stream, ...]:

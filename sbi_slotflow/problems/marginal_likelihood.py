@@ -97,7 +97,8 @@ class Target:
         self.prior, self.form, self.noise = prior, form, noise
         if background is None:
             nothing = torch.zeros(0, len(x), dtype=torch.float64)
-            background = Background((), nothing, torch.zeros_like(x))
+            none = torch.zeros(0, dtype=torch.float64), nothing @ nothing.mT
+            background = Background((), nothing, torch.zeros_like(x), *none)
         self.background, self.data = background, x
         self.x = noise.unit_white(x - background.constant)
         self.columns = noise.unit_white(background.columns)
@@ -111,7 +112,7 @@ class Target:
             ]
         )
         generator = torch.Generator().manual_seed(0)
-        self._prepare_background(generator)
+        self._prepare_background()
         self.bridged = bridged(prior)
         only = torch.zeros(len(prior.cardinality_probs))
         only[1] = 1.0
@@ -309,15 +310,13 @@ class Target:
             zeros.new_full((num,), -math.inf),
         )
 
-    def _prepare_background(self, generator: torch.Generator) -> None:
+    def _prepare_background(self) -> None:
         """Choose the working prior of the background's amplitudes."""
         if not len(self.columns):
             return
-        rows = self.prior.sample((_MOMENTS,), generator).double()
-        beta = self.layout.unpack(rows).shared[:, list(self.background.indices)]
-        covariance = torch.atleast_2d(torch.cov(beta.T))
+        mean, covariance = self.background.mean, self.background.covariance
         self.around = torch.distributions.MultivariateNormal(
-            beta.mean(0), covariance, validate_args=False
+            mean, covariance, validate_args=False
         )
 
     def _resolution(self, u: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class GaussianNoise:
                 upper=False,
             )
             return solved.mT.reshape(signal.shape)
-        gain = self._root.to(signal).sqrt()
+        gain = self._root.sqrt().to(signal)
         return torch.fft.irfft(torch.fft.rfft(signal) / gain, n=signal.shape[-1])
 
     def log_det(self, num_data: int) -> float:
@@ -176,7 +176,7 @@ class GaussianNoise:
             return white * self._root.to(white)
         if self.kind == "covariance":
             return white @ self._root.mT.to(white)
-        gain = self._root.to(white).sqrt()
+        gain = self._root.sqrt().to(white)
         return torch.fft.irfft(torch.fft.rfft(white) * gain, n=white.shape[-1])
 
     def _check(self, signal: Tensor) -> None:
@@ -196,8 +196,8 @@ class PoissonNoise:
         x_t \sim \mathrm{Poisson}(\max(\mu_t, 0)), \qquad
         \log p(x | \mu) = \sum_t x_t \log \mu_t - \mu_t - \log x_t!
 
-    The density is that of whole numbers; a signal of zero explains no count, and one
-    below zero is none. Least squares weigh each sample by the counts about it, so that
+    The density is that of whole numbers; a signal of zero, or one below it, explains no
+    count. Least squares weigh each sample by the counts about it, so that
     Gauss-Newton steps are approximate, the more so the fewer counts there are:
     ``refine`` says how good they are.
     """
@@ -221,7 +221,7 @@ class PoissonNoise:
     ) -> Tensor:
         """Log probability of ``signal + residual``, shape ``(...)``."""
         rate, counts = signal.double(), (signal + residual).double().round()
-        legal = (counts >= 0) & (rate >= 0)
+        legal, rate = counts >= 0, rate.clamp(min=0.0)
         safe = torch.where(legal, counts, 0.0)
-        each = torch.xlogy(safe, rate.clamp(min=0.0)) - rate - torch.lgamma(safe + 1)
+        each = torch.xlogy(safe, rate) - rate - torch.lgamma(safe + 1)
         return torch.where(legal, each, -math.inf).sum(-1).to(residual)

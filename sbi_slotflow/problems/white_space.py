@@ -1,13 +1,16 @@
 r"""Where noise is white and the background is gone.
 
 .. math::
-    y = (1 - Q Q^\top)\, W (x - b_0), \qquad W C W^\top = 1, \qquad
-    Q = \mathrm{orth}(W N)
+    y = (1 - U F U^\top)\, W (x - b_0 - N \bar\beta), \qquad W C W^\top = 1, \qquad
+    W N V^{1/2} = U S R^\top, \qquad F = 1 - (1 + S^2 / \bar s^2)^{-1/2}
 
 C is the shape of the noise (:mod:`.noise`), :math:`b(s) = b_0 + N \beta` a background
-that is linear in the shared parameters beta. Least squares of components in y are those
-of x with beta fitted along, whatever its value. Given components and noise level s,
-beta is Gaussian:
+that is linear in the shared parameters beta, :math:`\bar\beta` and V their prior mean
+and covariance, :math:`\bar s` the median noise level. In y noise and background
+together are white: of a background that is unknown, F = 1, nothing is left, and least
+squares of components in y are those of x with beta fitted along; of one that is well
+known nothing is taken but its mean. Given components and noise level s, beta is
+Gaussian but for its prior:
 
 .. math::
     P = \frac{N_w^\top N_w}{s^2}, \qquad
@@ -16,6 +19,7 @@ beta is Gaussian:
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..sets.prior import VariableKPrior
-from .noise import PoissonNoise
+from .noise import GaussianNoise, PoissonNoise
 from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = [
@@ -36,11 +40,13 @@ __all__ = [
 ]
 
 # Draws of the shared parameters that a background is probed with.
-_PROBES = 16
-# Relative error above which a background is not linear, or a column adds nothing.
-_TOLERANCE = 1e-6
+_PROBES, _CHUNK = 2_000, 256
+# Error above which a background is not linear, over its spread and over its size.
+_TOLERANCE, _ROUNDING = 1e-6, 1e-12
 # Counts about a sample, and how many are added: a sample of none has an error too.
 _SMOOTHING, _LEAST_COUNTS = (0.25, 0.5, 0.25), 1.0
+# The same of a smooth background; rounds of its fit, least rate over the counts'.
+_WIDE, _REWEIGHTED, _LEAST_RATE = 15 * (1 / 15,), 4, 1e-6
 
 
 @runtime_checkable
@@ -57,14 +63,19 @@ class Background:
     """A background that is linear in some shared parameters.
 
     Attributes:
-        indices: Which shared parameters they are, P of them.
+        indices: Which shared parameters they are, P of them: those that the data know
+            best compared with the prior come last.
         columns: What a unit of each adds, float64, shape ``(P, T)``.
         constant: What is there without them, shape ``(T,)``.
+        mean: The parameters' prior mean, shape ``(P,)``.
+        covariance: Their prior covariance, shape ``(P, P)``.
     """
 
     indices: tuple[int, ...]
     columns: Tensor
     constant: Tensor
+    mean: Tensor
+    covariance: Tensor
 
 
 class WhiteSpace:
@@ -73,19 +84,21 @@ class WhiteSpace:
     Args:
         noise: The noise; None for white noise.
         background: The background; None for none.
+        level: A usual level of the noise.
     """
 
     def __init__(
         self,
         noise: "Whitened | PoissonNoise | None" = None,
         background: Background | None = None,
+        level: float = 1.0,
     ) -> None:
-        self.noise, self.background = noise, background
-        self._fixed: tuple[Tensor, Tensor] | None = None
+        self.noise, self.background, self.level = noise, background, level
+        self._fixed: tuple[Tensor, Tensor, Tensor] | None = None
         if background is not None and not isinstance(noise, PoissonNoise):
             columns = background.columns
             white = noise.unit_white(columns) if noise is not None else columns
-            self._fixed = white.unsqueeze(0), _orthonormal(white.unsqueeze(0))
+            self._fixed = white.unsqueeze(0), *self.shrunk(white.unsqueeze(0))
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -97,20 +110,28 @@ class WhiteSpace:
         data = data.flatten(1)
         weights = None
         if isinstance(self.noise, PoissonNoise):
-            kernel = torch.tensor(_SMOOTHING, dtype=torch.float64)[None, None]
-            padded = torch.nn.functional.pad(
-                data.double().unsqueeze(1), (1, 1), "replicate"
-            )
-            near = torch.nn.functional.conv1d(padded, kernel.to(padded)).squeeze(1)
+            near = _smooth(data.double(), _SMOOTHING)
             weights = (near.clamp(min=0.0) + _LEAST_COUNTS).rsqrt()
-        columns = basis = None
+        columns = basis = share = None
         if self._fixed is not None:
-            columns, basis = (part.to(data.device) for part in self._fixed)
+            columns, basis, share = (part.to(data.device) for part in self._fixed)
         elif self.background is not None:
             assert weights is not None
             columns = self.background.columns.to(weights) * weights.unsqueeze(1)
-            basis = _orthonormal(columns)
-        return GivenWhite(self, data, weights, columns, basis)
+            basis, share = self.shrunk(columns)
+        return GivenWhite(self, data, weights, columns, basis, share)
+
+    def shrunk(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """U ``(B, P, T)`` of white columns ``(B, P, T)``, and F ``(B, P)``."""
+        assert self.background is not None
+        root = torch.linalg.cholesky_ex(self.background.covariance)[0].to(columns)
+        scaled = root.mT @ columns
+        # In the noise's unit numbers may be far from one, their squares out of range.
+        unit = scaled.abs().amax((-2, -1), keepdim=True)
+        unit = torch.where(unit > 0, unit, 1.0)
+        _, size, rows = torch.linalg.svd(scaled / unit, full_matrices=False)
+        loud = size * unit.squeeze(-1) / self.level
+        return rows, 1 - torch.hypot(torch.ones_like(loud), loud).reciprocal()
 
 
 class GivenWhite:
@@ -128,16 +149,22 @@ class GivenWhite:
         weights: Tensor | None,
         columns: Tensor | None,
         basis: Tensor | None,
+        share: Tensor | None,
     ) -> None:
         self.space, self.columns = space, columns
-        self._weights, self._basis = weights, basis
+        self._weights, self._basis, self._share = weights, basis, share
         data = data.double()
+        owner = torch.arange(len(data), device=data.device)
+        usual = data
         if space.background is not None:
             data = data - space.background.constant.to(data)
-        owner = torch.arange(len(data), device=data.device)
-        white = self.white(data, owner)
-        self.data = self._without_background(white, owner)
-        self._right = None if columns is None else _inner(white, columns)
+            mean = space.background.mean @ space.background.columns
+            usual = data - mean.to(data)
+        self._raw = data
+        self.data = self._without_background(self.white(usual, owner), owner)
+        self._right = None
+        if columns is not None:
+            self._right = _inner(self.white(data, owner), columns)
 
     def white(self, signal: Tensor, owner: Tensor) -> Tensor:
         """Signals ``(N, ..., T)`` of observations ``(N,)`` where noise is white."""
@@ -160,19 +187,44 @@ class GivenWhite:
         """
         assert self.columns is not None
         assert self._right is not None
+        if self._weights is not None:
+            return self._moments_of_counts(self._raw[owner] - signal, signal)
         which = owner if len(self.columns) > 1 else torch.zeros_like(owner)
         columns = self.columns[which] if len(self.columns) > 1 else self.columns
         right = self._right[owner] - _inner(self.white(signal.double(), owner), columns)
         gram = self.columns @ self.columns.mT
         return right, gram[which]
 
+    def _moments_of_counts(self, left: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments about the likeliest background, of which counts have their errors."""
+        background = self.space.background
+        assert background is not None
+        columns, constant = (
+            part.to(left) for part in (background.columns, background.constant)
+        )
+        least = _LEAST_RATE * (left + signal).abs().amax(-1, keepdim=True)
+        least = torch.where(least > 0, least, 1.0)
+        # Errors of the data themselves lean to low counts: those of a smooth start.
+        rate = _smooth(left + signal + constant, _WIDE).clamp(min=0.0) + _LEAST_COUNTS
+        right, gram = left, left
+        for _ in range(_REWEIGHTED):
+            weighted = columns / rate.unsqueeze(1)
+            gram, right = weighted @ columns.mT, _inner(left, weighted)
+            size = gram.diagonal(dim1=-2, dim2=-1)
+            ridge = torch.where(size > 0, 1e-9 * size, 1.0)
+            solved = torch.linalg.solve(gram + torch.diag_embed(ridge), right)
+            rate = torch.maximum(constant + signal + solved @ columns, least)
+        return right, gram
+
     def _without_background(self, white: Tensor, owner: Tensor) -> Tensor:
-        if self._basis is None:
+        if self._basis is None or self._share is None:
             return white
-        basis = self._basis.to(white)
-        basis = basis[owner] if len(basis) > 1 else basis
+        basis, share = self._basis.to(white), self._share.to(white)
+        if len(basis) > 1:
+            basis, share = basis[owner], share[owner]
         flat = white.reshape(len(owner), -1, white.shape[-1])
-        return (flat - (flat @ basis.mT) @ basis).reshape(white.shape)
+        inner = (flat @ basis.mT) * share.unsqueeze(-2)
+        return (flat - inner @ basis).reshape(white.shape)
 
 
 def white_space(
@@ -183,67 +235,100 @@ def white_space(
     None for white noise without a background, which needs none.
 
     Raises:
-        TypeError: If the background is not linear.
+        TypeError: If the background is not linear, or has noise beside it of which it
+            is not known how loud it is.
     """
     noise = simulator.noise
     background = linear_background(simulator, prior)
+    level, index = 1.0, noise_index(noise)
+    if index is not None and index < len(prior.shared_marginals):
+        half = torch.tensor(0.5, dtype=torch.float64)
+        level = float(prior.shared_marginals[index].quantile(half))
     if isinstance(noise, WhiteNoise):
-        return None if background is None else WhiteSpace(None, background)
-    if isinstance(noise, Whitened | PoissonNoise):
-        return WhiteSpace(noise, background)
+        if background is None:
+            return None
+        if noise.sigma is None:
+            return WhiteSpace(None, background, level)
+        errors = torch.full_like(background.constant, noise.sigma)
+        return WhiteSpace(GaussianNoise(errors=errors), background)
+    if isinstance(noise, GaussianNoise | PoissonNoise):
+        return WhiteSpace(noise, background, level)
+    if background is not None:
+        raise TypeError(
+            f"beside a background the noise must be WhiteNoise, GaussianNoise or "
+            f"PoissonNoise, got {type(noise).__name__}."
+        )
+    if isinstance(noise, Whitened):
+        return WhiteSpace(noise)
     warnings.warn(
         f"{type(noise).__name__} has no unit_white(): Gauss-Newton steps take it for "
         "white noise.",
         stacklevel=3,
     )
-    return None if background is None else WhiteSpace(None, background)
+    return None
+
+
+def noise_index(noise: object) -> int | None:
+    """Index of the shared parameter that scales a noise, if one does."""
+    if isinstance(noise, WhiteNoise | GaussianNoise) and noise.sigma is None:
+        return noise.shared_index
+    return None
 
 
 def linear_background(
     simulator: AdditiveSimulator, prior: VariableKPrior
 ) -> Background | None:
-    """The background as columns, one for each shared parameter that it depends on.
+    """The background as columns, one for each shared parameter but the noise level.
 
     Raises:
-        TypeError: If it is not linear in them together.
+        TypeError: If it is not linear in them together, or the noise level is one.
     """
     if simulator.background is None:
         return None
     generator = torch.Generator().manual_seed(0)
     rows = prior.sample((_PROBES,), generator).double()
     shared = prior.layout.unpack(rows).shared
-    base, other = shared[0], shared[1]
-    found = simulator.background_signal(shared)
-    columns, indices = [], []
-    for i in range(shared.shape[-1]):
-        moved = base.clone()
-        moved[i] = other[i]
+    level, names = noise_index(simulator.noise), prior.layout.shared_names
+    found = torch.cat(
+        [simulator.background_signal(part) for part in shared.split(_CHUNK)]
+    )
+    base, columns = shared[0], []
+    indices = [i for i in range(shared.shape[-1]) if i != level]
+    for i in [*indices, *([] if level is None else [level])]:
+        moved, far = base.clone(), (shared[:, i] - base[i]).abs().argmax()
+        moved[i] = shared[far, i]
         change = simulator.background_signal(moved[None])[0] - found[0]
-        if change.abs().max() > 0:
-            columns.append(change / (other[i] - base[i]))
-            indices.append(i)
-    constant = found[0]
-    matrix = torch.zeros(0, found.shape[-1], dtype=torch.float64)
-    if indices:
-        matrix = torch.stack(columns)
-        constant = constant - base[indices] @ matrix
-    error = found - constant - shared[:, indices] @ matrix
-    if error.abs().max() > _TOLERANCE * found.abs().max():
-        names = [prior.layout.shared_names[i] for i in indices]
+        gap = moved[i] - base[i]
+        columns.append(change / torch.where(gap == 0, 1.0, gap))
+    if level is not None and columns.pop().abs().max() > 0:
         raise TypeError(
-            f"background must be linear in {names} for components to be fitted beside "
-            "it, got one that is not."
+            f"the noise level {names[level]!r} is part of the background too: give it "
+            "a parameter of its own."
         )
-    return Background(tuple(indices), matrix, constant)
+    matrix = torch.stack([torch.zeros_like(found[0]), *columns])[1:]
+    constant = found[0] - base[indices] @ matrix
+    error = (found - constant - shared[:, indices] @ matrix).abs().max()
+    spread = (found - found.mean(0)).abs().max()
+    if error > _TOLERANCE * spread + _ROUNDING * found.abs().max():
+        raise TypeError(
+            f"background must be linear in {[names[i] for i in indices]} for "
+            "components to be fitted beside it, got one that is not."
+        )
+    # Where bounds cut a parameter off, those after it are given its value.
+    deviation = shared[:, indices].std(0)
+    order = (deviation * matrix.norm(dim=-1)).argsort(stable=True).tolist()
+    indices, matrix = [indices[i] for i in order], matrix[order]
+    beta = shared[:, indices]
+    covariance = torch.cov(beta.mT).reshape(len(indices), len(indices))
+    return Background(tuple(indices), matrix, constant, beta.mean(0), covariance)
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal rows that span columns ``(B, P, T)``, zero for what adds nothing."""
-    length = columns.norm(dim=-1, keepdim=True)
-    unit = columns / torch.where(length > 0, length, 1.0)
-    _, size, rows = torch.linalg.svd(unit, full_matrices=False)
-    kept = size > _TOLERANCE * size[:, :1]
-    return rows * kept.unsqueeze(-1)
+def _smooth(data: Tensor, kernel: Sequence[float]) -> Tensor:
+    """Data ``(B, T)`` averaged with weights, the ends repeated."""
+    weights = torch.tensor(kernel, dtype=torch.float64)[None, None].to(data)
+    reach = len(kernel) // 2
+    padded = torch.nn.functional.pad(data.unsqueeze(1), (reach, reach), "replicate")
+    return torch.nn.functional.conv1d(padded, weights).squeeze(1)
 
 
 def _inner(signal: Tensor, columns: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def small():
-    return calibration.report(exact, problem, 60, seed=1, **OPTIONS)
+    return calibration.report(exact, problem, 62, seed=1, **OPTIONS)
 
 
 def test_report_makes_every_check_or_says_why_not(small):
@@ -35,7 +37,7 @@ def test_report_makes_every_check_or_says_why_not(small):
     for check in small.checks.values():
         assert check.false_alarm_rate == pytest.approx(0.5 / 8)
     x = torch.full((1, 6), 30.0)
-    found = calibration.report(exact, problem, 60, x=x, seed=1, **OPTIONS)
+    found = calibration.report(exact, problem, 62, x=x, seed=1, **OPTIONS)
     assert list(found.checks) == [*NAMES, "misspecification"]
     assert not found.checks["misspecification"].passed
     assert not found.passed
@@ -43,14 +45,14 @@ def test_report_makes_every_check_or_says_why_not(small):
 
 
 def test_workers_do_not_change_the_result(small, tmp_path):
-    again = calibration.report(exact, problem, 60, seed=1, num_workers=2, **OPTIONS)
+    again = calibration.report(exact, problem, 62, seed=1, num_workers=2, **OPTIONS)
     small.to_json(tmp_path / "one.json")
     again.to_json(tmp_path / "two.json")
     one = (tmp_path / "one.json").read_text()
     assert one == (tmp_path / "two.json").read_text()
     found = json.loads(one)
     assert found["passed"] == small.passed
-    assert found["settings"]["n"] == 60
+    assert found["settings"]["n"] == 62
     assert found["checks"]["tarp"]["p_values"] == small.checks["tarp"].p_values
 
 
@@ -70,7 +72,7 @@ def test_page_is_self_contained(small, tmp_path):
 
 
 def test_seed_changes_the_result(small):
-    other = calibration.report(exact, problem, 60, seed=2, **OPTIONS)
+    other = calibration.report(exact, problem, 62, seed=2, **OPTIONS)
     assert other.checks["sets"].p_values != small.checks["sets"].p_values
 
 
@@ -95,7 +97,9 @@ def test_faulty_posterior_fails_a_full_report(fault):
 def test_malformed_arguments_are_refused():
     with pytest.raises(ValueError, match="false_alarm_rate must lie between 0 and 1"):
         calibration.report(exact, problem, false_alarm_rate=0.0)
-    with pytest.raises(ValueError, match="x must be one observation of length 6, got shape"):
+    with pytest.raises(
+        ValueError, match="x must be one observation of length 6, got shape"
+    ):
         calibration.report(exact, problem, x=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="num_draws must be at least 20, got 1"):
         calibration.report(exact, problem, num_draws=1, show_progress=False)
@@ -111,3 +115,18 @@ def test_a_report_replaces_a_report_and_nothing_else(small, tmp_path, write):
     for _ in range(2):
         getattr(small, write)(earlier)
     assert earlier.stat().st_size > 1_000
+
+
+def test_the_least_number_of_pairs_is_named_before_any_work(monkeypatch):
+    report_module: Any = import_module("sbi_slotflow.calibration.report")
+
+    def worked(*_, **__):
+        raise AssertionError("draws were made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "draw", worked)
+        with pytest.raises(ValueError, match=r"n must be at least \d+ here, got 30"):
+            calibration.report(exact, problem, 30)
+    least = report_module._least_pairs(exact, problem, None)
+    found = calibration.report(exact, problem, least, seed=5, show_progress=False)
+    assert "cardinality under another prior" in found.checks

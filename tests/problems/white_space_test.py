@@ -88,23 +88,98 @@ def test_columns_are_found() -> None:
     mine = problem()
     found = linear_background(mine.simulator, mine.prior)
     assert found is not None
-    assert found.indices == (1, 2)  # the level does nothing
-    torch.testing.assert_close(found.columns[0], torch.ones(NUM).double())
-    torch.testing.assert_close(found.columns[1], TIMES - 0.5)
+    # All but the noise level; the data know the offset better than the slope.
+    assert found.indices == (2, 1)
+    torch.testing.assert_close(found.columns[0], TIMES - 0.5)
+    torch.testing.assert_close(found.columns[1], torch.ones(NUM).double())
+    exact = torch.tensor([4 / 3, 4 / 3]).double()
+    torch.testing.assert_close(found.covariance.diagonal(), exact, rtol=0.1, atol=0.0)
     torch.testing.assert_close(found.constant, line(torch.zeros(3).double()))
 
 
-@pytest.mark.parametrize("noise", NOISES)
-def test_data_without_background_do_not_depend_on_it(noise: str) -> None:
-    mine = problem(noise)
+def shape_of(noise: str) -> Tensor:
+    """The noise's covariance at level one."""
+    if noise == "errors":
+        return (0.1 + 0.2 * TIMES).square().diag()
+    if noise == "covariance":
+        return COVARIANCE + 0.01 * torch.eye(NUM).double()
+    return torch.eye(NUM).double()
+
+
+def spread_of(mine: Trace) -> Tensor:
+    """The background's prior covariance in the data."""
+    found = linear_background(mine.simulator, mine.prior)
+    assert found is not None
+    return found.columns.mT @ found.covariance @ found.columns
+
+
+@pytest.mark.parametrize("noise", ["white", "errors", "covariance"])
+def test_noise_and_background_are_white_together(noise: str) -> None:
+    mine, level = problem(noise), 1.25
     space = white_space(mine.simulator, mine.prior)
     assert space is not None
-    x = mine.simulator(mine.prior.sample((5,), seeded(1)), seeded(2)).double()
-    here = space.given(x)
-    other = x + 1.7 + 0.6 * (TIMES - 0.5)
-    moved = here(other - x, torch.arange(5))
-    scale = here.data.abs().max()
-    assert float(moved.abs().max()) < 1e-9 * float(scale)
+    assert space.level == pytest.approx(level)
+    here = space.given(torch.zeros(NUM, NUM))
+    matrix = here(torch.eye(NUM).double(), torch.arange(NUM))
+    both = level**2 * shape_of(noise) + spread_of(mine)
+    torch.testing.assert_close(
+        matrix.mT @ both @ matrix, level**2 * torch.eye(NUM).double()
+    )
+
+
+def test_a_well_known_background_hides_no_component() -> None:
+    # A source whose flux is known to 5 %, where components of its shape may be.
+    mine = problem()
+    shape = bump(torch.tensor([0.5, 1.0]).double())
+    prior = VariableKPrior(
+        mine.prior.component,
+        [1, 1],
+        shared=BoxUniform(torch.tensor([0.95]), torch.tensor([1.05])),
+        component_names=("time", "height"),
+        shared_names=("flux",),
+    )
+    simulator = AdditiveSimulator(
+        bump,
+        GaussianNoise(errors=0.2 * torch.ones(NUM)),
+        prior.layout,
+        background=lambda s: s[..., :1] * shape.to(s),
+    )
+    space = white_space(simulator, prior)
+    assert space is not None
+    seen = space.given(torch.stack([shape, 2 * shape])).data
+    assert float(seen[0].norm()) < 0.01 * float(seen[1].norm())
+    assert float(seen[1].norm()) > 0.8 * float((shape / 0.2).norm())
+
+
+def test_a_known_level_of_white_noise_counts() -> None:
+    mine = problem("white")
+    known = AdditiveSimulator(bump, WhiteNoise(50.0), mine.layout, background=line)
+    space = white_space(known, mine.prior)
+    assert space is not None
+    gram = space.given(torch.zeros(1, NUM)).moments(
+        torch.zeros(1, NUM).double(), torch.zeros(1).long()
+    )[1]
+    last = space.indices.index(1)
+    assert float(gram[0, last, last]) == pytest.approx(NUM / 50**2)
+
+
+def test_the_background_of_counts_is_not_low() -> None:
+    # weighted by the counts themselves it would be by one count in ten
+    mine = problem("counts", background=lambda s: s[..., 1:2] + 0 * TIMES.to(s))
+    space = white_space(mine.simulator, mine.prior)
+    assert space is not None
+    rate = torch.full((400, NUM), 4.0)
+    x = rate + PoissonNoise().sample(rate, torch.zeros(400, 0), seeded(1))
+    zero = torch.zeros(400, NUM).double()
+    right, gram = space.given(x).moments(zero, torch.arange(400))
+    at = space.indices.index(1)
+    found = right[:, at] / gram[:, at, at]
+    # five standard errors: 1 of 10^6 seeds fails
+    assert abs(float(found.mean()) - 4.0) < 5 * 2 / (400 * NUM) ** 0.5
+    deviation = gram[:, at, at].rsqrt()
+    torch.testing.assert_close(
+        deviation.mean(), torch.tensor((4 / NUM) ** 0.5).double(), rtol=0.02, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("noise", ["white", "errors", "covariance"])
@@ -117,18 +192,14 @@ def test_equations_are_those_of_a_joint_fit(noise: str) -> None:
     owner, mask = torch.arange(4), torch.ones(4, 2, dtype=torch.bool)
     components = mine.layout.unpack(theta.double()).components
     found = fit.given(x).normal_equations(owner, components, mask)
-    covariance = torch.eye(NUM).double()
-    if noise == "errors":
-        covariance = (0.1 + 0.2 * TIMES).square().diag()
-    if noise == "covariance":
-        covariance = COVARIANCE + 0.01 * covariance
-    columns = torch.stack([torch.ones(NUM).double(), TIMES - 0.5], -1)
-    inverse = torch.linalg.inv(covariance)
-    # Generalised least squares with the background eliminated (Frisch and Waugh).
-    weighted = inverse @ columns
-    metric = inverse - weighted @ torch.linalg.inv(columns.mT @ weighted) @ weighted.mT
+    # Generalised least squares of the data's covariance, background included.
+    both = 1.25**2 * shape_of(noise) + spread_of(mine)
+    metric = 1.25**2 * torch.linalg.inv(both)
+    background = linear_background(mine.simulator, mine.prior)
+    assert background is not None
+    usual = background.constant + background.mean @ background.columns
     for i in range(4):
-        left = x[i] - line(torch.zeros(3).double()) - bump(components[i]).sum(0)
+        left = x[i] - usual - bump(components[i]).sum(0)
         jacobian = torch.autograd.functional.jacobian(
             lambda c: bump(c.reshape(2, 2)).sum(0), components[i].reshape(-1)
         )
@@ -169,6 +240,44 @@ def test_the_background_given_the_components_is_exact() -> None:
     assert ((shared[:, 1:].mean(0) - mean).abs() < 5 * error).all()
     assert ((shared[:, 1:].std(0) / deviation - 1).abs() < 0.08).all()
     assert given.log_prob(rows.unsqueeze(1)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "background",
+    [
+        curved,
+        lambda s: s[..., 1:2].clamp(min=-1.99) + 0 * TIMES.to(s),  # one draw in 400
+        lambda s: 1e6 + s[..., 1:2] ** 2 * TIMES.to(s),  # beside what is constant
+    ],
+)
+def test_what_is_not_linear_is_seen(background) -> None:
+    mine = problem(background=background)
+    with pytest.raises(TypeError, match="background must be linear"):
+        linear_background(mine.simulator, mine.prior)
+
+
+def test_the_noise_level_is_no_background() -> None:
+    mine = problem(background=lambda s: s[..., :1] + 0 * TIMES.to(s))
+    with pytest.raises(TypeError, match="noise level 'level' is part of"):
+        rjmcmc.collapsed(mine, torch.zeros(NUM))
+    with pytest.warns(UserWarning, match="noise level 'level' is part of"):
+        assert mine.build_fit() is None
+
+
+def test_noise_of_an_unknown_kind_is_not_fitted_beside_a_background() -> None:
+    class Own:
+        def sample(self, signal, shared, generator):
+            return torch.zeros_like(signal)
+
+        def log_prob(self, residual, shared):
+            return -residual.square().sum(-1)
+
+    mine = problem()
+    for background, fitted in ((line, False), (None, True)):
+        simulator = AdditiveSimulator(bump, Own(), mine.layout, background=background)
+        with pytest.warns(UserWarning, match="Own"):
+            fit = replace(mine, simulator=simulator).build_fit()
+        assert (fit is not None) == fitted
 
 
 def test_a_curved_background_is_not_fitted() -> None:
