@@ -275,6 +275,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             loss_weights=self.loss_weights,
         )
         fit = self._fit if slots.get("refine_steps") else None
+        space = getattr(fit, "space", None)
+        if space is not None:
+            spec = replace(spec, white_space=space.mark)
         estimator = SlotDensityEstimator(spec, encoder, fit)
         if self.z_score_x:
             estimator.standardize(x)

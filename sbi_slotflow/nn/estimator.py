@@ -8,6 +8,7 @@ the shared parameters' density, and the components' (the paper's eq. 18, summed 
 assignments, so that it is the density of the *set*).
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -95,6 +96,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         )
         # Where noise is white and a background gone, if that is not where data are.
         self.fit, self.white_space = fit, getattr(fit, "space", None)
+        mark = None if self.white_space is None else self.white_space.mark
+        if not _same(mark, spec.white_space):
+            raise ValueError(
+                "fit is not the one that this estimator was built with: its noise or "
+                "background is another."
+            )
         self.shared_head = _shared_head(
             spec, probe.shared.shape[-1], self._linear_shared()
         )
@@ -431,6 +438,14 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 f"{k.flatten()[:5].tolist()}."
             )
         return cast(Tensor, k.long())
+
+
+def _same(found: tuple[float, ...] | None, expected: tuple[float, ...] | None) -> bool:
+    """Whether numbers agree but for rounding."""
+    if found is None or expected is None or len(found) != len(expected):
+        return found is None and expected is None
+    pairs = zip(found, expected, strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs)
 
 
 def _shared_head(

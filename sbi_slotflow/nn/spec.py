@@ -89,6 +89,8 @@ class EstimatorSpec:
     # Index of the noise level among the shared parameters; None if it is none of them
     noise_index: int | None = None
     event_shape: tuple[int, ...] | None = None  # Shape of one x; None for (num_data,)
+    # Numbers by which the space that fits look at is known; None for that of the data
+    white_space: tuple[float, ...] | None = None
     flow: dict[str, Any] = field(default_factory=dict)  # Options of ConditionalFlow
     # Their kind and options, see slots_from_spec
     slots: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +126,8 @@ class EstimatorSpec:
         try:
             names = {f.name for f in fields(cls)}
             # Older files do not name it: nothing then read it.
-            entries = {"noise_index": None, "event_shape": None, **entries}
+            younger = ("noise_index", "event_shape", "white_space")
+            entries = {**dict.fromkeys(younger), **entries}
             if set(entries) != names:
                 raise ValueError(f"unexpected fields {sorted(set(entries) ^ names)}")
             layout: dict[str, Any] = {
@@ -135,7 +138,10 @@ class EstimatorSpec:
                 "layout": ThetaLayout(**layout),
                 "cardinality_weights": tuple(entries["cardinality_weights"]),
                 "loss_weights": tuple(entries["loss_weights"]),
-                "event_shape": entries["event_shape"] and tuple(entries["event_shape"]),
+                **{
+                    name: entries[name] and tuple(entries[name])
+                    for name in ("event_shape", "white_space")
+                },
             }
             return cls(**{**entries, **changes})
         except (AttributeError, TypeError, ValueError) as error:

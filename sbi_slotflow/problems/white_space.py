@@ -18,9 +18,11 @@ Gaussian but for its prior:
     \qquad N_w = W N .
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -104,6 +106,28 @@ class WhiteSpace:
     def indices(self) -> tuple[int, ...]:
         """Shared parameters in which the background is linear."""
         return () if self.background is None else self.background.indices
+
+    @cached_property
+    def mark(self) -> tuple[float, ...]:
+        """Numbers by which another space is told from this one."""
+        if self._num_data is None:
+            return ()
+        # Waves of a few periods, in the noise's own unit.
+        time = torch.arange(self._num_data).double() / self._num_data
+        waves = torch.stack([(2 * math.pi * k * time + k).cos() for k in range(4)])
+        size = 1.0
+        if self._fixed is not None and self._fixed[0].numel():
+            size = float(self._fixed[0].abs().amax()) or 1.0
+        seen = self.given(waves).data.norm(dim=-1)
+        return (size, *seen.tolist())
+
+    @property
+    def _num_data(self) -> int | None:
+        if self.background is not None:
+            return len(self.background.constant)
+        if isinstance(self.noise, GaussianNoise):
+            return self.noise.num_data
+        return None
 
     def given(self, data: Tensor) -> "GivenWhite":
         """The map for observations ``(B, T)``, whose counts may be its weights."""

@@ -12,6 +12,7 @@ from sbi_slotflow import (
     AdditiveSimulator,
     GaussianNoise,
     PoissonNoise,
+    SlotDensityEstimator,
     VariableKPrior,
     WhiteNoise,
     rjmcmc,
@@ -347,3 +348,27 @@ def prior_near(mine: Trace, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_a_file_knows_noise_and_background(tmp_path) -> None:
+    mine = problem()
+    theta = mine.prior.sample((64,), seeded(1))
+    x = mine.simulator(theta, seeded(2))
+    estimator = slot_nn(mine)(theta, x).eval()
+    path = tmp_path / "bumps.safetensors"
+    estimator.save(path)
+    with pytest.raises(ValueError, match=r"fit=problem\.build_fit\(\)"):
+        SlotDensityEstimator.load(path)
+    loaded = SlotDensityEstimator.load(path, fit=mine.build_fit())
+    rows = mine.prior.sample((4,), seeded(3))
+    torch.testing.assert_close(
+        loaded.log_prob(rows, x[:1]), estimator.log_prob(rows, x[:1])
+    )
+    others = [
+        problem("white"),
+        problem("covariance"),
+        problem(background=lambda s: line(2 * s)),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="noise or background is another"):
+            SlotDensityEstimator.load(path, fit=other.build_fit())
