@@ -31,7 +31,7 @@ import arviz_plots
 from sbi_slotflow import calibration, load_pretrained, problems
 
 FAST = "SLOTFLOW_TUTORIALS_FAST" in os.environ  # set by our tests, never by you
-NUM_PAIRS = 35 if FAST else 150
+NUM_PAIRS = 62 if FAST else 150
 
 problem = problems.sinusoids("tiny")
 posterior = load_pretrained("sinusoids-tiny")

@@ -57,7 +57,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 1, 1, 1, 2, 20),
-    "quick": Size(5, 24, 20, 10, 100, 1_000),
+    "quick": Size(5, 24, 14, 10, 100, 1_000),
     "full": Size(20, 100, 20, 50, 400, 2_000),
 }
 

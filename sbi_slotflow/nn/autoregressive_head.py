@@ -257,9 +257,10 @@ class _JointSets(SetsGivenK):
         return components, self.sample_shared(owner, mask, components, generator, level)
 
     def conditioned(
-        self, owner: Tensor, cells: Tensor, mask: Tensor, part: Tensor
+        self, owner: Tensor, cells: Tensor, mask: Tensor, part: Tensor | None = None
     ) -> _Conditioned:
         """Collect what follows from the cells ``(N, Kmax)`` of N rows, and parts."""
+        part = torch.full_like(owner, -1) if part is None else part
         head, count = self.head, mask.sum(-1)
         which = torch.arange(len(owner), device=owner.device)
         if not torch.is_grad_enabled():

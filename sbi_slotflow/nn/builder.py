@@ -252,6 +252,12 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 "theta and x must be batches of one size, got "
                 f"{len(theta)} and {len(x)}."
             )
+        known = getattr(self._known, "event_shape", None)
+        if x.ndim > 2 and known is not None and x.shape[1:] != known:
+            sizes = ", ".join(map(str, known))
+            raise ValueError(
+                f"x must have shape (batch, {sizes}), got {tuple(x.shape)}."
+            )
         event = x.shape[1:]
         encoder, described = self._encoder(event.numel())
         slots = self._slots(encoder, x)

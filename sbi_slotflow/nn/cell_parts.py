@@ -19,13 +19,13 @@ b, and all densities are exact.
 Example:
     >>> cells = torch.tensor([[3, 3, 5]])
     >>> mask = torch.ones(1, 3, dtype=torch.bool)
-    >>> sets = OccupiedCells(torch.zeros(1).long(), cells, cells.double(),
-    ...                      cells + 1.0, mask)
+    >>> starts = cells.double()
+    >>> sets = OccupiedCells(torch.zeros(1).long(), cells, starts, starts + 1, mask)
     >>> num_divisions(sets).tolist()
-    [8]
+    [6]
     >>> parts = divided(sets, CellAxis(0, 8))
-    >>> len(parts.code)  # 8 with both in one part, 28 with each in its own
-    36
+    >>> len(parts.code)  # 6 with both in one part, 15 with each in its own
+    21
 
 See Also:
     :mod:`.cell_sets`, which weighs them.
@@ -43,7 +43,7 @@ from .cells import CellAxis, OccupiedCells
 __all__ = ["CellParts", "divided", "num_divisions", "part_codes"]
 
 # Parts of a cell by the number of a set's components that share theirs: few enough
-# ways (36, 35, at most 36, at most 32) for all to be fitted. With more, none.
+# ways (21, 20, at most 36, at most 32) for all to be fitted. With more, none.
 _DIVISIONS = (1, 1, 6, 4, 3, 2)
 
 

@@ -345,10 +345,12 @@ class OnlineTraining:
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         new, old, progress = self._fingerprint(), meta["settings"], meta["progress"]
         if old != new:
+            names = sorted(name for name in new | old if new.get(name) != old.get(name))
+            # Other settings, a seed for one, make other data.
+            told = [name for name in names if name != _DATA] or names
             pairs = "; ".join(
                 f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
-                for name in sorted(new.keys() | old.keys())
-                if new.get(name) != old.get(name)
+                for name in told
             )
             raise ValueError(
                 f"checkpoint {self._checkpoint} belongs to another run ({pairs}). Give "
@@ -378,7 +380,11 @@ class OnlineTraining:
         x = self._validation[1].double()
         numbers = x.mean(), x.std(), x.abs().mean(), x.reshape(-1)[-1]
         data = [f"{float(number):.5g}" for number in numbers]
-        return {**asdict(self.settings), **described, "simulated data": data}
+        return {**asdict(self.settings), **described, _DATA: data}
+
+
+# Entry of a fingerprint that tells of the simulator.
+_DATA = "simulated data"
 
 
 def _warmed_average(

@@ -477,7 +477,7 @@ NO_NUMBER: Any = float("nan")
             "num_draws must be an integer, got nan",
         ),
         (
-            lambda d: calibration.report(exact, problem, 20, num_workers=0),
+            lambda d: calibration.report(exact, problem, 80, num_workers=0),
             ValueError,
             "num_workers must be at least 1, got 0",
         ),

@@ -753,3 +753,19 @@ def test_a_restored_recipe_goes_on_bit_for_bit(name: RecipeName, stop: int) -> N
 def test_unknown_recipe_is_refused() -> None:
     with pytest.raises(ValueError, match="recipe must be 'adamw' or 'paper'"):
         recipe_for("sgd", network())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_checkpoint_of_another_simulator_is_refused(tmp_path) -> None:
+    problem = problems.linear_gaussian()
+    path = tmp_path / "run.safetensors"
+
+    def run(simulator):
+        torch.manual_seed(0)
+        SlotNPE(problem.prior).train_online(
+            simulator, num_simulations=256, num_validation=64, checkpoint=path
+        )
+
+    run(problem.simulator)
+    run(problem.simulator)  # finished: returned at once
+    with pytest.raises(ValueError, match=r"another run .simulated data was"):
+        run(lambda theta: 10 * problem.simulator(theta))
