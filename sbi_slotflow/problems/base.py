@@ -186,7 +186,7 @@ class Problem:
 
     @property
     def num_data(self) -> int:
-        """Numbers in one x: the length T of a record."""
+        """How many numbers one x holds; the length T of a record."""
         return self.event_shape.numel()
 
     @property
