@@ -108,11 +108,6 @@ class GaussianNoise:
         return 1.0 if self.level is None else None
 
     @property
-    def num_data(self) -> int | None:
-        """Number T of samples; None where a spectrum leaves it open by one."""
-        return None if self.kind == "spectrum" else len(self.shape)
-
-    @property
     def shared_index(self) -> int:
         """Which shared parameter is the level."""
         return self.level or 0

@@ -97,7 +97,7 @@ class WhiteSpace:
     ) -> None:
         self.noise, self.background, self.level = noise, background, level
         self._fixed: tuple[Tensor, Tensor, Tensor] | None = None
-        if background is not None and not isinstance(noise, PoissonNoise):
+        if background and background.indices and not isinstance(noise, PoissonNoise):
             columns = background.columns
             white = noise.unit_white(columns) if noise is not None else columns
             self._fixed = white.unsqueeze(0), *self.shrunk(white.unsqueeze(0))
@@ -116,7 +116,7 @@ class WhiteSpace:
         time = torch.arange(self._num_data).double() / self._num_data
         waves = torch.stack([(2 * math.pi * k * time + k).cos() for k in range(4)])
         size = 1.0
-        if self._fixed is not None and self._fixed[0].numel():
+        if self._fixed is not None:
             size = float(self._fixed[0].abs().amax()) or 1.0
         seen = self.given(waves).data.norm(dim=-1)
         return (size, *seen.tolist())
@@ -126,7 +126,8 @@ class WhiteSpace:
         if self.background is not None:
             return len(self.background.constant)
         if isinstance(self.noise, GaussianNoise):
-            return self.noise.num_data
+            size = len(self.noise.shape)
+            return max(1, 2 * size - 2) if self.noise.kind == "spectrum" else size
         return None
 
     def given(self, data: Tensor) -> "GivenWhite":
@@ -139,7 +140,7 @@ class WhiteSpace:
         columns = basis = share = None
         if self._fixed is not None:
             columns, basis, share = (part.to(data.device) for part in self._fixed)
-        elif self.background is not None:
+        elif self.background and self.background.indices:
             assert weights is not None
             columns = self.background.columns.to(weights) * weights.unsqueeze(1)
             basis, share = self.shrunk(columns)
@@ -343,7 +344,8 @@ def linear_background(
     order = (deviation * matrix.norm(dim=-1)).argsort(stable=True).tolist()
     indices, matrix = [indices[i] for i in order], matrix[order]
     beta = shared[:, indices]
-    covariance = torch.cov(beta.mT).reshape(len(indices), len(indices))
+    away = beta - beta.mean(0)
+    covariance = away.mT @ away / (len(beta) - 1)
     return Background(tuple(indices), matrix, constant, beta.mean(0), covariance)
 
 

@@ -372,3 +372,46 @@ def test_a_file_knows_noise_and_background(tmp_path) -> None:
     for other in others:
         with pytest.raises(ValueError, match="noise or background is another"):
             SlotDensityEstimator.load(path, fit=other.build_fit())
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [GaussianNoise(errors=0.3 * torch.ones(NUM)), WhiteNoise(0.3), PoissonNoise()],
+    ids=lambda noise: type(noise).__name__,
+)
+def test_a_known_background_needs_no_parameters(noise) -> None:
+    prior = VariableKPrior(
+        BoxUniform(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 5.0])), [1, 1]
+    )
+    known = 5.0 + TIMES
+    simulator = AdditiveSimulator(
+        bump,
+        noise,
+        prior.layout,
+        background=lambda s: known.to(s).expand(*s.shape[:-1], NUM),
+    )
+    mine = Trace("known", prior, simulator, 32)
+    theta = prior.sample((32,), seeded(1))
+    x = simulator(theta, seeded(2))
+    estimator = slot_nn(mine)(theta, x).eval()
+    space = estimator.white_space
+    assert space is not None
+    assert float(space.given(known[None]).data.abs().max()) < 1e-9
+    rows = estimator.sample((5,), x[:2], generator=seeded(3))
+    assert estimator.log_prob(rows, x[:2]).isfinite().all()
+
+
+def test_spectra_are_told_apart() -> None:
+    frequency = torch.fft.rfftfreq(NUM)
+    marks = [
+        white_space(
+            AdditiveSimulator(
+                bump, GaussianNoise(spectrum=1 / (frequency + f)), problem().layout
+            ),
+            problem().prior,
+        )
+        for f in (0.01, 0.02)
+    ]
+    assert marks[0] is not None
+    assert marks[1] is not None
+    assert marks[0].mark != marks[1].mark
