@@ -147,7 +147,7 @@ class AutoregressiveHead(CellHead):
     def log_prob_cells(self, parts: ThetaParts, encoding: Encoding) -> Tensor:
         """Evaluate log q(a | x, K) of the cells of B sets, shape ``(B,)``."""
         (tokens, edges), mask = self.tokens_and_edges(encoding), parts.mask
-        position = self.coordinates(parts)[0][..., 0]
+        position = self.local_chart.position(self.coordinates(parts)[0])
         cells = torch.where(mask, self.axis.cells(position, edges), 0)
         owner = torch.arange(len(mask), device=mask.device)
         chain = ChainGivenX(self.cells, tokens, edges)
@@ -172,7 +172,7 @@ class _JointSets(SetsGivenK):
         # Components stand in canonical order: there is nothing to match.
         head, mask = self.head, parts.mask
         coordinates, log_det = head.coordinates(parts)
-        position = coordinates[..., 0]
+        position = head.local_chart.position(coordinates)
         cells = torch.where(mask, head.axis.cells(position, self.edges[owner]), 0)
         value = self.cells.log_prob(owner, cells, mask) + log_det
         whole = torch.full_like(owner, -1)
@@ -199,7 +199,7 @@ class _JointSets(SetsGivenK):
         part: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Log densities ``(N,)`` within cells or parts of them, and residual levels."""
-        head, position = self.head, coordinates[..., 0]
+        head, position = self.head, self.head.local_chart.position(coordinates)
         sets = self.conditioned(owner, cells, mask, part)
         w = head.local_chart.relative(coordinates, cells, sets.centre[sets.which])
         row, k = mask.nonzero(as_tuple=True)

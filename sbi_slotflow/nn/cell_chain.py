@@ -213,7 +213,7 @@ class CellChain(nn.Module):
         reach: int = 6,
     ) -> None:
         super().__init__()
-        self.axis, self.max_cardinality, self.reach = axis, max_cardinality, reach
+        self.axis, self.max_cardinality = axis, max_cardinality
         self.keys = nn.Linear(token_features, hidden_features)
         self.presence = nn.Linear(token_features, 1)
         nn.init.constant_(self.presence.bias, -2.0)
@@ -222,7 +222,9 @@ class CellChain(nn.Module):
         self.first = nn.Parameter(torch.zeros(token_features))
         widths = hidden_features + token_features, hidden_features, hidden_features
         self.query = mlp(*widths)
-        self.offset = nn.Embedding(reach, hidden_features)
+        steps = torch.tensor(axis.steps(reach))
+        self.register_buffer("steps", steps, persistent=False)
+        self.offset = nn.Embedding(len(steps), hidden_features)
         self.near_token = nn.Linear(token_features, hidden_features)
         self.near_query = nn.Linear(hidden_features, hidden_features)
         self.near_score = nn.Linear(hidden_features, 1)
@@ -255,7 +257,7 @@ class ChainGivenX(_Steps):
         self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor
     ) -> Tensor:
         """Scores ``(M, L)`` of component k of ``count`` after a cell."""
-        chain, last = self.chain, self.axis.num_cells - 1
+        chain, steps = self.chain, self.chain.get_buffer("steps")
         place = chain.place((count - 1) * chain.max_cardinality + k)
         started = (before >= 0).unsqueeze(-1)
         previous = self.tokens[owner, before.clamp(min=0)]
@@ -263,12 +265,10 @@ class ChainGivenX(_Steps):
         query = chain.query(torch.cat([place, previous], -1))
         scores = (self._keys[owner] @ query.unsqueeze(-1)).squeeze(-1)
         scores = scores / query.shape[-1] ** 0.5 + self._presence[owner]
-        reach = torch.arange(chain.reach, device=query.device)
-        cell = before.unsqueeze(-1) + reach
-        inside = started & (cell <= last)
-        cell = cell.clamp(0, last)
+        cell, inside = self.axis.stepped(before, steps)
+        inside &= started
         near = self._near[owner.unsqueeze(-1), cell]
-        hidden = near + chain.near_query(query).unsqueeze(-2) + chain.offset(reach)
+        hidden = near + chain.near_query(query).unsqueeze(-2) + chain.offset.weight
         extra = chain.near_score(functional.gelu(hidden)).squeeze(-1)
         extra = torch.where(inside, extra, extra.new_zeros(()))
         return scores.scatter_add(-1, cell, extra)

@@ -70,13 +70,15 @@ class CellHead(SetHead):
     def coordinates(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
         """Coordinates ``(N, Kmax, D)`` in the order of location, log-Jacobians."""
         components, mask = parts.components, parts.mask
-        key = components[..., self.axis.parameter]
-        order = torch.where(mask, key, torch.inf).argsort(dim=-1, stable=True)
-        components = components.gather(-2, order.unsqueeze(-1).expand_as(components))
         inside = self.chart.contains(components)
         point = self.chart.some_point(components)
         components = torch.where((mask & inside).unsqueeze(-1), components, point)
         coordinates, log_det = self.local_chart.coordinates(components)
+        key = torch.where(mask, self.local_chart.position(coordinates), torch.inf)
+        order = key.argsort(dim=-1, stable=True)
+        inside, log_det = inside.gather(-1, order), log_det.gather(-1, order)
+        order = order.unsqueeze(-1).expand_as(coordinates)
+        coordinates = coordinates.gather(-2, order)
         log_det = torch.where(inside, log_det, -torch.inf)
         return coordinates, torch.where(mask, log_det, 0.0).sum(-1).float()
 
@@ -160,7 +162,8 @@ class _IndependentSets(SetsGivenK):
         """Evaluate log densities; see :meth:`SetsGivenK.log_terms`."""
         head, (coordinates, log_det) = self.head, self.head.coordinates(parts)
         mask, count = parts.mask, parts.cardinality
-        cells = head.axis.cells(coordinates[..., 0], self.edges[owner])
+        position = head.local_chart.position(coordinates)
+        cells = head.axis.cells(position, self.edges[owner])
         row, column = mask.nonzero(as_tuple=True)
         here = cells[row, column]
         centre, given = self.in_cells(owner[row], count[row], here)

@@ -1,4 +1,4 @@
-r"""The location axis, its cells, and where an ordered component may lie.
+r"""The location axis or grid, its cells, and where an ordered component may lie.
 
 A location t with prior distribution function F has the position :math:`y = L F(t)` on
 an axis of length L, which is divided into L cells. Cell i lies about
@@ -14,6 +14,15 @@ least separation d and the position before, component k lies in
 
 which is empty for no component as long as the cells are feasible.
 
+Two locations span a grid of R rows and C columns (:class:`CellGrid`). Its cells are
+numbered row by row, and the position of a component at column v and row u is
+
+.. math::
+    y = C \lfloor u \rfloor + v
+
+so that cells stand along one axis of length R C again; where in its row a component
+lies is one more coordinate.
+
 Example:
     >>> axis = CellAxis(parameter=0, num_cells=4)
     >>> edges = torch.arange(5.0).expand(1, -1)
@@ -24,13 +33,14 @@ See Also:
     :mod:`.cell_chain`, which says how probable each cell is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CellAxis", "OccupiedCells", "unique_rows"]
+__all__ = ["CellAxis", "CellGrid", "OccupiedCells", "axis_from_spec", "unique_rows"]
 
 # Slack in comparisons of positions, in cells.
 _TOLERANCE = 1e-6
@@ -74,6 +84,39 @@ class CellAxis:
     num_cells: int
     separation: float = 0.0
 
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Indices of the P locations among a component's parameters."""
+        return (self.parameter,)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Cells along each location."""
+        return (self.num_cells,)
+
+    def position(self, places: Tensor) -> Tensor:
+        """Positions ``(...)`` of locations ``(..., P)`` in cells."""
+        return places[..., 0]
+
+    def middles(self, cells: Tensor) -> Tensor:
+        """Locations ``(..., P)`` of the middles of cells ``(...)`` of width one."""
+        return (cells + 0.5).unsqueeze(-1)
+
+    def spans(
+        self, cells: Tensor, starts: Tensor, ends: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Ends of each location, as shares of its axis, of cells from start to end."""
+        return [(starts / self.num_cells, ends / self.num_cells)]
+
+    def steps(self, reach: int) -> list[tuple[int, int]]:
+        """Rows and columns from a cell to those that a chain looks at closely."""
+        return [(0, step) for step in range(reach)]
+
+    def stepped(self, cells: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells ``(..., S)`` that are steps ``(S, 2)`` away, and whether they exist."""
+        cells = cells.unsqueeze(-1) + steps[:, 1]
+        return cells.clamp(0, self.num_cells - 1), cells < self.num_cells
+
     def cells(self, position: Tensor, edges: Tensor) -> Tensor:
         """Cells of positions ``(N, K)`` among edges ``(N, L + 1)``, int64."""
         inner = edges[:, 1:-1].contiguous()
@@ -106,6 +149,88 @@ class CellAxis:
 
     def _shift(self, like: Tensor) -> Tensor:
         return self.separation * torch.arange(like.shape[-1]).to(like)
+
+
+@dataclass(frozen=True)
+class CellGrid(CellAxis):
+    """Two locations, on a grid of cells of equal size.
+
+    Attributes:
+        parameter: Index of the location along a row.
+        num_cells: Number R C of cells.
+        separation: Zero: a least distance in two dimensions is none along the axis.
+        across: Index of the location across the rows.
+        rows: Number R of rows.
+    """
+
+    across: int = 1
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_cells % self.rows:
+            raise ValueError(
+                f"num_cells must be a multiple of the {self.rows} rows, got "
+                f"{self.num_cells}."
+            )
+        if self.separation:
+            raise ValueError(f"separation must be 0 on a grid, got {self.separation}.")
+
+    @property
+    def columns(self) -> int:
+        """Number C of columns."""
+        return self.num_cells // self.rows
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Indices of the locations along and across rows."""
+        return self.parameter, self.across
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of columns and rows."""
+        return self.columns, self.rows
+
+    def position(self, places: Tensor) -> Tensor:
+        """Positions ``(...)`` of columns and rows ``(..., 2)``; see the module."""
+        column, row = places.unbind(-1)
+        # The end of a row is not the start of the next.
+        column = column.clamp(0.0, self.columns - _TOLERANCE)
+        return self.columns * row.floor().clamp(0, self.rows - 1) + column
+
+    def middles(self, cells: Tensor) -> Tensor:
+        """Columns and rows ``(..., 2)`` of the middles of cells ``(...)``."""
+        row = cells.div(self.columns, rounding_mode="floor")
+        return torch.stack([cells - self.columns * row, row], -1) + 0.5
+
+    def spans(
+        self, cells: Tensor, starts: Tensor, ends: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Ends of columns and rows; see :meth:`CellAxis.spans`."""
+        row = cells.div(self.columns, rounding_mode="floor").to(starts)
+        along = ((end - self.columns * row) / self.columns for end in (starts, ends))
+        low, high = along
+        return [(low, high), (row / self.rows, (row + 1) / self.rows)]
+
+    def steps(self, reach: int) -> list[tuple[int, int]]:
+        """Rows and columns to the cells about one that are not before it."""
+        far = reach // 2
+        along = [(0, column) for column in range(far)]
+        near = range(1 - far, far)
+        return along + [(row, column) for row in range(1, far) for column in near]
+
+    def stepped(self, cells: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells that are steps away, and whether they are on the grid."""
+        row = cells.div(self.columns, rounding_mode="floor")
+        column = (cells - self.columns * row).unsqueeze(-1) + steps[:, 1]
+        row = row.unsqueeze(-1) + steps[:, 0]
+        inside = (row < self.rows) & (column >= 0) & (column < self.columns)
+        cells = row * self.columns + column
+        return cells.clamp(0, self.num_cells - 1), inside
+
+
+def axis_from_spec(spec: Mapping[str, Any]) -> CellAxis:
+    """Rebuild an axis or a grid from the fields that a file holds."""
+    return CellGrid(**spec) if "rows" in spec else CellAxis(**spec)
 
 
 def unique_rows(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -6,16 +6,19 @@ An encoder is any module that maps x ``(B, T)`` to an :class:`Encoding`, or to a
 :class:`TokenEncoder` keeps one token for each resolution element of the location axis.
 Nothing is pooled away and nothing strided, so that a slot can read where its component
 is to a fraction of an element. A front end turns x into channels at every token; a body
-of dilated convolutions with two rounds of self-attention lets tokens explain each
-other; pooled tokens serve the cardinality and the shared parameters.
+of dilated convolutions (in two dimensions where tokens stand on a grid) with two rounds
+of self-attention lets tokens explain each other; pooled tokens serve the cardinality
+and the shared parameters.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .spec import build, register
 
@@ -23,6 +26,7 @@ __all__ = [
     "Encoding",
     "MLPEncoder",
     "Observations",
+    "PatchTokens",
     "Pool",
     "SelfAttention",
     "TokenEncoder",
@@ -33,6 +37,8 @@ __all__ = [
 ]
 
 _DILATIONS = (1, 2, 4, 8, 16, 1)
+# The same on a grid, of a few cells a side.
+_GRID_DILATIONS = (1, 2, 1, 3, 1, 2)
 _ATTEND_EVERY = 3
 
 
@@ -160,10 +166,7 @@ class TraceTokens(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read x ``(B, T)``; see :meth:`BandTokens.forward`."""
-        # Differences cancel what is smooth; half the median's square is robust.
-        jumps = x.diff(dim=-1).abs().median(-1, keepdim=True).values
-        unit = rms(x).unsqueeze(-1)
-        level = (jumps / (0.6745 * math.sqrt(2) * unit) + 1e-6).log() + unit.log()
+        level = _noise_unit(x)
         samples = x.unflatten(-1, (self.num_tokens, -1))
         relative = (samples / level.exp().unsqueeze(-1)).asinh()
         extras = torch.stack(
@@ -176,6 +179,72 @@ class TraceTokens(nn.Module):
         edges = torch.arange(self.num_tokens + 1.0, dtype=torch.float64)
         edges = edges.to(x.device).expand(len(x), -1)
         return torch.cat([samples, relative, extras], -1), level, edges
+
+
+def _noise_unit(x: Tensor) -> Tensor:
+    """Log of the noise's level ``(B, 1)``, robust, from jumps along the last axis."""
+    # Differences cancel what is smooth; half the median's square is robust.
+    flat = x.flatten(1)
+    jumps = x.diff(dim=-1).flatten(1).abs().median(-1, keepdim=True).values
+    unit = rms(flat).unsqueeze(-1)
+    return (jumps / (0.6745 * math.sqrt(2) * unit) + 1e-6).log() + unit.log()
+
+
+@register("front end")
+class PatchTokens(nn.Module):
+    """Patches of an image, one for each cell of a grid.
+
+    A patch reaches half a cell beyond its cell on each side, so that a component on a
+    cell's edge is seen whole; beyond the image its edge is repeated.
+
+    Args:
+        shape: Shape of an image, ``(H, W)`` or ``(channels, H, W)``.
+        grid: Rows R and columns C of the grid, divisors of H and W.
+    """
+
+    kind: ClassVar[str] = "patches"
+
+    def __init__(self, shape: Sequence[int], grid: Sequence[int]) -> None:
+        super().__init__()
+        self.shape, self.grid = tuple(shape), (int(grid[0]), int(grid[1]))
+        sides = zip(self.shape[-2:], self.grid, strict=True)
+        if len(self.shape) not in (2, 3) or any(side % num for side, num in sides):
+            raise ValueError(
+                "grid must divide the height and width of images of shape "
+                f"(H, W) or (channels, H, W), got {self.grid} for {self.shape}."
+            )
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "grid": list(self.grid),
+        }
+        self.num_tokens, self.num_data = math.prod(self.grid), math.prod(self.shape)
+        self.num_levels = 1
+        self._cell = tuple(
+            side // num for side, num in zip(self.shape[-2:], self.grid, strict=True)
+        )
+        self._margin = tuple((side + 1) // 2 for side in self._cell)
+        self._patch = tuple(
+            side + 2 * margin
+            for side, margin in zip(self._cell, self._margin, strict=True)
+        )
+        images = self.shape[0] if len(self.shape) == 3 else 1
+        self.channels = 2 * images * math.prod(self._patch) + 3
+        rows, columns = (torch.linspace(-1.0, 1.0, num) for num in self.grid)
+        position = torch.cartesian_prod(rows, columns)
+        self.register_buffer("position", position, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Read x ``(B, *shape)``; see :meth:`BandTokens.forward`."""
+        level = _noise_unit(x)
+        images = x.reshape(len(x), -1, *self.shape[-2:])
+        high, wide = self._margin
+        padded = functional.pad(images, (wide, wide, high, high), "replicate")
+        samples = functional.unfold(padded, self._patch, stride=self._cell).mT
+        relative = (samples / level.exp().unsqueeze(-1)).asinh()
+        position = self.get_buffer("position").expand(len(x), -1, -1)
+        levels = level.unsqueeze(-1).expand(-1, self.num_tokens, -1)
+        return torch.cat([samples, relative, position, levels], -1), level, None
 
 
 @register("encoder")
@@ -210,10 +279,14 @@ class TokenEncoder(nn.Module):
         channels: int = self.front_end.channels
         levels: int = self.front_end.num_levels
         self.lift = mlp(channels, 2 * width, width)
+        self._event: tuple[int, ...] | None = getattr(front_end, "shape", None)
         padding = "circular" if getattr(front_end, "circular", False) else "zeros"
-        self.blocks = nn.ModuleList(
-            _Block(width, dilation, padding) for dilation in _DILATIONS
-        )
+        grid: tuple[int, int] | None = getattr(front_end, "grid", None)
+        if grid is None:
+            blocks = [_Block(width, dilation, padding) for dilation in _DILATIONS]
+        else:
+            blocks = [_GridBlock(width, step, grid) for step in _GRID_DILATIONS]
+        self.blocks = nn.ModuleList(blocks)
         rounds = range(len(_DILATIONS) // _ATTEND_EVERY)
         self.norms: nn.ModuleList = nn.ModuleList(nn.LayerNorm(width) for _ in rounds)
         self.attentions: nn.ModuleList = nn.ModuleList(
@@ -225,8 +298,12 @@ class TokenEncoder(nn.Module):
         self.to_context, self.to_cardinality = mlp(*widths), mlp(*widths)
 
     def forward(self, x: Tensor) -> Encoding:
-        """Embed x ``(B, T)``."""
-        if x.shape[-1] != self.num_data:
+        """Embed x ``(B, *event)``."""
+        if self._event is not None and x.shape[1:] != self._event:
+            raise ValueError(
+                f"x must have shape (B, *{self._event}), got {tuple(x.shape)}."
+            )
+        if self._event is None and x.shape[-1] != self.num_data:
             raise ValueError(f"x must have {self.num_data} entries, got {x.shape[-1]}.")
         channels, level, edges = self.front_end(x)
         tokens = self.lift(channels)
@@ -270,8 +347,31 @@ class _Block(nn.Module):
         if self.convolution.padding_mode == "circular":
             padded = torch.cat([normed[:, -reach:], normed, normed[:, :reach]], 1)
         else:
-            padded = nn.functional.pad(normed, (0, 0, reach, reach))
+            padded = functional.pad(normed, (0, 0, reach, reach))
         taps = [padded.narrow(1, i * step, tokens.shape[1]) for i in range(size)]
         weight = weight.permute(0, 2, 1).flatten(1)
-        around = nn.functional.linear(torch.cat(taps, -1), weight, bias)
+        around = functional.linear(torch.cat(taps, -1), weight, bias)
+        return tokens + self.mix(around)
+
+
+class _GridBlock(nn.Module):
+    """Residual block: a dilated convolution over the grid, then a mix of channels."""
+
+    def __init__(self, width: int, dilation: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid, self.step = grid, dilation
+        self.norm = nn.LayerNorm(width)
+        self.around = nn.Linear(9 * width, width)
+        self.mix = nn.Sequential(nn.GELU(), *mlp(width, 2 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        step, (rows, columns) = self.step, self.grid
+        normed = self.norm(tokens).unflatten(1, self.grid)
+        padded = functional.pad(normed, (0, 0, step, step, step, step))
+        taps = [
+            padded[:, i * step : i * step + rows, j * step : j * step + columns]
+            for i in range(3)
+            for j in range(3)
+        ]
+        around = self.around(torch.cat(taps, -1)).flatten(1, 2)
         return tokens + self.mix(around)

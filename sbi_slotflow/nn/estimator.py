@@ -23,7 +23,7 @@ from ..sets.prior import cardinality_weights
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .cell_head import IndependentHead
-from .cells import CellAxis
+from .cells import axis_from_spec
 from .charts import Chart, WhiteningChart, chart_from_spec
 from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
@@ -294,7 +294,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         """Embed checked data; see :class:`~sbi_slotflow.nn.Encoding`."""
         if self.white_space is not None:
             seen = self.white_space.given(condition).data / self._unit.double()
-            return encode(self.net, seen.to(self.x_scale))
+            return encode(self.net, seen.to(self.x_scale).reshape(condition.shape))
         return encode(self.net, (condition - self.x_shift) / self.x_scale)
 
     def shared_given(
@@ -481,7 +481,7 @@ def component_head_from_spec(
         flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
         return ComponentHead(chart, slots, flow)
     del options["kind"]
-    axis = CellAxis(**options.pop("axis"))
+    axis = axis_from_spec(options.pop("axis"))
     del options["fit"]
     if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
         raise ValueError(
@@ -489,10 +489,10 @@ def component_head_from_spec(
             "one for each cell of the location axis; use slots='attention' or "
             "slots='global' with this one."
         )
-    if axis.parameter != spec.layout.order_by:
+    if spec.layout.order_by not in axis.parameters:
         raise ValueError(
             "slots='anchored' need components in the order of their location: order_by "
-            f"must be {axis.parameter}, got {spec.layout.order_by}."
+            f"must be one of {axis.parameters}, got {spec.layout.order_by}."
         )
     sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
     coupling, steps = options.pop("coupling"), options.pop("refine_steps")

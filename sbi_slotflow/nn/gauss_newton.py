@@ -51,7 +51,8 @@ class LeastSquares(Protocol):
         """Estimate components ``(N, K, D)``, float64, with locations in intervals.
 
         ``owner`` ``(N,)`` is the observation of each set, ``low`` and ``high``
-        ``(N, K)`` are the ends, and ``mask`` ``(N, K)`` tells its active components.
+        ``(N, K)`` are the ends (of two locations ``(N, K, 2)``), and ``mask``
+        ``(N, K)`` tells its active components.
         """
         ...
 

@@ -3,8 +3,9 @@ r"""A component in its cell: local coordinates, and a density of them.
 .. math::
     w = \left( y - a - \tfrac12,\; \psi - \psi_0,\; v \ldots \right)
 
-y is the position on the location axis (:mod:`.cells`) and a the cell; psi are the P
-circular parameters as angles, each unwrapped about a centre :math:`\psi_0`, so that a
+y is the position on the location axis (:mod:`.cells`) and a the cell (on a grid, the
+column and the row, and those of the cell's middle); psi are the P circular parameters
+as angles, each unwrapped about a centre :math:`\psi_0`, so that a
 seam lies nowhere in particular; v are the other parameters in natural units
 (``natural_scale`` of a :class:`~sbi_slotflow.sets.marginals.Marginal`). An angle that
 turns with the location is sheared as the chart says. All are coordinates in which a
@@ -84,27 +85,28 @@ class LocalTransform:
 
     def __init__(self, chart: Chart, axis: CellAxis) -> None:
         self.axis, self.marginals = axis, chart.marginals
-        place, num = axis.parameter, len(chart.marginals)
+        places, num = axis.parameters, len(chart.marginals)
         circular = [
             d
             for d, period in enumerate(chart.marginals.periods)
-            if math.isfinite(period) and d != place
+            if math.isfinite(period) and d not in places
         ]
-        self.num_circular = len(circular)
-        order = [place, *circular]
+        self.num_places, self.num_circular = len(places), len(circular)
+        order = [*places, *circular]
         order += [d for d in range(num) if d not in order]
-        self._parameters = order[1:]
+        self._parameters = order[len(places) :]
         shears: list[Transform] = []
         for d in circular:
             period, (low, _) = chart.marginals.periods[d], self.marginals[d].bounds
-            turning = [s for s in chart.shears if (s.column, s.by) == (d, place)]
+            turning = [s for s in chart.shears if (s.column, s.by) == (d, places[0])]
             rate = turning[0].rate if turning else 0.0
-            shears.append(Shear(d, place, rate, period, low))
+            shears.append(Shear(d, places[0], rate, period, low))
         self._scales = [self._scale(d) for d in self._parameters]
         columns = [Affine(middle, half) for middle, half, _ in self._scales]
-        position = Place(self.marginals[place], axis.num_cells)
+        sized = zip(places, axis.lengths, strict=True)
+        position = [Place(self.marginals[d], length) for d, length in sized]
         self._steps = Compose(
-            [*shears, Permutation(order), Columns([position, *columns])]
+            [*shears, Permutation(order), Columns([*position, *columns])]
         )
 
     @property
@@ -113,7 +115,7 @@ class LocalTransform:
         return len(self.marginals)
 
     def coordinates(self, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Map components to coordinates, the first a position, angles in [0, 2 pi).
+        """Map components to coordinates: locations in cells, angles in [0, 2 pi), rest.
 
         Args:
             components: Inside the support, shape ``(..., D)``.
@@ -127,19 +129,23 @@ class LocalTransform:
         """Inverse of :meth:`coordinates`; values may leave the support."""
         return self._steps.inverse(coordinates)
 
+    def position(self, coordinates: Tensor) -> Tensor:
+        """Positions ``(...)`` on the axis of :meth:`coordinates`."""
+        return self.axis.position(coordinates[..., : self.num_places])
+
     def absolute(self, w: Tensor, anchors: Tensor, centre: Tensor) -> Tensor:
-        """Coordinates with positions and whole angles, of those relative to cells.
+        """Coordinates with locations and whole angles, of those relative to cells.
 
         Args:
             w: Coordinates relative to cells and centres, shape ``(..., D)``.
             anchors: Cells, shape ``(...)``.
             centre: Angles that angles are counted from, shape ``(..., P)``.
         """
-        return self._shifted(w, anchors + 0.5, centre)
+        return self._shifted(w, self.axis.middles(anchors), centre)
 
     def relative(self, w: Tensor, anchors: Tensor, centre: Tensor) -> Tensor:
         """Inverse of :meth:`absolute`; angles in [-pi, pi)."""
-        w = self._shifted(w, -(anchors + 0.5), -centre)
+        w = self._shifted(w, -self.axis.middles(anchors), -centre)
         place, angles, others = self._parted(w)
         return torch.cat([place, wrapped(angles), others], -1)
 
@@ -149,13 +155,13 @@ class LocalTransform:
         return torch.cat([place, torch.zeros_like(angles), others], -1), angles
 
     def _parted(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        num = self.num_circular
-        place, angles, others = w.split([1, num, w.shape[-1] - 1 - num], -1)
+        first, num = self.num_places, self.num_circular
+        place, angles, others = w.split([first, num, w.shape[-1] - first - num], -1)
         return place, angles, others
 
     def _shifted(self, w: Tensor, offset: Tensor, angle: Tensor) -> Tensor:
         place, angles, others = self._parted(w)
-        return torch.cat([place + offset.unsqueeze(-1), angles + angle, others], -1)
+        return torch.cat([place + offset, angles + angle, others], -1)
 
     def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior densities ``(...)`` of local coordinates, and their gradients.
@@ -170,11 +176,12 @@ class LocalTransform:
         with torch.enable_grad():
             w = w.detach().requires_grad_()
             values = 0.0 * w[..., 0]  # has a gradient, whatever the marginals
-            whole = self._shifted(w, torch.zeros_like(w[..., 0]), centre)
-            for i, d in enumerate(self._parameters, 1):
-                (middle, half, _), marginal = self._scales[i - 1], self.marginals[d]
-                coordinate = whole[..., i]
-                if i <= self.num_circular:
+            nowhere = torch.zeros_like(w[..., : self.num_places])
+            whole = self._shifted(w, nowhere, centre)
+            for i, d in enumerate(self._parameters):
+                (middle, half, _), marginal = self._scales[i], self.marginals[d]
+                coordinate = whole[..., self.num_places + i]
+                if i < self.num_circular:
                     if marginal.is_uniform:
                         continue
                     coordinate = coordinate % _TWO_PI
@@ -185,7 +192,8 @@ class LocalTransform:
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(D,)``, those of the offset left open."""
-        pairs = [(-torch.inf, torch.inf)] + self.num_circular * [(-math.pi, math.pi)]
+        pairs = [(-torch.inf, torch.inf), (-0.5, 0.5)][: self.num_places]
+        pairs += self.num_circular * [(-math.pi, math.pi)]
         for d in self._parameters[self.num_circular :]:
             finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
             pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
@@ -194,7 +202,8 @@ class LocalTransform:
 
     def farthest(self) -> Tensor:
         """Largest absolute coordinates ``(D,)`` that a fit may end at."""
-        most = [_FARTHEST_CELL, *(reach for *_, reach in self._scales)]
+        most = self.num_places * [_FARTHEST_CELL]
+        most += [reach for *_, reach in self._scales]
         return torch.tensor(most, dtype=torch.float64)
 
     def _scale(self, d: int) -> tuple[float, float, float]:
@@ -209,7 +218,7 @@ class LocalDensity(nn.Module):
     """A truncated Gaussian and a flow.
 
     Args:
-        features: Number D of coordinates, the offset first.
+        features: Number D of coordinates, offsets first.
         context_features: Length of a context.
         own_features: Length of what each row sees besides.
         options: Further options of the :class:`ConditionalFlow`.

@@ -157,6 +157,8 @@ class ModeFinder:
         low = -high
         low[..., 0] = starts - cells - 0.5 - _MARGIN
         high[..., 0] = ends - cells - 0.5 + _MARGIN
+        high[..., 1 : chart.num_places] = 0.5 + _MARGIN
+        low[..., 1 : chart.num_places] = -0.5 - _MARGIN
         found = fit_mode(
             fit,
             lambda w, index: chart.components(
@@ -207,17 +209,23 @@ class ModeFinder:
         width = (ends - starts) / same.sum(-1).clamp(min=1)
         first = starts + same.tril(-1).sum(-1) * width
         axis = self.local_chart.axis
-        low, high = (
-            self.chart.marginals[axis.parameter].quantile(end / axis.num_cells)
-            for end in (first, first + width)
+        spans = zip(
+            axis.parameters, axis.spans(cells, first, first + width), strict=True
         )
+        ends = [
+            [self.chart.marginals[d].quantile(share) for share in span]
+            for d, span in spans
+        ]
+        low, high = (torch.stack(each, -1) for each in zip(*ends, strict=True))
+        if low.shape[-1] == 1:
+            low, high = low.squeeze(-1), high.squeeze(-1)
         components = fit.start(owner, low, high, mask)
         components = torch.where(
             mask.unsqueeze(-1), components, self.chart.some_point(components)
         )
         components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
-        start[..., 0] = start[..., 0] - cells - 0.5
+        start[..., : axis.middles(cells).shape[-1]] -= axis.middles(cells)
         return torch.where(mask.unsqueeze(-1), start, 0.0)
 
 

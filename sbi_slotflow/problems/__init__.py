@@ -1,16 +1,19 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
-from .base import Problem, Trace
+from .base import Problem
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
+from .placed import Image, Trace
 from .sinusoids.grid import Grid
 from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
 from .sinusoids.problem import Sinusoids, sinusoids
 from .spikes import spikes
+from .stars import stars
 
 __all__ = [
     "AdditiveFit",
     "Grid",
+    "Image",
     "LineSpectrum",
     "LinearGaussian",
     "Problem",
@@ -20,4 +23,5 @@ __all__ = [
     "linear_gaussian",
     "sinusoids",
     "spikes",
+    "stars",
 ]

@@ -2,10 +2,10 @@
 
 :class:`Problem` says by its hooks how a network reads the data. Each has a default, so
 that a problem of your own states what is special about it and nothing else; where
-components sit somewhere in a trace, :class:`Trace` is enough.
+components sit somewhere in a trace or an image, :class:`.placed.Trace` or
+:class:`.placed.Image` is enough.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,18 @@ from torch.distributions import (
     TransformedDistribution,
     Uniform,
 )
-from torch.func import jvp
 
 from ..nn.cells import CellAxis
 from ..nn.charts import Chart, WhiteningChart
-from ..nn.encoders import MLPEncoder, TokenEncoder, TraceTokens
+from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
-from ..sets.checks import Numbers, as_count, simulate
+from ..sets.checks import Numbers, simulate
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
-from .least_squares import AdditiveFit
 from .linear import LinearForm
 from .noise import GaussianNoise
 from .simulator import AdditiveSimulator, WhiteNoise
-from .white_space import linear_background, noise_index, white_space
+from .white_space import linear_background, noise_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +42,6 @@ __all__ = [
     "Likelihood",
     "Problem",
     "Stream",
-    "Trace",
     "log_uniform",
     "uniform",
 ]
@@ -251,9 +248,10 @@ class Problem:
                 f"{self.name!r} has {self.shared_names}."
             )
         x = self.simulator.checked_data(x)
-        if x.numel() != self.num_data or x.ndim > 2:
+        event = self.event_shape
+        if x.shape not in (event, (1, *event)):
             raise ValueError(
-                f"x must have shape ({self.num_data},) or (1, {self.num_data}), got "
+                f"x must have shape {tuple(event)} or {(1, *event)}, got "
                 f"{tuple(x.shape)}."
             )
         x = x.detach().cpu()
@@ -270,103 +268,6 @@ class Problem:
         raise ValueError(
             f"plot_spectrum needs a problem with a spectrum, got {self.name!r}."
         )
-
-
-@dataclass(frozen=True)
-class Trace(Problem):
-    """A problem whose components have a place (a time, a position) in a trace.
-
-    The place is the prior's ``order_by`` parameter. Its prior must be uniform from the
-    first sample of the trace to the end of the last: cell i of the place is cell i of
-    the samples. A network then has a token for each cell, and takes Gauss-Newton steps
-    on the component signal where that is of torch operations, smooth in the
-    component's parameters.
-
-    Attributes:
-        name: Name of the problem.
-        prior: Prior over theta rows.
-        simulator: Simulator theta -> x.
-        cells: Number of cells of the trace, a divisor of its length T; a few samples
-            each, so that a cell seldom holds two components.
-        linear: Names of the parameters in which a component's signal is linear (its
-            height, a flux): the collapsed sampler integrates them out.
-
-    Raises:
-        ValueError: If ``cells`` does not divide T, or the place is not uniform.
-    """
-
-    cells: int = 64
-    linear: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.simulator, AdditiveSimulator):
-            raise TypeError(
-                "simulator must be an AdditiveSimulator, which knows the components' "
-                f"signals, got {type(self.simulator).__name__}."
-            )
-        if len(self.simulator.event_shape) != 1:
-            raise ValueError(
-                "a Trace has signals of shape (..., T), got ones of event shape "
-                f"{tuple(self.simulator.event_shape)}."
-            )
-        if isinstance(self.linear, str):
-            raise TypeError(
-                'linear must be a sequence of names, such as ("height",), got '
-                f"{self.linear!r}."
-            )
-        self.linear_form()  # checks the names
-        as_count(self.cells, "cells")
-        if self.num_data % self.cells:
-            raise ValueError(
-                f"cells must divide the {self.num_data} samples of the trace, got "
-                f"{self.cells}."
-            )
-        place = self.prior.component_marginals[self.layout.order_by]
-        if not place.is_uniform:
-            raise ValueError(
-                "prior must be uniform in its order_by parameter "
-                f"{self.component_names[self.layout.order_by]!r}, which is the place "
-                f"in the trace, got {place}."
-            )
-
-    def build_token_encoder(self, **options: Any) -> TokenEncoder:
-        """Return a :class:`TokenEncoder` with a token for each cell."""
-        return TokenEncoder(TraceTokens(self.num_data, self.cells), **options)
-
-    def location_axis(self) -> CellAxis:
-        """The place, in cells that hold the same number of samples."""
-        order_by = self.layout.order_by
-        low, high = self.prior.component_marginals[order_by].bounds
-        separation = self.prior.min_separation or 0.0
-        return CellAxis(order_by, self.cells, separation * self.cells / (high - low))
-
-    def linear_form(self) -> LinearForm | None:
-        """Return the signal as linear in :attr:`linear`; None if that is empty."""
-        if not self.linear:
-            return None
-        return LinearForm(self.simulator.component_signal, self.layout, self.linear)
-
-    def build_fit(self) -> AdditiveFit | None:
-        """Return the least squares of the component signal, by its derivatives.
-
-        Noise is made white, and a background that is linear in shared parameters is
-        fitted along. None if torch cannot differentiate the signal, one of NumPy for
-        example, or, with a warning, where noise or background allow no least squares.
-        """
-        signal = self.simulator.component_signal
-        width = self.layout.num_component_params
-        middle = self.build_chart().some_point(torch.zeros(width))[None]
-        try:
-            jvp(signal, (middle,), (torch.ones_like(middle),))
-        except (AttributeError, RuntimeError, TypeError):
-            return None
-        try:
-            space = white_space(self.simulator, self.prior)
-        except TypeError as error:
-            warnings.warn(f"no Gauss-Newton steps: {error}", stacklevel=2)
-            return None
-        marginals, order_by = self.prior.component_marginals, self.layout.order_by
-        return AdditiveFit(signal, marginals, order_by, space)
 
 
 def uniform(low: float, high: float) -> Uniform:

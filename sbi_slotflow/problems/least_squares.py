@@ -43,27 +43,36 @@ class AdditiveFit:
     is loaded with ``fit=...``.
 
     Attributes:
-        component_signal: Maps components ``(..., D)`` to signals ``(..., T)``, each on
-            its own, by operations that torch can differentiate in forward mode.
+        component_signal: Maps components ``(..., D)`` to signals ``(..., *event)``,
+            each on its own, by operations that torch can differentiate in forward mode.
         marginals: Prior marginals of the D parameters, ``prior.component_marginals``.
-        location: Index of the location among the parameters.
+        location: Index of the location among the parameters; a tuple of several.
         space: Where noise is white and the background gone; None where noise is white
             and there is no background.
     """
 
     component_signal: Callable[[Tensor], Tensor]
     marginals: Sequence[Marginal]
-    location: int = 0
+    location: int | tuple[int, ...] = 0
     space: WhiteSpace | None = None
 
     kind: ClassVar[str] = "additive"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.location < len(self.marginals):
+        if not all(0 <= index < len(self.marginals) for index in self.locations):
             raise ValueError(
                 f"location must be one of 0..{len(self.marginals) - 1}, got "
                 f"{self.location}."
             )
+
+    @property
+    def locations(self) -> tuple[int, ...]:
+        """Indices of the locations."""
+        return (self.location,) if isinstance(self.location, int) else self.location
+
+    def signals(self, components: Tensor) -> Tensor:
+        """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
+        return self.component_signal(components).flatten(components.ndim - 1)
 
     @property
     def spec(self) -> dict[str, Any] | None:
@@ -82,7 +91,8 @@ class AdditiveFit:
     def from_spec(cls, spec: dict[str, Any]) -> "AdditiveFit":
         """Rebuild a fit from :attr:`spec`."""
         signal, marginals = build("signal", spec["signal"]), Marginals.from_spec(spec)
-        return cls(signal, marginals, spec["location"])
+        place = spec["location"]
+        return cls(signal, marginals, place if isinstance(place, int) else tuple(place))
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
@@ -146,7 +156,7 @@ class AdditiveLeastSquares:
         for i, here, active in parts:
             total = here.new_zeros(len(i), self.data.shape[-1])
             if active.any():
-                signals = self.fit.component_signal(here[active])
+                signals = self.fit.signals(here[active])
                 total.index_add_(0, active.nonzero()[:, 0], signals.to(total))
             found.append(self.white.moments(total, i))
         right, gram = zip(*found, strict=True)
@@ -167,7 +177,7 @@ class AdditiveLeastSquares:
         for d in range(width if len(active) else 0):
             direction = torch.zeros_like(active)
             direction[:, d] = 1.0
-            pushed = jvp(self.fit.component_signal, (active,), (direction,))
+            pushed = jvp(self.fit.signals, (active,), (direction,))
             slopes[..., d, :][mask] = pushed[1]
             if d == 0:
                 signals[mask] = pushed[0]
@@ -181,13 +191,17 @@ class AdditiveLeastSquares:
 
     def _candidates(self, low: Tensor, high: Tensor) -> Tensor:
         """Candidates ``(N, K, G, D)`` for components with locations in intervals."""
+        if low.ndim == 2:
+            low, high = low.unsqueeze(-1), high.unsqueeze(-1)
         # The sequence's first point is the corner, where a quantile may be infinite.
         engine = SobolEngine(len(self.fit.marginals))
         points = engine.draw(_SEARCH_POINTS + 1, dtype=torch.float64)[1:].to(low.device)
         named = zip(self.fit.marginals, points.unbind(-1), strict=True)
-        columns = [m.quantile(share).expand(*low.shape, -1) for m, share in named]
-        place = points[:, self.fit.location]
-        columns[self.fit.location] = torch.lerp(low[..., None], high[..., None], place)
+        shape = *low.shape[:-1], -1
+        columns = [m.quantile(share).expand(shape) for m, share in named]
+        for i, d in enumerate(self.fit.locations):
+            ends = low[..., i, None], high[..., i, None]
+            columns[d] = torch.lerp(*ends, points[:, d])
         return torch.stack(columns, -1)
 
     def _choose(self, owner: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
@@ -199,7 +213,7 @@ class AdditiveLeastSquares:
         data = torch.ldexp(data, exponent)
         if mask.any():
             # A start need not be exact: the data's own precision will do.
-            found = self.fit.component_signal(candidates[mask].to(data))
+            found = self.fit.signals(candidates[mask].to(data))
             found = self._seen(found, owner[mask.nonzero()[:, 0]])
             signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)

@@ -90,7 +90,7 @@ class LinearForm:
         units = torch.eye(self.num_amplitudes).to(nonlinear)
         each = nonlinear.unsqueeze(-2).expand(*nonlinear.shape[:-1], len(units), -1)
         components = self.components(each, units.expand(*each.shape[:-1], -1))
-        return torch.as_tensor(self.signal(components)).to(nonlinear)
+        return self._signals(components)
 
     def check(self, components: Tensor) -> None:
         """Compare the form with the signal of some components ``(S, D)``.
@@ -98,7 +98,7 @@ class LinearForm:
         Raises:
             ValueError: If the signal is not linear in the amplitudes.
         """
-        signal = torch.as_tensor(self.signal(components)).to(components)
+        signal = self._signals(components)
         basis = self.basis(self.nonlinear(components))
         error = signal - torch.einsum("sm,smt->st", self.amplitudes(components), basis)
         if error.norm() > _TOLERANCE * signal.norm():
@@ -107,6 +107,11 @@ class LinearForm:
                 f"the component signal must be linear in {names}, got one that differs "
                 f"by {float(error.norm() / signal.norm()):.2g} of itself."
             )
+
+    def _signals(self, components: Tensor) -> Tensor:
+        """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
+        signals = torch.as_tensor(self.signal(components)).to(components)
+        return signals.flatten(components.ndim - 1)
 
     def _joined(self, nonlinear: Tensor, linear: Tensor) -> Tensor:
         size = len(self.others) + len(self.linear)

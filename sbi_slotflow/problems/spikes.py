@@ -20,7 +20,8 @@ from torch.distributions import Independent
 from ..nn.spec import register
 from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
-from .base import Trace, log_uniform, uniform
+from .base import log_uniform, uniform
+from .placed import Trace
 from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = ["SpikeSignal", "spikes"]
