@@ -90,7 +90,7 @@ class LinearForm:
         units = torch.eye(self.num_amplitudes).to(nonlinear)
         each = nonlinear.unsqueeze(-2).expand(*nonlinear.shape[:-1], len(units), -1)
         components = self.components(each, units.expand(*each.shape[:-1], -1))
-        return self._signals(components)
+        return self.signals(components)
 
     def check(self, components: Tensor) -> None:
         """Compare the form with the signal of some components ``(S, D)``.
@@ -98,7 +98,7 @@ class LinearForm:
         Raises:
             ValueError: If the signal is not linear in the amplitudes.
         """
-        signal = self._signals(components)
+        signal = self.signals(components)
         basis = self.basis(self.nonlinear(components))
         error = signal - torch.einsum("sm,smt->st", self.amplitudes(components), basis)
         if error.norm() > _TOLERANCE * signal.norm():
@@ -108,7 +108,7 @@ class LinearForm:
                 f"by {float(error.norm() / signal.norm()):.2g} of itself."
             )
 
-    def _signals(self, components: Tensor) -> Tensor:
+    def signals(self, components: Tensor) -> Tensor:
         """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
         signals = torch.as_tensor(self.signal(components)).to(components)
         return signals.flatten(components.ndim - 1)

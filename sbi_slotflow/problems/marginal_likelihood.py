@@ -158,7 +158,7 @@ class Target:
         width = torch.diagonal(ends[0] - ends[1], dim1=-2, dim2=-1).unsqueeze(-1)
         amplitudes = amplitudes.unsqueeze(-2).expand(*ends.shape[:-1], -1)
         components = self.form.components(self.place(ends), amplitudes)
-        above, below = torch.as_tensor(self.form.signal(components)).double()
+        above, below = self.form.signals(components)
         return self.noise.unit_white(above - below) / width
 
     def scale(self, state: State) -> Tensor:
@@ -269,7 +269,7 @@ class Target:
         beta = parts.shared[:, list(self.background.indices)].double()
         residual = residual - beta @ self.background.columns
         for k in range(int(parts.cardinality.max())):
-            signal = torch.as_tensor(self.form.signal(parts.components[:, k]))
+            signal = self.form.signals(parts.components[:, k])
             active = parts.mask[:, k].unsqueeze(-1)
             residual -= torch.where(active, signal, 0.0)
         return self.noise.log_prob(residual, parts.shared)
