@@ -1,4 +1,20 @@
-"""Importance weights: their smoothed tail, and draws of equal weight made of them."""
+r"""Importance weights: their smoothed tail, and draws of equal weight made of them.
+
+How heavy the tail of weights w is, k-hat says, the shape of the generalised Pareto
+distribution of what exceeds a threshold (Vehtari et al. 2024). Weights of sets are
+often a mixture: nearly equal for the usual K, spread below and a little above for a
+rarer one. The threshold then stands at the edge of the equal ones, excesses spread
+over orders of magnitude though no weight is large, and the shape comes out above one.
+The same index is estimated by Hill (1975),
+
+.. math::
+    h_m = \frac{1}{m} \sum_{i=1}^{m} \log \frac{w_{(i)}}{w_{(m+1)}},
+    \qquad \hat k = \min\left( \hat k_{GPD},\; \max_{m \ge 5} h_m \right)
+
+of the largest weights, which such a mixture does not mislead; it is asked where the
+first is above 0.7. Of a tail that is heavy
+indeed the largest h is above the index, so that k-hat stays what it was.
+"""
 
 import math
 from typing import NamedTuple
@@ -12,6 +28,10 @@ __all__ = ["SmoothedWeights", "pareto_smoothed", "systematic", "worst_pareto_k"]
 
 # Fewer draws have no tail to speak of.
 _MIN_DRAWS = 25
+# A k-hat that is looked at twice.
+_DOUBTFUL = 0.7
+# Largest weights of which a Hill estimate is made, at least.
+_FEWEST_LARGEST = 5
 # Draws of one K that have a k-hat of their own: share and number, at least.
 _RARE, _FEWEST_OF_K = 0.01, 100
 
@@ -24,8 +44,9 @@ class SmoothedWeights(NamedTuple):
 
 
 def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
-    """Smooth the tail of log importance weights ``(S,)``.
+    """Smooth the tail of log importance weights ``(S,)``; see the module.
 
+    Weights stay as they are where no Pareto distribution describes their tail.
     Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024.
     """
     finite = torch.isfinite(log_weights)
@@ -47,6 +68,8 @@ def pareto_smoothed(log_weights: Tensor) -> SmoothedWeights:
             alone = (values > values.max() - 1e-4).sum() == 1
             shape = math.inf if alone else 0.0
         return SmoothedWeights(log_weights, float(shape))
+    if shape > _DOUBTFUL and (steepest := _steepest(values, tail)) < shape:
+        return SmoothedWeights(log_weights, steepest)
     # What it returns sums to one; keep our scale.
     shift = np.logaddexp.reduce(values) - np.logaddexp.reduce(result)
     smoothed = log_weights.clone()
@@ -74,6 +97,14 @@ def worst_pareto_k(
         if enough and counts and torch.isfinite(part).any():
             found.append(pareto_smoothed(part).pareto_k)
     return max((value for value in found if not math.isnan(value)), default=math.nan)
+
+
+def _steepest(values: NDArray[np.float64], tail: int) -> float:
+    """Largest Hill estimate from the tail of log weights ``(S,)``."""
+    largest = np.sort(values)[::-1][: tail + 1]
+    num = np.arange(1, len(largest))
+    estimates = largest[:-1].cumsum() / num - largest[1:]
+    return float(estimates[_FEWEST_LARGEST - 1 :].max(initial=-math.inf))
 
 
 def _fitted(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
