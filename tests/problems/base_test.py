@@ -73,7 +73,7 @@ def test_bad_arguments_are_named() -> None:
         make_problem(cells=0)
     prior = VariableKPrior(Independent(Exponential(torch.ones(2)), 1), [1.0, 1.0])
     simulator = AdditiveSimulator(bump, WhiteNoise(0.1), prior.layout)
-    with pytest.raises(ValueError, match="uniform in .theta_1., which is a place"):
+    with pytest.raises(ValueError, match=r"uniform in .theta_1., which is a place"):
         Trace("bumps", prior, simulator, CELLS)
 
 
