@@ -1,0 +1,267 @@
+r"""Fields: problems that are no sinusoids, trained as their users would.
+
+Paper: none.
+
+Question: With the library's defaults and CPU-minutes of training, how much does a
+network know of another field's problem, how wide are its posteriors beside the
+Cramer-Rao bound, and does `refine` make it exact?
+
+Protocol: `stars`, 32 x 32 pixels, K = 0..6, unknown noise level and sky. Trained by
+`train_online` with all defaults. Fresh signals from the prior. Gain: log q(truth) less
+log p(truth), nats. Widths: half the central 68 % of draws with the true K = 1, of
+signals of 20 to 40 in units of the noise (norm of the component's signal), over the
+bound with background and all parameters of the component unknown; the median over
+signals. Refined by importance weights of 2,000 draws: "reliable" is a k-hat below 0.7
+and 100 effective draws. Exact: `rjmcmc.collapsed` from draws of the network, where its
+chains have converged; total variation of p(K | x) from it, of the network and of those
+refined reliably.
+
+Losses: A star that is split into two near its place, and one more star than there are
+beside a bright one: the posterior of two blended stars is a ridge, of which one
+Gaussian describes a part.
+"""
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sbi_slotflow import SlotNPE, SlotPosterior, problems, rjmcmc, slot_nn
+from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
+from sbi_slotflow.problems import Image
+from sbi_slotflow.seeding import generator_for
+
+from ..common import TEST, one
+from ..experiment import Budget, Claim
+from ..intervals import mean_interval, median_interval, share_interval
+from ..store import Cache
+
+# Signals whose widths are compared with the bound, in units of the noise.
+LOUD = 20.0, 40.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """Simulations; signals for p(K), gain, refining, the exact sampler; draws."""
+
+    num_simulations: int
+    num_signals: int
+    num_gain: int
+    num_refined: int
+    num_exact: int
+    num_draws: int
+
+
+BUDGETS: dict[Budget, Size] = {
+    "smoke": Size(128, 8, 2, 1, 0, 60),
+    "quick": Size(40_000, 300, 60, 16, 16, 2_000),
+    "full": Size(130_000, 1_000, 300, 60, 30, 2_000),
+}
+
+
+def run(budget: Budget, seed: int) -> xr.Dataset:
+    size, cache = BUDGETS[budget], Cache("fields", budget, seed)
+    problem = problems.stars()
+    begun = time.process_time()
+    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
+    trainer.train_online(
+        problem.simulator,
+        num_simulations=size.num_simulations,
+        num_validation=min(2_000, size.num_simulations),
+        seed=seed,
+        checkpoint=cache.path("stars", ".safetensors"),
+    )
+    posterior = trainer.build_posterior()
+    seconds = time.process_time() - begun
+    # A checkpoint that is finished takes no time: the first run's seconds are kept.
+    spent = cache.get("seconds", lambda: xr.Dataset({"seconds": seconds}))
+    theta = problem.prior.sample((size.num_signals,), generator_for(seed, TEST, 0))
+    x = problem.simulator(theta, generator_for(seed, TEST, 1))
+    found = cache.get("network", lambda: _network(problem, posterior, theta, x, size))
+    rows = [
+        cache.get(
+            f"refined-{i}",
+            lambda i=i: _refined(problem, posterior, x[i], size, seed, i),
+        )
+        for i in range(size.num_refined)
+    ]
+    return xr.merge([found, spent, xr.concat(rows, "refined")])
+
+
+@torch.no_grad()
+def _network(
+    problem: Image, posterior: SlotPosterior, theta: Tensor, x: Tensor, size: Size
+) -> xr.Dataset:
+    k = problem.layout.cardinality(theta)
+    logs = posterior.cardinality(x).logits.double().log_softmax(-1)
+    gain = [
+        posterior.log_prob(row[None], one_x) - problem.prior.log_prob(row[None])
+        for row, one_x in zip(theta[: size.num_gain], x, strict=False)
+    ]
+    return xr.Dataset(
+        {
+            "loss": ("signal", -logs.gather(-1, k[:, None])[:, 0].numpy()),
+            "right": ("signal", (logs.argmax(-1) == k).numpy()),
+            "gain": ("gained", torch.cat(gain).double().numpy()),
+            "width": (("loud", "parameter"), _widths(problem, posterior, theta, x)),
+        },
+        {"parameter": list(problem.component_names)},
+    )
+
+
+def _widths(
+    problem: Image, posterior: SlotPosterior, theta: Tensor, x: Tensor
+) -> np.ndarray:
+    """Half widths over the Cramer-Rao bound, (loud signals, parameters)."""
+    layout, fit = problem.layout, problem.build_fit()
+    assert fit is not None
+    ratios = [np.full(layout.num_component_params, np.nan)]
+    for i in (layout.cardinality(theta) == 1).nonzero().flatten().tolist():
+        parts = layout.unpack(theta[i : i + 1].double())
+        sigma = parts.shared[0, 0]
+        signal = problem.simulator.flat_signal(parts.components[0, :1])
+        if not LOUD[0] < float(signal.norm() / sigma) < LOUD[1]:
+            continue
+        alone = parts.components[:, :1], parts.mask[:, :1]
+        given = fit.given(x[i : i + 1])
+        equations = given.normal_equations(torch.zeros(1).long(), *alone)
+        bound = torch.linalg.inv(equations.curvature[0] / sigma**2).diagonal().sqrt()
+        draws = posterior.sample((2_000,), x=x[i], show_progress_bars=False)
+        draws = draws[layout.cardinality(draws) == 1]
+        if len(draws) < 100:
+            continue
+        ends = torch.tensor([0.16, 0.84], dtype=torch.float64)
+        values = layout.unpack(draws.double()).components[:, 0]
+        low, high = values.quantile(ends, dim=0)
+        ratios.append((0.5 * (high - low) / bound).numpy())
+    return np.stack(ratios[1:] or ratios)
+
+
+def _refined(
+    problem: Image, posterior: SlotPosterior, x: Tensor, size: Size, seed: int, i: int
+) -> xr.Dataset:
+    generator = generator_for(seed, TEST, 2, i)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether it is reliable is recorded
+        refined = one(
+            posterior.refine(
+                problem.log_likelihood, x, size.num_draws, generator=generator
+            )
+        )
+        probs = {
+            "network": posterior.cardinality(x).probs,
+            "weighed": refined.cardinality().probs,
+            "exact": torch.full((problem.prior.max_cardinality + 1,), torch.nan),
+        }
+        if i < size.num_exact:
+            start = posterior.sample((48,), x=x, show_progress_bars=False)
+            exact = rjmcmc.collapsed(
+                problem, x, start=start, num_draws=400, burn_in=1_000, seed=seed
+            )
+            assert exact.diagnostics is not None
+            if exact.diagnostics.converged:
+                probs["exact"] = exact.cardinality().probs
+    return xr.Dataset(
+        {
+            "reliable": refined.is_reliable,
+            "ess": refined.ess / size.num_draws,
+            "khat": refined.pareto_k,
+            **{f"p_{name}": ("k", p.flatten().numpy()) for name, p in probs.items()},
+        }
+    )
+
+
+def _variations(dataset: xr.Dataset, name: str) -> np.ndarray:
+    """Total variation of p(K | x) from the exact one; NaN where there is none."""
+    exact = dataset["p_exact"].transpose("refined", ..., "k")
+    here = dataset[f"p_{name}"].transpose("refined", ..., "k")
+    return 0.5 * np.abs(here.values - exact.values).sum(-1).ravel()
+
+
+def plot(dataset: xr.Dataset) -> Figure:
+    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].hist(dataset["gain"].values.ravel(), 20, color=POSTERIOR)
+    dress(panels[0], "log q(truth) - log p(truth), nats", "signals", "gain")
+    for i, name in enumerate(dataset.parameter.values):
+        values = dataset["width"].sel(parameter=name).values.ravel()
+        panels[1].plot(np.full(len(values), i), values, "o", color=POSTERIOR, alpha=0.6)
+    panels[1].axhline(1.0, color=TRUTH)
+    panels[1].set_xticks(
+        range(dataset.sizes["parameter"]), [str(n) for n in dataset.parameter.values]
+    )
+    dress(panels[1], "", "half width / bound", "one loud star")
+    for name, marker in (("network", "o"), ("weighed", "x")):
+        values = _variations(dataset, name)
+        panels[2].plot(values, marker, label=name)
+    panels[2].legend(fontsize=SMALL, frameon=False)
+    dress(panels[2], "signal", "TV of p(K | x) from exact", "")
+    return figure
+
+
+def claims(dataset: xr.Dataset) -> list[Claim]:
+    def values(name: str) -> np.ndarray:
+        return dataset[name].values.ravel()
+
+    right, reliable = values("right").astype(bool), values("reliable").astype(bool)
+    seconds = float(np.mean(values("seconds")))
+    found = [
+        Claim("stars: CPU seconds of training", round(seconds)),
+        Claim(
+            "stars: -log q(true K)",
+            float(values("loss").mean()),
+            mean_interval(values("loss")),
+        ),
+        Claim(
+            "stars: K right",
+            float(right.mean()),
+            share_interval(int(right.sum()), len(right)),
+        ),
+        Claim(
+            "stars: gain over the prior, nats",
+            float(values("gain").mean()),
+            mean_interval(values("gain")),
+            target=">= 24",
+        ),
+        Claim(
+            "stars: refined reliably",
+            float(reliable.mean()),
+            share_interval(int(reliable.sum()), len(reliable)),
+            target=">= 0.9375",
+            note=f"Median share of effective draws {np.median(values('ess')):.2f}.",
+        ),
+    ]
+    for name in dataset.parameter.values:
+        widths = dataset["width"].sel(parameter=name).values.ravel()
+        widths = widths[np.isfinite(widths)]
+        if len(widths):
+            found.append(
+                Claim(
+                    f"stars: half width of {name} over the Cramer-Rao bound, median",
+                    float(np.median(widths)),
+                    median_interval(widths),
+                    target="<= 1.05",
+                    note=f"Of {len(widths)} signals.",
+                )
+            )
+    for label, name, rows in (
+        ("network", "network", reliable | True),
+        ("refined, those reliable", "weighed", reliable),
+    ):
+        here = _variations(dataset, name)[rows]
+        here = here[np.isfinite(here)]
+        if len(here):
+            found.append(
+                Claim(
+                    f"stars: TV of p(K | x) from exact, {label}",
+                    float(here.mean()),
+                    mean_interval(here),
+                    note=f"Of {len(here)} signals, at most {here.max():.3f}.",
+                )
+            )
+    return found
