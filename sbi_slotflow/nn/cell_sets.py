@@ -352,7 +352,7 @@ class CellSets:
         self, evidence: Tensor, modes: Modes, log_chain: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log weights ``(S,)`` of sets, log c, and c r."""
-        likelihood = -self.data[0].numel() * modes.level
+        likelihood = -modes.misfit
         low = likelihood < likelihood.amax() - _AS_HIGH
         weight = torch.logaddexp(
             evidence.log_softmax(-1) + math.log1p(-_SAY),

@@ -9,6 +9,8 @@ The minimum of
 in coordinates w of about unit range, whose square stands for a prior, is found by
 damped Gauss-Newton steps (Levenberg-Marquardt). The noise level from the residual turns
 the curvature there into a Gaussian approximation of p(w | x), all components together.
+Where the noise's variance v is known, :math:`\Vert \cdot \Vert^2 / 2 v` takes the
+place of the first term.
 """
 
 from collections.abc import Callable
@@ -45,6 +47,11 @@ class LeastSquares(Protocol):
     @property
     def data(self) -> Tensor:
         """The observations, shape ``(B, T)``."""
+        ...
+
+    @property
+    def variance(self) -> float | None:
+        """Variance of the noise in them, if it is known."""
         ...
 
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
@@ -84,6 +91,7 @@ class FittedMode(NamedTuple):
     gradient: Tensor
     precision: Tensor  # Curvature, (N, K D, K D), positive definite
     variance: Tensor  # Mean squared residual, (N,)
+    misfit: Tensor  # Minus the log likelihood, but for a constant, (N,)
     decrement: Tensor  # Nats that another step promises within the bounds, (N,)
 
 
@@ -95,6 +103,7 @@ class _State(NamedTuple):
     gradient: Tensor
     precision: Tensor
     variance: Tensor
+    misfit: Tensor
     damping: Tensor
 
     def rows(self, index: Tensor) -> "_State":
@@ -121,7 +130,9 @@ def fit_mode(
     power = fit.data.double().square().mean(-1)
     inactive = ~mask.repeat_interleave(start.shape[-1], dim=-1)
 
-    def linearise(w: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def linearise(
+        w: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         components, jacobian = _with_jacobian(lambda w: to_components(w, index), w)
         equations = fit.normal_equations(owner[index], components, mask[index])
         blocks = torch.zeros(len(w), size, size).to(w)
@@ -135,13 +146,19 @@ def fit_mode(
         # Nothing has a scale where no component explains data that are zero.
         least = least.clamp(min=torch.finfo(least.dtype).tiny)
         variance = torch.maximum(equations.residual / num_data, least)
-        scaled = blocks / variance[:, None, None]
+        if fit.variance is None:
+            noise, misfit = variance, 0.5 * num_data * variance.log()
+        else:
+            # However little it is, curvatures can be inverted.
+            noise = least.clamp(min=fit.variance)
+            misfit = 0.5 * equations.residual / noise
+        scaled = blocks / noise[:, None, None]
         gradient = (scaled.mT @ equations.gradient.unsqueeze(-1)).squeeze(
             -1
         ) - w.flatten(1)
-        precision = curvature / variance[:, None, None] + identity
-        cost = 0.5 * num_data * variance.log() + 0.5 * w.square().sum((-2, -1))
-        return cost, gradient, precision, variance
+        precision = curvature / noise[:, None, None] + identity
+        cost = misfit + 0.5 * w.square().sum((-2, -1))
+        return cost, gradient, precision, variance, misfit
 
     def free(state: _State, index: Tensor) -> tuple[Tensor, Tensor]:
         """Pull and precision of what is not held at its bound."""
@@ -193,7 +210,12 @@ def fit_mode(
             part[left] = moved
         decrement[left] = promise(some, left)
     return FittedMode(
-        state.w, state.gradient, state.precision, state.variance, decrement
+        state.w,
+        state.gradient,
+        state.precision,
+        state.variance,
+        state.misfit,
+        decrement,
     )
 
 

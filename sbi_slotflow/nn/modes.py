@@ -51,6 +51,7 @@ class Modes(NamedTuple):
     summary: Tensor
     decrement: Tensor  # Nats that another step promises, (S,)
     level: Tensor  # Log of the residuals' standard deviation, (S,)
+    misfit: Tensor  # Minus the log likelihood there, up to such a constant, (S,)
     height: Tensor  # Log likelihood times prior there, up to a constant of x, K, (S,)
 
     def features(self, scale: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class ModeFinder:
             zeros.new_zeros(num, size, self.local_chart.num_circular),
             factor,
             zeros.new_zeros(num, size, 3 * width),
-            *zeros.new_zeros(3, num),
+            *zeros.new_zeros(4, num),
         )
         for start in range(0, num, _MAX_SETS):
             here = slice(start, start + _MAX_SETS)
@@ -183,7 +184,7 @@ class ModeFinder:
             -1
         )
         height = height + torch.where(mask, log_prior, 0.0).sum(-1) - found.decrement
-        height = height - 0.5 * fit.data.shape[-1] * found.variance.log()
+        height = height - found.misfit
         mode, moved = chart.without_angles(mode)
         centre = wrapped(centre + moved)
         factor = _covariance_factor(found.precision)
@@ -197,6 +198,7 @@ class ModeFinder:
             torch.cat(summary, -1),
             found.decrement,
             0.5 * found.variance.log(),
+            found.misfit,
             height,
         )
 

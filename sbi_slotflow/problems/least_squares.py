@@ -49,12 +49,14 @@ class AdditiveFit:
         location: Index of the location among the parameters; a tuple of several.
         space: Where noise is white and the background gone; None where noise is white
             and there is no background.
+        variance: The noise's variance there; None if it is not known.
     """
 
     component_signal: Callable[[Tensor], Tensor]
     marginals: Sequence[Marginal]
     location: int | tuple[int, ...] = 0
     space: WhiteSpace | None = None
+    variance: float | None = None
 
     kind: ClassVar[str] = "additive"
 
@@ -80,11 +82,13 @@ class AdditiveFit:
         signal = describe("signal", self.component_signal)
         if signal is None or self.space is not None:
             return None
+        known = {} if self.variance is None else {"variance": self.variance}
         return {
             "kind": self.kind,
             "signal": signal,
             **Marginals(self.marginals).spec,
             "location": self.location,
+            **known,
         }
 
     @classmethod
@@ -92,7 +96,8 @@ class AdditiveFit:
         """Rebuild a fit from :attr:`spec`."""
         signal, marginals = build("signal", spec["signal"]), Marginals.from_spec(spec)
         place = spec["location"]
-        return cls(signal, marginals, place if isinstance(place, int) else tuple(place))
+        place = place if isinstance(place, int) else tuple(place)
+        return cls(signal, marginals, place, variance=spec.get("variance"))
 
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
@@ -116,6 +121,11 @@ class AdditiveLeastSquares:
     fit: AdditiveFit
     data: Tensor
     white: GivenWhite | None = None
+
+    @property
+    def variance(self) -> float | None:
+        """Variance of the noise in the data, if it is known."""
+        return self.fit.variance
 
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.

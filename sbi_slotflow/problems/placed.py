@@ -22,7 +22,7 @@ from .base import Problem
 from .least_squares import AdditiveFit
 from .linear import LinearForm
 from .simulator import AdditiveSimulator
-from .white_space import white_space
+from .white_space import known_variance, white_space
 
 __all__ = ["Image", "Placed", "Trace"]
 
@@ -84,7 +84,10 @@ class Placed(Problem):
             return None
         places = self.places
         location = places[0] if len(places) == 1 else places
-        return AdditiveFit(signal, self.prior.component_marginals, location, space)
+        variance = known_variance(self.simulator.noise, space)
+        return AdditiveFit(
+            signal, self.prior.component_marginals, location, space, variance
+        )
 
 
 @dataclass(frozen=True)

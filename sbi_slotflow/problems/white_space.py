@@ -37,6 +37,7 @@ __all__ = [
     "GivenWhite",
     "WhiteSpace",
     "Whitened",
+    "known_variance",
     "linear_background",
     "white_space",
 ]
@@ -291,6 +292,16 @@ def white_space(
         stacklevel=3,
     )
     return None
+
+
+def known_variance(noise: object, space: WhiteSpace | None) -> float | None:
+    """Variance of a noise where it is white; None if it is not known."""
+    if isinstance(noise, WhiteNoise | GaussianNoise):
+        if noise.sigma is None:
+            return None
+        # In a space its errors are ones.
+        return noise.sigma**2 if space is None else 1.0
+    return 1.0 if isinstance(noise, PoissonNoise) else None
 
 
 def noise_index(noise: object) -> int | None:

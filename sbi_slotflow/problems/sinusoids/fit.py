@@ -316,6 +316,8 @@ class SineLeastSquares:
     :class:`SineStatistics`; the tables cover the frequencies that were asked for.
     """
 
+    variance: float | None = None  # it is inferred with the components
+
     def __init__(self, fit: SineFit, data: Tensor) -> None:
         self.fit, self.data = fit, data
         self._tables: tuple[tuple[float, float], SineStatistics] | None = None
