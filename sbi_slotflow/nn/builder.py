@@ -337,8 +337,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         """Whether the noise level is all that components share, a background aside."""
         assert isinstance(self.problem, ProblemLike)
         marginals, level = self._prior.shared_marginals, self.problem.noise_level
-        space = getattr(self._fit, "space", None)
-        linear = () if space is None else space.indices
+        linear = getattr(self._fit, "linear_shared", ())
         others = [i for i in range(len(marginals)) if i not in linear]
         return (
             level is not None and others == [level] and marginals[level].bounds[0] >= 0

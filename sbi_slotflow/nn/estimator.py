@@ -320,7 +320,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     def _linear_shared(self) -> tuple[int, ...]:
         """Shared parameters in which a background is linear that is fitted beside."""
-        return () if self.white_space is None else self.white_space.indices
+        return getattr(self.fit, "linear_shared", ())
 
     def set_cardinality_prior(self, weights: Sequence[float] | Tensor) -> None:
         """Put another prior p(K) into eq. 10, in place.

@@ -54,6 +54,11 @@ class LeastSquares(Protocol):
         """Variance of the noise in them, if it is known."""
         ...
 
+    @property
+    def counts(self) -> Tensor | None:
+        """How many numbers of each observation are data, ``(B,)``; None if all are."""
+        ...
+
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components ``(N, K, D)``, float64, with locations in intervals.
 
@@ -124,7 +129,10 @@ def fit_mode(
 
     Sets that have not converged after ``num_steps`` get up to four times as many.
     """
-    num_data, size = fit.data.shape[-1], start.shape[-2] * start.shape[-1]
+    size = start.shape[-2] * start.shape[-1]
+    counts = start.new_full((len(fit.data),), fit.data.shape[-1])
+    if fit.counts is not None:
+        counts = fit.counts.to(start)
     identity = torch.eye(size).to(start)
     low, high = (end.to(start).expand_as(start) for end in bounds)
     power = fit.data.double().square().mean(-1)
@@ -145,6 +153,7 @@ def fit_mode(
         least = _LEAST_VARIANCE * (power[owner[index]] + unit)
         # Nothing has a scale where no component explains data that are zero.
         least = least.clamp(min=torch.finfo(least.dtype).tiny)
+        num_data = counts[owner[index]]
         variance = torch.maximum(equations.residual / num_data, least)
         if fit.variance is None:
             noise, misfit = variance, 0.5 * num_data * variance.log()

@@ -72,6 +72,11 @@ class AdditiveFit:
         """Indices of the locations."""
         return (self.location,) if isinstance(self.location, int) else self.location
 
+    @property
+    def linear_shared(self) -> tuple[int, ...]:
+        """Shared parameters in which a background is linear that is fitted along."""
+        return () if self.space is None else self.space.indices
+
     def signals(self, components: Tensor) -> Tensor:
         """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
         return self.component_signal(components).flatten(components.ndim - 1)
@@ -127,6 +132,15 @@ class AdditiveLeastSquares:
         """Variance of the noise in the data, if it is known."""
         return self.fit.variance
 
+    @property
+    def counts(self) -> Tensor | None:
+        """How many numbers of each observation are data; None if all are."""
+        return None
+
+    def signals(self, components: Tensor, owner: Tensor) -> Tensor:
+        """Signals ``(M, ..., T)`` of components ``(M, ..., D)`` of observations."""
+        return self.fit.signals(components)
+
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
 
@@ -166,8 +180,9 @@ class AdditiveLeastSquares:
         for i, here, active in parts:
             total = here.new_zeros(len(i), self.data.shape[-1])
             if active.any():
-                signals = self.fit.signals(here[active])
-                total.index_add_(0, active.nonzero()[:, 0], signals.to(total))
+                row = active.nonzero()[:, 0]
+                signals = self.signals(here[active], i[row])
+                total.index_add_(0, row, signals.to(total))
             found.append(self.white.moments(total, i))
         right, gram = zip(*found, strict=True)
         return torch.cat(right), torch.cat(gram)
@@ -181,13 +196,13 @@ class AdditiveLeastSquares:
     ) -> NormalEquations:
         data = self.data[owner].double()
         num, width = data.shape[-1], components.shape[-1]
-        active = components[mask]
+        active, rows = components[mask], owner[mask.nonzero()[:, 0]]
         slopes = components.new_zeros(*components.shape, num)
         signals = components.new_zeros(*mask.shape, num)
         for d in range(width if len(active) else 0):
             direction = torch.zeros_like(active)
             direction[:, d] = 1.0
-            pushed = jvp(self.fit.signals, (active,), (direction,))
+            pushed = jvp(lambda c: self.signals(c, rows), (active,), (direction,))
             slopes[..., d, :][mask] = pushed[1]
             if d == 0:
                 signals[mask] = pushed[0]
@@ -223,8 +238,9 @@ class AdditiveLeastSquares:
         data = torch.ldexp(data, exponent)
         if mask.any():
             # A start need not be exact: the data's own precision will do.
-            found = self.fit.signals(candidates[mask].to(data))
-            found = self._seen(found, owner[mask.nonzero()[:, 0]])
+            rows = owner[mask.nonzero()[:, 0]]
+            found = self.signals(candidates[mask].to(data), rows)
+            found = self._seen(found, rows)
             signals[mask] = torch.ldexp(found, exponent)
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)

@@ -104,6 +104,7 @@ class Lines:
     """A signal that is linear in its components: intercepts and slopes."""
 
     variance: float | None = None
+    counts: Tensor | None = None
 
     def __init__(self, data: Tensor | None = None) -> None:
         self.data = torch.empty(0) if data is None else data
@@ -189,6 +190,7 @@ class Hard:
     """One amplitude a and a cubic: from a distance a step gains little."""
 
     variance: float | None = None
+    counts: Tensor | None = None
 
     def __init__(self, data: Tensor) -> None:
         self.data = data

@@ -317,6 +317,7 @@ class SineLeastSquares:
     """
 
     variance: float | None = None  # it is inferred with the components
+    counts: Tensor | None = None
 
     def __init__(self, fit: SineFit, data: Tensor) -> None:
         self.fit, self.data = fit, data
