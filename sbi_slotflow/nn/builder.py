@@ -285,7 +285,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         if space is not None:
             spec = replace(spec, white_space=space.mark)
         estimator = SlotDensityEstimator(spec, encoder, fit)
-        if self.z_score_x:
+        if self.z_score_x and not estimator.reads_records:
             estimator.standardize(x)
         return estimator
 

@@ -27,6 +27,7 @@ __all__ = [
     "MLPEncoder",
     "Observations",
     "PatchTokens",
+    "PeriodogramTokens",
     "Pool",
     "SelfAttention",
     "TokenEncoder",
@@ -247,6 +248,84 @@ class PatchTokens(nn.Module):
         return torch.cat([samples, relative, position, levels], -1), level, None
 
 
+@register("front end")
+class PeriodogramTokens(nn.Module):
+    r"""Least-squares spectrum of records at irregular times, by cells of frequency.
+
+    At each frequency a mean, a cosine and a sine are fitted to the samples, weighted by
+    their errors. A token holds, for some frequencies each: what they explain
+    (:math:`\Delta\chi^2`), cosine and sine in units of their usual error, and the
+    height of the spectral window there.
+
+    Args:
+        num_samples: Samples T of a record.
+        num_tokens: Number L of tokens.
+        frequencies: Frequencies in the order of the cells, a multiple of L.
+    """
+
+    kind: ClassVar[str] = "periodogram"
+    reads_records = True
+
+    def __init__(
+        self, num_samples: int, num_tokens: int, frequencies: Sequence[float]
+    ) -> None:
+        super().__init__()
+        if not len(frequencies) or len(frequencies) % num_tokens:
+            raise ValueError(
+                f"frequencies must be a multiple of the {num_tokens} tokens, got "
+                f"{len(frequencies)}."
+            )
+        self.spec: dict[str, Any] = {
+            "kind": self.kind,
+            "num_samples": num_samples,
+            "num_tokens": num_tokens,
+            "frequencies": list(frequencies),
+        }
+        self.num_tokens, self.shape = num_tokens, (num_samples, 3)
+        self.num_data, self.num_levels = 3 * num_samples, 2
+        self.channels = 5 * (len(frequencies) // num_tokens) + 3
+        values = torch.tensor(frequencies, dtype=torch.float64)
+        self.register_buffer("frequencies", values, persistent=False)
+        place = torch.linspace(-1.0, 1.0, num_tokens)
+        self.register_buffer("position", place, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Read x ``(B, T, 3)``; see :meth:`BandTokens.forward`."""
+        time, value, error = x.double().unbind(-1)
+        there = error > 0
+        weight = torch.where(there, torch.where(there, error, 1.0) ** -2, 0.0)
+        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        weight = weight / total
+        value = value - (weight * value).sum(-1, keepdim=True)
+        turns = time.unsqueeze(1) * self.get_buffer("frequencies").unsqueeze(-1)
+        # Whole turns say nothing, and float32 is fast.
+        turns = (2 * math.pi * (turns - turns.round())).float()
+        cosine, sine = turns.cos(), turns.sin()
+        sums = torch.stack([weight, weight * value], -1).float()
+        (c, yc), (s, ys) = ((wave @ sums).unbind(-1) for wave in (cosine, sine))
+        single = weight.float().unsqueeze(-1)
+        cc = ((cosine * cosine) @ single).squeeze(-1) - c * c
+        cs = ((cosine * sine) @ single).squeeze(-1) - c * s
+        ss = ((sine * sine) @ single).squeeze(-1) - s * s
+        det = (cc * ss - cs * cs).clamp(min=1e-3)
+        a, b = (ss * yc - cs * ys) / det, (cc * ys - cs * yc) / det
+        unit = total.float().sqrt()
+        power = ((a * yc + b * ys) * unit.square()).clamp(min=0.0)
+        waves = [(part * unit / math.sqrt(2)).asinh() for part in (a, b)]
+        window = (c.square() + s.square()).sqrt()
+        spectrum = torch.stack(
+            [power.log1p(), power.sqrt().asinh(), *waves, window], -1
+        )
+        spectrum = spectrum.unflatten(1, (self.num_tokens, -1)).flatten(2)
+        count = there.sum(-1, keepdim=True)
+        chi = (weight * total * value.square()).sum(-1, keepdim=True)
+        chi = (chi / count.clamp(min=1)).clamp(min=1e-12).log()
+        level = torch.cat([0.5 * chi, count.clamp(min=1).log()], -1).float()
+        place = self.get_buffer("position").expand(len(x), -1).unsqueeze(-1)
+        levels = level.unsqueeze(1).expand(-1, self.num_tokens, -1)
+        return torch.cat([spectrum, place, levels], -1), level, None
+
+
 @register("encoder")
 class TokenEncoder(nn.Module):
     """Encoder that keeps a token for every cell of the location axis.
@@ -280,6 +359,8 @@ class TokenEncoder(nn.Module):
         levels: int = self.front_end.num_levels
         self.lift = mlp(channels, 2 * width, width)
         self._event: tuple[int, ...] | None = getattr(front_end, "shape", None)
+        # Whether x is records of time, value and error, to be read in their own units.
+        self.reads_records = bool(getattr(front_end, "reads_records", False))
         padding = "circular" if getattr(front_end, "circular", False) else "zeros"
         grid: tuple[int, int] | None = getattr(front_end, "grid", None)
         if grid is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import check_finite
 from ..sets.prior import cardinality_weights
+from ..sets.records import filled
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .cell_head import IndependentHead
@@ -120,6 +121,11 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     def keeps_separation(self) -> bool:
         """Whether draws keep the prior's least separation by construction."""
         return self.component_head.keeps_separation
+
+    @property
+    def reads_records(self) -> bool:
+        """Whether x is records of time, value and error; see :mod:`..sets.records`."""
+        return bool(getattr(self.net, "reads_records", False))
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -417,8 +423,12 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             raise ValueError(
                 f"x must have shape (batch, {sizes}), got {tuple(condition.shape)}."
             )
-        # Beneath a background, digits are kept until it is taken away.
-        kept = self.white_space is not None and condition.dtype == torch.float64
+        if self.reads_records:
+            condition = filled(condition)
+        # Beneath a background, digits are kept until it is taken away; those of times
+        # are kept too.
+        keeps = self.white_space is not None or self.reads_records
+        kept = keeps and condition.dtype == torch.float64
         condition = condition if kept else condition.to(self.x_scale.dtype)
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN

@@ -214,13 +214,15 @@ class AdditiveLeastSquares:
             curvature=jacobian @ jacobian.mT,
         )
 
-    def _candidates(self, low: Tensor, high: Tensor) -> Tensor:
+    def _candidates(
+        self, low: Tensor, high: Tensor, num: int = _SEARCH_POINTS
+    ) -> Tensor:
         """Candidates ``(N, K, G, D)`` for components with locations in intervals."""
         if low.ndim == 2:
             low, high = low.unsqueeze(-1), high.unsqueeze(-1)
         # The sequence's first point is the corner, where a quantile may be infinite.
         engine = SobolEngine(len(self.fit.marginals))
-        points = engine.draw(_SEARCH_POINTS + 1, dtype=torch.float64)[1:].to(low.device)
+        points = engine.draw(num + 1, dtype=torch.float64)[1:].to(low.device)
         named = zip(self.fit.marginals, points.unbind(-1), strict=True)
         shape = *low.shape[:-1], -1
         columns = [m.quantile(share).expand(shape) for m, share in named]
