@@ -428,7 +428,12 @@ class Posterior(ABC):
             )
         if not x.numel():
             raise ValueError(f"x must hold at least one observation, got {shape}.")
+        x = self._without_gaps(x)
         check_finite(x)
+        return x
+
+    def _without_gaps(self, x: Tensor) -> Tensor:
+        """Observations in which what is missing is not NaN; nothing may be missing."""
         return x
 
     def _one(self, x: Numbers | None, method: str, advice: str = "") -> Tensor:

@@ -4,6 +4,8 @@ from .base import Problem
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .placed import Image, Trace
+from .radial_velocity import radial_velocity
+from .series import Series, SeriesSimulator
 from .sinusoids.grid import Grid
 from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
 from .sinusoids.problem import Sinusoids, sinusoids
@@ -17,10 +19,13 @@ __all__ = [
     "LineSpectrum",
     "LinearGaussian",
     "Problem",
+    "Series",
+    "SeriesSimulator",
     "Sinusoids",
     "Trace",
     "line_spectrum",
     "linear_gaussian",
+    "radial_velocity",
     "sinusoids",
     "spikes",
     "stars",

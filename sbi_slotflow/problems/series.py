@@ -5,10 +5,11 @@ r"""Records at irregular times: one network for many schedules.
     v_i = b(s; t_i) + \sum_{k=1}^{K} s(\theta_k; t_i) + \sigma e_i \epsilon_i,
     \qquad \epsilon_i \sim N(0, 1)
 
-x has shape ``(B, T, 3)``: time, value and error of up to T samples. A sample whose value
-is NaN is missing, and so is one whose error is 0, which is how records of different
-length are padded. The schedule, times and errors, is drawn anew for each simulation, and
-is given when something is inferred: densities are those of v given times and errors.
+x has shape ``(B, T, 3)``: time, value and error of up to T samples. A sample whose
+value is NaN is missing, and so is one whose error is 0, which is how records of
+different length are padded (:func:`~sbi_slotflow.sets.records.packed`). The schedule,
+times and errors, is drawn anew for each simulation, and is given when something is
+inferred: densities are those of v given times and errors.
 """
 
 import math
@@ -401,8 +402,10 @@ class Series(Problem):
 
     The canonical order is by the components' period or frequency. Its cells are equal
     shares of its prior, so that they are uniform in the frequency, in its logarithm, or
-    in what else the prior is uniform in. A network has a token for each cell, made of the least-squares spectrum of the record there, and takes
-    Gauss-Newton steps on the samples that are there.
+    in what else the prior is uniform in. A network has a token for each cell, made of
+    the least-squares spectrum of the record there, and takes Gauss-Newton steps on the
+    samples that are there. Times count from where the components' phases do; keep them
+    small, as float32 has seven digits.
 
     Attributes:
         name: Name of the problem.
@@ -479,6 +482,11 @@ class Series(Problem):
         if not self.polar:
             return LinearForm(signal, self.layout, self.linear)
         names, marginals = self.component_names, self.prior.component_marginals
+        if len(self.linear) != 2 or not set(self.linear) <= set(names):
+            raise ValueError(
+                f"linear must name an amplitude and a phase of {names} where polar is "
+                f"True, got {self.linear}."
+            )
         start = marginals[names.index(self.linear[1])].bounds[0]
         return PolarForm(signal, self.layout, self.linear, start)
 

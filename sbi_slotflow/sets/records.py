@@ -1,7 +1,7 @@
 """Records at irregular times: time, value and error of each sample.
 
-A record is ``(T, 3)``. A sample whose value is NaN is missing, and so is one whose error
-is 0, which is how records of different length are padded.
+A record is ``(T, 3)``. A sample whose value is NaN is missing, and so is one whose
+error is 0, which is how records of different length are padded.
 """
 
 from collections.abc import Sequence
