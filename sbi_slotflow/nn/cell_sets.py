@@ -137,6 +137,7 @@ class CellSets:
         self._table: _Table | None = None
         self._modes: Modes | None = None
         self._parts: _Parts | None = None
+        self._evidence: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._lock = Lock()
         numbers = ((self._size - 1) * find_modes.local_chart.num_features) ** 2
         most = _MODE_BYTES // (8 * numbers * max(1, len(data)))
@@ -239,6 +240,17 @@ class CellSets:
             known = Modes(*map(torch.cat, zip(known, parts.modes, strict=True)))
         return self._completed(known, kept, sets)
 
+    @torch.no_grad()
+    def evidence(self, observation: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log evidence and residual levels of weighed sets ``(S,)``, and what is left.
+
+        The last is the probability of all sets that were not weighed, ``()``.
+        """
+        owner = torch.tensor([observation], device=self.edges.device)
+        mask = torch.arange(self._size - 1, device=owner.device)[None] < count
+        self._weighed(owner, mask)
+        return self._evidence[observation * self._size + count]
+
     def _divided(self, sets: OccupiedCells) -> tuple[Tensor, _Parts]:
         """Numbers ``(S,)`` of divided sets, -1 for others, and all parts."""
         table, pair, _, parts = self._weighed(sets.owner, sets.mask)
@@ -278,6 +290,7 @@ class CellSets:
     def _keep(self, key: int, found: _Weighed, divided: Tensor, parts: _Parts) -> None:
         """Add the sets of one pair to the table, and the modes of the heaviest."""
         num, index = len(found.cells), found.cells.new_tensor([key])
+        self._evidence[key] = found.evidence, found.modes.level, found.outside
         best = found.log_weight.argsort(descending=True)[: self._num_kept]
         modes = found.modes.rows(best)
         first = 0 if self._modes is None else len(self._modes.level)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import check_finite
+from ..sets.marginals import Marginal
 from ..sets.prior import cardinality_weights
 from ..sets.records import filled
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
+from .cardinality_evidence import CardinalityEvidence
 from .cell_head import IndependentHead
 from .cells import axis_from_spec
 from .charts import Chart, WhiteningChart, chart_from_spec
@@ -277,14 +279,42 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         owner = sets.owners(shape[:-1].numel())
         return sets.draw(owner, k, generator).reshape(*shape, self.layout.size)
 
-    def given(self, x: Tensor) -> NetworkSets:
+    @property
+    def has_evidence(self) -> bool:
+        """Whether sets of cells are weighed, so that p(K | x) can be."""
+        head = self.component_head
+        if not isinstance(head, AutoregressiveHead) or head.find_modes is None:
+            return False
+        known = getattr(self.fit, "variance", None) is not None
+        return head.weighed_sets > 0 and (known or self._noise is not None)
+
+    @property
+    def _noise(self) -> Marginal | None:
+        """Prior of the noise level, if components share it."""
+        spec, index = self.spec, self.spec.noise_index
+        if spec.shared_chart is None or (index is None and not spec.noise_from_fit):
+            return None
+        # Where files do not say which it is, it is the only one.
+        return chart_from_spec(spec.shared_chart).marginals[index or 0]
+
+    def given(self, x: Tensor, by_evidence: bool = False) -> NetworkSets:
         """Return the distribution over sets given data ``(B, *event)``.
 
         It encodes x once and holds all that is remembered of it.
 
+        Args:
+            x: Data.
+            by_evidence: Whether q(K | x) is weighed by the evidence of sets of cells;
+                see :mod:`.cardinality_evidence`.
+
         Raises:
-            TypeError, ValueError: If x is malformed.
+            TypeError, ValueError: If x is malformed, or there is no evidence.
         """
+        if by_evidence and not self.has_evidence:
+            raise ValueError(
+                "by_evidence needs sets of cells that are weighed: joint slots in "
+                "cells, Gauss-Newton steps, and noise whose level is known or shared."
+            )
         x = self.checked(x)
         encoding, head = self.encode(x), self.component_head
         log_k = self.cardinality_head(encoding.cardinality)
@@ -294,7 +324,23 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             shared = self.shared_given(encoding, x)
             return head.given(encoding, data, shared)
 
-        return NetworkSets(self.layout, log_k, head, sets)
+        def weigh(sets: SetsGivenK, log_network: Tensor) -> Tensor:
+            return self._evidence(x)(cast(Any, sets).parts, log_network)
+
+        weighing = weigh if by_evidence else None
+        return NetworkSets(self.layout, log_k, head, sets, weighing)
+
+    def _evidence(self, x: Tensor) -> CardinalityEvidence:
+        """What turns the evidence of cells of x into p(K | x)."""
+        head = cast(AutoregressiveHead, self.component_head)
+        least = cast(SignalFit, self.fit).given(x)
+        counts = least.counts
+        if counts is None:
+            counts = torch.full((len(x),), least.data.shape[-1], device=x.device)
+        noise = None if least.variance is not None else self._noise
+        log_prior = self.cardinality_head.log_prior.double()
+        taken = len(self._linear_shared())
+        return CardinalityEvidence(head.local_chart, log_prior, counts - taken, noise)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data; see :class:`~sbi_slotflow.nn.Encoding`."""

@@ -28,6 +28,7 @@ then learns what is not Gaussian.
 """
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +190,17 @@ class LocalTransform:
                 values = values + marginal.log_density(value)
             (slope,) = torch.autograd.grad(values.sum(), w)
         return values.detach(), slope
+
+    @cached_property
+    def log_constant(self) -> float:
+        """What the log prior density of one component is above :meth:`log_prior`."""
+        middle = torch.tensor(0.4, dtype=torch.float64)
+        one = torch.stack([m.quantile(middle) for m in self.marginals]).double()
+        prior = sum(m.log_density(v) for m, v in zip(self.marginals, one, strict=True))
+        coordinates, log_det = self.coordinates(one[None])
+        centre = torch.zeros(1, self.num_circular, dtype=torch.float64)
+        known, _ = self.log_prior(coordinates, centre)
+        return float(prior - log_det[0] - known[0])
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(D,)``, those of the offset left open."""

@@ -114,9 +114,10 @@ class NetworkSets(SetDistribution):
         log_cardinality: Tensor,
         head: SetHead,
         sets: Callable[[], SetsGivenK],
+        weigh: Callable[[SetsGivenK, Tensor], Tensor] | None = None,
     ) -> None:
         self.layout, self.num_observations = layout, len(log_cardinality)
-        self.log_cardinality = log_cardinality
+        self._by_network, self._weigh = log_cardinality, weigh
         self.keeps_separation, self._chart = head.keeps_separation, head.chart
         self._make_sets, self._keeps_graph = sets, torch.is_grad_enabled()
 
@@ -125,6 +126,14 @@ class NetworkSets(SetDistribution):
         """What the head makes of x, when first asked for: p(K | x) needs none of it."""
         with torch.set_grad_enabled(self._keeps_graph):
             return self._make_sets()
+
+    @cached_property
+    def log_cardinality(self) -> Tensor:
+        """Log q(K | x), ``(B, Kmax + 1)``: the classifier's, or by evidence."""
+        if self._weigh is None:
+            return self._by_network
+        with torch.no_grad():
+            return self._weigh(self._sets, self._by_network)
 
     def cardinality(self) -> Categorical:
         """Return q(K | x); see :meth:`SetDistribution.cardinality`."""
