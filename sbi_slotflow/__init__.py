@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .problems.simulator import AdditiveSimulator, WhiteNoise
     from .problems.sinusoids.polar import PolarChart
     from .sets.layout import ThetaLayout
+    from .sets.multi_class import MultiClassPrior
     from .sets.prior import VariableKPrior
     from .training import SlotNPE
 
@@ -33,6 +34,7 @@ __all__ = [
     "AdditiveSimulator",
     "CircleChart",
     "GaussianNoise",
+    "MultiClassPrior",
     "PoissonNoise",
     "PolarChart",
     "PosteriorDraws",
@@ -62,6 +64,7 @@ __all__ = [
 _HOMES = {
     "AdditiveSimulator": "problems.simulator",
     "CircleChart": "nn.paper",
+    "MultiClassPrior": "sets.multi_class",
     "PolarChart": "problems.sinusoids.polar",
     "PosteriorDraws": "posterior.draws",
     "Problem": "problems",

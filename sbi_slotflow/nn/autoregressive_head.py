@@ -216,7 +216,8 @@ class _JointSets(SetsGivenK):
         low, high = self._limits(sets, which, k, before)
         allowed = ((here >= low - _SLACK) & (here <= high + _SLACK)).all(-1)
         here = torch.maximum(torch.minimum(here, high), low)
-        local = head.local.log_prob(here, mean, factor, (low, high), context)
+        anchors = cells[row, k]
+        local = head.local.log_prob(here, mean, factor, (low, high), context, anchors)
         local = torch.where(allowed, local, -torch.inf)
         total = local.new_zeros(len(mask)).index_add(0, row, local)
         return total, sets.level
@@ -248,7 +249,7 @@ class _JointSets(SetsGivenK):
                 mean, factor = head.predicted(context)
             ends = self._limits(sets, which, k, before[rows])
             w[rows, k], noise[rows, k] = head.local.sample(
-                mean, factor, ends, context, generator
+                mean, factor, ends, context, cells[rows, k], generator
             )
             before[rows] = cells[rows, k] + 0.5 + w[rows, k, 0]
         w = head.local_chart.absolute(w, cells, sets.centre[sets.which])

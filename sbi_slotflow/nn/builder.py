@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.checks import as_count, as_weights, check_finite
+from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 from .cells import CellAxis
 from .charts import Chart, WhiteningChart
@@ -259,6 +260,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
                 f"x must have shape (batch, {sizes}), got {tuple(x.shape)}."
             )
         event = x.shape[1:]
+        self._check_classes()
         encoder, described = self._encoder(event.numel())
         slots = self._slots(encoder, x)
         self._check_used(slots)
@@ -406,6 +408,26 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             "network": self.flow_network or "projected",
             "location_scale": scale,
         }
+
+    def _check_classes(self) -> None:
+        """Raise ValueError where components have classes and slots know none."""
+        if not isinstance(self._prior, MultiClassPrior):
+            return
+        if self._known is None:
+            raise ValueError(
+                "slot_nn needs a problem where components have classes, which says "
+                "where those of each are: sbi_slotflow.problems.Classes."
+            )
+        if not self._anchored:
+            raise ValueError(
+                "components of several classes need cells: leave slots, encoder and "
+                "chart at their defaults."
+            )
+        if self.coupling == "factorised":
+            raise ValueError(
+                "components of several classes need coupling='joint', got "
+                f"{self.coupling!r}."
+            )
 
     def _check_used(self, slots: dict[str, Any]) -> None:
         """Raise ValueError if an option is set that has nothing to configure."""

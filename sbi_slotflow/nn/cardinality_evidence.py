@@ -80,21 +80,18 @@ class CardinalityEvidence:
         )
 
     def _log_evidence(self, sets: CellSets, observation: int, k: int) -> Tensor:
-        evidence, level, outside = sets.evidence(observation, k)
-        size = k * self.chart.num_features
+        evidence, level, size, outside = sets.evidence(observation, k)
         if self.noise is not None:
             evidence = evidence + self._log_noise(level, size, self.counts[observation])
         total = evidence.logsumexp(-1) - torch.log1p(-outside)
-        constant = k * (
-            self.chart.log_constant + 0.5 * self.chart.num_features * _LOG_TWO_PI
-        )
+        constant = k * self.chart.log_constant
         axis = self.chart.axis
         apart = log_separation_constant(
             torch.tensor(k), axis.separation, float(axis.num_cells)
         )
         return total + constant + math.lgamma(k + 1) - float(apart)
 
-    def _log_noise(self, level: Tensor, size: int, count: Tensor) -> Tensor:
+    def _log_noise(self, level: Tensor, size: Tensor, count: Tensor) -> Tensor:
         """What the noise level's integral adds to the evidence of sets ``(S,)``."""
         assert self.noise is not None
         half = 0.5 * (count.double() - size - 1).clamp(min=1.0)
@@ -118,6 +115,3 @@ class CardinalityEvidence:
                 centre.exp().clamp(float(least[0]), float(least[1]))
             )
         )
-
-
-_LOG_TWO_PI = math.log(2 * math.pi)

@@ -105,7 +105,8 @@ class _Steps(ABC):
         earliest = self.axis.earliest(starts)[row, k - 1]
         earliest = torch.where(k > 0, earliest, -torch.inf)
         count = mask.sum(-1)[row]
-        step, which = self.next_log_probs(owner[row], count, k, before, earliest)
+        held = torch.where(k > 0, self.axis.held(cells)[row, k - 1], 0)
+        step, which = self.next_log_probs(owner[row], count, k, before, earliest, held)
         value = step[which, cells[row, k]]
         value = torch.where(value > 0.5 * LOG_ZERO, value, -torch.inf)
         return value.new_zeros(len(mask)).index_add(0, row, value)
@@ -122,8 +123,14 @@ class _Steps(ABC):
         for k in range(int(count.max()) if len(count) else 0):
             rows = (count > k).nonzero().squeeze(-1)
             place = torch.full_like(rows, k)
+            last = self.axis.held(cells[rows, : k + 1])[:, max(0, k - 1)]
             step, which = self.next_log_probs(
-                owner[rows], count[rows], place, before[rows], earliest[rows]
+                owner[rows],
+                count[rows],
+                place,
+                before[rows],
+                earliest[rows],
+                last if k else torch.zeros_like(last),
             )
             steps = step.double().exp().cumsum(-1)
             level = torch.rand(
@@ -136,16 +143,27 @@ class _Steps(ABC):
         return cells
 
     def next_log_probs(
-        self, owner: Tensor, count: Tensor, k: Tensor, before: Tensor, earliest: Tensor
+        self,
+        owner: Tensor,
+        count: Tensor,
+        k: Tensor,
+        before: Tensor,
+        earliest: Tensor,
+        held: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the next cell of N sets."""
-        states = owner, count, k, before, earliest
+        """Log probabilities of the next cell of N sets.
+
+        Component k of ``count`` follows the cell ``before``; see
+        :meth:`.cells.CellAxis.feasible` for ``earliest`` and ``held``.
+        """
+        states = owner, count, k, before, earliest, held
         # In training few states are equal.
         which = torch.arange(len(owner), device=owner.device)
         if not torch.is_grad_enabled():
             states, which = unique_rows(*states)
-        owner, count, k, before, earliest = states
-        feasible = self.axis.feasible(earliest, count - 1 - k, self.edges[owner])
+        owner, count, k, before, earliest, held = states
+        edges, left = self.edges[owner], count - 1 - k
+        feasible = self.axis.feasible(earliest, left, edges, before, held)
         return self._next(owner, count, k, before, feasible), which
 
 
@@ -335,7 +353,9 @@ class PrunedChain(ChainGivenX):
         earliest, edges = self.edges[0, :-1], self.edges.expand(cells, -1)
         counts = torch.full_like(before, count)
         for k in range(count - 1, 0, -1):
-            feasible = self.axis.feasible(earliest, counts - 1 - k, edges)
+            # As if it were the only one of its class.
+            held = torch.ones_like(before)
+            feasible = self.axis.feasible(earliest, counts - 1 - k, edges, before, held)
             place = torch.full_like(before, k)
             value = super()._next(owner, counts, place, before, feasible)
             ahead[:, k - 1] = (value + moved + ahead[:, k]).logsumexp(-1)

@@ -27,10 +27,11 @@ from ..sets.matching import hungarian, log_permanent
 from .cell_chain import CellMarginals
 from .cells import CellAxis, unique_rows
 from .charts import Chart
+from .classes import ClassDensity, local_density, local_transform
 from .encoders import Encoding, Observations, mlp
 from .flows import RowContext
 from .heads import SharedGivenX
-from .local import LocalDensity, LocalGaussian, LocalTransform
+from .local import LocalDensity, LocalGaussian
 from .set_distribution import SetHead, SetsGivenK
 from .spec import Matching
 
@@ -41,7 +42,7 @@ class CellHead(SetHead):
     """Density of a set of components in cells."""
 
     gaussian: LocalGaussian | None
-    local: LocalDensity
+    local: LocalDensity | ClassDensity
 
     def __init__(self, chart: Chart, axis: CellAxis, max_cardinality: int) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class CellHead(SetHead):
                 f"anchored slots need a true chart, got the {chart.kind!r} chart."
             )
         self.chart, self.axis, self.max_cardinality = chart, axis, max_cardinality
-        self.local_chart = LocalTransform(chart, axis)
+        self.local_chart = local_transform(chart, axis)
 
     def _build_local(
         self, trunk_features: int, own_features: int, flow: dict[str, Any]
@@ -59,7 +60,7 @@ class CellHead(SetHead):
         sizes, self.gaussian = (self.local_chart.num_features, trunk_features), None
         if not flow.get("from_identity"):
             self.gaussian = LocalGaussian(*sizes, self.local_chart.num_circular)
-        self.local = LocalDensity(*sizes, own_features, **flow)
+        self.local = local_density(self.local_chart, trunk_features, own_features, flow)
 
     @property
     def predicted(self) -> LocalGaussian:
@@ -91,9 +92,7 @@ class CellHead(SetHead):
         self, cells: Tensor, starts: Tensor, ends: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Least and largest coordinates ``(M, D)`` of positions from start to end."""
-        low, high = (
-            end.to(starts).repeat(len(starts), 1) for end in self.local_chart.ends()
-        )
+        low, high = (end.to(starts).clone() for end in self.local_chart.ends(cells))
         low[:, 0], high[:, 0] = starts - cells - 0.5, ends - cells - 0.5
         return low, high
 
@@ -168,7 +167,7 @@ class _IndependentSets(SetsGivenK):
         here = cells[row, column]
         centre, given = self.in_cells(owner[row], count[row], here)
         w = head.local_chart.relative(coordinates[row, column], here, centre)
-        local = head.local.log_prob(w, *given)
+        local = head.local.log_prob(w, *given, here)
         each = local.new_zeros(mask.shape).masked_scatter(mask, local)
         # (N, slot, cell), then the cells of the components
         slots = self.log_cells[owner, count.clamp(min=1) - 1]
@@ -203,7 +202,7 @@ class _IndependentSets(SetsGivenK):
             probs = self.log_cells.exp()[here, count[row] - 1, slot]
             cells = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
             centre, given = self.in_cells(here, count[row], cells)
-            w, _ = head.local.sample(*given, generator)
+            w, _ = head.local.sample(*given, cells, generator)
             coordinates[row, slot] = head.local_chart.absolute(w, cells, centre)
         components = head.components(coordinates)
         return components, self.sample_shared(owner, mask, components, generator)

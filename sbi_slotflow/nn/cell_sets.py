@@ -137,7 +137,7 @@ class CellSets:
         self._table: _Table | None = None
         self._modes: Modes | None = None
         self._parts: _Parts | None = None
-        self._evidence: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._evidence: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._lock = Lock()
         numbers = ((self._size - 1) * find_modes.local_chart.num_features) ** 2
         most = _MODE_BYTES // (8 * numbers * max(1, len(data)))
@@ -241,10 +241,13 @@ class CellSets:
         return self._completed(known, kept, sets)
 
     @torch.no_grad()
-    def evidence(self, observation: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log evidence and residual levels of weighed sets ``(S,)``, and what is left.
+    def evidence(
+        self, observation: int, count: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log evidence, residual levels and sizes of weighed sets, and what is left.
 
-        The last is the probability of all sets that were not weighed, ``()``.
+        The first three are of shape ``(S,)``; a size is the number of parameters. The
+        last is the probability of all sets that were not weighed, ``()``.
         """
         owner = torch.tensor([observation], device=self.edges.device)
         mask = torch.arange(self._size - 1, device=owner.device)[None] < count
@@ -290,7 +293,11 @@ class CellSets:
     def _keep(self, key: int, found: _Weighed, divided: Tensor, parts: _Parts) -> None:
         """Add the sets of one pair to the table, and the modes of the heaviest."""
         num, index = len(found.cells), found.cells.new_tensor([key])
-        self._evidence[key] = found.evidence, found.modes.level, found.outside
+        mask = torch.arange(self._size - 1).to(index) < key % self._size
+        transform = self.find_modes.local_chart
+        sizes = transform.num_coordinates(found.cells, mask.expand_as(found.cells))
+        level, outside = found.modes.level, found.outside
+        self._evidence[key] = found.evidence, level, sizes, outside
         best = found.log_weight.argsort(descending=True)[: self._num_kept]
         modes = found.modes.rows(best)
         first = 0 if self._modes is None else len(self._modes.level)
@@ -441,8 +448,9 @@ class CellSets:
         for k in range(count):
             before = cells[:, k - 1] if k else torch.full_like(cells[:, 0], -1)
             owner = torch.zeros_like(before)
+            held = chain.axis.held(cells[:, :k])[:, -1] if k else owner
             step, which = chain.next_log_probs(
-                owner, owner + count, owner + k, before, earliest
+                owner, owner + count, owner + k, before, earliest, held
             )
             step = step.masked_fill(step < 0.5 * LOG_ZERO, -torch.inf)
             grown = (total.unsqueeze(-1) + step[which]).flatten()

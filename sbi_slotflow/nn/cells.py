@@ -33,14 +33,13 @@ See Also:
     :mod:`.cell_chain`, which says how probable each cell is.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CellAxis", "CellGrid", "OccupiedCells", "axis_from_spec", "unique_rows"]
+__all__ = ["CellAxis", "CellGrid", "OccupiedCells", "unique_rows"]
 
 # Slack in comparisons of positions, in cells.
 _TOLERANCE = 1e-6
@@ -137,11 +136,23 @@ class CellAxis:
         """Lower bounds of components, given the positions before them."""
         return torch.maximum(starts, before + self.separation)
 
-    def feasible(self, earliest: Tensor, left: Tensor, edges: Tensor) -> Tensor:
+    def held(self, cells: Tensor) -> Tensor:
+        """What :meth:`feasible` must know of cells ``(N, k)`` so far: here, nothing."""
+        return torch.zeros_like(cells)
+
+    def feasible(
+        self,
+        earliest: Tensor,
+        left: Tensor,
+        edges: Tensor,
+        before: Tensor | None = None,
+        held: Tensor | None = None,
+    ) -> Tensor:
         """Tell which cells ``(N, L)`` among edges ``(N, L + 1)`` a component may take.
 
         The one before is at ``earliest`` ``(N,)`` or later, -inf for none, and ``left``
-        ``(N,)`` are still to come after this one.
+        ``(N,)`` are still to come after this one. Its cell ``before``, -1 for none,
+        and the last of :meth:`held` matter where there are classes.
         """
         least = self.lower(edges[:, :-1], earliest.unsqueeze(-1))
         room = least + self.separation * left.unsqueeze(-1) < self.num_cells
@@ -226,11 +237,6 @@ class CellGrid(CellAxis):
         inside = (row < self.rows) & (column >= 0) & (column < self.columns)
         cells = row * self.columns + column
         return cells.clamp(0, self.num_cells - 1), inside
-
-
-def axis_from_spec(spec: Mapping[str, Any]) -> CellAxis:
-    """Rebuild an axis or a grid from the fields that a file holds."""
-    return CellGrid(**spec) if "rows" in spec else CellAxis(**spec)
 
 
 def unique_rows(*columns: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -47,7 +47,8 @@ class Chart(ABC):
     shears: Sequence[Shear] = ()
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        self.marginals = Marginals(marginals)
+        known = isinstance(marginals, Marginals)
+        self.marginals = marginals if known else Marginals(marginals)
 
     @property
     def num_features(self) -> int:
@@ -126,7 +127,9 @@ class WhiteningChart(StepChart):
     kind = "whitening"
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        super().__init__(marginals, Marginals(marginals))
+        known = isinstance(marginals, Marginals)
+        marginals = marginals if known else Marginals(marginals)
+        super().__init__(marginals, marginals)
 
 
 def chart_from_spec(spec: Mapping[str, Any]) -> Chart:
@@ -135,6 +138,8 @@ def chart_from_spec(spec: Mapping[str, Any]) -> Chart:
     Raises:
         ValueError: If the kind is unknown.
     """
+    if "charts" in spec:  # of several classes
+        return build("chart", spec)
     known = {"marginals", "periods", "whitening"}
     options = {key: value for key, value in spec.items() if key not in known}
     return build("chart", {**options, "marginals": Marginals.from_spec(spec)})

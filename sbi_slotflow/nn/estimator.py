@@ -26,8 +26,8 @@ from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .cardinality_evidence import CardinalityEvidence
 from .cell_head import IndependentHead
-from .cells import axis_from_spec
 from .charts import Chart, WhiteningChart, chart_from_spec
+from .classes import axis_from_spec
 from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow

@@ -143,9 +143,10 @@ def fit_mode(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         components, jacobian = _with_jacobian(lambda w: to_components(w, index), w)
         equations = fit.normal_equations(owner[index], components, mask[index])
-        blocks = torch.zeros(len(w), size, size).to(w)
+        blocks = torch.zeros(len(w), components[0].numel(), size).to(w)
         # One block for each component, on the diagonal.
-        diagonal = blocks.view(len(w), *2 * w.shape[-2:]).diagonal(dim1=1, dim2=3)
+        sizes = components.shape[-2:] + w.shape[-2:]
+        diagonal = blocks.view(len(w), *sizes).diagonal(dim1=1, dim2=3)
         diagonal.copy_(jacobian.permute(0, 2, 3, 1))
         curvature = blocks.mT @ equations.curvature @ blocks
         # Where the data are zero, what a unit of w adds to the signal is the scale.

@@ -162,7 +162,9 @@ class NoiseHead(nn.Module):
         """Draw sigma ``(N, 1)`` of N rows; see :meth:`SharedHead.log_prob`."""
         assert level is not None
         zero = torch.zeros_like(level).unsqueeze(-1)
-        v, _ = self.local.sample(*_unit(zero), self._ends(level), context, generator)
+        v, _ = self.local.sample(
+            *_unit(zero), self._ends(level), context, generator=generator
+        )
         shared = (level.unsqueeze(-1) + self.scale * v).exp().float()
         return self.chart.marginals.clamp(shared)
 
@@ -259,7 +261,9 @@ class BackgroundHead(nn.Module):
             shared[:, self.rest] = self.others.sample(context, generator, level)
         gaussian = self._gaussian(shared, moments)
         like = gaussian[0]
-        w, _ = self.local.sample(*gaussian, self._ends(like), _nothing(like), generator)
+        w, _ = self.local.sample(
+            *gaussian, self._ends(like), _nothing(like), generator=generator
+        )
         value = self._to(w, self.middle) + self._to(w, self.width) * w
         shared[:, self.linear] = value.to(shared)
         return self.chart.marginals.clamp(shared)

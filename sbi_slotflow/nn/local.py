@@ -164,7 +164,9 @@ class LocalTransform:
         place, angles, others = self._parted(w)
         return torch.cat([place + offset, angles + angle, others], -1)
 
-    def log_prior(self, w: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prior(
+        self, w: Tensor, centre: Tensor, cells: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Log prior densities ``(...)`` of local coordinates, and their gradients.
 
         But for a constant; positions and most angles are uniform. Values beyond a
@@ -173,6 +175,7 @@ class LocalTransform:
         Args:
             w: Coordinates, shape ``(..., D)``.
             centre: Angles that angles are counted from, shape ``(..., P)``.
+            cells: Cells, shape ``(...)``; they matter where they say the class.
         """
         with torch.enable_grad():
             w = w.detach().requires_grad_()
@@ -199,24 +202,52 @@ class LocalTransform:
         prior = sum(m.log_density(v) for m, v in zip(self.marginals, one, strict=True))
         coordinates, log_det = self.coordinates(one[None])
         centre = torch.zeros(1, self.num_circular, dtype=torch.float64)
-        known, _ = self.log_prior(coordinates, centre)
+        known, _ = self.log_prior(coordinates, centre, torch.zeros(1).long())
         return float(prior - log_det[0] - known[0])
 
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Least and largest coordinates ``(D,)``, those of the offset left open."""
+    def log_weight(self, cells: Tensor, mask: Tensor) -> Tensor:
+        """What the prior of S sets knows beside :meth:`log_prior`, ``(S,)``.
+
+        But for a constant of each component and of K: of one class, nothing.
+        """
+        return torch.zeros(len(cells), dtype=torch.float64, device=cells.device)
+
+    def num_coordinates(self, cells: Tensor, mask: Tensor) -> Tensor:
+        """How many coordinates the components of S sets have together, ``(S,)``."""
+        return self.num_features * mask.sum(-1)
+
+    def interval(
+        self, cells: Tensor, starts: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Least and largest locations ``(..., P)`` of cells from start to end."""
+        spans = self.axis.spans(cells, starts, ends)
+        named = zip(self.axis.parameters, spans, strict=True)
+        sides = [
+            [self.marginals[d].quantile(share) for share in span] for d, span in named
+        ]
+        low, high = (torch.stack(each, -1) for each in zip(*sides, strict=True))
+        return low, high
+
+    def ends(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest coordinates ``(..., D)`` in cells ``(...)``.
+
+        Those of the offset are left open.
+        """
         pairs = [(-torch.inf, torch.inf), (-0.5, 0.5)][: self.num_places]
         pairs += self.num_circular * [(-math.pi, math.pi)]
         for d in self._parameters[self.num_circular :]:
             finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
             pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
-        low, high = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+        sides = torch.tensor(pairs, dtype=torch.float64, device=cells.device)
+        low, high = sides.expand(*cells.shape, -1, -1).unbind(-1)
         return low, high
 
-    def farthest(self) -> Tensor:
-        """Largest absolute coordinates ``(D,)`` that a fit may end at."""
+    def farthest(self, cells: Tensor) -> Tensor:
+        """Largest absolute coordinates ``(..., D)`` that a fit may end at."""
         most = self.num_places * [_FARTHEST_CELL]
         most += [reach for *_, reach in self._scales]
-        return torch.tensor(most, dtype=torch.float64)
+        far = torch.tensor(most, dtype=torch.float64, device=cells.device)
+        return far.expand(*cells.shape, -1)
 
     def _scale(self, d: int) -> tuple[float, float, float]:
         """Shift, scale and largest coordinate: of an angle's turn, or natural ones."""
@@ -254,6 +285,7 @@ class LocalDensity(nn.Module):
         factor: Tensor,
         ends: tuple[Tensor, Tensor],
         context: RowContext,
+        cells: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the log density of N rows.
 
@@ -263,6 +295,7 @@ class LocalDensity(nn.Module):
             factor: Lower triangular factors C, shape ``(N, D, D)``.
             ends: Least and largest coordinates, each of shape ``(N, D)``.
             context: Contexts of the rows.
+            cells: Cells of the rows; they matter where they say the class.
 
         Returns:
             Float32 log densities ``(N,)``.
@@ -284,6 +317,7 @@ class LocalDensity(nn.Module):
         factor: Tensor,
         ends: tuple[Tensor, Tensor],
         context: RowContext,
+        cells: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw coordinates ``(N, D)`` and the z ``(N, D)`` behind them."""

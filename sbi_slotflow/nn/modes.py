@@ -154,7 +154,7 @@ class ModeFinder:
         chart, (owner, cells, starts, ends, mask) = self.local_chart, sets
         # Angles are counted from those of the start.
         start, centre = chart.without_angles(self._start(fit, sets))
-        high = chart.farthest().to(start).expand_as(start).clone()
+        high = chart.farthest(cells).to(start).clone()
         low = -high
         low[..., 0] = starts - cells - 0.5 - _MARGIN
         high[..., 0] = ends - cells - 0.5 + _MARGIN
@@ -174,7 +174,7 @@ class ModeFinder:
         # Where a bound holds a coordinate, the parabola's maximum lies beyond it.
         beyond = torch.linalg.solve(found.precision, found.gradient)
         # The prior's slope there takes the place of the penalty on w.
-        log_prior, slope = chart.log_prior(found.mode, centre)
+        log_prior, slope = chart.log_prior(found.mode, centre, cells)
         slope = (mask.unsqueeze(-1) * (slope + found.mode)).flatten(1)
         shift = torch.linalg.solve(found.precision, slope)
         mode = found.mode + (beyond + shift).reshape(found.mode.shape)
@@ -210,24 +210,16 @@ class ModeFinder:
         # Components in one cell, or one part of it, share it evenly.
         width = (ends - starts) / same.sum(-1).clamp(min=1)
         first = starts + same.tril(-1).sum(-1) * width
-        axis = self.local_chart.axis
-        spans = zip(
-            axis.parameters, axis.spans(cells, first, first + width), strict=True
-        )
-        ends = [
-            [self.chart.marginals[d].quantile(share) for share in span]
-            for d, span in spans
-        ]
-        low, high = (torch.stack(each, -1) for each in zip(*ends, strict=True))
+        low, high = self.local_chart.interval(cells, first, first + width)
         if low.shape[-1] == 1:
             low, high = low.squeeze(-1), high.squeeze(-1)
         components = fit.start(owner, low, high, mask)
-        components = torch.where(
-            mask.unsqueeze(-1), components, self.chart.some_point(components)
-        )
+        point = self.chart.some_point(components)
+        components = torch.where(mask.unsqueeze(-1), components, point)
         components = self.chart.marginals.clamp(components)
         start, _ = self.local_chart.coordinates(components)
-        start[..., : axis.middles(cells).shape[-1]] -= axis.middles(cells)
+        middles = self.local_chart.axis.middles(cells)
+        start[..., : middles.shape[-1]] -= middles
         return torch.where(mask.unsqueeze(-1), start, 0.0)
 
 
@@ -250,7 +242,7 @@ def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Te
     With h the height of the Laplace approximation above the cells,
 
     .. math::
-        \log Z = h + \tfrac12 \log\det \Sigma
+        \log Z = h + \tfrac12 \log\det 2 \pi \Sigma
             + \log \int_{\text{cells}} \mathcal{N}(w; m, \Sigma)\, dw
 
     up to a constant of each observation and K. The last term is estimated by sequential
@@ -269,7 +261,7 @@ def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Te
     noise = modes.mode.new_zeros(*num, size * width)
     log_mass = modes.mode.new_zeros(num)
     before = torch.full_like(log_mass, -torch.inf)
-    bottom, top = chart.ends()
+    ends = chart.ends(sets.cells)
     for k in range(size):
         active = mask[:, k, None]
         for d in range(width):
@@ -278,7 +270,7 @@ def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Te
             centre = modes.mode[:, k, d, None]
             if j:
                 centre = centre + (noise[..., :j] @ row[:, :j, None]).squeeze(-1)
-            low, high = (end[d].expand(num).to(noise) for end in (bottom, top))
+            low, high = (end[:, k, d, None].expand(num).to(noise) for end in ends)
             if not d:
                 least = chart.axis.lower(sets.starts[:, k, None].expand(num), before)
                 low, high = (
@@ -295,7 +287,11 @@ def log_evidence(modes: Modes, sets: OccupiedCells, chart: LocalTransform) -> Te
                 before = torch.where(active, place, before)
     scales = modes.factor.diagonal(dim1=-2, dim2=-1).log().unflatten(-1, (-1, width))
     volume = torch.where(mask.unsqueeze(-1), scales, 0.0).sum((-2, -1))
-    return modes.height + volume + log_mass.logsumexp(-1) - math.log(_NUM_POINTS)
+    mean_mass = log_mass.logsumexp(-1) - math.log(_NUM_POINTS)
+    # Beside classes of other sizes, these are no constants.
+    size = chart.num_coordinates(sets.cells, mask)
+    weight = chart.log_weight(sets.cells, mask) + 0.5 * math.log(2 * math.pi) * size
+    return modes.height + volume + mean_mass + weight
 
 
 def _truncated(low: Tensor, high: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

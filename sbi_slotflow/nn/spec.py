@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.distributions import Distribution
 
+from ..sets.classes import layout_from_spec
 from ..sets.laws import describe_distribution
 from ..sets.layout import ThetaLayout
 
@@ -113,7 +114,8 @@ class EstimatorSpec:
         """
         entries = _lists(asdict(self))
         # Whether a parameter is circular is the prior's to say; nothing here needs it.
-        del entries["layout"]["periods"]
+        for layout in (entries["layout"], *_class_layouts(entries["layout"])):
+            del layout["periods"]
         return entries
 
     @classmethod
@@ -130,12 +132,8 @@ class EstimatorSpec:
             entries = {**dict.fromkeys(younger), **entries}
             if set(entries) != names:
                 raise ValueError(f"unexpected fields {sorted(set(entries) ^ names)}")
-            layout: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in entries["layout"].items()
-            }
             changes = {
-                "layout": ThetaLayout(**layout),
+                "layout": layout_from_spec(entries["layout"]),
                 "cardinality_weights": tuple(entries["cardinality_weights"]),
                 "loss_weights": tuple(entries["loss_weights"]),
                 **{
@@ -146,6 +144,10 @@ class EstimatorSpec:
             return cls(**{**entries, **changes})
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"no readable estimator spec: {error}.") from error
+
+
+def _class_layouts(layout: dict[str, Any]) -> list[dict[str, Any]]:
+    return [own for _, own in layout.get("classes", [])]
 
 
 def _lists(value: Any) -> Any:

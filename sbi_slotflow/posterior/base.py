@@ -129,16 +129,29 @@ class Posterior(ABC):
         return self
 
     @torch.no_grad()
-    def cardinality(self, x: Numbers | None = None) -> Categorical:
+    def cardinality(
+        self, x: Numbers | None = None, of: str | None = None
+    ) -> Categorical:
         """Return q(K | x) over 0..Kmax, of batch shape ``(B,)`` for a batch of x.
 
         One observation ``(*event)`` gives no batch shape, a batch of one gives (1,).
+
+        Args:
+            x: Observations; the default x if None.
+            of: The class whose components are counted; all together if None.
+
+        Raises:
+            TypeError, ValueError: If x is malformed or there is no such class.
         """
+
+        def counted(sets: SetDistribution) -> Categorical:
+            return sets.cardinality() if of is None else sets.class_cardinality(of)
+
         x = self._observed(x)
         if x.ndim > len(self.event_shape):
-            return self.given(x).cardinality()
+            return counted(self.given(x))
         distribution, _ = self._given_one(x, "cardinality")
-        return Categorical(logits=distribution.cardinality().logits[0])
+        return Categorical(logits=counted(distribution).logits[0])
 
     def sample(
         self,

@@ -24,9 +24,16 @@ from torch.distributions import Distribution
 
 from ..nn.charts import Chart, WhiteningChart
 from ..seeding import forked_rng
+from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 
-__all__ = ["ComponentProposal", "PooledComponents", "PriorComponents"]
+__all__ = [
+    "ComponentProposal",
+    "PooledClasses",
+    "PooledComponents",
+    "PriorComponents",
+    "pooled_components",
+]
 
 _MOST_SLICES, _LEAST_IN_SLICE = 128, 24
 _FREEDOM = 5
@@ -158,6 +165,58 @@ class PooledComponents:
         pooled = torch.where(inside, (kernel @ self.height).log() + log_det, -math.inf)
         share = self.prior_share
         return torch.logaddexp(pooled + math.log1p(-share), prior + math.log(share))
+
+
+class PooledClasses:
+    """Components of any class like those of a population of rows ``(M, E)``.
+
+    A class is proposed as often as the rows have it, and as the prior expects it.
+    """
+
+    def __init__(
+        self, theta: Tensor, prior: MultiClassPrior, prior_share: float = 0.2
+    ) -> None:
+        layout = self.layout = prior.layout
+        self.classes = [
+            PooledComponents(row, member, prior_share)
+            for row, member in zip(layout.views(theta), prior.members, strict=True)
+        ]
+        counts = layout.counts(theta).double().mean(0) + 1e-3
+        expected = prior.component.weights.double()
+        shares = (1 - prior_share) * counts / counts.sum() + prior_share * expected
+        self.shares = shares / shares.sum()
+
+    def sample_component(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """See :class:`ComponentProposal`."""
+        label = torch.multinomial(self.shares, n, True, generator=generator)
+        found = torch.zeros(n, self.layout.num_component_params, dtype=torch.float64)
+        for c, proposal in enumerate(self.classes):
+            rows = (label == c).nonzero().squeeze(-1)
+            if not len(rows):
+                continue
+            own = proposal.sample_component(len(rows), generator).double()
+            found[rows] = self.layout.from_class(own, c)
+        return found
+
+    def log_prob_component(self, components: Tensor) -> Tensor:
+        """Evaluate the log density ``(n,)`` of components ``(n, D)``."""
+        found = torch.full((len(components),), -math.inf, dtype=torch.float64)
+        for c, proposal in enumerate(self.classes):
+            rows = (components[:, 0] == c).nonzero().squeeze(-1)
+            if not len(rows):
+                continue
+            own = self.layout.to_class(components[rows], c)
+            found[rows] = proposal.log_prob_component(own) + self.shares[c].log()
+        return found
+
+
+def pooled_components(
+    theta: Tensor, prior: VariableKPrior, chart: Chart
+) -> ComponentProposal:
+    """Learn a proposal of components, of one class or of several, from rows."""
+    if isinstance(prior, MultiClassPrior):
+        return PooledClasses(theta, prior)
+    return PooledComponents(theta, prior, chart=chart)
 
 
 def _power(base: Tensor, exponent: int) -> Tensor:

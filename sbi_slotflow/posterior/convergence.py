@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..sets.checks import warn_user
+from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 
 __all__ = ["Convergence", "NotConverged", "PilesUp", "convergence_of"]
@@ -137,23 +138,20 @@ def convergence_of(
     """
     layout = prior.layout
     stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
-    parts = layout.unpack(theta[:, ::stride])
-    numbers = {"K": parts.cardinality.double()}
+    some = theta[:, ::stride]
+    numbers = {}
     if log_likelihood is not None:
         numbers["log_likelihood"] = log_likelihood[:, ::stride].double()
     for i, name in enumerate(layout.shared_names):
-        numbers[name] = parts.shared[..., i].double()
-    marginal = prior.component_marginals[layout.order_by]
-    location = layout.component_names[layout.order_by]
-    places = parts.components[..., layout.order_by].double()
-    places = torch.where(parts.mask, marginal.fraction(places), 1.0)
-    for i in range(int(parts.cardinality.max())):
-        numbers[f"{location}_{i + 1}"] = places[..., i]
+        numbers[name] = layout.unpack(some).shared[..., i].double()
+    for count, dot, member, rows in _classes(prior, some):
+        numbers |= _numbers(member, rows, count, dot)
     values = torch.stack(list(numbers.values())).cpu().numpy()
     if independent:  # particles lie beside their copies
         values = values[..., torch.randperm(values.shape[-1], generator=_fixed())]
     # K may well be certain, and what follows from it. No place and no level is.
-    still = [name in ("K", "log_likelihood") for name in numbers]
+    counts = {count for count, *_ in _classes(prior, some)}
+    still = [name in counts or name == "log_likelihood" for name in numbers]
     may_rest = np.array(still) | (values == 1.0).all((1, 2))  # nor what is absent
     rhat, ess = _rhat(values, may_rest), _effective(values)
     return Convergence(
@@ -188,27 +186,54 @@ def _effective(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(array_stats.ess(values, chain_axis=1, draw_axis=2))
 
 
+def _classes(
+    prior: VariableKPrior, theta: Tensor
+) -> list[tuple[str, str, VariableKPrior, Tensor]]:
+    """Name of K, what stands before other names, prior and rows of each class."""
+    if not isinstance(prior, MultiClassPrior):
+        return [("K", "", prior, theta)]
+    pairs = zip(prior.classes.items(), prior.layout.views(theta), strict=True)
+    return [(f"K_{name}", f"{name}.", member, rows) for (name, member), rows in pairs]
+
+
+def _numbers(
+    prior: VariableKPrior, theta: Tensor, count: str, dot: str
+) -> dict[str, Tensor]:
+    """K and ordered locations of rows ``(chains, draws, E)`` of one class."""
+    layout = prior.layout
+    parts, place = layout.unpack(theta), layout.order_by
+    marginal, location = prior.component_marginals[place], layout.component_names[place]
+    places = marginal.fraction(parts.components[..., place].double())
+    places = torch.where(parts.mask, places, 1.0)
+    numbers = {count: parts.cardinality.double()}
+    for i in range(int(parts.cardinality.max())):
+        numbers[f"{dot}{location}_{i + 1}"] = places[..., i]
+    return numbers
+
+
 def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
     """Share of draws on each bound; see :class:`Convergence`."""
-    layout, parts = prior.layout, prior.layout.unpack(theta)
-    probs = prior.cardinality_probs
-    largest, found = int(probs.nonzero().max()), {}
-    if probs[largest] < _MOST_OUTER:  # or it may well be there by itself
-        share = (parts.cardinality == largest).double().mean()
-        found[f"K = {largest}"] = float(share)
+    layout, found = prior.layout, {}
+    shared = layout.unpack(theta).shared
     columns = [
-        (name, marginal, parts.shared[..., i])
+        (name, marginal, shared[..., i])
         for i, (name, marginal) in enumerate(
             zip(layout.shared_names, prior.shared_marginals or (), strict=True)
         )
     ]
-    if parts.mask.any():
+    for count, dot, member, rows in _classes(prior, theta):
+        layout, probs = member.layout, member.cardinality_probs
+        parts, largest = layout.unpack(rows), int(probs.nonzero().max())
+        if probs[largest] < _MOST_OUTER:  # or it may well be there by itself
+            share = (parts.cardinality == largest).double().mean()
+            found[f"{count} = {largest}"] = float(share)
+        if not parts.mask.any():
+            continue
         active, periods = parts.components[parts.mask], layout.component_periods
+        named = zip(layout.component_names, member.component_marginals, strict=True)
         columns += [
-            (name, marginal, active[:, i])
-            for i, (name, marginal) in enumerate(
-                zip(layout.component_names, prior.component_marginals, strict=True)
-            )
+            (dot + name, marginal, active[:, i])
+            for i, (name, marginal) in enumerate(named)
             if not math.isfinite(periods[i])  # a circle has no ends
         ]
     for name, marginal, values in columns:

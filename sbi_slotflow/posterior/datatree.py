@@ -4,7 +4,8 @@ r"""Draws as an ArviZ ``DataTree``.
 group                what it holds
 ==================== ===========================================================
 posterior            K, the shared parameters, and the components' parameters,
-                     (chain, draw, component), NaN where a draw has no such one
+                     (chain, draw, component), NaN where a draw has no such one; of
+                     classes K_line, line.frequency (chain, draw, line.component)
 posterior_given_k    the draws of the most probable K alone, without NaN
 sample_stats         ``active``, True where the posterior's entries are no
                      padding; ``lp``; ``weight``; ``ess`` and other diagnostics
@@ -25,7 +26,7 @@ parts ``arviz-base``, ``arviz-stats`` and ``arviz-plots`` do.
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor
 from ..seeding import draw_seed, generator_for
 from ..sets.checks import as_row, simulate
 from ..sets.circular import unwrap
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 from .weights import systematic
 
@@ -108,7 +110,7 @@ def to_datatree(
     if num_predictive < 0:
         raise ValueError(f"num_predictive must not be negative, got {num_predictive}.")
     generator = generator or generator_for(draw_seed(None))
-    columns = {"active": layout.unpack(samples).mask.numpy()}
+    columns = {}
     for name, values in (("lp", log_prob), ("weight", weights)):
         if values is not None:
             columns[name] = values.detach().cpu().numpy()
@@ -116,7 +118,7 @@ def to_datatree(
     groups = {
         "posterior": _dataset(samples, layout),
         "posterior_given_k": _given_k(samples, layout, weights, generator),
-        "sample_stats": _by_component(columns, layout, ["active"]).assign(numbers),
+        "sample_stats": _statistics(columns, samples, layout).assign(numbers),
     }
     if x is not None:
         groups["observed_data"] = _streams({"x": x.detach().cpu().reshape(-1).numpy()})
@@ -148,28 +150,56 @@ def to_datatree(
 
 def _dataset(samples: Tensor, layout: ThetaLayout) -> "Dataset":
     """K, shared parameters and components of rows ``(chains, draws, E)``."""
-    parts = layout.unpack(samples)
-    active = parts.mask.unsqueeze(-1)
-    components = torch.where(active, parts.components, torch.nan).numpy()
-    shared = parts.shared.numpy()
-    variables = {"K": parts.cardinality.numpy()}
-    variables |= {name: shared[..., i] for i, name in enumerate(layout.shared_names)}
-    names = layout.component_names
-    variables |= {name: components[..., i] for i, name in enumerate(names)}
-    return _by_component(variables, layout, names)
-
-
-def _by_component(
-    variables: dict[str, np.ndarray], layout: ThetaLayout, names: Sequence[str]
-) -> "Dataset":
-    """Variables of which those named have an entry a component."""
+    shared = layout.unpack(samples).shared.numpy()
+    found = {name: shared[..., i] for i, name in enumerate(layout.shared_names)}
+    variables, dims, coords = {}, {}, {}
+    for one in _classes(layout, samples):
+        parts = one.layout.unpack(one.rows)
+        active = parts.mask.unsqueeze(-1)
+        components = torch.where(active, parts.components, torch.nan).numpy()
+        variables[one.number] = parts.cardinality.numpy()
+        for i, name in enumerate(one.layout.component_names):
+            found[one.dot + name] = components[..., i]
+            dims[one.dot + name] = [one.dimension]
+        coords[one.dimension] = np.arange(1, one.layout.max_cardinality + 1)
     import arviz_base
 
-    return arviz_base.dict_to_dataset(
-        variables,
-        dims={name: ["component"] for name in names},
-        coords={"component": np.arange(1, layout.max_cardinality + 1)},
-    )
+    return arviz_base.dict_to_dataset(variables | found, dims=dims, coords=coords)
+
+
+def _statistics(
+    columns: dict[str, np.ndarray], samples: Tensor, layout: ThetaLayout
+) -> "Dataset":
+    """Columns, and which entries of the posterior are no padding."""
+    import arviz_base
+
+    variables, dims, coords = {}, {}, {}
+    for one in _classes(layout, samples):
+        name = f"{one.dot}active"
+        variables[name] = one.layout.unpack(one.rows).mask.numpy()
+        dims[name] = [one.dimension]
+        coords[one.dimension] = np.arange(1, one.layout.max_cardinality + 1)
+    return arviz_base.dict_to_dataset(variables | columns, dims=dims, coords=coords)
+
+
+class _OneClass(NamedTuple):
+    """Rows of one class, and how its variables are called."""
+
+    number: str  # Name of K
+    dot: str  # What stands before other names
+    dimension: str  # Name of the dimension of components
+    layout: ThetaLayout
+    rows: Tensor
+
+
+def _classes(layout: ThetaLayout, samples: Tensor) -> list[_OneClass]:
+    if not isinstance(layout, ClassLayout):
+        return [_OneClass("K", "", "component", layout, samples)]
+    pairs = zip(layout.classes, layout.views(samples), strict=True)
+    return [
+        _OneClass(f"K_{name}", f"{name}.", f"{name}.component", own, rows)
+        for (name, own), rows in pairs
+    ]
 
 
 def _given_k(
@@ -179,7 +209,7 @@ def _given_k(
     generator: torch.Generator,
 ) -> "Dataset":
     """Draws of the most probable K, with equal weight and without NaN."""
-    cardinality = layout.cardinality(samples)
+    cardinality = layout.kind(samples)
     counted = None if weights is None else weights.flatten().double()
     k = int(torch.bincount(cardinality.flatten(), counted).argmax())
     chosen = cardinality == k
@@ -194,16 +224,21 @@ def _given_k(
         given = torch.stack([chain[which][:short] for chain, which in pairs])
     else:
         given = samples[chosen].unsqueeze(0)
-    dataset = _dataset(given, layout).isel(component=slice(0, k)).drop_vars("K")
-    if k == 0:
-        dataset = dataset.drop_vars(layout.component_names)
-    for name in set(layout.periods) & set(map(str, dataset.data_vars)):
+    dataset, periods = _dataset(given, layout), dict(layout.periods)
+    for one in _classes(layout, given):
+        k = int(one.layout.cardinality(one.rows).flatten()[0])
+        dataset = dataset.isel({one.dimension: slice(0, k)}).drop_vars(one.number)
+        if k == 0:
+            names = [one.dot + name for name in one.layout.component_names]
+            dataset = dataset.drop_vars(names)
+        dataset.attrs[one.number.lower() if one.number == "K" else one.number] = k
+        periods |= {one.dot + name: p for name, p in one.layout.periods.items()}
+    for name in set(periods) & set(map(str, dataset.data_vars)):
         values = torch.from_numpy(dataset[name].values)
         columns = values.reshape(*given.shape[:2], -1).unbind(-1)
-        near = [unwrap(column, layout.periods[name]) for column in columns]
+        near = [unwrap(column, periods[name]) for column in columns]
         near = torch.stack(near, dim=-1).reshape(values.shape)
         dataset[name] = (dataset[name].dims, near.numpy())
-    dataset.attrs["k"] = k
     return dataset
 
 
@@ -231,11 +266,19 @@ def _pit(replicates: np.ndarray, x: Tensor, generator: torch.Generator) -> "Data
 def _attributes(
     layout: ThetaLayout, model_card: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    classes = _classes(layout, torch.zeros(1, layout.size))
+    periods = dict(layout.periods)
+    for one in classes:
+        periods |= {one.dot + name: p for name, p in one.layout.periods.items()}
+    names = [one.dot + name for one in classes for name in one.layout.component_names]
+    order = [
+        one.dot + one.layout.component_names[one.layout.order_by] for one in classes
+    ]
     attributes: dict[str, Any] = {
-        "component_parameters": ", ".join(layout.component_names),
+        "component_parameters": ", ".join(names),
         "shared_parameters": ", ".join(layout.shared_names),
-        "order_by": layout.component_names[layout.order_by],
-        "periods": json.dumps(dict(layout.periods)),
+        "order_by": ", ".join(order),
+        "periods": json.dumps(periods),
     }
     for package in _PACKAGES:
         try:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..sets.distribution import SetDistribution
+from ..sets.classes import ClassLayout
+from ..sets.distribution import SetDistribution, counts_of_class
 from ..sets.layout import ThetaLayout
 from .base import PosteriorOfOne
 from .convergence import Convergence
@@ -108,6 +109,17 @@ class PosteriorDraws(PosteriorOfOne):
     def statistics(self) -> dict[str, float]:
         """Numbers that tell how good the draws are, by name."""
         return {"ess": self.ess}
+
+    def of_class(self, name: str) -> "PosteriorDraws":
+        """The same draws of one class's components alone.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        if not isinstance(self.layout, ClassLayout):
+            raise ValueError(f"these draws have no classes, got name={name!r}.")
+        own, theta = self.layout.of_class(name), self.layout.view(self.theta, name)
+        return PosteriorDraws(own, theta, self.x, self.log_weights)
 
     @property
     def has_density(self) -> bool:
@@ -241,6 +253,11 @@ class DrawnSets(SetDistribution):
         k = self.layout.cardinality(self.rows)
         probs = torch.bincount(k, self.weights, self.layout.max_cardinality + 1)
         return Categorical(logits=probs.log()[None])
+
+    def class_cardinality(self, of: str) -> Categorical:
+        """Return the estimate of p(K_c | x) of one class; see the base."""
+        hot = counts_of_class(self.layout, self.rows, of)
+        return Categorical(probs=(self.weights @ hot)[None])
 
     def sample(
         self,

@@ -78,10 +78,13 @@ class WithExtraComponent:
         extra, place = extra.unsqueeze(-2), place.unsqueeze(-1)
         components = torch.where(place, extra, parts.components)
         k = parts.cardinality + chosen.long()
-        theta = layout.canonical(layout.pack(k, components, parts.shared))
+        more = layout.canonical(layout.pack(k, components, parts.shared))
+        # Of a class there may be no more: such a draw does not count.
+        room = layout.is_well_formed(more)
+        theta = torch.where(room.unsqueeze(-1), more, theta)
         own = (layout.unpack(theta).components == extra).all(-1)
         counted = (own & self._in_doubt(theta, chosen)).any(-1)
-        return theta, counted | ~chosen
+        return theta, (counted & room) | ~chosen
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Evaluate log q' of rows ``(S, B, E)``, float64, shape ``(S, B)``."""
@@ -118,9 +121,9 @@ class WithExtraComponent:
 
     def _log_component(self, components: Tensor) -> Tensor:
         flat = components.reshape(-1, components.shape[-1])
-        inside = [m.quantile(torch.tensor(0.5)) for m in self.prior.component_marginals]
+        inside = self.prior.component_marginals.middle(flat)
         zero = (flat == 0).all(-1, keepdim=True)  # padding, which is not used
-        flat = torch.where(zero, torch.stack(inside).to(flat), flat)
+        flat = torch.where(zero, inside, flat)
         log_p = PriorComponents(self.prior.component).log_prob_component(flat)
         return log_p.double().reshape(components.shape[:-1])
 

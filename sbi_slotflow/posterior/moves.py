@@ -124,7 +124,9 @@ class DifferenceMove:
         layout = self.layout
         parts, pool = layout.unpack(theta), layout.unpack(others)
         here, here_shared, log_det = self._coordinates(parts)
-        first, second, found = _partners(parts.cardinality, pool.cardinality, generator)
+        first, second, found = _partners(
+            layout.kind(theta), layout.kind(others), generator
+        )
         there = self._coordinates(pool)[:2]
         step, step_shared = (part[first] - part[second] for part in there)
         active = parts.mask
@@ -228,8 +230,11 @@ class ExchangeMove:
             new = fresh[i * len(theta) : (i + 1) * len(theta)]
             components[row, place] = torch.where(there, new, components[row, place])
             log_ratio = log_ratio - g.log_prob_component(new).double()
-        rows = layout.pack(k_new, components, parts.shared)
-        return layout.canonical(rows), torch.where(possible, log_ratio, -math.inf)
+        rows = layout.canonical(layout.pack(k_new, components, parts.shared))
+        # Of a class there may be no more.
+        possible &= layout.is_well_formed(rows)
+        rows = torch.where(possible.unsqueeze(-1), rows, theta)
+        return rows, torch.where(possible, log_ratio, -math.inf)
 
 
 def _log_ways(k: Tensor, count: int) -> Tensor:

@@ -36,7 +36,7 @@ from ..seeding import forked_rng
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .base import Posterior
-from .component_proposals import PooledComponents
+from .component_proposals import ComponentProposal, pooled_components
 from .convergence import convergence_of
 from .draws import RefinedPosterior
 from .importance import LogLikelihood, WithExtraComponent, likelihood_of
@@ -282,8 +282,8 @@ def _moves(posterior: Posterior, prior: VariableKPrior) -> list[Move]:
         if moving != "shared" or shared is not None
     ]
 
-    def pooled(theta: Tensor) -> PooledComponents:
-        return PooledComponents(theta, prior, chart=chart)
+    def pooled(theta: Tensor) -> ComponentProposal:
+        return pooled_components(theta, prior, chart)
 
     exchanges = {n: ExchangeMove(prior.layout, n, pooled) for n in EXCHANGES}
     moves: list[Move] = [*differences, *exchanges.values()]

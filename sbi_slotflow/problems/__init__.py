@@ -1,6 +1,7 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
 from .base import Problem
+from .classes import Classes
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .placed import Image, Trace
@@ -8,12 +9,14 @@ from .radial_velocity import radial_velocity
 from .series import Series, SeriesSimulator
 from .sinusoids.grid import Grid
 from .sinusoids.line_spectrum import LineSpectrum, line_spectrum
+from .sinusoids.lines_and_bursts import lines_and_bursts
 from .sinusoids.problem import Sinusoids, sinusoids
 from .spikes import spikes
 from .stars import stars
 
 __all__ = [
     "AdditiveFit",
+    "Classes",
     "Grid",
     "Image",
     "LineSpectrum",
@@ -25,6 +28,7 @@ __all__ = [
     "Trace",
     "line_spectrum",
     "linear_gaussian",
+    "lines_and_bursts",
     "radial_velocity",
     "sinusoids",
     "spikes",

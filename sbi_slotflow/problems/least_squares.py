@@ -25,7 +25,7 @@ from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
 from .white_space import GivenWhite, WhiteSpace
 
-__all__ = ["AdditiveFit", "AdditiveLeastSquares"]
+__all__ = ["AdditiveFit", "AdditiveLeastSquares", "signal_slopes"]
 
 _SEARCH_POINTS = 16
 _SEARCH_ROUNDS = 2
@@ -104,13 +104,38 @@ class AdditiveFit:
         place = place if isinstance(place, int) else tuple(place)
         return cls(signal, marginals, place, variance=spec.get("variance"))
 
+    def candidates(
+        self, low: Tensor, high: Tensor, num: int = _SEARCH_POINTS
+    ) -> Tensor:
+        """Candidates ``(N, K, G, D)`` for components with locations in intervals.
+
+        The ends ``low`` and ``high`` are ``(N, K)``, of P locations ``(N, K, P)``.
+        """
+        if low.ndim == 2:
+            low, high = low.unsqueeze(-1), high.unsqueeze(-1)
+        # The sequence's first point is the corner, where a quantile may be infinite.
+        engine = SobolEngine(len(self.marginals))
+        points = engine.draw(num + 1, dtype=torch.float64)[1:].to(low.device)
+        named = zip(self.marginals, points.unbind(-1), strict=True)
+        shape = *low.shape[:-1], -1
+        columns = [m.quantile(share).expand(shape) for m, share in named]
+        for i, d in enumerate(self.locations):
+            ends = low[..., i, None], high[..., i, None]
+            columns[d] = torch.lerp(*ends, points[:, d])
+        return torch.stack(columns, -1)
+
     def given(self, data: Tensor) -> "AdditiveLeastSquares":
         """The least squares of observations ``(B, T)``."""
         data = data.flatten(1)
         if self.space is None:
-            return AdditiveLeastSquares(self, data)
+            return self.least_squares(self, data)
         white = self.space.given(data)
-        return AdditiveLeastSquares(self, white.data, white)
+        return self.least_squares(self, white.data, white)
+
+    @property
+    def least_squares(self) -> "type[AdditiveLeastSquares]":
+        """What to make of observations."""
+        return AdditiveLeastSquares
 
 
 @dataclass(frozen=True)
@@ -141,13 +166,17 @@ class AdditiveLeastSquares:
         """Signals ``(M, ..., T)`` of components ``(M, ..., D)`` of observations."""
         return self.fit.signals(components)
 
+    def slopes(self, components: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Signals ``(M, T)`` of components ``(M, D)``, derivatives ``(M, D, T)``."""
+        return signal_slopes(lambda c: self.signals(c, owner), components)
+
     def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
         """Estimate components with locations in given intervals.
 
         Candidates are one low-discrepancy set, spread over intervals and quantiles. One
         component after the other takes the one that leaves least power, in two rounds.
         """
-        candidates = self._candidates(low.double(), high.double())
+        candidates = self.fit.candidates(low.double(), high.double())
         signals = mask.shape[-1] * _SEARCH_POINTS
         parts = self._parts(signals, owner, candidates, mask)
         return torch.cat([self._choose(i, *part) for i, *part in parts])
@@ -195,17 +224,11 @@ class AdditiveLeastSquares:
         self, owner: Tensor, components: Tensor, mask: Tensor
     ) -> NormalEquations:
         data = self.data[owner].double()
-        num, width = data.shape[-1], components.shape[-1]
         active, rows = components[mask], owner[mask.nonzero()[:, 0]]
-        slopes = components.new_zeros(*components.shape, num)
-        signals = components.new_zeros(*mask.shape, num)
-        for d in range(width if len(active) else 0):
-            direction = torch.zeros_like(active)
-            direction[:, d] = 1.0
-            pushed = jvp(lambda c: self.signals(c, rows), (active,), (direction,))
-            slopes[..., d, :][mask] = pushed[1]
-            if d == 0:
-                signals[mask] = pushed[0]
+        slopes = components.new_zeros(*components.shape, data.shape[-1])
+        signals = components.new_zeros(*mask.shape, data.shape[-1])
+        if len(active):
+            signals[mask], slopes[mask] = self.slopes(active, rows)
         residual = data - self._seen(signals.sum(-2), owner)
         jacobian = self._seen(slopes.flatten(-3, -2), owner)
         return NormalEquations(
@@ -213,23 +236,6 @@ class AdditiveLeastSquares:
             gradient=(jacobian @ residual.unsqueeze(-1)).squeeze(-1),
             curvature=jacobian @ jacobian.mT,
         )
-
-    def _candidates(
-        self, low: Tensor, high: Tensor, num: int = _SEARCH_POINTS
-    ) -> Tensor:
-        """Candidates ``(N, K, G, D)`` for components with locations in intervals."""
-        if low.ndim == 2:
-            low, high = low.unsqueeze(-1), high.unsqueeze(-1)
-        # The sequence's first point is the corner, where a quantile may be infinite.
-        engine = SobolEngine(len(self.fit.marginals))
-        points = engine.draw(num + 1, dtype=torch.float64)[1:].to(low.device)
-        named = zip(self.fit.marginals, points.unbind(-1), strict=True)
-        shape = *low.shape[:-1], -1
-        columns = [m.quantile(share).expand(shape) for m, share in named]
-        for i, d in enumerate(self.fit.locations):
-            ends = low[..., i, None], high[..., i, None]
-            columns[d] = torch.lerp(*ends, points[:, d])
-        return torch.stack(columns, -1)
 
     def _choose(self, owner: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Candidates ``(N, K, D)`` that explain the data best together."""
@@ -256,3 +262,16 @@ class AdditiveLeastSquares:
                 explained[:, k] = signals[rows, k, chosen[:, k]]
         index = chosen[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
         return candidates.gather(-2, index).squeeze(-2)
+
+
+def signal_slopes(
+    signals: Callable[[Tensor], Tensor], components: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Signals ``(M, T)`` of components ``(M, D)``, and derivatives ``(M, D, T)``."""
+    value, slopes = torch.zeros_like(components[:, :0]), []
+    for d in range(components.shape[-1]):
+        direction = torch.zeros_like(components)
+        direction[:, d] = 1.0
+        value, slope = jvp(signals, (components,), (direction,))[:2]
+        slopes.append(slope)
+    return value, torch.stack(slopes, 1)

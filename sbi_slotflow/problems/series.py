@@ -294,7 +294,7 @@ class SeriesLeastSquares(AdditiveLeastSquares):
         form = self.fit.form
         if form is None:
             return super().start(owner, low, high, mask)
-        candidates = self._candidates(low.double(), high.double(), _SEARCH_POINTS)
+        candidates = self.fit.candidates(low.double(), high.double(), _SEARCH_POINTS)
         signals = mask.shape[-1] * _SEARCH_POINTS * (form.num_amplitudes + 1)
         parts = self._parts(signals, owner, candidates, mask)
         return torch.cat([self._linear_start(form, i, *part) for i, *part in parts])

@@ -6,19 +6,21 @@ r"""Simulators whose signal is the sum of the components' signals and a backgrou
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..sets.checks import Numbers, as_count, as_floats
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout, ThetaParts
 
 __all__ = [
     "AdditiveSimulator",
+    "ClassSignal",
     "NoiseAboutSignal",
     "NoiseModel",
     "SummedSignal",
@@ -114,6 +116,61 @@ class SummedSignal(Protocol):
         ...
 
 
+class ClassSignal:
+    """The signals of components whose first entry is their class.
+
+    Args:
+        layout: The layout of all classes.
+        signals: The signal of each class by its name, which maps the class's own
+            parameters ``(..., D_c)`` to ``(..., *event)``.
+
+    Raises:
+        TypeError: If it is no mapping of functions.
+        ValueError: If its names are not those of the classes.
+    """
+
+    def __init__(self, layout: ClassLayout, signals: Any) -> None:
+        if not isinstance(signals, Mapping):
+            raise TypeError(
+                "component_signal must map each class of the layout, "
+                f"{layout.class_names}, to its signal, got {type(signals).__name__}."
+            )
+        if set(signals) != set(layout.class_names):
+            raise ValueError(
+                "component_signal must have one signal for each class, "
+                f"{layout.class_names}, got {tuple(signals)}."
+            )
+        for name, signal in signals.items():
+            if not callable(signal):
+                raise TypeError(
+                    f"component_signal of {name!r} must be a function of components, "
+                    f"got {type(signal).__name__}."
+                )
+        self.layout = layout
+        self.signals = [signals[name] for name in layout.class_names]
+
+    def __call__(self, components: Tensor) -> Tensor:
+        """Signals ``(..., *event)`` of components ``(..., D)``."""
+        flat = components.reshape(-1, components.shape[-1])
+        found, places = [], []
+        for c, signal in enumerate(self.signals):
+            rows = (flat[:, 0] == c).nonzero().squeeze(-1)
+            if len(rows):
+                own = self.layout.to_class(flat[rows], c)
+                found.append(as_floats(signal(own), "component_signal").to(flat))
+                places.append(rows)
+        if not found:
+            own = self.layout.to_class(flat, 0)
+            return as_floats(self.signals[0](own), "component_signal").to(flat)
+        if len({value.shape[1:] for value in found}) > 1:
+            raise ValueError(
+                "component_signal must have one event shape for all classes, got "
+                f"{[tuple(value.shape[1:]) for value in found]}."
+            )
+        order = torch.cat(places).argsort()
+        return torch.cat(found)[order].unflatten(0, components.shape[:-1])
+
+
 class AdditiveSimulator:
     r"""Simulator x(theta) for signals that add up.
 
@@ -122,7 +179,8 @@ class AdditiveSimulator:
             another event shape, images ``(..., H, W)`` for one: torch tensors or NumPy
             arrays of any real dtype. If it has a method ``total(components, mask)``,
             that is used for sums of signals ``(..., T)``. Noise sees the T numbers of
-            an event side by side.
+            an event side by side. Where components have classes, a mapping of one
+            such function for each.
         noise: A noise model, for example :class:`~sbi_slotflow.WhiteNoise`.
         layout: Layout of theta, ``prior.layout``.
         chunk_size: Most rows handled at once; bounds the memory.
@@ -139,13 +197,16 @@ class AdditiveSimulator:
 
     def __init__(
         self,
-        component_signal: Callable[[Tensor], Tensor],
+        component_signal: Callable[[Tensor], Tensor]
+        | Mapping[str, Callable[[Tensor], Tensor]],
         noise: NoiseModel,
         layout: ThetaLayout,
         chunk_size: int = 128,
         *,
         background: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if isinstance(layout, ClassLayout):
+            component_signal = ClassSignal(layout, component_signal)
         if not callable(component_signal):
             raise TypeError(
                 "component_signal must be a function of components, got "

@@ -17,10 +17,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
+from torch.nn.functional import one_hot
 
+from ..seeding import generator_for
+from .classes import ClassLayout
 from .layout import ThetaLayout
 
-__all__ = ["SetDistribution"]
+__all__ = ["SetDistribution", "counts_of_class"]
+
+_NUM_COUNTED = 4_000
 
 
 class SetDistribution(ABC):
@@ -56,6 +61,20 @@ class SetDistribution(ABC):
             Rows of shape ``(*sample_shape, B, E)``.
         """
 
+    def class_cardinality(self, of: str) -> Categorical:
+        """Return q(K_c | x) of one class ``of``, batch shape ``(B,)``.
+
+        It is estimated by 4,000 draws of a fixed seed, where draws have no weights.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        counts_of_class(self.layout, torch.zeros(1, self.layout.size), of)
+        device = self.cardinality().logits.device
+        generator = generator_for(0, device=device)
+        rows = self.sample((_NUM_COUNTED,), generator=generator)
+        return Categorical(probs=counts_of_class(self.layout, rows, of).mean(0))
+
     @abstractmethod
     def log_prob(self, theta: Tensor) -> Tensor:
         """Evaluate the log density of sets.
@@ -66,3 +85,18 @@ class SetDistribution(ABC):
         Returns:
             Log densities of shape ``(S, B)``, -inf outside the prior's support.
         """
+
+
+def counts_of_class(layout: ThetaLayout, rows: Tensor, of: str) -> Tensor:
+    """One-hot numbers ``(..., K_c max + 1)`` of components of a class, float64.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    if not isinstance(layout, ClassLayout):
+        raise ValueError(
+            f"of must be None where components have no classes, got {of!r}."
+        )
+    own = layout.of_class(of)
+    count = own.cardinality(layout.view(rows, of))
+    return one_hot(count, own.max_cardinality + 1).double()

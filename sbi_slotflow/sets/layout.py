@@ -185,6 +185,15 @@ class ThetaLayout:
         """Return K of every row, int64, shape ``(...)``."""
         return self.unpack(theta).cardinality
 
+    def kind(self, theta: Tensor) -> Tensor:
+        """A number ``(...)`` that rows share whose components can be compared: K."""
+        return self.cardinality(theta)
+
+    @property
+    def num_counts(self) -> int:
+        """Number of entries, at the start of a row, that are cardinalities."""
+        return 1
+
     def is_well_formed(self, theta: Tensor) -> Tensor:
         """Tell which rows are finite, have an integer K in 0..Kmax and zero padding."""
         parts = self.unpack(theta)
@@ -211,13 +220,12 @@ class ThetaLayout:
         if not torch.isfinite(theta).all():
             bad = int((~torch.isfinite(theta).all(-1)).sum())
             raise ValueError(f"{name} must be finite: NaN or Inf in {bad} row(s).")
-        k = theta[..., 0]
         wrong = ~self._has_cardinality(theta)
         if wrong.any():
+            first = theta[..., : self.num_counts][wrong].flatten(0, -2)[0].tolist()
             raise ValueError(
-                f"{name} must hold an integer cardinality K in "
-                f"0..{self.max_cardinality} as its first entry, got "
-                f"{k[wrong].flatten()[0].item():g}."
+                f"{name} must hold {self._cardinalities()}, got "
+                f"{', '.join(f'{k:g}' for k in first)}."
             )
 
     def canonical(self, theta: Tensor) -> Tensor:
@@ -241,6 +249,17 @@ class ThetaLayout:
         components = parts.components.gather(-2, index)
         return self.pack(parts.cardinality, components, parts.shared)
 
+    def _entries(self) -> str:
+        return (
+            f"K, {self.num_shared} shared, {self.max_cardinality} components of "
+            f"{self.num_component_params}"
+        )
+
+    def _cardinalities(self) -> str:
+        return (
+            f"an integer cardinality K in 0..{self.max_cardinality} as its first entry"
+        )
+
     def _has_cardinality(self, theta: Tensor) -> Tensor:
         k = theta[..., 0]
         return (k == k.round()) & (k >= 0) & (k <= self.max_cardinality)
@@ -249,6 +268,5 @@ class ThetaLayout:
         if theta.ndim < 1 or theta.shape[-1] != self.size:
             raise ValueError(
                 f"{name} must have {self.size} entries on its last axis "
-                f"(K, {self.num_shared} shared, {self.max_cardinality} components of "
-                f"{self.num_component_params}), got shape {tuple(theta.shape)}."
+                f"({self._entries()}), got shape {tuple(theta.shape)}."
             )

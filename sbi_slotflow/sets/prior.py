@@ -276,10 +276,14 @@ class VariableKPrior(Distribution):
         return period if math.isfinite(period) else None
 
     def _draw(self, num: int) -> Tensor:
-        layout, probs = self.layout, self.cardinality_probs
+        probs = self.cardinality_probs
         if num == 0:
-            return probs.new_zeros(0, layout.size)
-        k = torch.multinomial(probs, num, replacement=True)
+            return probs.new_zeros(0, self.layout.size)
+        return self._draw_given(torch.multinomial(probs, num, replacement=True))
+
+    def _draw_given(self, k: Tensor) -> Tensor:
+        """Rows with such cardinalities ``(N,)``."""
+        layout, num = self.layout, len(k)
         draws = self.component.sample(torch.Size((num * layout.max_cardinality,)))
         components = draws.reshape(num, layout.max_cardinality, -1).float()
         if self.min_separation is not None:
@@ -359,6 +363,8 @@ class VariableKPrior(Distribution):
         with torch.no_grad(), forked_rng(generator_for(0)):
             draws = self._draw(_NUM_MOMENT_SAMPLES).double()
         mean, variance = draws.mean(0), draws.var(0)
+        if self.layout.num_counts > 1:
+            return mean, variance
         k = torch.arange(self.max_cardinality + 1, device=device).to(mean)
         mean[0] = (self.cardinality_probs * k).sum()
         variance[0] = (self.cardinality_probs * (k - mean[0]).square()).sum()

@@ -21,12 +21,15 @@ each record, x = pi f dt, and its derivatives.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from ...nn.spec import register
 
 __all__ = [
     "Grid",
@@ -83,6 +86,7 @@ class Grid:
         return 0.5 * (self.num_samples - 1) / self.rate
 
 
+@register("signal")
 @dataclass(frozen=True)
 class SineSignal:
     """Signals A cos(2 pi f t + phi) of components (A, phi, f) on several grids.
@@ -97,6 +101,19 @@ class SineSignal:
 
     grids: tuple[Grid, ...]
     analytic: bool = False
+
+    kind: ClassVar[str] = "sinusoids"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Description for :meth:`from_spec`."""
+        grids = [[grid.duration, grid.rate] for grid in self.grids]
+        return {"kind": self.kind, "grids": grids, "analytic": self.analytic}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> "SineSignal":
+        """Rebuild a signal from :attr:`spec`."""
+        return cls(tuple(Grid(*grid) for grid in spec["grids"]), spec["analytic"])
 
     @property
     def num_samples(self) -> int:

@@ -1,0 +1,264 @@
+"""Problems of several classes."""
+
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Uniform
+
+from sbi_slotflow import (
+    AdditiveSimulator,
+    SlotDensityEstimator,
+    SlotPosterior,
+    VariableKPrior,
+    WhiteNoise,
+    refine,
+    slot_nn,
+)
+from sbi_slotflow.problems import Classes, Trace, lines_and_bursts
+
+SMALL: dict[str, Any] = {
+    "hidden_features": 16,
+    "trunk_features": 16,
+    "flow_hidden_features": 16,
+    "flow_layers": 2,
+    "weighed_sets": 64,
+}
+TIME = torch.arange(16.0) + 0.5
+NOISE = WhiteNoise(1.0)
+
+
+def step(c: Tensor) -> Tensor:
+    """Steps of components (height, time)."""
+    return c[..., :1] * torch.sigmoid((TIME.to(c) - c[..., 1:2]) / 0.5)
+
+
+def pulse(c: Tensor) -> Tensor:
+    """Pulses of height three and components (time,)."""
+    return 3.0 * torch.exp(-0.5 * (TIME.to(c) - c[..., :1]).square())
+
+
+def trace(name: str, signal: Any, *high: float, noise: Any = NOISE, **options: Any):
+    ends = torch.tensor(high)
+    prior = VariableKPrior(
+        Independent(Uniform(torch.zeros_like(ends), ends), 1), [1, 1], **options
+    )
+    simulator = AdditiveSimulator(signal, noise, prior.layout)
+    return Trace(name, prior, simulator, cells=8)
+
+
+def small() -> Classes:
+    members = {
+        "step": trace("steps", step, 4.0, 16.0, order_by=1),
+        "pulse": trace("pulses", pulse, 16.0),
+    }
+    return Classes("steps and pulses", members)
+
+
+def estimator_of(problem: Classes, **options: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    theta = problem.prior.sample((32,), torch.Generator().manual_seed(0))
+    x = problem.simulator(theta, torch.Generator().manual_seed(1))
+    return slot_nn(problem, **SMALL | options)(theta, x).eval(), x
+
+
+def test_signals_of_classes_add_up() -> None:
+    problem = small()
+    theta = problem.prior.sample((20,), torch.Generator().manual_seed(0))
+    layout = problem.layout
+    lines, bursts = (layout.view(theta, name) for name in layout.class_names)
+    expected = lines[:, :1] * step(lines[:, 1:]) + bursts[:, :1] * pulse(bursts[:, 1:])
+    assert torch.allclose(problem.simulator.signal(theta), expected, atol=1e-5)
+    x = problem.simulator(theta, torch.Generator().manual_seed(1))
+    normal = torch.distributions.Normal(expected.double(), 1.0)
+    found = problem.log_likelihood(theta, x)
+    assert torch.allclose(found, normal.log_prob(x.double()).sum(-1), atol=1e-4)
+
+
+def test_least_squares_know_all_classes() -> None:
+    problem = lines_and_bursts()
+    fit = problem.build_fit()
+    assert fit is not None
+    theta = problem.prior.sample((8,), torch.Generator().manual_seed(1))
+    x = problem.simulator(theta, torch.Generator().manual_seed(2))
+    parts = problem.layout.unpack(theta)
+    found = fit.given(x).normal_equations(torch.arange(8), parts.components, parts.mask)
+    components = parts.components.double().requires_grad_()
+    signal = problem.simulator._total(parts._replace(components=components))
+    power = (x.double() - signal).square().sum(-1)
+    (slope,) = torch.autograd.grad(-0.5 * power.sum(), components)
+    assert torch.allclose(found.residual, power.detach())
+    assert torch.allclose(found.gradient, slope.flatten(1), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"flow_layers": 0, "flow_hidden_features": None, "trunk_features": "default"}],
+    ids=["flow", "plain"],
+)
+@pytest.mark.parametrize("refine_slots", [3, 0])
+def test_densities_integrate_to_one(options: dict[str, Any], refine_slots: int) -> None:
+    if not refine_slots:
+        options = {"refine_slots": 0, "weighed_sets": None, "flow_layers": 2}
+    problem = small()
+    estimator, x = estimator_of(problem, **options)
+    layout, x = problem.layout, x[:1]
+    place = (torch.arange(160) + 0.5) / 10
+    height = (torch.arange(80) + 0.5) / 20
+    none = torch.zeros(1)
+    total = 0.0
+    for lines, bursts in product((0, 1), (0, 1)):
+        grid = torch.cartesian_prod(
+            torch.full((1,), float(lines)),
+            torch.full((1,), float(bursts)),
+            height if lines else none,
+            place if lines else none,
+            place[::4] if lines and bursts else place if bursts else none,
+        )
+        cell = (0.05 * 0.1 if lines else 1.0) * (0.1 if bursts else 1.0)
+        cell *= 4 if lines and bursts else 1
+        with torch.no_grad():
+            parts = [estimator.log_prob(g[:, None], x) for g in grid.split(65_536)]
+        log_q = torch.cat(parts).double()
+        total += float(log_q.exp().sum()) * cell
+    assert layout.size == grid.shape[-1]
+    assert total == pytest.approx(1.0, abs=0.02)
+
+
+def test_labels_and_draws() -> None:
+    problem = lines_and_bursts()
+    estimator, x = estimator_of(problem)
+    draws = estimator.sample((20,), x[:4], generator=torch.Generator().manual_seed(0))
+    assert problem.prior.support.check(draws).all()
+    assert torch.equal(problem.layout.canonical(draws), draws)
+    with torch.no_grad():
+        log_q = estimator.log_prob(draws, x[:4])
+        mixed = problem.layout.relabel(draws, torch.Generator().manual_seed(1))
+        again = estimator.log_prob(mixed, x[:4])
+    assert torch.isfinite(log_q).all()
+    assert torch.allclose(log_q, again, atol=1e-4)
+
+
+@pytest.mark.parametrize("step_at", [6.2, 8.5])
+@pytest.mark.parametrize("seed", range(2))
+def test_evidence_tells_classes_apart(step_at: float, seed: int) -> None:
+    """Of one component, a step or a pulse: the odds by brute force."""
+    problem = small()
+    estimator, _ = estimator_of(problem)
+    row = torch.tensor([[1.0, 0.0, 3.0, step_at, 0.0]])
+    x = problem.simulator(row, torch.Generator().manual_seed(seed))
+    place = (torch.arange(800) + 0.5) / 50
+    height = (torch.arange(400) + 0.5) / 100
+    one, none = torch.ones(1), torch.zeros(1)
+    log_z = []
+    for grid, volume in (
+        (torch.cartesian_prod(one, none, height, place, none), 0.01 * 0.02),
+        (torch.cartesian_prod(none, one, none, none, place), 0.02),
+    ):
+        log_p = problem.prior.log_prob(grid) + problem.log_likelihood(grid, x[0])
+        log_z.append(float(log_p.logsumexp(0)) + math.log(volume))
+    parts = estimator.given(x)._sets.parts
+    evidence, *_ = parts.evidence(0, 1)
+    cells = parts._table.cells[0, : len(evidence), 0]
+    label = estimator.component_head.axis.class_of(cells)
+    found = [float(evidence[label == c].logsumexp(0)) for c in (0, 1)]
+    # Laplace's approximation, which one count of 2 pi too many would put off by 0.9.
+    assert found[1] - found[0] == pytest.approx(log_z[1] - log_z[0], abs=0.3)
+
+
+def test_refined_posteriors_agree_with_brute_force() -> None:
+    """Weights of an untrained network's draws, and populations of particles."""
+    problem = small()
+    estimator, _ = estimator_of(problem)
+    posterior = SlotPosterior(estimator, problem.prior)
+    row = torch.tensor([[1.0, 1.0, 2.0, 5.0, 11.0]])
+    x = problem.simulator(row, torch.Generator().manual_seed(6))
+    prior = problem.prior.sample((400_000,), torch.Generator().manual_seed(2))
+    weights = problem.log_likelihood(prior, x[0])
+    kinds = problem.layout.kind(prior)
+    exact = torch.bincount(kinds, weights.softmax(0), minlength=4)
+    log_z = float(weights.logsumexp(0)) - torch.tensor(400_000.0).log()
+    for method in ("importance", "smc"):
+        refined = refine(
+            posterior,
+            problem.log_likelihood,
+            x[0],
+            num_samples=2_000,
+            method=method,
+            generator=torch.Generator().manual_seed(1),
+        )
+        found = torch.bincount(problem.layout.kind(refined.rows), refined.weights, 4)
+        assert (found - exact).abs().max() < 0.05, method
+        assert refined.log_evidence == pytest.approx(float(log_z), abs=0.2), method
+        own = refined.cardinality(of="step").probs
+        assert own[1] == pytest.approx(float(found[2:].sum()), abs=1e-6)
+        one = refined.of_class("pulse")
+        assert one.layout == problem.layout.of_class("pulse")
+        assert one.cardinality().probs[1] == pytest.approx(
+            float(refined.cardinality(of="pulse").probs[1])
+        )
+
+
+def test_an_estimator_survives_a_file(tmp_path: Path) -> None:
+    problem = lines_and_bursts()
+    estimator, x = estimator_of(problem)
+    estimator.save(tmp_path / "network.safetensors")
+    loaded = SlotDensityEstimator.load(tmp_path / "network.safetensors")
+    draws = estimator.sample((5,), x[:2], generator=torch.Generator().manual_seed(0))
+    again = loaded.sample((5,), x[:2], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draws, again)
+
+
+def test_a_tree_has_a_dimension_for_each_class() -> None:
+    problem = small()
+    estimator, x = estimator_of(problem)
+    posterior = SlotPosterior(estimator, problem.prior)
+    tree = posterior.to_datatree(50, x[0], problem=problem)
+    data = tree["posterior"]
+    assert data["step.theta_1"].dims == ("chain", "draw", "step.component")
+    assert {"K_step", "K_pulse", "pulse.theta_1"} <= set(data.data_vars)
+    active = tree["sample_stats"]["pulse.active"].sum("pulse.component")
+    assert (active == data["K_pulse"]).all()
+
+
+def test_members_that_do_not_fit_are_refused() -> None:
+    one = trace("steps", step, 4.0, 16.0, order_by=1)
+    loud = trace("pulses", pulse, 16.0, noise=WhiteNoise(2.0))
+    with pytest.raises(ValueError, match="the same noise"):
+        Classes("both", {"step": one, "pulse": loud})
+    with pytest.raises(TypeError, match="AdditiveSimulator"):
+        Classes("both", {"step": one, "pulse": one.prior})  # pyright: ignore
+    with pytest.raises(TypeError, match="map names to problems"):
+        Classes("both", [one])  # pyright: ignore
+
+
+def test_a_simulator_has_one_signal_for_each_class() -> None:
+    layout = small().layout
+    with pytest.raises(TypeError, match="map each class"):
+        AdditiveSimulator(step, NOISE, layout)
+    with pytest.raises(ValueError, match="one signal for each class"):
+        AdditiveSimulator({"step": step}, NOISE, layout)
+    with pytest.raises(TypeError, match="'pulse' must be a function"):
+        AdditiveSimulator({"step": step, "pulse": 3.0}, NOISE, layout)  # pyright: ignore
+
+
+@pytest.mark.parametrize("slots", ["attention", "global"])
+def test_slots_without_cells_know_no_classes(slots: Any) -> None:
+    with pytest.raises(ValueError, match="several classes need cells"):
+        estimator_of(small(), slots=slots, weighed_sets=None)
+
+
+def test_independent_slots_know_no_classes() -> None:
+    with pytest.raises(ValueError, match="coupling='joint'"):
+        estimator_of(small(), coupling="factorised", weighed_sets=None)
+
+
+def test_a_bare_prior_of_classes_is_refused() -> None:
+    problem = small()
+    theta = problem.prior.sample((8,))
+    with pytest.raises(ValueError, match=r"problems\.Classes"):
+        slot_nn(problem.prior)(theta, problem.simulator(theta))
