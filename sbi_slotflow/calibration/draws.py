@@ -18,7 +18,7 @@ Given x, truth and draws stay exchangeable, and ranks stay uniform. The match mi
 with the posterior's standard deviations s, by the Hungarian method.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from ..problems.base import Problem
 from ..seeding import generator_for
 from ..sets.checks import as_count, simulate
 from ..sets.circular import circular_mean, near
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 from ..sets.matching import hungarian
 
@@ -62,7 +63,7 @@ class BatchedPosterior(Protocol):
         ...
 
     def cardinality(self, x: Tensor | None = None) -> Categorical:
-        """Return q(K | x) over 0..Kmax."""
+        """Return q(K | x) over 0..Kmax; ``of="line"`` for that of a class."""
         ...
 
 
@@ -81,6 +82,8 @@ class CalibrationDraws:
             ``(H, n, E)``.
         probs: q(K | x), float64, shape ``(n, Kmax + 1)``.
         seed: Seed of all of them.
+        complete: Of components of several classes: pairs whose draws given K have as
+            many of each class as the truth, ``(n,)``; None where there are no classes.
     """
 
     layout: ThetaLayout
@@ -92,6 +95,37 @@ class CalibrationDraws:
     guides: Tensor
     probs: Tensor
     seed: int
+    complete: Tensor | None = None
+
+    def of_class(self, name: str, prior: Tensor, probs: Tensor) -> "CalibrationDraws":
+        """The pairs of one class alone, those that are complete.
+
+        Which they are follows from x and the true numbers of components, so that what
+        is true of all pairs is true of them.
+
+        Args:
+            name: Name of the class.
+            prior: p(K) of the class.
+            probs: q(K | x) of the class, for all pairs.
+        """
+        layout, complete = self.layout, self.complete
+        if not isinstance(layout, ClassLayout) or complete is None:
+            raise ValueError(f"these draws have no classes, got name={name!r}.")
+
+        def own(rows: Tensor) -> Tensor:
+            return layout.view(rows[:, complete], name)
+
+        return CalibrationDraws(
+            layout.of_class(name),
+            prior,
+            layout.view(self.theta[complete], name),
+            self.x[complete],
+            own(self.draws),
+            own(self.given_k),
+            own(self.guides),
+            probs[complete],
+            self.seed,
+        )
 
     @property
     def num(self) -> int:
@@ -151,11 +185,13 @@ def draw(
     ]
     blocks = in_parallel(jobs, num_workers, "draws", show_progress)
     columns = list(zip(*blocks, strict=True))
-    theta, x, probs = (torch.cat(part) for part in columns[:3])
-    draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[3:])
+    theta, x, probs, complete = (torch.cat(part) for part in columns[:4])
+    draws, given_k, guides = (torch.cat(part, dim=1) for part in columns[4:])
     prior = problem.prior.cardinality_probs.double().cpu()
+    found = theta, x, draws, given_k, guides, probs, seed
+    classes = isinstance(problem.layout, ClassLayout)
     return CalibrationDraws(
-        problem.layout, prior, theta, x, draws, given_k, guides, probs, seed
+        problem.layout, prior, *found, complete=complete if classes else None
     )
 
 
@@ -168,7 +204,7 @@ def _block(
     seed: int,
     start: int,
 ) -> tuple[Tensor, ...]:
-    """Theta, x, q(K | x), draws, draws given K, guides, all on the CPU."""
+    """Theta, x, q(K | x), which are complete, draws, those given K, guides."""
     source = generator_for(seed, 0, start, 0)
     theta = problem.prior.sample((size,), source).cpu()
     x = simulate(problem.simulator, theta, source)
@@ -186,16 +222,61 @@ def _block(
         given = {"k": k, "generator": generator}
         found = posterior.sample_batched((len(rows),), batch[here], **given)
         rows[:, here] = found.cpu()
-    return theta, x, probs, draws, rows[:num_draws], rows[num_draws:]
+    options = {"generator": generator}
+    complete = torch.ones(size, dtype=torch.bool)
+    if isinstance(problem.layout, ClassLayout):
+        rows, complete = _of_kind(
+            posterior, problem.layout, theta, batch, rows, options
+        )
+    return theta, x, probs, complete, draws, rows[:num_draws], rows[num_draws:]
+
+
+def _of_kind(
+    posterior: BatchedPosterior,
+    layout: ClassLayout,
+    theta: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    given: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Rows ``(S, n, E)`` with as many of each class as theta, and which are full.
+
+    A pair for which too few of ten times as many draws are is left as it was.
+    """
+    kind, counts, rows = layout.kind(theta), layout.cardinality(theta), rows.clone()
+    good = layout.kind(rows) == kind
+    for _ in range(_MOST_ROUNDS):
+        short = (~good.all(0)).nonzero().squeeze(-1)
+        if not len(short):
+            break
+        for k in counts[short].unique().tolist():
+            here = short[counts[short] == k]
+            found = posterior.sample_batched((len(rows),), x[here], k=k, **given)
+            found = found.cpu()
+            fits = layout.kind(found) == kind[here]
+            for i, column in enumerate(here.tolist()):
+                new, free = found[fits[:, i], i], (~good[:, column]).nonzero()[:, 0]
+                num = min(len(new), len(free))
+                rows[free[:num], column] = new[:num]
+                good[free[:num], column] = True
+    return rows, good.all(0)
 
 
 @torch.no_grad()
-def cardinality_probs(posterior: BatchedPosterior, x: Tensor) -> Tensor:
-    """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``."""
+def cardinality_probs(
+    posterior: BatchedPosterior, x: Tensor, of: str | None = None
+) -> Tensor:
+    """q(K | x), float64 on the CPU, summing to one, shape ``(B, Kmax + 1)``.
+
+    Of one class, if named.
+    """
+    options: dict[str, Any] = {} if of is None else {"of": of}
     device = getattr(posterior, "_device", "cpu")
     batches = [part.to(device) for part in x.split(BLOCK)]
     found = _on_one_thread(
-        lambda: [torch.atleast_2d(posterior.cardinality(b).probs) for b in batches]
+        lambda: [
+            torch.atleast_2d(posterior.cardinality(b, **options).probs) for b in batches
+        ]
     )
     probs = torch.cat(found).double().cpu()
     return probs / probs.sum(-1, keepdim=True)
@@ -223,6 +304,8 @@ def _on_one_thread(job: Callable[[], Any]) -> Any:
         torch.set_num_threads(before)
 
 
+# Times that as many draws are made again, to have those with the true numbers.
+_MOST_ROUNDS = 10
 # Matrices of costs handled at once.
 _CHUNK = 20_000
 # Below this share of their size, deviations are rounding.

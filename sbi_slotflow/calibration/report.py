@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..problems.base import Problem
 from ..sets.checks import as_count, as_observation, simulate
+from ..sets.multi_class import MultiClassPrior
 from ..storage import write_atomically
 from .cardinality import cardinality_reliability
 from .check import Check, check_rate
@@ -233,6 +234,10 @@ def _jobs(
         "cardinality": partial(cardinality_reliability, draws),
     }
     prior = problem.prior
+    if isinstance(prior, MultiClassPrior):
+        # Of each class, as components of two classes are no matter of matching.
+        del jobs["components"], jobs["coverage"]
+        jobs |= _class_jobs(posterior, prior, draws)
     if hasattr(posterior, "with_cardinality_prior"):
         weights = _other_weights(problem, weights)
         other: Any = posterior
@@ -261,6 +266,21 @@ def _jobs(
             _misspecification, reference, problem, draws, x
         )
     return jobs, skipped
+
+
+def _class_jobs(
+    posterior: BatchedPosterior, prior: MultiClassPrior, draws: CalibrationDraws
+) -> dict[str, Job]:
+    """Checks of each class alone."""
+    jobs: dict[str, Job] = {}
+    for name, member in prior.classes.items():
+        counted = cardinality_probs(posterior, draws.x, of=name)
+        probs = member.cardinality_probs.double().cpu()
+        own = draws.of_class(name, probs, counted)
+        jobs[f"components of {name}"] = partial(sbc_components, own)
+        jobs[f"coverage of {name}"] = partial(coverage, own)
+        jobs[f"cardinality of {name}"] = partial(cardinality_reliability, own)
+    return jobs
 
 
 def _page(report: Report) -> str:
@@ -319,7 +339,8 @@ def _table(head: str, rows: Sequence[tuple[str, str, str]]) -> str:
 def _title(name: str, check: Check) -> str:
     """A check's title, which tells two checks of one kind apart."""
     another = " under another prior" if name.endswith("another prior") else ""
-    return escape(check.title) + another
+    _, of, cls = name.partition(" of ")
+    return escape(check.title + another + of + cls)
 
 
 def _anchor(name: str) -> str:

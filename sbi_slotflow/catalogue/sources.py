@@ -26,7 +26,7 @@ Draws enter in canonical order, so that the result is blind to labels.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ..sets.checks import as_row, as_rows, as_weights
 from ..sets.circular import circular_mean, near, unwrap
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ _MOST_DRAWS = 2_000
 _LEAST_PROBABLE = 0.1
 # Share of draws whose assignment may still change at the end.
 _SETTLED = 1e-3
+# Share of components in sources below which another start is tried too.
+_ENOUGH_EXPLAINED = 0.8
 # Share of a normal within 0.385 standard deviations of its mean.
 _CORE, _CORE_WIDTH = 0.3, 0.385
 # Least scale, as a share of the range of all components.
@@ -92,6 +95,14 @@ class Sources:
 
     def match(self, components: Tensor, mask: Tensor) -> Tensor:
         """As :meth:`assign`, for components ``(S, Kmax, D)`` and their mask."""
+        gains = self.gains(components)
+        return best_matching(gains.masked_fill(~mask[:, None, :], -math.inf))
+
+    def gains(self, components: Tensor) -> Tensor:
+        """What components ``(S, Kmax, D)`` add in a source, ``(S, N, Kmax)``.
+
+        Beside what they would in the background, nats.
+        """
         size = components.shape[-1]
         shape = (len(components), len(self), components.shape[1])
         squares = components.new_zeros(shape)
@@ -104,8 +115,7 @@ class Sources:
         peak = odds - self.scale.log().sum(-1) - self.log_background
         peak = peak + math.lgamma(0.5 * (TAIL + size)) - math.lgamma(0.5 * TAIL)
         peak = peak - 0.5 * size * math.log(TAIL * math.pi)
-        gains = peak[:, None] - 0.5 * (TAIL + size) * (squares / TAIL).log1p()
-        return best_matching(gains.masked_fill(~mask[:, None, :], -math.inf))
+        return peak[:, None] - 0.5 * (TAIL + size) * (squares / TAIL).log1p()
 
     def subset(self, kept: Tensor) -> "Sources":
         """Return some of the sources, by index or mask."""
@@ -178,14 +188,12 @@ def fit_sources(
     samples, weights = samples[weights > 0], weights[weights > 0]
     fit = _Fit(layout, layout.canonical(samples), weights)
     least = min(min_probability, _LEAST_PROBABLE)
-    sources, owner = fit.pruned(*fit.improved(fit.reference()), least)
-    while (seed := fit.densest(owner, least)) is not None:
-        pairs = {n: [getattr(sources, n), getattr(seed, n)] for n in _PARTS}
-        joined = replace(seed, **{n: torch.cat(pair) for n, pair in pairs.items()})
-        more, owner = fit.pruned(*fit.improved(joined), least)
-        if len(more) <= len(sources):
-            break
-        sources = more
+    sources, owner = fit.settled(fit.reference(), least)
+    if fit.explained(owner) < _ENOUGH_EXPLAINED or len(sources) > fit.usual:
+        # Where all components lie in one place, the background is as narrow as it.
+        other, taken = fit.settled(fit.reference(empty=True), least)
+        if fit.score(other, taken) > fit.score(sources, owner):
+            sources = other
     sources = sources.subset(sources.existence >= min_probability)
     return sources.subset(sources.centre[:, layout.order_by].argsort())
 
@@ -219,9 +227,47 @@ class _Fit:
         span = torch.maximum(span, 1e-6 * active.abs().amax(0))
         self.span = torch.where(span > 0, span, 1.0)
 
-    def reference(self) -> Sources:
-        """The draw closest to the mean, among those of the most probable K."""
-        k = int(torch.bincount(self.cardinality, self.weights).argmax())
+    def settled(self, sources: Sources, least: float) -> tuple[Sources, Tensor]:
+        """Improve sources, and add some where free components crowd."""
+        sources, owner = self.pruned(*self.improved(sources), least)
+        while (seed := self.densest(owner, least)) is not None:
+            pairs = {n: [getattr(sources, n), getattr(seed, n)] for n in _PARTS}
+            joined = replace(seed, **{n: torch.cat(pair) for n, pair in pairs.items()})
+            more, taken = self.pruned(*self.improved(joined), least)
+            if len(more) <= len(sources):
+                break
+            sources, owner = more, taken
+        return sources, owner
+
+    def explained(self, owner: Tensor) -> float:
+        """Share of all components that belong to a source."""
+        total = float((self.mask.sum(-1) * self.weights).sum())
+        free = float((self._free(owner).sum(-1) * self.weights).sum())
+        return 1 - free / total if total else 1.0
+
+    def score(self, sources: Sources, owner: Tensor) -> float:
+        """Mean log likelihood of a draw, with its components in their sources."""
+        background = self.weights @ self.mask.sum(-1).double() * sources.log_background
+        rate = math.exp(sources.log_background + float(self.span.log().sum()))
+        gains = sources.gains(self.components)
+        taken = gains.gather(-1, owner.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        taken = torch.where(owner >= 0, taken, 0.0).sum(-1)
+        absent = (-sources.existence).log1p().sum()
+        return float(self.weights @ taken + background + absent) - rate
+
+    @property
+    def usual(self) -> int:
+        """The most probable K above zero, if there is any."""
+        counts = torch.bincount(self.cardinality, self.weights)
+        return 1 + int(counts[1:].argmax()) if len(counts) > 1 else 0
+
+    def reference(self, empty: bool = False) -> Sources:
+        """The draw closest to the mean, among those of the most probable K.
+
+        With an ``empty`` background, of the most probable K above zero.
+        """
+        counts = torch.bincount(self.cardinality, self.weights)
+        k = self.usual if empty else int(counts.argmax())
         given = self.cardinality == k
         components = self.components[given, :k]
         weights = self.weights[given].reshape(-1, 1, 1)
@@ -231,7 +277,8 @@ class _Fit:
         scale = torch.maximum(variance.sqrt(), _LEAST_SCALE * self.span)
         centre = components[(gaps / scale).square().sum((1, 2)).argmin()]
         half = torch.full((k,), 0.5, dtype=torch.float64)
-        return self._sources(half, centre, self._core_scale(centre), rate=0.5)
+        rate = self.least if empty else 0.5
+        return self._sources(half, centre, self._core_scale(centre), rate=rate)
 
     def improved(self, sources: Sources) -> tuple[Sources, Tensor]:
         """Improve sources and assignments in turn until these settle."""
@@ -385,6 +432,10 @@ def build_catalogue(
         belongs to the source. Attributes hold ``expected_cardinality``, the part of it
         that is in no listed source, ``expected_unlisted``, and the number of draws.
 
+        Of components of several classes, sources of one class follow those of another:
+        the coordinate ``class`` tells which is which, and names begin with the class,
+        as in ``line.frequency``; they are NaN for the other classes' sources.
+
     Raises:
         TypeError: If samples or ``true_theta`` is not a floating-point tensor.
         ValueError: If an argument is malformed or out of range.
@@ -394,6 +445,9 @@ def build_catalogue(
     weights = _checked_weights(samples, layout, weights)
     if not 0 < ci_prob < 1:
         raise ValueError(f"ci_prob must lie in (0, 1), got {ci_prob}.")
+    if isinstance(layout, ClassLayout):
+        options = {"ci_prob": ci_prob, "min_probability": min_probability}
+        return _of_classes(samples, layout, weights, true_theta, **options)
     samples = samples.detach().cpu()
     sources = fit_sources(
         samples, layout, weights=weights, min_probability=min_probability
@@ -421,6 +475,50 @@ def build_catalogue(
     for name in layout.component_names:
         dataset[name].attrs["long_name"] = f"median of {name}, given existence"
     return dataset
+
+
+def _of_classes(
+    samples: Tensor,
+    layout: ClassLayout,
+    weights: Tensor,
+    true_theta: Tensor | None,
+    **options: float,
+) -> "Dataset":
+    """The catalogues of all classes in one."""
+    import xarray
+
+    row = None if true_theta is None else as_row(true_theta, layout)
+    parts, first = [], 1
+    attrs: dict[str, Any] = dict(options)
+    for name in layout.class_names:
+        own: Dataset = build_catalogue(
+            layout.view(samples, name),
+            layout.of_class(name),
+            weights=weights,
+            true_theta=None if row is None else layout.view(row, name),
+            **options,
+        )
+        for key in ("expected_cardinality", "expected_unlisted"):
+            attrs[key] = attrs.get(key, 0.0) + own.attrs[key]
+            attrs[f"{key}_{name}"] = own.attrs[key]
+        attrs |= {key: own.attrs[key] for key in ("num_draws", "ess")}
+        known = [str(key) for key in own.data_vars if "existence" not in str(key)]
+        names = {key: f"{name}.{key}" for key in known}
+        names |= {
+            key: f"true_{name}.{key.removeprefix('true_')}"
+            for key in known
+            if key.startswith("true_")
+        }
+        own = own.rename(names).assign_coords(
+            {
+                "source": np.arange(first, first + own.sizes["source"]),
+                "class": ("source", np.full(own.sizes["source"], name, dtype=object)),
+            }
+        )
+        parts.append(own.drop_attrs(deep=False))
+        first += own.sizes["source"]
+    whole = xarray.merge(parts, join="outer", compat="no_conflicts")
+    return whole.assign_attrs(attrs)
 
 
 def _components(samples: Tensor, layout: ThetaLayout, owner: Tensor) -> Tensor:

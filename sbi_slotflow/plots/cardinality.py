@@ -132,6 +132,10 @@ def posterior_widths(
         ValueError: If a row has K = 0 or a number is too small.
     """
     layout = posterior.prior.layout
+    if layout.num_counts > 1:
+        raise ValueError(
+            "posterior must be of one class of components: its widths are asked for."
+        )
     layout.validate(theta)
     if theta.ndim != 2 or len(theta) != len(x):
         raise ValueError(

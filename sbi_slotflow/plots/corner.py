@@ -18,6 +18,7 @@ from ..catalogue import fit_sources
 from ..metrics.comparison import Frame
 from ..sets.checks import as_row, as_rows
 from ..sets.circular import circular_mean, near
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 from .style import (
     FONT,
@@ -245,6 +246,7 @@ def plot_corner(
             reference) has cardinality k, or there is nothing to plot (K = 0 without
             shared parameters).
     """
+    _check_one_class(layout)
     periods = layout.periods if periods is None else periods
     _check_names(layout, names or (), units or (), periods)
     samples = as_rows(samples, layout)
@@ -308,6 +310,7 @@ def plot_source_corners(
     """
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
+    _check_one_class(layout)
     _check_names(layout, units or {})
     samples = thinned(as_rows(samples, layout), _MOST_DRAWS)
     sources = fit_sources(samples, layout, min_probability=min_probability)
@@ -405,6 +408,16 @@ def _corner(
         place |= {"borderpad": 0, "borderaxespad": 0, "fontsize": SMALL}
         legend_above(figure, handles, **place)
     return figure
+
+
+def _check_one_class(layout: ThetaLayout) -> None:
+    """Raise ValueError where components have classes: a corner has one."""
+    if isinstance(layout, ClassLayout):
+        name = layout.class_names[0]
+        raise ValueError(
+            f"a corner plot shows one class of {layout.class_names}: pass "
+            f"layout.view(samples, {name!r}) and layout.of_class({name!r})."
+        )
 
 
 def _check_names(layout: ThetaLayout, *named: Iterable[str]) -> None:

@@ -241,6 +241,11 @@ def eryn_sampler(
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}.")
+    if problem.layout.num_counts > 1:
+        raise TypeError(
+            "eryn_sampler knows components of one class, those of "
+            f"{problem.name!r} have several: refine(..., method='smc') is exact too."
+        )
     num_walkers = as_count(num_walkers, "num_walkers", 2)
     num_temperatures = as_count(num_temperatures, "num_temperatures")
     seed = as_count(seed, "seed", 0)

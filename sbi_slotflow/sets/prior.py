@@ -413,6 +413,12 @@ def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     missed = ~torch.isfinite(old.log_prob(rows))
     if not missed.any():
         return
+    share = f"{missed.double().mean():.1%}"
+    if old.layout.num_counts > 1:
+        raise ValueError(
+            "prior must lie within the training prior's support, got one of which "
+            f"{share} of the draws do not."
+        )
     parts = old.layout.unpack(rows[missed])
     active = parts.components[parts.mask]
     columns = dict(zip(old.layout.component_names, active.unbind(-1), strict=True))
@@ -427,7 +433,7 @@ def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     ]
     raise ValueError(
         "prior must lie within the training prior's support, got one of which "
-        f"{missed.double().mean():.1%} of the draws do not"
+        f"{share} of the draws do not"
         + (f": {', '.join(beyond)}." if beyond else ", by their separation.")
     )
 

@@ -349,3 +349,17 @@ def test_bad_input_is_named():
         posterior.catalogue(torch.zeros(2, 300))
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         posterior.catalogue(torch.zeros(300), num_samples=0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_source_is_found_where_there_is_no_other(size: int, seed: int) -> None:
+    """All components of all draws lie in one place, so that none is background."""
+    layout = ThetaLayout(1, tuple(f"p{d}" for d in range(size)))
+    rows = torch.zeros(400, layout.size)
+    generator = torch.Generator().manual_seed(seed)
+    rows[:200, 0] = 1.0
+    rows[:200, 1:] = 12.0 + 0.1 * torch.randn(200, size, generator=generator)
+    found = build_catalogue(rows, layout)
+    assert found["existence"].values == pytest.approx([0.5], abs=0.03)
+    assert float(found["p0"][0]) == pytest.approx(12.0, abs=0.05)

@@ -600,7 +600,7 @@ def test_local_density_has_mass_one_and_is_that_of_the_draws(case: str) -> None:
     assert value.isfinite().all()
     mass = torch.cumulative_trapezoid(value, grid)
     assert float(mass[-1]) == pytest.approx(1, abs=2e-3)
-    draws, z = density.sample(*given, context(len(grid)), seeded(1))
+    draws, z = density.sample(*given, context(len(grid)), generator=seeded(1))
     assert ((draws >= low) & (draws <= high)).all()
     torch.testing.assert_close(draws, mean + scale * z, rtol=0, atol=2.1e-4)
     places = torch.searchsorted(grid, draws[:, 0].contiguous()).clamp(1, len(grid) - 1)

@@ -1,6 +1,7 @@
 """Cells, coordinates and densities of components of several classes."""
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sbi_slotflow.nn.classes import (
 )
 
 
-def member(high: list[float], weights: list[float], **options: object):
+def member(high: list[float], weights: list[float], **options: Any) -> VariableKPrior:
     ends = torch.tensor(high)
     names = [f"p{i}" for i in range(len(high))]
     component = Independent(Uniform(torch.zeros_like(ends), ends), 1)

@@ -112,7 +112,8 @@ def test_the_log_prior_is_the_priors_but_for_a_constant(case) -> None:
     # on another turn of the circle
     centre = whole[:, 1 : 1 + local.num_circular] - 0.2 - TWO_PI
     w = local.relative(whole, anchors, centre)
-    found, slope = local.log_prior(w, centre)
+    cells = torch.zeros(w.shape[:-1]).long()
+    found, slope = local.log_prior(w, centre, cells)
     # from the marginals' own densities, those of the coordinates
     marginals = made.component_marginals
     columns = zip(marginals, components.unbind(-1), strict=True)
@@ -128,18 +129,18 @@ def test_the_log_prior_is_the_priors_but_for_a_constant(case) -> None:
     difference = (found - expected)[central]
     torch.testing.assert_close(difference, difference[:1].expand(len(difference)))
     step = 1e-6 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-    ahead, _ = local.log_prior(w + step, centre)
-    behind, _ = local.log_prior(w - step, centre)
+    ahead, _ = local.log_prior(w + step, centre, cells)
+    behind, _ = local.log_prior(w - step, centre, cells)
     slopes, expected = (slope * step).sum(-1), (ahead - behind) / 2
     torch.testing.assert_close(slopes[central], expected[central], rtol=1e-3, atol=1e-9)
 
 
 def test_the_log_prior_is_finite_wherever_a_fit_may_end(case) -> None:
     _, _, local = case
-    far = local.farthest()
+    far = local.farthest(torch.tensor(0))
     w = torch.stack([-far, -far / 1.1, torch.zeros_like(far), far / 1.1, far])
     centre = torch.zeros(len(w), local.num_circular).double()
-    for part in local.log_prior(w, centre):
+    for part in local.log_prior(w, centre, torch.zeros(len(w)).long()):
         assert part.isfinite().all()
 
 

@@ -5,17 +5,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Uniform
+from torch.distributions import Categorical, Independent, Uniform
 
 from sbi_slotflow import (
     AdditiveSimulator,
+    MultiClassPrior,
     SlotDensityEstimator,
     SlotPosterior,
     VariableKPrior,
     WhiteNoise,
+    build_catalogue,
+    calibration,
+    plots,
     refine,
     slot_nn,
 )
@@ -107,7 +112,7 @@ def test_densities_integrate_to_one(options: dict[str, Any], refine_slots: int) 
     problem = small()
     estimator, x = estimator_of(problem, **options)
     layout, x = problem.layout, x[:1]
-    place = (torch.arange(160) + 0.5) / 10
+    width, place = 0, (torch.arange(160) + 0.5) / 10
     height = (torch.arange(80) + 0.5) / 20
     none = torch.zeros(1)
     total = 0.0
@@ -125,7 +130,8 @@ def test_densities_integrate_to_one(options: dict[str, Any], refine_slots: int) 
             parts = [estimator.log_prob(g[:, None], x) for g in grid.split(65_536)]
         log_q = torch.cat(parts).double()
         total += float(log_q.exp().sum()) * cell
-    assert layout.size == grid.shape[-1]
+        width = grid.shape[-1]
+    assert layout.size == width
     assert total == pytest.approx(1.0, abs=0.02)
 
 
@@ -183,7 +189,7 @@ def test_refined_posteriors_agree_with_brute_force() -> None:
     exact = torch.bincount(kinds, weights.softmax(0), minlength=4)
     log_z = float(weights.logsumexp(0)) - torch.tensor(400_000.0).log()
     for method in ("importance", "smc"):
-        refined = refine(
+        refined: Any = refine(
             posterior,
             problem.log_likelihood,
             x[0],
@@ -223,6 +229,104 @@ def test_a_tree_has_a_dimension_for_each_class() -> None:
     assert {"K_step", "K_pulse", "pulse.theta_1"} <= set(data.data_vars)
     active = tree["sample_stats"]["pulse.active"].sum("pulse.component")
     assert (active == data["K_pulse"]).all()
+
+
+def test_a_catalogue_names_the_class_of_each_source() -> None:
+    problem = small()
+    layout = problem.layout
+    # A step at 3 in nearly all draws, a pulse at 12 in half of them.
+    rows = torch.tensor([[1.0, 1.0, 2.0, 3.0, 12.0]]).repeat(400, 1)
+    noise = torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
+    rows[:, 2:] += 0.1 * noise
+    rows[:200, [1, 4]] = 0.0
+    rows[:20, [0, 2, 3]] = 0.0
+    found = build_catalogue(rows, layout, true_theta=rows[-1])
+    assert found["class"].values.tolist() == ["step", "pulse"]
+    assert found["existence"].values == pytest.approx([0.95, 0.5], abs=0.01)
+    assert float(found["step.theta_2"][0]) == pytest.approx(3.0, abs=0.1)
+    assert float(found["pulse.theta_1"][1]) == pytest.approx(12.0, abs=0.1)
+    assert float(found["true_pulse.theta_1"][1]) == pytest.approx(float(rows[-1, 4]))
+    assert np.isnan(found["step.theta_2"][1])
+    assert found.attrs["expected_cardinality"] == pytest.approx(1.45, abs=0.01)
+    assert len(found.to_dataframe()) == 2
+
+
+def test_a_corner_shows_one_class() -> None:
+    problem = small()
+    rows = problem.prior.sample((200,), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"layout\.view\(samples, 'step'\)"):
+        plots.plot_corner(rows, problem.layout)
+    own = problem.layout.view(rows, "step")
+    assert plots.plot_corner(own, problem.layout.of_class("step"), k=1).axes
+
+
+class _Exact:
+    """The posterior of data that say nothing: the prior."""
+
+    def __init__(self, prior: Any) -> None:
+        self.prior = prior
+
+    def sample_batched(
+        self,
+        sample_shape: Any,
+        x: Tensor,
+        k: int | None = None,
+        generator: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        prior = self.prior
+        if k is not None:
+            weights = torch.zeros(prior.max_cardinality + 1)
+            weights[k] = 1.0
+            prior = prior.with_cardinality(weights)
+        return prior.sample((*sample_shape, len(x)), generator)
+
+    def cardinality(self, x: Tensor, of: str | None = None) -> Categorical:
+        own = self.prior if of is None else self.prior.classes[of]
+        return Categorical(probs=own.cardinality_probs.expand(len(x), -1))
+
+
+def test_an_exact_posterior_passes_the_report() -> None:
+    """False alarms: one in 20, at this seed none."""
+    problem = small()
+    posterior: Any = _Exact(problem.prior)
+    silent = Classes("silent", problem.members)
+    object.__setattr__(silent, "simulator", _Silent(problem))
+    found = calibration.report(
+        posterior, silent, n=200, num_draws=50, seed=1, show_progress=False
+    )
+    assert found.passed, str(found)
+    assert {"components of step", "coverage of pulse", "cardinality of pulse"} <= set(
+        found.checks
+    )
+
+
+class _Silent:
+    """A simulator that gives noise, whatever the components."""
+
+    def __init__(self, problem: Classes) -> None:
+        self.num = problem.num_data
+
+    def __call__(self, theta: Tensor, generator: Any = None) -> Tensor:
+        return torch.randn(*theta.shape[:-1], self.num, generator=generator)
+
+
+def test_a_class_that_is_overconfident_fails_the_report() -> None:
+    """The truth of one class lies at the edge of what is drawn for it."""
+    problem = small()
+    narrow = VariableKPrior(
+        Independent(Uniform(torch.tensor([6.0]), torch.tensor([10.0])), 1), [1, 1]
+    )
+    members = dict(problem.prior.classes) | {"pulse": narrow}
+    posterior: Any = _Exact(MultiClassPrior(members))
+    silent = Classes("silent", problem.members)
+    object.__setattr__(silent, "simulator", _Silent(problem))
+    found = calibration.report(
+        posterior, silent, n=200, num_draws=50, seed=1, show_progress=False
+    )
+    failed = set(found.failures)
+    assert "components of pulse" in failed
+    assert "components of step" not in failed
 
 
 def test_members_that_do_not_fit_are_refused() -> None:

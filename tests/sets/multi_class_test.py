@@ -1,6 +1,7 @@
 """Priors over sets of several classes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ def box(*widths: float) -> Distribution:
     return Independent(Uniform(torch.zeros_like(high), high), 1)
 
 
-def line(**options: object) -> VariableKPrior:
+def line(**options: Any) -> VariableKPrior:
     names = ("amplitude", "frequency")
     return VariableKPrior(
         box(2.0, 4.0), [1, 1, 2], order_by=1, component_names=names, **options
@@ -34,10 +35,9 @@ def prior() -> MultiClassPrior:
 
 def test_densities_of_classes_multiply(prior: MultiClassPrior) -> None:
     theta = prior.sample((500,), torch.Generator().manual_seed(0))
-    expected = math.log(2.0) + sum(
-        member.log_prob(prior.layout.view(theta, name))
-        for name, member in prior.classes.items()
-    )
+    expected = torch.full((500,), math.log(2.0))
+    for name, member in prior.classes.items():
+        expected = expected + member.log_prob(prior.layout.view(theta, name))
     assert torch.allclose(prior.log_prob(theta), expected)
     mixed = prior.layout.relabel(theta, torch.Generator().manual_seed(1))
     assert torch.allclose(prior.log_prob(mixed), expected)
