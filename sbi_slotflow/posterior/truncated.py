@@ -29,13 +29,12 @@ their weights 1 / r, some more than once, with a warning.
 
 Source: Deistler, Goncalves, Macke 2022 (truncated sequential estimation).
 
-See also:
-    :meth:`~.refinable.Refinable.with_prior` and :meth:`~.refinable.Refinable.refine`
-    for exact answers without another round, where there is a likelihood.
+Where there is a likelihood, ``posterior.refine`` needs no further round.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from sbi.utils import RestrictedPrior
@@ -108,6 +107,20 @@ class TruncatedPrior(RestrictedPrior):
         inside = ratios[ratios >= self.log_threshold]
         log_rate = torch.logsumexp(-inside, 0) - math.log(num_draws)
         self.acceptance_rate = log_rate.exp().clamp(max=1.0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself, as it never changes: sbi copies a proposal at every step."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is remembered of x."""
+        return {k: v for k, v in self.__dict__.items() if k != "_sets"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Ask the posterior again."""
+        self.__dict__.update(state)
+        with torch.no_grad():
+            self._sets = self.posterior.given(self.x)
 
     @property
     def event_shape(self) -> torch.Size:
