@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sbi_slotflow import AdditiveSimulator, WhiteNoise, load_pretrained, problems
-from sbi_slotflow.posterior.truncated import FewCandidates
+from sbi_slotflow.posterior.truncated import FewCandidates, TruncatedPrior
 from sbi_slotflow.seeding import generator_for
 
 LINEAR = problems.linear_gaussian()
@@ -30,6 +30,12 @@ def observation(problem: problems.Problem, k: int, seed: int) -> Tensor:
     return problem.simulator(row, generator_for(seed, 1))
 
 
+def moments(truncated: TruncatedPrior, rows: Tensor) -> list[Tensor]:
+    """What draws of the truncated prior are compared by, each ``(S,)``, float64."""
+    ratio = truncated.log_ratio(rows)
+    return [*rows[:, :3].double().T, ratio, ratio.square()]
+
+
 @pytest.mark.parametrize(
     ("problem", "quantile"), [(LINEAR, 0.02), (QUIET, 0.02)], ids=["broad", "narrow"]
 )
@@ -46,14 +52,11 @@ def test_draws_are_those_of_the_prior_that_lie_in_the_region(
     prior = problem.prior.sample((1_000_000,), generator_for(2))
     known = prior[truncated.contains(prior)]
     assert len(known) > 500
-    # Four means and variances, five standard errors each: false alarms below 1e-5.
-    for values in (
-        lambda r: r[:, :3],
-        lambda r: (r[:, 1:3] - rows[:, 1:3].mean(0)) ** 2,
-    ):
-        a, b = values(rows).double(), values(known).double()
-        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
-        assert ((a.mean(0) - b.mean(0)).abs() <= 5 * error + 1e-9).all()
+    # K, the first component and log r agree in mean, and log r in square: five standard
+    # errors each, false alarms below 1e-5. Log r tells draws of the posterior apart.
+    for a, b in zip(moments(truncated, rows), moments(truncated, known), strict=True):
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt()
+        assert (a.mean() - b.mean()).abs() <= 5 * error
     # ... and the prior's probability of the region: its estimate from 20,000 draws of
     # the posterior has at most 1 in 50 effective, about 5 % error
     share = len(known) / len(prior)
@@ -117,6 +120,20 @@ def test_candidates_are_bounded_and_repeated_rows_are_announced() -> None:
     assert rows.shape == (300, 7)
     assert truncated.contains(rows).all()
     assert 1 < len(rows.unique(dim=0)) < 300
+
+
+def test_repeated_rows_have_the_same_distribution() -> None:
+    x = observation(QUIET, 1, 3)
+    posterior = QUIET.exact_posterior()
+    few = posterior.truncated_prior(x, 0.02, max_candidates=10_000)
+    with pytest.warns(FewCandidates) as caught:
+        rows = few.sample((10_000,), generator_for(1))
+    ess = float(str(caught[0].message).split(" gave ")[1].split()[0])
+    assert ess > 1_000
+    exact = posterior.truncated_prior(x, 0.02).sample((10_000,), generator_for(2))
+    for a, b in zip(moments(few, rows), moments(few, exact), strict=True):
+        error = (a.var() / ess + b.var() / len(b)).sqrt()
+        assert (a.mean() - b.mean()).abs() <= 5 * error  # false alarms below 1e-5
 
 
 def test_draws_repeat_themselves_and_have_any_shape() -> None:
