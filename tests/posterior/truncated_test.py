@@ -1,5 +1,6 @@
 """The truncated prior, against rejection from the prior and closed forms."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -105,6 +106,9 @@ def test_a_region_that_the_prior_never_hits_is_drawn_from() -> None:
         x, 0.05, num_draws=2_000
     )
     assert truncated.acceptance_rate < 1e-8
+    # what is kept of the posterior's draws has to do with the quantile alone
+    kept = truncated.acceptance_rate * math.exp(truncated.log_threshold)
+    assert kept > 0.05 / 5
     with warnings.catch_warnings():
         warnings.simplefilter("error", FewCandidates)
         rows = truncated.sample((50,), generator_for(1))
