@@ -90,6 +90,14 @@ def test_npe_posterior_pickles(npe):
     assert posterior.sample((5,), x=x, show_progress_bars=False).shape == (5, 7)
 
 
+def test_the_report_says_what_to_build_of_an_estimator_that_sbi_trained(npe):
+    with pytest.raises(TypeError, match=r"got DirectPosterior\. Build it by SlotNPE"):
+        calibration.report(npe.build_posterior(), linear, 100)
+    posterior = SlotPosterior(npe.build_posterior().posterior_estimator, linear.prior)
+    report = calibration.report(posterior, linear, 100, num_draws=20)
+    assert "sets" in report.checks
+
+
 def test_slot_npe_fills_in_the_prior_and_trains_like_npe():
     trainer = SlotNPE(linear.prior, tracker=SilentTracker(), show_progress_bars=False)
     theta, x = simulations(linear)

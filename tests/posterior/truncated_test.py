@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbi_slotflow import AdditiveSimulator, WhiteNoise, load_pretrained, problems
+from sbi_slotflow import (
+    AdditiveSimulator,
+    SlotPosterior,
+    WhiteNoise,
+    load_pretrained,
+    problems,
+    slot_nn,
+)
 from sbi_slotflow.posterior.truncated import FewCandidates, TruncatedPrior
 from sbi_slotflow.seeding import generator_for
 
@@ -169,3 +176,13 @@ def test_malformed_arguments_are_named() -> None:
         EXACT.truncated_prior(torch.zeros(2, 6))
     with pytest.raises(ValueError, match="max_candidates must be at least 1"):
         EXACT.truncated_prior(x, max_candidates=0)
+
+
+def test_a_posterior_without_a_density_is_refused_by_name() -> None:
+    tiny = problems.sinusoids("tiny")
+    theta = tiny.prior.sample((20,), generator_for(1))
+    x = tiny.simulator(theta, generator_for(2))
+    network = slot_nn(tiny, chart="circle", slots="global", hidden_features=8)
+    posterior = SlotPosterior(network(theta, x), tiny.prior)
+    with pytest.raises(NotImplementedError, match="truncated_prior needs log_prob"):
+        posterior.truncated_prior(x[0])
