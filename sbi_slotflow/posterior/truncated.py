@@ -62,7 +62,7 @@ class FewCandidates(UserWarning):
 class TruncatedPrior(RestrictedPrior):
     """A prior, truncated to where a posterior of one observation has its mass.
 
-    Made by :meth:`~sbi_slotflow.SlotPosterior.truncated_prior`. sbi's trainers take it
+    Made by :meth:`~.refinable.Refinable.truncated_prior`. sbi's trainers take it
     as ``proposal``, and use the loss of the first round.
 
     Attributes:

@@ -109,7 +109,7 @@ class SlotNPE(NPE):
             theta: Theta rows, shape ``(B, E)``, of any real numbers.
             x: Data, shape ``(B, *event)``, of any real numbers.
             proposal: What the rows were drawn from: the prior (or None), or
-                :meth:`posterior.truncated_prior() <.SlotPosterior.truncated_prior>`, or
+                :meth:`posterior.truncated_prior() <.refinable.Refinable.truncated_prior>`, or
                 another ``RestrictedPrior`` of sbi over this prior.
             kwargs: Further arguments of sbi's method.
 
