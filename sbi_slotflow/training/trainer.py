@@ -108,8 +108,8 @@ class SlotNPE(NPE):
         Args:
             theta: Theta rows, shape ``(B, E)``, of any real numbers.
             x: Data, shape ``(B, *event)``, of any real numbers.
-            proposal: What the rows were drawn from: the prior (or None), or
-                :meth:`posterior.truncated_prior() <.refinable.Refinable.truncated_prior>`, or
+            proposal: What the rows were drawn from: the prior (or None), or what
+                :meth:`~.refinable.Refinable.truncated_prior` of a posterior returns, or
                 another ``RestrictedPrior`` of sbi over this prior.
             kwargs: Further arguments of sbi's method.
 
