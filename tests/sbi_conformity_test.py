@@ -1,6 +1,7 @@
 """sbi's own tools, unmodified, on our objects."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from sbi.inference import (
     simulate_for_sbi,
 )
 from sbi.neural_nets import posterior_nn
-from sbi.neural_nets.embedding_nets import FCEmbedding
+from sbi.neural_nets.embedding_nets import (
+    CausalCNNEmbedding,
+    CNNEmbedding,
+    FCEmbedding,
+    PermutationInvariantEmbedding,
+    TransformerEmbedding,
+)
 from sbi.utils.user_input_checks import (
     check_sbi_inputs,
     process_prior,
@@ -83,6 +90,14 @@ def test_npe_posterior_pickles(npe):
     assert posterior.sample((5,), x=x, show_progress_bars=False).shape == (5, 7)
 
 
+def test_the_report_says_what_to_build_of_an_estimator_that_sbi_trained(npe):
+    with pytest.raises(TypeError, match=r"got DirectPosterior\. Build it by SlotNPE"):
+        calibration.report(npe.build_posterior(), linear, 100)
+    posterior = SlotPosterior(npe.build_posterior().posterior_estimator, linear.prior)
+    report = calibration.report(posterior, linear, 100, num_draws=20)
+    assert "sets" in report.checks
+
+
 def test_slot_npe_fills_in_the_prior_and_trains_like_npe():
     trainer = SlotNPE(linear.prior, tracker=SilentTracker(), show_progress_bars=False)
     theta, x = simulations(linear)
@@ -92,17 +107,67 @@ def test_slot_npe_fills_in_the_prior_and_trains_like_npe():
     assert posterior.sample((5,), x=x[0]).shape == (5, 7)
 
 
-def test_an_sbi_embedding_net_is_an_encoder():
-    trainer = NPE(
+TRANSFORMER: dict[str, Any] = {
+    "feature_space_dim": 16,
+    "final_emb_dimension": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+}
+# Embedding nets of sbi, made when asked for, and the event that each reads.
+EMBEDDING_NETS = {
+    "FCEmbedding": ((32,), lambda: FCEmbedding(32)),
+    "CausalCNNEmbedding": (
+        (32,),
+        lambda: CausalCNNEmbedding((32,), pool_kernel_size=8),
+    ),
+    "CNNEmbedding": ((16, 16), lambda: CNNEmbedding((16, 16))),
+    "CNNEmbedding, channels": (
+        (2, 16, 16),
+        lambda: CNNEmbedding((16, 16), in_channels=2),
+    ),
+    "PermutationInvariantEmbedding": (
+        (12, 2),
+        lambda: PermutationInvariantEmbedding(
+            FCEmbedding(2, output_dim=8), trial_net_output_dim=8
+        ),
+    ),
+    "TransformerEmbedding": ((32,), lambda: TransformerEmbedding(**TRANSFORMER)),
+    "TransformerEmbedding, images": (
+        (2, 16, 16),
+        lambda: TransformerEmbedding(
+            vit=True, image_size=16, patch_size=8, num_channels=2, **TRANSFORMER
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("trainer_of", [NPE, SlotNPE])
+@pytest.mark.parametrize("name", EMBEDDING_NETS)
+def test_an_embedding_net_of_sbi_reads_its_event(name, trainer_of):
+    event, make = EMBEDDING_NETS[name]
+
+    def simulator(theta):  # a bare one: how many, in noise, of the event's shape
+        noise = torch.randn(len(theta), *event)
+        return theta[:, 0].reshape(-1, *[1] * len(event)) + noise
+
+    trainer = trainer_of(
         linear.prior,
-        density_estimator=slot_nn(linear.prior, encoder=FCEmbedding(6)),
+        density_estimator=slot_nn(linear.prior, encoder=make()),
         tracker=SilentTracker(),
         show_progress_bars=False,
     )
-    theta, x = simulations(linear)
-    trainer.append_simulations(theta, x).train(max_num_epochs=1)
-    draws = trainer.build_posterior().sample((5,), x=x[0], show_progress_bars=False)
-    assert draws.shape == (5, 7)
+    theta = linear.prior.sample((200,))
+    trainer.append_simulations(theta, simulator(theta)).train(max_num_epochs=1)
+    x = simulator(theta[:3])
+    posterior = trainer.build_posterior()
+    draws = posterior.sample_batched((4,), x=x, show_progress_bars=False)
+    assert draws.shape == (4, 3, 7)
+    assert torch.isfinite(posterior.log_prob_batched(draws, x=x)).all()
+    alone = posterior.log_prob(draws[:, 1], x=x[1])
+    together = posterior.log_prob_batched(draws, x=x)[:, 1]
+    assert torch.allclose(alone, together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sample_with", ["mcmc", "vi", "rejection", "importance"])

@@ -171,9 +171,11 @@ def draw(
     """
     for name in ("sample_batched", "cardinality"):
         if not callable(getattr(posterior, name, None)):
-            raise TypeError(
-                f"posterior must have a method {name}, got {type(posterior).__name__}."
-            )
+            advice = ""
+            if hasattr(posterior, "posterior_estimator"):  # one of sbi's own
+                advice = " Build it by SlotNPE, or by SlotPosterior(estimator, prior)."
+            kind = type(posterior).__name__
+            raise TypeError(f"posterior must have a method {name}, got {kind}.{advice}")
     n, num_draws = as_count(n, "n", 20), as_count(num_draws, "num_draws", 20)
     num_guides = as_count(num_guides, "num_guides", 2)
     if num_workers != -1:

@@ -225,20 +225,31 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         return replace(cls(problem=problem, **PAPER), **changes)
 
     @single_precision()
-    def __call__(self, theta: Tensor, x: Tensor) -> SlotDensityEstimator:
+    def __call__(
+        self, theta: Tensor, x: Tensor, *, num_components: int | None = None
+    ) -> SlotDensityEstimator:
         """Build an estimator.
 
         Args:
             theta: Theta rows, shape ``(B, E)``; checked against the prior's layout.
             x: Data, shape ``(B, *event)``; gives the shape of x and its scale.
+            num_components: What sbi's NPE-A passes, which needs mixtures of Gaussians;
+                only None.
 
         Returns:
             An untrained estimator.
 
         Raises:
+            NotImplementedError: If NPE-A asks for a mixture.
             TypeError, ValueError: If theta or x is malformed, a field does not fit, or
                 the problem is missing.
         """
+        if num_components is not None:
+            raise NotImplementedError(
+                "sbi's NPE_A needs a mixture of Gaussians, which slots are not: train "
+                "with SlotNPE, and for further rounds of one observation draw from "
+                "posterior.truncated_prior(x)."
+            )
         prior = self._prior
         prior.layout.validate(theta)
         if not x.is_floating_point():

@@ -53,6 +53,7 @@ from .draws import (
 )
 from .importance import LogLikelihood
 from .refine import refine
+from .truncated import TruncatedPrior
 from .weights import pareto_smoothed, systematic, worst_pareto_k
 
 __all__ = [
@@ -345,6 +346,44 @@ class Refinable(Posterior):
         num_samples = as_count(num_samples, "num_samples")
         batch = self._one(x, "with_prior", "; leave x out")
         return reweighted(self, prior, batch[0], num_samples)
+
+    def truncated_prior(
+        self, x: Numbers | None = None, quantile: float = 1e-3, **options: Any
+    ) -> TruncatedPrior:
+        r"""Return the prior where this posterior has its mass, for a further round.
+
+        .. math:: \tilde p(\theta) \propto p(\theta)\,
+            1[q(\theta | x) \ge t\, p(\theta)]
+
+        Simulations from it cost what those from the prior do, and teach a network more
+        of this x; :class:`~sbi_slotflow.SlotNPE` takes it as ``proposal``.
+
+        Args:
+            x: One observation; the default x if None.
+            quantile: Share of the posterior that is cut off, in (0, 1).
+            options: ``num_draws`` of the posterior that tell the threshold (20,000),
+                and ``max_candidates``, the most that are tried for one sample
+                (2,000,000).
+
+        Raises:
+            NotImplementedError: If the posterior has no density.
+            ValueError: If a number is out of range, or x a batch.
+
+        Example:
+            >>> from sbi_slotflow import problems
+            >>> problem = problems.linear_gaussian()
+            >>> posterior = problem.exact_posterior()
+            >>> x = problem.simulator(problem.prior.sample((1,)))[0]
+            >>> posterior.truncated_prior(x).sample((5,)).shape
+            torch.Size([5, 7])
+        """
+        if not self.has_density:
+            raise NotImplementedError(
+                "truncated_prior needs log_prob, which this posterior has not: its "
+                "network works on a surface (slot_nn.paper). Use the default slot_nn()."
+            )
+        batch = self._one(x, "truncated_prior")
+        return TruncatedPrior(self, batch, quantile, **options)
 
 
 class ReweightedPosterior(Refinable):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from sbi.inference import NPE
 from sbi.neural_nets.estimators.base import (
@@ -13,6 +13,7 @@ from sbi.neural_nets.estimators.base import (
     ConditionalEstimatorBuilder,
 )
 from sbi.sbi_types import Tracker
+from sbi.utils import RestrictedPrior
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -20,7 +21,8 @@ from ..nn.builder import slot_nn
 from ..nn.estimator import SlotDensityEstimator
 from ..posterior.base import check_keywords
 from ..posterior.network import SlotPosterior
-from ..sets.checks import Numbers, simulate
+from ..posterior.truncated import TruncatedPrior
+from ..sets.checks import Numbers, as_floats, simulate
 from ..sets.prior import VariableKPrior
 from .online import OnlineSettings, OnlineTraining, RecipeName
 
@@ -31,12 +33,20 @@ _NO_SLOTS = (
     "density_estimator must build a SlotDensityEstimator, as slot_nn(problem) does, "
     "got {}: a density of rows of fixed length cannot learn sets of varying size."
 )
+_NO_CORRECTION = (
+    "proposal must be the prior, or the prior truncated to where a posterior has its "
+    "mass, got {}. Losses that correct for other proposals (the atoms of NPE-C, the "
+    "weights of NPE-B, the mixtures of NPE-A) are not for sets of components: draw "
+    "theta from posterior.truncated_prior(x), pass that as proposal, and "
+    "train(force_first_round_loss=True)."
+)
 
 
 class SlotNPE(NPE):
     """Neural posterior estimation with slots.
 
-    sbi's ``append_simulations(theta, x).train()`` works unchanged;
+    sbi's ``append_simulations(theta, x).train()`` works unchanged; of its sequential
+    methods the truncated one does (:meth:`append_simulations`).
     :meth:`train_online` trains on fresh simulations instead, and
     :meth:`build_posterior` returns a :class:`~sbi_slotflow.SlotPosterior`.
 
@@ -85,6 +95,57 @@ class SlotNPE(NPE):
             show_progress_bars=show_progress_bars,
         )
         self.history: list[dict[str, float]] = []
+
+    def append_simulations(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        theta: Numbers,
+        x: Numbers,
+        proposal: Distribution | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Keep simulations to train on.
+
+        Args:
+            theta: Theta rows, shape ``(B, E)``, of any real numbers.
+            x: Data, shape ``(B, *event)``, of any real numbers.
+            proposal: What the rows were drawn from: the prior (or None), or what
+                :meth:`~.refinable.Refinable.truncated_prior` of a posterior returns, or
+                another ``RestrictedPrior`` of sbi over this prior.
+            kwargs: Further arguments of sbi's method.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            NotImplementedError: If the proposal is a posterior, or anything else.
+            TypeError, ValueError: If theta or x is malformed.
+        """
+        known = proposal is None or proposal is self._prior
+        if not (known or isinstance(proposal, RestrictedPrior)):
+            raise NotImplementedError(
+                _NO_CORRECTION.format(type(proposal).__name__)
+                if not isinstance(proposal, VariableKPrior)
+                else _NO_CORRECTION.format("another VariableKPrior")
+            )
+        if isinstance(proposal, TruncatedPrior) and proposal.prior is not self._prior:
+            raise NotImplementedError(
+                _NO_CORRECTION.format("a truncated prior of another trainer's prior")
+            )
+        theta, x = (
+            as_floats(value, name).float()
+            for value, name in ((theta, "theta"), (x, "x"))
+        )
+        if theta.ndim != 2 or x.ndim < 2 or len(theta) != len(x):
+            raise ValueError(
+                "theta and x must have shapes (B, E) and (B, *event), got "
+                f"{tuple(theta.shape)} and {tuple(x.shape)}."
+            )
+        return super().append_simulations(
+            theta,
+            x,
+            proposal,  # pyright: ignore[reportArgumentType]
+            **kwargs,
+        )
 
     def train_online(
         self,
