@@ -6,7 +6,8 @@ r"""Planets in radial velocities.
     E - e \sin E = \frac{2 \pi t}{P} + M_0, \quad
     \tan \frac{\nu}{2} = \sqrt{\frac{1 + e}{1 - e}} \tan \frac{E}{2}
 
-nu is the true anomaly, E the eccentric one, M_0 the mean one at t = 0. theta is
+nu is the true anomaly, E the eccentric one, M_0 the mean one at t = 0, the middle of
+the records, where it is known independently of the period. theta is
 [K, level, gamma, (P, A, e, omega, M_0)_1, ...], ascending in the period P; the errors
 that come with the velocities are multiplied by level.
 """
@@ -81,8 +82,8 @@ def observing_nights(
         fewest: Epochs at least; all if None.
 
     Returns:
-        A schedule: times in days and errors in m/s, log-uniform in 1-3, shape
-        ``(n, T, 2)``; epochs that are left out have an error of 0.
+        A schedule: times in days about the middle and errors in m/s, log-uniform in
+        1-3, shape ``(n, T, 2)``; epochs that are left out have an error of 0.
     """
     as_count(num_epochs, "num_epochs")
     least = num_epochs if fewest is None else as_count(fewest, "fewest")
@@ -96,7 +97,7 @@ def observing_nights(
         season = (nights / 365.25 + start) % 1
         nights = nights - (365.25 * (season - 0.5)).clamp(min=0.0)
         # At night, within a tenth of a day.
-        times = nights.clamp(min=0.0).floor() + 0.1 * level[1]
+        times = nights.clamp(min=0.0).floor() + 0.1 * level[1] - 0.5 * span
         errors = (math.log(3.0) * level[2]).exp()
         counts = torch.randint(least, num_epochs + 1, (num, 1), generator=generator)
         there = torch.arange(num_epochs) < counts
@@ -181,4 +182,5 @@ def radial_velocity(
         cells=cells,
         linear=("semi", "omega"),
         polar=True,
+        disc=("eccentricity", "omega", "M0"),
     )

@@ -10,7 +10,7 @@ from torch.distributions import Exponential, Gamma, Normal, Uniform, VonMises
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn.cells import CellAxis
-from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.nn.charts import DiscChart, WhiteningChart
 from sbi_slotflow.nn.local import LocalGaussian, LocalTransform
 
 TWO_PI = 2 * math.pi
@@ -174,3 +174,31 @@ def test_an_angle_is_referred_to_the_time_of_its_chart() -> None:
     assert shear.rate != 0.0
     turns = (found[:, 1] - expected) / TWO_PI
     torch.testing.assert_close(turns, turns.round(), atol=1e-9, rtol=0.0)
+
+
+def test_a_disc_beside_a_phase_that_turns_with_its_angle() -> None:
+    """Coordinates invert, have autograd's log-Jacobian and the prior's density."""
+    problem = problems.radial_velocity()
+    chart = problem.build_chart()
+    assert isinstance(chart, DiscChart)
+    local = LocalTransform(chart, problem.location_axis())
+    assert local.num_circular == 1
+    components = problem.prior.component.sample((200,)).double().requires_grad_()
+    whole, log_det = local.coordinates(components)
+    torch.testing.assert_close(local.components(whole), components)
+    slopes = [
+        torch.autograd.grad(column.sum(), components, retain_graph=True)[0]
+        for column in whole.unbind(-1)
+    ]
+    _, expected = torch.linalg.slogdet(torch.stack(slopes, -2))
+    torch.testing.assert_close(log_det, expected)
+    centre = torch.zeros(200, 1, dtype=torch.float64)
+    anchors = local.position(whole).floor().long()
+    w = local.relative(whole, anchors, centre)
+    found, slope = local.log_prior(w, centre)
+    columns = zip(problem.prior.component_marginals, components.unbind(-1), strict=True)
+    prior = sum(m.log_density(column) for m, column in columns) - log_det
+    torch.testing.assert_close(
+        prior - found, torch.full_like(found, local.log_constant)
+    )
+    torch.testing.assert_close(slope[:, -2:], -w[:, -2:])
