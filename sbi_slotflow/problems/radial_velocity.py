@@ -27,8 +27,8 @@ from .series import Series, SeriesSimulator
 
 __all__ = ["kepler", "keplerian", "observing_nights", "radial_velocity"]
 
-# Steps of Newton's method for Kepler's equation, from a start that never overshoots.
-_STEPS = 8
+# Steps for Kepler's equation before the last one, which alone is differentiated.
+_STEPS = 4
 _TWO_PI = 2 * math.pi
 
 
@@ -40,23 +40,30 @@ def kepler(mean_anomaly: Tensor, eccentricity: Tensor) -> Tensor:
         eccentricity: e in [0, 1), of a shape that broadcasts with M.
 
     Returns:
-        E, of the broadcast shape; derivatives of any order pass.
+        E, of the broadcast shape, to rounding for e up to 0.99. First and second
+        derivatives pass.
 
     Example:
         >>> E = kepler(torch.tensor([1.0]), torch.tensor([0.5]))
         >>> round(float(E - 0.5 * E.sin()), 6)
         1.0
     """
-    found = mean_anomaly + eccentricity * torch.sin(mean_anomaly) / (
-        1 - torch.sin(mean_anomaly + eccentricity) + torch.sin(mean_anomaly)
+    mean, e = mean_anomaly.detach(), eccentricity.detach()
+    found = mean + e * torch.sin(mean) / (
+        1 - torch.sin(mean + e) + torch.sin(mean)
     ).abs().clamp(min=0.5)
     for _ in range(_STEPS):
-        miss = found - eccentricity * found.sin() - mean_anomaly
-        slope = 1 - eccentricity * found.cos()
-        curve = eccentricity * found.sin()
-        # Halley's step: the slope is small near the pericentre of long ellipses.
-        found = found - miss / (slope - 0.5 * miss * curve / slope)
-    return found
+        found = _halley(found, mean, e)
+    # A step whose error is cubic has the first two derivatives of the solution.
+    return _halley(found, mean_anomaly, eccentricity)
+
+
+def _halley(found: Tensor, mean_anomaly: Tensor, eccentricity: Tensor) -> Tensor:
+    """One step of Halley's method for Kepler's equation."""
+    sine, cosine = eccentricity * found.sin(), eccentricity * found.cos()
+    miss, slope = found - sine - mean_anomaly, 1 - cosine
+    # The slope is small near the pericentre of long ellipses.
+    return found - miss / (slope - 0.5 * miss * sine / slope)
 
 
 def keplerian(components: Tensor, times: Tensor) -> Tensor:

@@ -290,6 +290,19 @@ def test_keplers_equation_is_solved(e: float) -> None:
     torch.testing.assert_close(found - e * found.sin(), mean, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("e", [0.0, 0.3, 0.9])
+def test_the_anomaly_has_the_derivatives_of_the_solution(e: float) -> None:
+    mean = torch.linspace(-3.0, 3.0, 41, dtype=torch.float64).requires_grad_()
+    ellipse = torch.full_like(mean, e).requires_grad_()
+    found = kepler(mean, ellipse)
+    slope = 1 - e * found.cos()
+    by = torch.autograd.grad(found.sum(), (mean, ellipse), create_graph=True)
+    torch.testing.assert_close(by[0], 1 / slope)
+    torch.testing.assert_close(by[1], found.sin() / slope)
+    (second,) = torch.autograd.grad(by[0].sum(), mean)
+    torch.testing.assert_close(second, -e * found.sin() / slope**3)
+
+
 def test_velocities_are_those_of_an_orbit() -> None:
     # Differentiate the orbit's place along the line of sight.
     period, size, e, omega, phase = 20.0, 3.0, 0.4, 1.1, 0.6
