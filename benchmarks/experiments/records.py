@@ -46,27 +46,28 @@ from ..store import Cache
 
 # Relative error of the period, by the bound, below which widths are compared with it.
 _KNOWN = 0.02
-_SCHEDULES = 4
 
 
 @dataclass(frozen=True)
 class Size:
-    """Simulations; signals for p(K), gain, refining; draws; and of each schedule."""
+    """Simulations; signals for p(K), gain, widths, refining; draws; schedules."""
 
     num_simulations: int
     num_signals: int
     num_gain: int
+    num_widths: int
     num_refined: int
     num_draws: int
+    num_schedules: int
     schedule_simulations: int
     schedule_signals: int
     schedule_gain: int
 
 
 BUDGETS: dict[Budget, Size] = {
-    "smoke": Size(128, 8, 2, 1, 60, 128, 4, 1),
-    "quick": Size(16_000, 300, 60, 16, 2_000, 4_096, 300, 20),
-    "full": Size(130_000, 1_000, 300, 60, 2_000, 25_000, 1_000, 60),
+    "smoke": Size(16, 8, 1, 1, 1, 60, 1, 16, 4, 1),
+    "quick": Size(16_000, 300, 40, 24, 16, 2_000, 4, 3_072, 300, 15),
+    "full": Size(130_000, 1_000, 300, 100, 60, 2_000, 4, 25_000, 1_000, 60),
 }
 
 
@@ -89,7 +90,7 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     ]
     beside = [
         cache.get(f"schedule-{i}", lambda i=i: _beside(size, seed, cache, i))
-        for i in range(_SCHEDULES)
+        for i in range(size.num_schedules)
     ]
     refined, schedules = xr.concat(rows, "refined"), xr.concat(beside, "schedule")
     return xr.merge([found, spent, refined, schedules])
@@ -152,14 +153,17 @@ def _network(
             "loss": ("signal", _losses(posterior, theta, x)),
             "loss_evidence": ("gained", np.concatenate(evidence)),
             "gain": ("gained", _gains(problem, posterior, theta[some], x[some])),
-            "width": (("known", "parameter"), _widths(problem, posterior, theta, x)),
+            "width": (
+                ("known", "parameter"),
+                _widths(problem, posterior, theta, x, size),
+            ),
         },
         {"parameter": list(problem.component_names)},
     )
 
 
 def _widths(
-    problem: Series, posterior: SlotPosterior, theta: Tensor, x: Tensor
+    problem: Series, posterior: SlotPosterior, theta: Tensor, x: Tensor, size: Size
 ) -> np.ndarray:
     """Half widths over the Cramer-Rao bound, (signals, parameters)."""
     layout, fit = problem.layout, problem.build_fit()
@@ -174,10 +178,7 @@ def _widths(
         bound = torch.linalg.inv(equations.curvature[0] / level**2).diagonal().sqrt()
         if not bound[0] / parts.components[0, 0, 0] < _KNOWN:
             continue
-        draws = posterior.sample((2_000,), x=x[i], show_progress_bars=False)
-        draws = draws[layout.cardinality(draws) == 1]
-        if len(draws) < 100:
-            continue
+        draws = posterior.sample((2_000,), x=x[i], k=1, show_progress_bars=False)
         ends = torch.tensor([0.16, 0.84], dtype=torch.float64)
         values = layout.unpack(draws.double()).components[:, 0]
         for d, period in enumerate(layout.component_periods):
@@ -186,6 +187,8 @@ def _widths(
                 values[:, d] = turned % period
         low, high = values.quantile(ends, dim=0)
         ratios.append((0.5 * (high - low) / bound).numpy())
+        if len(ratios) > size.num_widths:
+            break
     return np.stack(ratios[1:] or ratios)
 
 

@@ -62,6 +62,9 @@ _FARTHEST_CELL = 1.6
 _OPEN = 1e6
 # Largest coordinate of a point of a disc that a fit may end at.
 _FARTHEST_POINT = 5.0
+# Least distance from the middle of a disc, where angles have no derivative, at which a
+# signal is linearised.
+_NEAREST_POINT = 1e-2
 # A Gaussian this many deviations off the interval is moved that near, so that what is
 # left of it is not steeper than the flow can mend.
 _FARTHEST = 3.0
@@ -120,7 +123,8 @@ class LocalTransform:
             columns[self._parameters.index(angle)] = Affine()
         sized = zip(places, axis.lengths, strict=True)
         position = [Place(self.marginals[d], length) for d, length in sized]
-        points = [Polar(*(order.index(d) for d in pair)) for pair in chart.discs]
+        self._discs = [tuple(order.index(d) for d in pair) for pair in chart.discs]
+        points = [Polar(*pair) for pair in self._discs]
         self._steps = Compose(
             [*shears, Permutation(order), Columns([*position, *columns]), *points]
         )
@@ -144,6 +148,21 @@ class LocalTransform:
     def components(self, coordinates: Tensor) -> Tensor:
         """Inverse of :meth:`coordinates`; values may leave the support."""
         return self._steps.inverse(coordinates)
+
+    def off_centre(self, coordinates: Tensor) -> Tensor:
+        """Coordinates whose points of discs are not in the middle, slopes as before."""
+        if not self._discs:
+            return coordinates
+        columns = list(coordinates.unbind(-1))
+        for pair in self._discs:
+            a, b = (columns[i].detach() for i in pair)
+            size = torch.hypot(a, b)
+            lacking = (_NEAREST_POINT - size).clamp(min=0.0)
+            cosine = torch.where(size > 0, a / size.clamp(min=1e-300), 1.0)
+            sine = torch.where(size > 0, b / size.clamp(min=1e-300), 0.0)
+            for i, share in zip(pair, (cosine, sine), strict=True):
+                columns[i] = columns[i] + lacking * share
+        return torch.stack(columns, -1)
 
     def position(self, coordinates: Tensor) -> Tensor:
         """Positions ``(...)`` on the axis of :meth:`coordinates`."""

@@ -54,8 +54,6 @@ __all__ = [
 
 # Least share of a normal variable that a cut looks at, and least mass of its interval.
 _LEAST_SHARE, _LEAST_MASS = 1e-30, 1e-300
-# Stands for the origin, which has no direction.
-_NEARLY_NOTHING = 1e-9
 
 
 class Transform(ABC):
@@ -333,8 +331,6 @@ class Polar(Transform):
         """Map y back to x."""
         columns = list(y.unbind(-1))
         a, b = columns[self.half_square], columns[self.angle]
-        # At the origin any direction will do, but its slope must be a number.
-        a = torch.where((a == 0) & (b == 0), _NEARLY_NOTHING, a)
         columns[self.half_square] = 0.5 * (a.square() + b.square())
         columns[self.angle] = torch.atan2(b, a)
         return torch.stack(columns, -1)

@@ -202,3 +202,23 @@ def test_a_disc_beside_a_phase_that_turns_with_its_angle() -> None:
         prior - found, torch.full_like(found, local.log_constant)
     )
     torch.testing.assert_close(slope[:, -2:], -w[:, -2:])
+
+
+def test_signals_are_not_linearised_in_the_middle_of_a_disc() -> None:
+    problem = problems.radial_velocity()
+    local = LocalTransform(problem.build_chart(), problem.location_axis())
+    w = torch.zeros(3, 5, dtype=torch.float64)
+    w[:, 0] = 100.0
+    w[1, 3:] = torch.tensor([3e-9, -4e-9])
+    w[2, 3:] = torch.tensor([0.3, -0.4])
+    w.requires_grad_()
+    moved = local.off_centre(w)
+    size = torch.hypot(moved[:, 3], moved[:, 4]).tolist()
+    assert size == pytest.approx([0.01, 0.01, 0.5])
+    torch.testing.assert_close(moved[2], w[2])
+    times = torch.linspace(-100.0, 100.0, 60, dtype=torch.float64)
+    signal = problem.simulator.component_signal(local.components(moved), times)
+    (slope,) = torch.autograd.grad(signal.square().sum(), w)
+    assert slope.isfinite().all()
+    # Where nothing points anywhere, all directions are alike: slopes stay small.
+    assert slope[:2].abs().max() < 100 * slope[2].abs().max()
