@@ -16,7 +16,7 @@ Where the noise level is unknown, Z holds the likelihood at the level of the res
         P(\sigma \in \text{bounds})
 
 exact where components are linear in their parameters and p is flat over the level's
-width. A network's classifier says which K are looked at, and keeps a small share.
+width. A network's classifier says which K are looked at, and keeps a share.
 
 See Also:
     :mod:`.cell_sets`, where the sets are found and weighed.
@@ -35,8 +35,8 @@ from .local import LocalTransform
 
 __all__ = ["CardinalityEvidence"]
 
-# Probability, of the highest, from which a K is looked at; the share of the classifier.
-_WORTH_LOOKING, _SAY = 1e-3, 0.02
+# Probability, of the highest, from which a K is looked at.
+_WORTH_LOOKING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class CardinalityEvidence:
         counts: Numbers T of data of each observation, ``(B,)``, less those that a
             background takes.
         noise: Prior of the noise level; None if it is known.
+        share: Share of the classifier in p(K | x).
     """
 
     chart: LocalTransform
     log_prior: Tensor
     counts: Tensor
     noise: Marginal | None
+    share: float
 
     def __call__(self, sets: CellSets, log_network: Tensor) -> Tensor:
         """Log p(K | x), shape ``(B, Kmax + 1)``, beginning with the classifier's."""
@@ -74,9 +76,12 @@ class CardinalityEvidence:
             # What a likely K has beside it is looked at too.
             beside = torch.nn.functional.pad(likely, (1, 1))
             wanted = beside[:-2] | beside[2:]
+        evidence = value.log_softmax(-1)
+        if not self.share:
+            return evidence
         return torch.logaddexp(
-            value.log_softmax(-1) + math.log1p(-_SAY),
-            log_network.double() + math.log(_SAY),
+            evidence + math.log1p(-self.share),
+            log_network.double() + math.log(self.share),
         )
 
     def _log_evidence(self, sets: CellSets, observation: int, k: int) -> Tensor:

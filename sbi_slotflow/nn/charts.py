@@ -19,11 +19,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..sets.layout import ThetaLayout
-from ..sets.marginals import Marginal, Marginals
-from ..sets.transforms import Shear, Transform
+from ..sets.marginals import ExponentialScore, Marginal, Marginals
+from ..sets.transforms import Affine, Columns, Compose, Polar, Shear, Transform
 from .spec import build, register
 
-__all__ = ["Chart", "StepChart", "WhiteningChart", "chart_from_spec", "check_angle"]
+__all__ = [
+    "Chart",
+    "DiscChart",
+    "StepChart",
+    "WhiteningChart",
+    "chart_from_spec",
+    "check_angle",
+]
 
 _TWO_PI = 2 * math.pi
 
@@ -40,11 +47,14 @@ class Chart(ABC):
             density of u is none of theta.
         shears: Circular parameters that turn with another one, each as a step
             ``Shear(column, by, rate, period)`` after which they do so no more.
+        discs: Pairs of a parameter and an angle that are a point of a disc; see
+            :class:`DiscChart`.
     """
 
     kind: ClassVar[str]
     is_density: ClassVar[bool] = True
     shears: Sequence[Shear] = ()
+    discs: Sequence[tuple[int, int]] = ()
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
         known = isinstance(marginals, Marginals)
@@ -130,6 +140,62 @@ class WhiteningChart(StepChart):
         known = isinstance(marginals, Marginals)
         marginals = marginals if known else Marginals(marginals)
         super().__init__(marginals, marginals)
+
+
+@register("chart")
+class DiscChart(StepChart):
+    r"""A parameter and an angle as a point of a disc, the rest whitened.
+
+    An angle :math:`\omega` that means less the nearer a parameter e is to its lower
+    bound (where an ellipse points, and how long it is) has no Gaussian posterior there,
+    while the point
+
+    .. math::
+        \sqrt{-2 \log(1 - F_e(e))}\, (\cos\omega, \sin\omega)
+
+    has nearly one; under the prior it is standard normal. A phase M that is known
+    together with the angle only is replaced by :math:`M + \omega`.
+
+    Args:
+        marginals: Prior marginals of the D parameters.
+        radius: Index of e.
+        angle: Index of omega, whose prior must be uniform on [0, 2 pi).
+        phase: Index of M, likewise; None for none.
+
+    Raises:
+        ValueError: If an angle is not uniform on a whole turn, or e has no lower bound.
+    """
+
+    kind = "disc"
+
+    def __init__(
+        self,
+        marginals: Sequence[Marginal],
+        radius: int,
+        angle: int,
+        phase: int | None = None,
+    ) -> None:
+        for index in (angle,) if phase is None else (angle, phase):
+            check_angle(marginals[index])
+        if not math.isfinite(marginals[radius].bounds[0]):
+            raise ValueError(
+                f"DiscChart needs a radius with a lower bound, got {marginals[radius]}."
+            )
+        self.radius, self.angle, self.phase = radius, angle, phase
+        self.discs = ((radius, angle),)
+        periods = list(Marginals(marginals).periods)
+        scores = [marginal.score for marginal in marginals]
+        scores[radius] = ExponentialScore(marginals[radius])
+        scores[angle], periods[angle] = Affine(), _TWO_PI
+        steps: list[Transform] = [Shear(angle, angle, 0.0, _TWO_PI)]
+        if phase is not None:
+            self.shears = (Shear(phase, angle, 1.0, _TWO_PI),)
+            periods[phase] = _TWO_PI
+        steps += [*self.shears, Columns(scores), Polar(radius, angle)]
+        super().__init__(Marginals(marginals, periods), Compose(steps))
+
+    def _options(self) -> dict[str, Any]:
+        return {"radius": self.radius, "angle": self.angle, "phase": self.phase}
 
 
 def chart_from_spec(spec: Mapping[str, Any]) -> Chart:

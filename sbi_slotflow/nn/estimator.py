@@ -297,15 +297,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         # Where files do not say which it is, it is the only one.
         return chart_from_spec(spec.shared_chart).marginals[index or 0]
 
-    def given(self, x: Tensor, by_evidence: bool = False) -> NetworkSets:
+    def given(self, x: Tensor, by_evidence: float = 0.0) -> NetworkSets:
         """Return the distribution over sets given data ``(B, *event)``.
 
         It encodes x once and holds all that is remembered of it.
 
         Args:
             x: Data.
-            by_evidence: Whether q(K | x) is weighed by the evidence of sets of cells;
-                see :mod:`.cardinality_evidence`.
+            by_evidence: Share of the evidence of sets of cells in q(K | x), see
+                :mod:`.cardinality_evidence`; the rest is the classifier's.
 
         Raises:
             TypeError, ValueError: If x is malformed, or there is no evidence.
@@ -325,12 +325,13 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             return head.given(encoding, data, shared)
 
         def weigh(sets: SetsGivenK, log_network: Tensor) -> Tensor:
-            return self._evidence(x)(cast(Any, sets).parts, log_network)
+            evidence = self._evidence(x, 1 - by_evidence)
+            return evidence(cast(Any, sets).parts, log_network)
 
         weighing = weigh if by_evidence else None
         return NetworkSets(self.layout, log_k, head, sets, weighing)
 
-    def _evidence(self, x: Tensor) -> CardinalityEvidence:
+    def _evidence(self, x: Tensor, share: float = 0.0) -> CardinalityEvidence:
         """What turns the evidence of cells of x into p(K | x)."""
         head = cast(AutoregressiveHead, self.component_head)
         least = cast(SignalFit, self.fit).given(x)
@@ -340,7 +341,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         noise = None if least.variance is not None else self._noise
         log_prior = self.cardinality_head.log_prior.double()
         taken = len(self._linear_shared())
-        return CardinalityEvidence(head.local_chart, log_prior, counts - taken, noise)
+        counts = counts - taken
+        return CardinalityEvidence(head.local_chart, log_prior, counts, noise, share)
 
     def encode(self, condition: Tensor) -> Encoding:
         """Embed checked data; see :class:`~sbi_slotflow.nn.Encoding`."""

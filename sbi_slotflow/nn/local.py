@@ -8,8 +8,10 @@ column and the row, and those of the cell's middle); psi are the P circular para
 as angles, each unwrapped about a centre :math:`\psi_0`, so that a
 seam lies nowhere in particular; v are the other parameters in natural units
 (``natural_scale`` of a :class:`~sbi_slotflow.sets.marginals.Marginal`). An angle that
-turns with the location is sheared as the chart says. All are coordinates in which a
-likelihood is nearly Gaussian. Arithmetic is float64.
+turns with the location or another angle is sheared as the chart says, and a pair that
+is a point of a disc is among v with two coordinates that are standard normal under the
+prior (:class:`.charts.DiscChart`). All are coordinates in which a likelihood is nearly
+Gaussian. Arithmetic is float64.
 
 The density starts from a Gaussian that is given from outside, :math:`w = m + C z` with
 C lower triangular. Its tails are made heavy by a function g that is the identity up to
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sets.circular import wrapped
-from ..sets.marginals import Place
+from ..sets.marginals import ExponentialScore, Place
 from ..sets.transforms import (
     Affine,
     Bend,
@@ -42,6 +44,7 @@ from ..sets.transforms import (
     Compose,
     Cut,
     Permutation,
+    Polar,
     Shear,
     Transform,
     solve_lower,
@@ -57,6 +60,11 @@ _TWO_PI = 2 * math.pi
 _FARTHEST_CELL = 1.6
 # Stands for infinity, which has no gradient.
 _OPEN = 1e6
+# Largest coordinate of a point of a disc that a fit may end at.
+_FARTHEST_POINT = 5.0
+# Least distance from the middle of a disc, where angles have no derivative, at which a
+# signal is linearised.
+_NEAREST_POINT = 1e-2
 # A Gaussian this many deviations off the interval is moved that near, so that what is
 # left of it is not steeper than the flow can mend.
 _FARTHEST = 3.0
@@ -87,27 +95,38 @@ class LocalTransform:
     def __init__(self, chart: Chart, axis: CellAxis) -> None:
         self.axis, self.marginals = axis, chart.marginals
         places, num = axis.parameters, len(chart.marginals)
-        circular = [
+        self._in_discs = {d for pair in chart.discs for d in pair}
+        angles = [
             d
             for d, period in enumerate(chart.marginals.periods)
             if math.isfinite(period) and d not in places
         ]
+        circular = [d for d in angles if d not in self._in_discs]
         self.num_places, self.num_circular = len(places), len(circular)
         order = [*places, *circular]
         order += [d for d in range(num) if d not in order]
         self._parameters = order[len(places) :]
         shears: list[Transform] = []
-        for d in circular:
+        # What another angle turns with is brought to its turn first.
+        for d in sorted(angles, key=lambda d: d in circular):
             period, (low, _) = chart.marginals.periods[d], self.marginals[d].bounds
-            turning = [s for s in chart.shears if (s.column, s.by) == (d, places[0])]
-            rate = turning[0].rate if turning else 0.0
-            shears.append(Shear(d, places[0], rate, period, low))
+            turning = [s for s in chart.shears if s.column == d]
+            turning = [s for s in turning if s.by in (places[0], *self._in_discs)]
+            pairs = [(s.by, s.rate) for s in turning] or [(places[0], 0.0)]
+            shears += [Shear(d, by, rate, period, low) for by, rate in pairs]
         self._scales = [self._scale(d) for d in self._parameters]
-        columns = [Affine(middle, half) for middle, half, _ in self._scales]
+        columns: list[Transform] = [Affine(mid, half) for mid, half, _ in self._scales]
+        for radius, angle in chart.discs:
+            columns[self._parameters.index(radius)] = ExponentialScore(
+                self.marginals[radius]
+            )
+            columns[self._parameters.index(angle)] = Affine()
         sized = zip(places, axis.lengths, strict=True)
         position = [Place(self.marginals[d], length) for d, length in sized]
+        self._discs = [tuple(order.index(d) for d in pair) for pair in chart.discs]
+        points = [Polar(*pair) for pair in self._discs]
         self._steps = Compose(
-            [*shears, Permutation(order), Columns([*position, *columns])]
+            [*shears, Permutation(order), Columns([*position, *columns]), *points]
         )
 
     @property
@@ -129,6 +148,21 @@ class LocalTransform:
     def components(self, coordinates: Tensor) -> Tensor:
         """Inverse of :meth:`coordinates`; values may leave the support."""
         return self._steps.inverse(coordinates)
+
+    def off_centre(self, coordinates: Tensor) -> Tensor:
+        """Coordinates whose points of discs are not in the middle, slopes as before."""
+        if not self._discs:
+            return coordinates
+        columns = list(coordinates.unbind(-1))
+        for pair in self._discs:
+            a, b = (columns[i].detach() for i in pair)
+            size = torch.hypot(a, b)
+            lacking = (_NEAREST_POINT - size).clamp(min=0.0)
+            cosine = torch.where(size > 0, a / size.clamp(min=1e-300), 1.0)
+            sine = torch.where(size > 0, b / size.clamp(min=1e-300), 0.0)
+            for i, share in zip(pair, (cosine, sine), strict=True):
+                columns[i] = columns[i] + lacking * share
+        return torch.stack(columns, -1)
 
     def position(self, coordinates: Tensor) -> Tensor:
         """Positions ``(...)`` on the axis of :meth:`coordinates`."""
@@ -185,6 +219,9 @@ class LocalTransform:
             for i, d in enumerate(self._parameters):
                 (middle, half, _), marginal = self._scales[i], self.marginals[d]
                 coordinate = whole[..., self.num_places + i]
+                if d in self._in_discs:
+                    values = values - 0.5 * coordinate.square()
+                    continue
                 if i < self.num_circular:
                     if marginal.is_uniform:
                         continue
@@ -237,6 +274,7 @@ class LocalTransform:
         pairs += self.num_circular * [(-math.pi, math.pi)]
         for d in self._parameters[self.num_circular :]:
             finite = [math.isfinite(bound) for bound in self.marginals[d].bounds]
+            finite = [False, False] if d in self._in_discs else finite
             pairs.append((-1.0 if finite[0] else -_OPEN, 1.0 if finite[1] else _OPEN))
         sides = torch.tensor(pairs, dtype=torch.float64, device=cells.device)
         low, high = sides.expand(*cells.shape, -1, -1).unbind(-1)
@@ -245,7 +283,10 @@ class LocalTransform:
     def farthest(self, cells: Tensor) -> Tensor:
         """Largest absolute coordinates ``(..., D)`` that a fit may end at."""
         most = self.num_places * [_FARTHEST_CELL]
-        most += [reach for *_, reach in self._scales]
+        most += [
+            _FARTHEST_POINT if d in self._in_discs else reach
+            for d, (*_, reach) in zip(self._parameters, self._scales, strict=True)
+        ]
         far = torch.tensor(most, dtype=torch.float64, device=cells.device)
         return far.expand(*cells.shape, -1)
 

@@ -163,7 +163,7 @@ class ModeFinder:
         found = fit_mode(
             fit,
             lambda w, index: chart.components(
-                chart.absolute(w, cells[index], centre[index])
+                chart.off_centre(chart.absolute(w, cells[index], centre[index]))
             ),
             owner,
             start,

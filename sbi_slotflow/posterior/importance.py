@@ -18,10 +18,11 @@ not counted, so that q' is the density of those that are.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ..seeding import forked_rng
 from ..sets.distribution import SetDistribution
@@ -29,7 +30,13 @@ from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .component_proposals import PriorComponents
 
-__all__ = ["LogLikelihood", "WithExtraComponent", "entries", "likelihood_of"]
+__all__ = [
+    "EvenedSets",
+    "LogLikelihood",
+    "WithExtraComponent",
+    "entries",
+    "likelihood_of",
+]
 
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +44,67 @@ LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 _POSSIBLE = 1e-3
 # Nats by which a component may be missed more than another and still be in J.
 _IN_DOUBT = 15.0
+
+
+class EvenedSets(SetDistribution):
+    r"""A distribution whose cardinality is, for a share of the draws, an even one.
+
+    .. math::
+        q(\theta | x) \left( 1 - \epsilon + \epsilon\, \frac{u_K}{q(K | x)} \right)
+
+    u is even over the cardinalities that are possible at all. One of less than a
+    hundredth then has draws enough to tell what it weighs.
+
+    Args:
+        sets: The distribution q.
+        share: Share epsilon of the draws.
+    """
+
+    def __init__(self, sets: SetDistribution, share: float) -> None:
+        self.sets, self.share = sets, share
+        self.layout, self.num_observations = sets.layout, sets.num_observations
+        self._probs = sets.cardinality().probs
+        possible = (self._probs >= _POSSIBLE).to(self._probs)
+        self._even = possible / possible.sum(-1, keepdim=True)
+        ratio = torch.where(possible > 0, self._even / self._probs, 0.0).double()
+        self._log_ratio = (1 - share + share * ratio).log()
+
+    def cardinality(self) -> Categorical:
+        """Return the draws' cardinalities, batch shape ``(B,)``."""
+        return Categorical(torch.lerp(self._probs, self._even, self.share))
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] = torch.Size(),
+        k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw rows; see :meth:`SetDistribution.sample`."""
+        rows = self.sets.sample(sample_shape, k, generator)
+        if k is not None:
+            return rows
+        rows = rows.reshape(-1, *rows.shape[-2:])
+        num, device = len(rows), rows.device
+        level = torch.rand(rows.shape[:2], generator=generator, device=device)
+        counts = torch.full_like(level, -1, dtype=torch.int64)
+        if num:
+            draws = torch.multinomial(
+                self._even, num, replacement=True, generator=generator
+            )
+            counts = torch.where(level < self.share, draws.mT, counts)
+        for count in counts[counts >= 0].unique().tolist():
+            here = counts == count
+            most = int(here.sum(0).max())
+            new = self.sets.sample((most,), count, generator)
+            place = here.cumsum(0) - 1
+            row, observation = here.nonzero(as_tuple=True)
+            rows[row, observation] = new[place[row, observation], observation]
+        return rows.reshape(*sample_shape, *rows.shape[1:])
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Evaluate log densities, float64; see :meth:`SetDistribution.log_prob`."""
+        k = self.layout.cardinality(theta).expand(len(theta), self.num_observations)
+        return self.sets.log_prob(theta).double() + entries(self._log_ratio, k)
 
 
 class WithExtraComponent:

@@ -249,7 +249,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
             **kwargs,
         )
         self.simulator = simulator
-        self.by_evidence = False
+        self.by_evidence = 0.0
         self.training_reference: ObservationWarning | None = None
         self._purpose = "It draws sets of components of unknown size."
 
@@ -313,7 +313,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
             new.set_default_x(self.default_x)
         return new
 
-    def with_evidence(self) -> "SlotPosterior":
+    def with_evidence(self, share: float = 0.98) -> "SlotPosterior":
         """Return the posterior whose p(K | x) is weighed by evidence.
 
         The classifier of K says which cardinalities are possible; for each of them the
@@ -321,10 +321,17 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
         exact where Laplace's approximation is. No draws are needed. The first question
         about an x takes as long as drawing from all these cardinalities.
 
+        Args:
+            share: Share of the evidence in p(K | x), within [0, 1]; the rest is the
+                classifier's.
+
         Raises:
             TypeError: If the network weighs no sets of cells: it needs a problem with
                 cells and a signal that can be fitted.
+            ValueError: If the share is out of range.
         """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1], got {share}.")
         if not self.posterior_estimator.has_evidence:
             raise TypeError(
                 "this network weighs no sets of cells: evidence needs a problem whose "
@@ -332,7 +339,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
                 "whitened noise."
             )
         new = self._like(self.posterior_estimator, self.prior)
-        new.by_evidence = True
+        new.by_evidence = float(share)
         return new
 
     def set_training_reference(

@@ -25,7 +25,12 @@ from .draws import (
     RefinedPosterior,
     UnreliableWeights,
 )
-from .importance import LogLikelihood, WithExtraComponent, likelihood_of
+from .importance import (
+    EvenedSets,
+    LogLikelihood,
+    WithExtraComponent,
+    likelihood_of,
+)
 from .smc import FEWEST_PARTICLES, temper
 from .weights import pareto_smoothed, worst_pareto_k
 
@@ -61,7 +66,8 @@ def refine(
             through tempered targets, for posteriors that miss something.
         defensive: Share of draws that look beyond the posterior, with one more
             component from the prior. A missing component shows in the weights if one of
-            them comes near it: more samples see narrower ones.
+            them comes near it: more samples see narrower ones. In another such share
+            the cardinality is drawn evenly among the possible ones.
         prior: Another prior over the same layout, within the support of the
             posterior's own, to refine under; the posterior's own if None.
         generator: Source of randomness; torch's global generator if None.
@@ -120,7 +126,8 @@ def _weigh(
         return prior.log_prob(theta).double() + likelihood(theta)
 
     with torch.no_grad():
-        proposal = WithExtraComponent(posterior.given(x), prior, defensive, log_target)
+        sets = EvenedSets(posterior.given(x), defensive)
+        proposal = WithExtraComponent(sets, prior, defensive, log_target)
         theta, counted = proposal.sample(num_samples, generator)
         log_q, log_p = proposal.log_prob(theta), log_target(theta)
     # A draw of density zero under q was put out of its support by rounding.

@@ -39,7 +39,12 @@ from .base import Posterior
 from .component_proposals import ComponentProposal, pooled_components
 from .convergence import convergence_of
 from .draws import RefinedPosterior
-from .importance import LogLikelihood, WithExtraComponent, likelihood_of
+from .importance import (
+    EvenedSets,
+    LogLikelihood,
+    WithExtraComponent,
+    likelihood_of,
+)
 from .moves import (
     EXCHANGES,
     DifferenceMove,
@@ -143,7 +148,7 @@ class _Bridge:
         self.prior, self.generator = prior, generator
         self.likelihood = likelihood_of(log_likelihood, x)
         self.proposal = WithExtraComponent(
-            posterior.given(x.unsqueeze(0)),
+            EvenedSets(posterior.given(x.unsqueeze(0)), defensive),
             self.prior,
             defensive,
             lambda theta: self._log_target(theta[:, 0]).unsqueeze(1),

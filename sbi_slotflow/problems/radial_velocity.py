@@ -6,7 +6,8 @@ r"""Planets in radial velocities.
     E - e \sin E = \frac{2 \pi t}{P} + M_0, \quad
     \tan \frac{\nu}{2} = \sqrt{\frac{1 + e}{1 - e}} \tan \frac{E}{2}
 
-nu is the true anomaly, E the eccentric one, M_0 the mean one at t = 0. theta is
+nu is the true anomaly, E the eccentric one, M_0 the mean one at t = 0, the middle of
+the records, where it is known independently of the period. theta is
 [K, level, gamma, (P, A, e, omega, M_0)_1, ...], ascending in the period P; the errors
 that come with the velocities are multiplied by level.
 """
@@ -26,8 +27,8 @@ from .series import Series, SeriesSimulator
 
 __all__ = ["kepler", "keplerian", "observing_nights", "radial_velocity"]
 
-# Steps of Newton's method for Kepler's equation, from a start that never overshoots.
-_STEPS = 8
+# Steps for Kepler's equation before the last one, which alone is differentiated.
+_STEPS = 4
 _TWO_PI = 2 * math.pi
 
 
@@ -39,23 +40,30 @@ def kepler(mean_anomaly: Tensor, eccentricity: Tensor) -> Tensor:
         eccentricity: e in [0, 1), of a shape that broadcasts with M.
 
     Returns:
-        E, of the broadcast shape; derivatives of any order pass.
+        E, of the broadcast shape, to rounding for e up to 0.99. First and second
+        derivatives pass.
 
     Example:
         >>> E = kepler(torch.tensor([1.0]), torch.tensor([0.5]))
         >>> round(float(E - 0.5 * E.sin()), 6)
         1.0
     """
-    found = mean_anomaly + eccentricity * torch.sin(mean_anomaly) / (
-        1 - torch.sin(mean_anomaly + eccentricity) + torch.sin(mean_anomaly)
+    mean, e = mean_anomaly.detach(), eccentricity.detach()
+    found = mean + e * torch.sin(mean) / (
+        1 - torch.sin(mean + e) + torch.sin(mean)
     ).abs().clamp(min=0.5)
     for _ in range(_STEPS):
-        miss = found - eccentricity * found.sin() - mean_anomaly
-        slope = 1 - eccentricity * found.cos()
-        curve = eccentricity * found.sin()
-        # Halley's step: the slope is small near the pericentre of long ellipses.
-        found = found - miss / (slope - 0.5 * miss * curve / slope)
-    return found
+        found = _halley(found, mean, e)
+    # A step whose error is cubic has the first two derivatives of the solution.
+    return _halley(found, mean_anomaly, eccentricity)
+
+
+def _halley(found: Tensor, mean_anomaly: Tensor, eccentricity: Tensor) -> Tensor:
+    """One step of Halley's method for Kepler's equation."""
+    sine, cosine = eccentricity * found.sin(), eccentricity * found.cos()
+    miss, slope = found - sine - mean_anomaly, 1 - cosine
+    # The slope is small near the pericentre of long ellipses.
+    return found - miss / (slope - 0.5 * miss * sine / slope)
 
 
 def keplerian(components: Tensor, times: Tensor) -> Tensor:
@@ -81,8 +89,8 @@ def observing_nights(
         fewest: Epochs at least; all if None.
 
     Returns:
-        A schedule: times in days and errors in m/s, log-uniform in 1-3, shape
-        ``(n, T, 2)``; epochs that are left out have an error of 0.
+        A schedule: times in days about the middle and errors in m/s, log-uniform in
+        1-3, shape ``(n, T, 2)``; epochs that are left out have an error of 0.
     """
     as_count(num_epochs, "num_epochs")
     least = num_epochs if fewest is None else as_count(fewest, "fewest")
@@ -96,7 +104,7 @@ def observing_nights(
         season = (nights / 365.25 + start) % 1
         nights = nights - (365.25 * (season - 0.5)).clamp(min=0.0)
         # At night, within a tenth of a day.
-        times = nights.clamp(min=0.0).floor() + 0.1 * level[1]
+        times = nights.clamp(min=0.0).floor() + 0.1 * level[1] - 0.5 * span
         errors = (math.log(3.0) * level[2]).exp()
         counts = torch.randint(least, num_epochs + 1, (num, 1), generator=generator)
         there = torch.arange(num_epochs) < counts
@@ -181,4 +189,5 @@ def radial_velocity(
         cells=cells,
         linear=("semi", "omega"),
         polar=True,
+        disc=("eccentricity", "omega", "M0"),
     )

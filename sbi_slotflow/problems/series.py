@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..nn.cells import CellAxis
+from ..nn.charts import Chart, DiscChart
 from ..nn.encoders import PeriodogramTokens, TokenEncoder
 from ..seeding import forked_rng
 from ..sets.checks import Numbers, as_count, as_floats
@@ -404,8 +405,9 @@ class Series(Problem):
     shares of its prior, so that they are uniform in the frequency, in its logarithm, or
     in what else the prior is uniform in. A network has a token for each cell, made of
     the least-squares spectrum of the record there, and takes Gauss-Newton steps on the
-    samples that are there. Times count from where the components' phases do; keep them
-    small, as float32 has seven digits.
+    samples that are there. Times count from where the components' phases do: from the
+    middle of the records, where a phase is known independently of the period, and they
+    stay small, as float32 has seven digits.
 
     Attributes:
         name: Name of the problem.
@@ -416,6 +418,10 @@ class Series(Problem):
         linear: Names of the parameters in which a component is linear; with ``polar``,
             an amplitude and a phase.
         polar: Whether ``linear`` are polar coordinates.
+        disc: Names of a parameter and an angle that means nothing where the parameter
+            is at its lower bound, and of a phase that is known there together with the
+            angle only: eccentricity, argument and mean anomaly, for example. See
+            :class:`~sbi_slotflow.nn.charts.DiscChart`.
 
     Raises:
         TypeError, ValueError: If an argument is of another kind or out of range.
@@ -425,6 +431,7 @@ class Series(Problem):
     cells: int = 128
     linear: tuple[str, ...] = ()
     polar: bool = False
+    disc: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -445,6 +452,7 @@ class Series(Problem):
                 f"parameter, got one from {low:g}."
             )
         self.linear_form()  # checks the names
+        self.build_chart()
         # Checks that the background is linear, at one schedule.
         self.at(self.some_record).linear_background()
 
@@ -514,6 +522,19 @@ class Series(Problem):
             self.event_shape[0], self.cells, frequencies.tolist()
         )
         return TokenEncoder(tokens, **options)
+
+    def build_chart(self) -> Chart:
+        """Return the transform of a component to what the flow sees."""
+        if not self.disc:
+            return super().build_chart()
+        names = self.component_names
+        if len(self.disc) not in (2, 3) or not set(self.disc) <= set(names):
+            raise ValueError(
+                f"disc must name a parameter, an angle and perhaps a phase of {names}, "
+                f"got {self.disc}."
+            )
+        indices = (names.index(name) for name in self.disc)
+        return DiscChart(self.prior.component_marginals, *indices)
 
     def location_axis(self) -> CellAxis:
         """The period or frequency, in cells of equal prior probability."""

@@ -97,4 +97,4 @@ def test_a_network_without_sets_of_cells_has_none() -> None:
     with pytest.raises(TypeError, match="weighs no sets of cells"):
         SlotPosterior(estimator, prior).with_evidence()
     with pytest.raises(ValueError, match="by_evidence needs"):
-        estimator.given(torch.randn(1, 5), by_evidence=True)
+        estimator.given(torch.randn(1, 5), by_evidence=1.0)

@@ -21,7 +21,12 @@ from torch.distributions import (
 )
 
 from sbi_slotflow import problems
-from sbi_slotflow.nn.charts import Chart, WhiteningChart, chart_from_spec
+from sbi_slotflow.nn.charts import (
+    Chart,
+    DiscChart,
+    WhiteningChart,
+    chart_from_spec,
+)
 from sbi_slotflow.nn.paper import CircleChart
 from sbi_slotflow.problems.sinusoids.polar import PolarChart
 from sbi_slotflow.sets.marginals import ClosedMarginal, marginals_of
@@ -114,13 +119,25 @@ def polar_in_another_order() -> Case:
     return Case(chart, component, phase=0)
 
 
+def orbit(phase: int | None = 3) -> Case:
+    component = joint(
+        uniform(0.0, TWO_PI), log_uniform(1.0, 9.0), uniform(0.1, 0.6), *ORBIT_PHASE
+    )
+    chart = DiscChart(marginals_of(component), radius=2, angle=0, phase=phase)
+    return Case(chart, component, phase=0)
+
+
 def mixed() -> Case:
     return whitening(
         joint(uniform(-3.0, -1.0), log_uniform(1e-3, 10.0), normal(-5.0, 0.01))
     )
 
 
+ORBIT_PHASE = (uniform(0.0, TWO_PI),)
+
 CASES: dict[str, Callable[[], Case]] = {
+    "disc": orbit,
+    "disc-without-phase": lambda: orbit(None),
     "whitening-uniform": lambda: whitening(joint(uniform(2.5, 3.0), uniform(0.0, 1.0))),
     "whitening-log-uniform": lambda: whitening(log_uniform(0.05, 1.5)),
     "whitening-normal": lambda: whitening(joint(normal(1.5, 0.5), normal(0.0, 2.0))),
@@ -355,6 +372,33 @@ def test_polar_chart_refuses_an_unbounded_amplitude() -> None:
     marginals = marginals_of(joint(normal(0.5, 1.5), uniform(0.0, TWO_PI)))
     with pytest.raises(ValueError, match="amplitude with a bounded prior"):
         PolarChart(marginals)
+
+
+def test_a_disc_is_smooth_where_its_radius_is_at_its_bound() -> None:
+    """There the angle means nothing, and only phase plus angle does."""
+    chart = orbit().chart
+    e = 0.1 + 1e-9
+    angle = torch.linspace(0.0, 6.0, 7)
+    rows = torch.stack(
+        [angle, 0 * angle + 2.0, 0 * angle + e, (1.0 - angle) % TWO_PI], -1
+    ).double()
+    u, _ = chart.forward(rows)
+    assert u.std(0).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((normal(0.5, 1.5), uniform(0.0, TWO_PI)), "radius with a lower bound"),
+        ((uniform(0.0, 1.0), uniform(0.0, 3.0)), r"uniform on \[0, 2 pi\)"),
+    ],
+    ids=["radius", "angle"],
+)
+def test_a_disc_refuses_what_is_none(
+    parts: tuple[Distribution, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiscChart(marginals_of(joint(*parts)), 0, 1)
 
 
 def test_without_a_frequency_the_angle_in_the_plane_is_the_phase() -> None:

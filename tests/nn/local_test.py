@@ -10,7 +10,7 @@ from torch.distributions import Exponential, Gamma, Normal, Uniform, VonMises
 
 from sbi_slotflow import VariableKPrior, problems
 from sbi_slotflow.nn.cells import CellAxis
-from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.nn.charts import DiscChart, WhiteningChart
 from sbi_slotflow.nn.local import LocalGaussian, LocalTransform
 
 TWO_PI = 2 * math.pi
@@ -147,7 +147,7 @@ def test_the_log_prior_is_finite_wherever_a_fit_may_end(case) -> None:
 def test_ends_hold_all_of_the_prior(case) -> None:
     _, made, local = case
     whole, _ = local.coordinates(draws(made))
-    low, high = local.ends()
+    low, high = local.ends(torch.tensor(0))
     inner = slice(1 + local.num_circular, None)
     assert (whole[:, inner] >= low[inner]).all()
     assert (whole[:, inner] <= high[inner]).all()
@@ -175,3 +175,51 @@ def test_an_angle_is_referred_to_the_time_of_its_chart() -> None:
     assert shear.rate != 0.0
     turns = (found[:, 1] - expected) / TWO_PI
     torch.testing.assert_close(turns, turns.round(), atol=1e-9, rtol=0.0)
+
+
+def test_a_disc_beside_a_phase_that_turns_with_its_angle() -> None:
+    """Coordinates invert, have autograd's log-Jacobian and the prior's density."""
+    problem = problems.radial_velocity()
+    chart = problem.build_chart()
+    assert isinstance(chart, DiscChart)
+    local = LocalTransform(chart, problem.location_axis())
+    assert local.num_circular == 1
+    components = problem.prior.component.sample((200,)).double().requires_grad_()
+    whole, log_det = local.coordinates(components)
+    torch.testing.assert_close(local.components(whole), components)
+    slopes = [
+        torch.autograd.grad(column.sum(), components, retain_graph=True)[0]
+        for column in whole.unbind(-1)
+    ]
+    _, expected = torch.linalg.slogdet(torch.stack(slopes, -2))
+    torch.testing.assert_close(log_det, expected)
+    centre = torch.zeros(200, 1, dtype=torch.float64)
+    anchors = local.position(whole).floor().long()
+    w = local.relative(whole, anchors, centre)
+    found, slope = local.log_prior(w, centre, anchors)
+    columns = zip(problem.prior.component_marginals, components.unbind(-1), strict=True)
+    prior = sum(m.log_density(column) for m, column in columns) - log_det
+    torch.testing.assert_close(
+        prior - found, torch.full_like(found, local.log_constant)
+    )
+    torch.testing.assert_close(slope[:, -2:], -w[:, -2:])
+
+
+def test_signals_are_not_linearised_in_the_middle_of_a_disc() -> None:
+    problem = problems.radial_velocity()
+    local = LocalTransform(problem.build_chart(), problem.location_axis())
+    w = torch.zeros(3, 5, dtype=torch.float64)
+    w[:, 0] = 100.0
+    w[1, 3:] = torch.tensor([3e-9, -4e-9])
+    w[2, 3:] = torch.tensor([0.3, -0.4])
+    w.requires_grad_()
+    moved = local.off_centre(w)
+    size = torch.hypot(moved[:, 3], moved[:, 4]).tolist()
+    assert size == pytest.approx([0.01, 0.01, 0.5])
+    torch.testing.assert_close(moved[2], w[2])
+    times = torch.linspace(-100.0, 100.0, 60, dtype=torch.float64)
+    signal = problem.simulator.component_signal(local.components(moved), times)
+    (slope,) = torch.autograd.grad(signal.square().sum(), w)
+    assert slope.isfinite().all()
+    # Where nothing points anywhere, all directions are alike: slopes stay small.
+    assert slope[:2].abs().max() < 100 * slope[2].abs().max()

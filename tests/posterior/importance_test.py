@@ -21,7 +21,7 @@ from trained import linear_gaussian_posterior
 
 from sbi_slotflow import problems
 from sbi_slotflow.posterior.base import Posterior
-from sbi_slotflow.posterior.importance import WithExtraComponent
+from sbi_slotflow.posterior.importance import EvenedSets, WithExtraComponent
 from sbi_slotflow.posterior.refine import RefinedPosterior, UnreliableWeights, refine
 from sbi_slotflow.problems.linear_gaussian import (
     ExactLinearGaussianPosterior,
@@ -56,7 +56,8 @@ class PriorWide(ByHand):
 
     def draw(self, shape, x, k, generator) -> Tensor:
         with forked_rng(generator):
-            k = EXACT.cardinality(x).sample(shape)
+            drawn = EXACT.cardinality(x).sample(shape)
+            k = drawn if k is None else torch.full_like(drawn, k)
             components = LINEAR.prior.component.sample((*k.shape, 3))
         return LAYOUT.canonical(LAYOUT.pack(k, components))
 
@@ -84,7 +85,7 @@ class Transformed(ByHand):
         return self.exact.cardinality(x)
 
     def draw(self, shape, x, k, generator) -> Tensor:
-        rows = self.exact.sample_batched(shape, x, generator=generator)
+        rows = self.exact.sample_batched(shape, x, k, generator)
         parts = LAYOUT.unpack(rows)
         centre = LINEAR.mean
         components = centre + self.stretch * (parts.components - centre) + self.shift
@@ -533,6 +534,52 @@ def test_only_possible_cardinalities_get_another_component(share, observation):
         error = term.std(0) / math.sqrt(num)
         assert ((term.mean(0) - probs[:, i]).abs() <= 5 * error).all()
         assert (error < 0.02).all()
+
+
+def test_a_share_of_the_draws_has_an_even_cardinality(observation):
+    # The second K of the first observation is rare, the last of the second impossible.
+    @dataclass(frozen=True)
+    class Leaning(Transformed):
+        def q_of_k(self, x: Tensor) -> Categorical:
+            return Categorical(torch.tensor(shares))
+
+        def draw(self, shape, x, k, generator) -> Tensor:
+            with forked_rng(generator):
+                given = self.q_of_k(x).sample(shape)
+            given = given if k is None else torch.full_like(given, k)
+            rows = [self.exact.sample_batched(shape, x, i, generator) for i in range(4)]
+            index = given.unsqueeze(-1).expand(-1, -1, LAYOUT.size)
+            return torch.stack(rows).gather(0, index[None])[0]
+
+        def density(self, theta: Tensor, x: Tensor) -> Tensor:
+            k = LAYOUT.cardinality(theta)
+            change = torch.tensor(shares).log() - EXACT.cardinality(x).logits
+            change = change.expand(len(k), -1, -1).gather(-1, k.unsqueeze(-1))
+            return self.exact.log_prob_batched(theta, x) + change.squeeze(-1)
+
+    shares = [[0.59, 0.01, 0.2, 0.2], [0.5, 0.3, 0.2 - 1e-5, 1e-5]]
+    x, num, share = observation[:2], 40_000, 0.4
+    evened = EvenedSets(Leaning().given(x), share)
+    even = torch.tensor([[0.25] * 4, [1 / 3] * 3 + [0.0]])
+    expected = (1 - share) * torch.tensor(shares) + share * even
+    torch.testing.assert_close(evened.cardinality().probs, expected)
+    rows = evened.sample((num,), generator=generator_for(0))
+    k = LAYOUT.cardinality(rows)
+    found = torch.stack([torch.bincount(column, minlength=4) for column in k.T]) / num
+    # 5 sigma of 8 shares: false alarms below 5e-6
+    assert ((found - expected).abs() <= 5 * (expected / num).sqrt()).all()
+    # E[p / q; K] is p's share of K where q draws that K at all
+    ratio = (EXACT.log_prob_batched(rows, x) - evened.log_prob(rows)).exp()
+    probs = EXACT.cardinality(x).probs
+    for i in range(3):
+        term = torch.where(k == i, ratio, 0.0)
+        error = term.std(0) / math.sqrt(num)
+        # Given K this is the posterior itself: equal weights, so that k alone varies.
+        assert ((term.mean(0) - probs[:, i]).abs() <= 5 * error + 1e-6).all()
+        assert (error < 0.01).all()
+    again = evened.sample((num,), generator=generator_for(0))
+    assert torch.equal(rows, again)
+    assert (LAYOUT.cardinality(evened.sample((7,), k=2)) == 2).all()
 
 
 def test_mixture_keeps_the_global_generator(observation):

@@ -200,7 +200,11 @@ class PriorProposal(ByHand):
         return Categorical(self.prior.cardinality_probs.expand(len(x), -1))
 
     def draw(self, shape, x, k, generator) -> Tensor:
-        return self.prior.sample((*shape, len(x)), generator)
+        prior = self.prior
+        if k is not None:
+            only = torch.eye(prior.max_cardinality + 1)[k]
+            prior = prior.with_cardinality(only)
+        return prior.sample((*shape, len(x)), generator)
 
     def density(self, theta: Tensor, x: Tensor) -> Tensor:
         return self.prior.log_prob(theta)

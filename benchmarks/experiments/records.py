@@ -1,0 +1,316 @@
+r"""Records at irregular times: planets, and one network for many schedules.
+
+Paper: none.
+
+Question: With the library's defaults and CPU-minutes of training, how much does a
+network know of planets in radial velocities, how wide are its posteriors beside the
+Cramer-Rao bound, does `refine` make it exact, and is one network as good on schedules
+that it never saw as networks trained for them?
+
+Protocol: `radial_velocity`, 60 nights of 400 days, K = 0..3, unknown offset and scale
+of the errors. Trained by `train_online` with all defaults. Fresh signals from the
+prior. Gain: log q(truth) less log p(truth), nats. By evidence:
+`posterior.with_evidence()`. Widths: half the central 68 % of draws with the true K = 1
+over the bound with offset and all parameters of the planet unknown, of signals whose
+period the bound allows to be known to 2 %; the median over signals. Refined by 2,000
+draws, half of whose K by evidence: "reliable" is a k-hat below 0.7 and 100 effective
+draws. Schedules: four drawn once, the network of all schedules against one trained for
+each, with as few simulations for all alike; differences on the same signals.
+
+Losses: Planets that the record hardly shows have posteriors as broad as their prior in
+all but one or two directions, in many cells at once: a Gaussian above each set of cells
+is a part of them.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
+from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
+from sbi_slotflow.problems import Series
+from sbi_slotflow.problems.radial_velocity import observing_nights
+from sbi_slotflow.seeding import generator_for
+
+from ..common import TEST, one
+from ..experiment import Budget, Claim
+from ..intervals import mean_interval, median_interval, share_interval
+from ..store import Cache
+
+# Relative error of the period, by the bound, below which widths are compared with it.
+_KNOWN = 0.02
+
+
+@dataclass(frozen=True)
+class Size:
+    """Simulations; signals for p(K), gain, widths, refining; draws; schedules."""
+
+    num_simulations: int
+    num_signals: int
+    num_gain: int
+    num_widths: int
+    num_refined: int
+    num_draws: int
+    num_schedules: int
+    schedule_simulations: int
+    schedule_signals: int
+    schedule_gain: int
+
+
+BUDGETS: dict[Budget, Size] = {
+    "smoke": Size(16, 8, 1, 1, 1, 60, 1, 16, 4, 1),
+    "quick": Size(16_000, 300, 40, 24, 16, 2_000, 4, 3_072, 300, 15),
+    "full": Size(130_000, 1_000, 300, 100, 60, 2_000, 4, 25_000, 1_000, 60),
+}
+
+
+def run(budget: Budget, seed: int) -> xr.Dataset:
+    size, cache = BUDGETS[budget], Cache("records", budget, seed)
+    problem = problems.radial_velocity()
+    begun = time.process_time()
+    posterior = _trained(problem, size.num_simulations, seed, cache, "all")
+    seconds = time.process_time() - begun
+    # A checkpoint that is finished takes no time: the first run's seconds are kept.
+    spent = cache.get("seconds", lambda: xr.Dataset({"seconds": seconds}))
+    theta, x = _signals(problem, size.num_signals, seed, 0)
+    found = cache.get("network", lambda: _network(problem, posterior, theta, x, size))
+    rows = [
+        cache.get(
+            f"refined-{i}",
+            lambda i=i: _refined(problem, posterior, x[i], size.num_draws, seed, i),
+        )
+        for i in range(size.num_refined)
+    ]
+    beside = [
+        cache.get(f"schedule-{i}", lambda i=i: _beside(size, seed, cache, i))
+        for i in range(size.num_schedules)
+    ]
+    refined, schedules = xr.concat(rows, "refined"), xr.concat(beside, "schedule")
+    return xr.merge([found, spent, refined, schedules])
+
+
+def _trained(
+    problem: Series, num_simulations: int, seed: int, cache: Cache, name: str
+) -> SlotPosterior:
+    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
+    trainer.train_online(
+        problem.simulator,
+        num_simulations=num_simulations,
+        num_validation=min(1_000, num_simulations),
+        seed=seed,
+        checkpoint=cache.path(name, ".safetensors"),
+    )
+    return trainer.build_posterior()
+
+
+def _signals(problem: Series, num: int, seed: int, i: int) -> tuple[Tensor, Tensor]:
+    theta = problem.prior.sample((num,), generator_for(seed, TEST, i, 0))
+    return theta, problem.simulator(theta, generator_for(seed, TEST, i, 1))
+
+
+def _fixed(seed: int, i: int) -> Callable[[int, torch.Generator], Tensor]:
+    """The i-th schedule, the same for every simulation."""
+    drawn = observing_nights()(1, generator_for(seed, TEST, 100 + i))
+    return lambda num, generator: drawn.expand(num, -1, -1)
+
+
+@torch.no_grad()
+def _gains(
+    problem: Series, posterior: SlotPosterior, theta: Tensor, x: Tensor
+) -> np.ndarray:
+    gain = [
+        posterior.log_prob(row[None], one_x) - problem.prior.log_prob(row[None])
+        for row, one_x in zip(theta, x, strict=True)
+    ]
+    return torch.cat(gain).double().numpy()
+
+
+def _losses(posterior: SlotPosterior, theta: Tensor, x: Tensor) -> np.ndarray:
+    """-log q(true K), ``(B,)``."""
+    k = posterior.prior.layout.cardinality(theta)
+    logs = posterior.cardinality(x).logits.double().log_softmax(-1)
+    return -logs.gather(-1, k[:, None])[:, 0].numpy()
+
+
+@torch.no_grad()
+def _network(
+    problem: Series, posterior: SlotPosterior, theta: Tensor, x: Tensor, size: Size
+) -> xr.Dataset:
+    some, weighed = slice(size.num_gain), posterior.with_evidence()
+    evidence = [
+        _losses(weighed, row[None], one_x[None])
+        for row, one_x in zip(theta[some], x[some], strict=True)
+    ]
+    return xr.Dataset(
+        {
+            "loss": ("signal", _losses(posterior, theta, x)),
+            "loss_evidence": ("gained", np.concatenate(evidence)),
+            "gain": ("gained", _gains(problem, posterior, theta[some], x[some])),
+            "width": (
+                ("known", "parameter"),
+                _widths(problem, posterior, theta, x, size),
+            ),
+        },
+        {"parameter": list(problem.component_names)},
+    )
+
+
+def _widths(
+    problem: Series, posterior: SlotPosterior, theta: Tensor, x: Tensor, size: Size
+) -> np.ndarray:
+    """Half widths over the Cramer-Rao bound, (signals, parameters)."""
+    layout, fit = problem.layout, problem.build_fit()
+    assert fit is not None
+    ratios = [np.full(layout.num_component_params, np.nan)]
+    for i in (layout.cardinality(theta) == 1).nonzero().flatten().tolist():
+        parts = layout.unpack(theta[i : i + 1].double())
+        alone = parts.components[:, :1], parts.mask[:, :1]
+        given = fit.given(x[i : i + 1])
+        equations = given.normal_equations(torch.zeros(1).long(), *alone)
+        level = parts.shared[0, 0]
+        bound = torch.linalg.inv(equations.curvature[0] / level**2).diagonal().sqrt()
+        if not bound[0] / parts.components[0, 0, 0] < _KNOWN:
+            continue
+        draws = posterior.sample((2_000,), x=x[i], k=1, show_progress_bars=False)
+        ends = torch.tensor([0.16, 0.84], dtype=torch.float64)
+        values = layout.unpack(draws.double()).components[:, 0]
+        for d, period in enumerate(layout.component_periods):
+            if np.isfinite(period):  # angles about the truth
+                turned = values[:, d] - parts.components[0, 0, d] + 0.5 * period
+                values[:, d] = turned % period
+        low, high = values.quantile(ends, dim=0)
+        ratios.append((0.5 * (high - low) / bound).numpy())
+        if len(ratios) > size.num_widths:
+            break
+    return np.stack(ratios[1:] or ratios)
+
+
+def _refined(
+    problem: Series, posterior: SlotPosterior, x: Tensor, num: int, seed: int, i: int
+) -> xr.Dataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether it is reliable is recorded
+        refined = one(
+            posterior.with_evidence(0.5).refine(
+                problem.log_likelihood,
+                x,
+                num,
+                generator=generator_for(seed, TEST, 2, i),
+            )
+        )
+    return xr.Dataset(
+        {
+            "reliable": refined.is_reliable,
+            "ess": refined.ess / num,
+            "khat": refined.pareto_k,
+        }
+    )
+
+
+def _beside(size: Size, seed: int, cache: Cache, i: int) -> xr.Dataset:
+    """A network of all schedules beside one of the i-th schedule only."""
+    many, alone = (
+        problems.radial_velocity(),
+        problems.radial_velocity(schedule=_fixed(seed, i)),
+    )
+    num = size.schedule_simulations
+    posteriors = {
+        "many": _trained(many, num, seed, cache, "few"),
+        "alone": _trained(alone, num, seed, cache, f"alone-{i}"),
+    }
+    theta, x = _signals(alone, size.schedule_signals, seed, 10 + i)
+    some = theta[: size.schedule_gain], x[: size.schedule_gain]
+    found = {}
+    for name, posterior in posteriors.items():
+        found[f"loss_{name}"] = "fresh", _losses(posterior, theta, x)
+        found[f"gain_{name}"] = "fresh_gained", _gains(alone, posterior, *some)
+    return xr.Dataset(found)
+
+
+def plot(dataset: xr.Dataset) -> Figure:
+    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].hist(dataset["gain"].values.ravel(), 20, color=POSTERIOR)
+    dress(panels[0], "log q(truth) - log p(truth), nats", "signals", "gain")
+    for i, name in enumerate(dataset.parameter.values):
+        values = dataset["width"].sel(parameter=name).values.ravel()
+        panels[1].plot(np.full(len(values), i), values, "o", color=POSTERIOR, alpha=0.6)
+    panels[1].axhline(1.0, color=TRUTH)
+    panels[1].set_yscale("log")
+    panels[1].set_xticks(
+        range(dataset.sizes["parameter"]), [str(n) for n in dataset.parameter.values]
+    )
+    panels[1].tick_params(axis="x", labelsize=SMALL)
+    dress(panels[1], "", "half width / bound", "one planet")
+    change = dataset["loss_many"] - dataset["loss_alone"]
+    change = change.transpose("schedule", ..., "fresh").values
+    change = change.reshape(dataset.sizes["schedule"], -1)
+    panels[2].boxplot(list(change), showfliers=False)
+    panels[2].axhline(0.0, color=TRUTH)
+    dress(panels[2], "schedule", "nats", "-log q(K), all schedules less own")
+    return figure
+
+
+def claims(dataset: xr.Dataset) -> list[Claim]:
+    def values(name: str) -> np.ndarray:
+        return dataset[name].values.ravel()
+
+    reliable = values("reliable").astype(bool)
+    found = [
+        Claim("CPU seconds of training", round(float(np.mean(values("seconds"))))),
+        _mean("-log q(true K)", values("loss"), "<= 0.75"),
+        _mean(
+            "-log q(true K) by evidence",
+            values("loss_evidence"),
+            "<= 0.75",
+            f"Of the first {len(values('loss_evidence'))} signals of each seed; the "
+            f"classifier has {_first(dataset):.3f} there.",
+        ),
+        _mean("gain over the prior, nats", values("gain")),
+        Claim(
+            "refined reliably",
+            float(reliable.mean()),
+            share_interval(int(reliable.sum()), len(reliable)),
+            target=">= 0.75",
+            note=f"Median share of effective draws {np.median(values('ess')):.2f}.",
+        ),
+    ]
+    for name in dataset.parameter.values:
+        widths = dataset["width"].sel(parameter=name).values.ravel()
+        widths = widths[np.isfinite(widths)]
+        if len(widths):
+            found.append(
+                Claim(
+                    f"half width of {name} over the Cramer-Rao bound, median",
+                    float(np.median(widths)),
+                    median_interval(widths),
+                    target="<= 1.3" if name == "period" else None,
+                    note=f"Of {len(widths)} signals.",
+                )
+            )
+    loss = values("loss_many") - values("loss_alone")
+    gain = values("gain_alone") - values("gain_many")
+    text = "four new schedules, network of all less networks of each"
+    found.append(_mean(f"{text}: -log q(true K)", loss, "<= 0.05"))
+    found.append(_mean(f"{text}: -log q(truth), nats", gain, "<= 0.05"))
+    return found
+
+
+def _mean(
+    quantity: str, values: np.ndarray, target: str | None = None, note: str = ""
+) -> Claim:
+    mean, interval = float(values.mean()), mean_interval(values)
+    return Claim(quantity, mean, interval, target=target, note=note)
+
+
+def _first(dataset: xr.Dataset) -> float:
+    """Mean loss of the classifier on the signals that evidence was asked of."""
+    loss = dataset["loss"].transpose(..., "signal").values
+    return float(loss[..., : dataset.sizes["gained"]].mean())
