@@ -40,6 +40,7 @@ from .heads import (
     SharedGivenX,
     SharedHead,
 )
+from .ordered_slots import OrderedHead
 from .set_distribution import NetworkSets, SetHead, SetsGivenK
 from .spec import EstimatorSpec, build, single_precision
 
@@ -128,6 +129,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     def reads_records(self) -> bool:
         """Whether x is records of time, value and error; see :mod:`..sets.records`."""
         return bool(getattr(self.net, "reads_records", False))
+
+    def filled(self, x: Tensor) -> Tensor:
+        """Observations ``(..., *event)`` without NaN, where x may have gaps."""
+        return getattr(self.net, "filled", filled)(x)
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -470,7 +475,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 f"x must have shape (batch, {sizes}), got {tuple(condition.shape)}."
             )
         if self.reads_records:
-            condition = filled(condition)
+            condition = self.filled(condition)
         # Beneath a background, digits are kept until it is taken away; those of times
         # are kept too.
         keeps = self.white_space is not None or self.reads_records
@@ -532,6 +537,10 @@ def component_head_from_spec(
     """Build the head that ``spec.slots`` describes."""
     chart = chart_from_spec(spec.chart)
     options: dict[str, Any] = dict(spec.slots)
+    if options.get("kind") == "ordered":
+        order_by, largest = spec.layout.order_by, spec.layout.max_cardinality
+        width = options["trunk_features"]
+        return OrderedHead(chart, order_by, probe, largest, width, spec.flow)
     if options.get("kind") != "anchored":
         slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
         flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)

@@ -1,9 +1,11 @@
 """Problems: prior, simulator and likelihood that belong together."""
 
 from .base import Problem
+from .gaussian_mixture import gaussian_mixture
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
 from .placed import Image, Trace
+from .points import Mixture, Points, PointsSimulator
 from .radial_velocity import radial_velocity
 from .series import Series, SeriesSimulator
 from .sinusoids.grid import Grid
@@ -18,11 +20,15 @@ __all__ = [
     "Image",
     "LineSpectrum",
     "LinearGaussian",
+    "Mixture",
+    "Points",
+    "PointsSimulator",
     "Problem",
     "Series",
     "SeriesSimulator",
     "Sinusoids",
     "Trace",
+    "gaussian_mixture",
     "line_spectrum",
     "linear_gaussian",
     "radial_velocity",

@@ -83,7 +83,7 @@ class MomentChart(WhiteningChart):
             )
         if not self.places or len(self.scales) not in (0, len(self.places)):
             raise ValueError(
-                "places must be one parameter at least, and scales none or as many, got "
+                "places must be one parameter at least, scales none or as many, got "
                 f"{list(places)} and {list(scales)}."
             )
         for index in (weight, *self.scales):

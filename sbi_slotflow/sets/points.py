@@ -1,8 +1,9 @@
 """Sets of points as data: coordinates of each point, and whether it is there.
 
-A set of up to n points in d dimensions is ``(n, d + 1)``: d coordinates and a 1 for each
-point, rows of zeros for the rest, which is how sets of different size are padded. A
-point with a coordinate that is NaN is missing too. The order of the rows says nothing.
+A set of up to n points in d dimensions is ``(n, d + 1)``: d coordinates and a 1 for
+each point, rows of zeros for the rest, which is how sets of different size are padded.
+A point with a coordinate that is NaN is missing too. The order of the rows says
+nothing.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def filled_points(x: Numbers) -> Tensor:
     bad = ~missing & ~((there == 1) & x.isfinite().all(-1))
     if bad.any():
         raise ValueError(
-            "x must have 1 (or 0, for none) as the last entry of each point, and finite "
+            "x must have 1 (0 for none) as the last entry of each point, and finite "
             f"coordinates; it has others in {int(bad.sum())} points."
         )
     return torch.where(missing.unsqueeze(-1), 0.0, x)

@@ -1,4 +1,4 @@
-"""Splits and merges by moments: what they keep, their Jacobian, what they leave alone."""
+"""Splits and merges by moments: what they keep, their Jacobian, their invariance."""
 
 import math
 from typing import Any
@@ -116,8 +116,8 @@ def test_the_jacobian_is_that_of_automatic_differentiation() -> None:
         jacobian: Any = torch.autograd.functional.jacobian(parts, v)
         first, second = parts(v)[:3][None], parts(v)[3:][None]
         _, value = move.unite(first, second)
-        log_q = stats.beta(2, 2).logpdf(v[3].item())
-        log_q += stats.beta(2, 2).logpdf(v[4].item())
+        log_q = stats.beta.logpdf(v[3].item(), 2, 2)
+        log_q += stats.beta.logpdf(v[4].item(), 2, 2)
         expected = float(jacobian.det().abs().log()) - log_q
         assert float(value) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -141,14 +141,16 @@ def test_without_data_the_prior_stays(name: str) -> None:
     assert sum(rates) / len(rates) > 0.05
     counts = torch.bincount(layout.cardinality(population.theta), minlength=4)
     expected = prior.cardinality_probs.double() * num
-    assert stats.chisquare(counts[1:], expected[1:]).pvalue > 1e-5
+    result: Any = stats.chisquare(counts[1:], expected[1:])
+    assert result.pvalue > 1e-5
     parts = layout.unpack(population.theta)
     # One component a set, chosen by chance, so that all are independent.
     slot = (torch.rand(num, generator=generator) * parts.cardinality).long()
     found = parts.components[torch.arange(num), slot]
     fresh = prior.component.sample((num,)).double()
     for i in range(layout.num_component_params):
-        assert stats.ks_2samp(found[:, i], fresh[:, i]).pvalue > 1e-5
+        result = stats.ks_2samp(found[:, i], fresh[:, i])
+        assert result.pvalue > 1e-5
     assert torch.equal(layout.canonical(population.theta), population.theta)
 
 
