@@ -15,7 +15,7 @@ place is a mixture of normal laws, cut off at the place before:
     q(\ell_k | \cdot) = \left| \frac{\mathrm{d} v_k}{\mathrm{d} \ell_k} \right|\,
         \frac{\sum_j \pi_j N(v_k; m_j, s_j^2)}
              {\sum_j \pi_j \Phi((m_j - v_{k-1}) / s_j)}
-        \quad \text{for } v_k > v_{k-1}
+        \quad \text{for } v_k \geq v_{k-1}
 
 so that draws come in order, and the density of the set integrates to one over the
 canonical region, whatever the weights of the network are. One part of the mixture is
@@ -52,8 +52,8 @@ _MIDDLE, _REACH = -2.0, 4.0
 _MOST_ROWS = 8_192
 # Stands for infinity: the place before the first.
 _FAR = 1e30
-# Least log share of a normal law above a bound.
-_LEAST = -690.0
+# Least log share of a normal law, and deviations beyond which a share is less.
+_LEAST, _FAR_OUT = -690.0, 36.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class CutMixture:
         return self.log_weight + torch.special.log_ndtr(z)
 
     def log_prob(self, v: Tensor) -> Tensor:
-        """Evaluate the log density ``(...)``, -inf at and below the bound."""
+        """Evaluate the log density ``(...)``, -inf below the bound."""
         z = (v.unsqueeze(-1) - self.mean) / self.deviation
         each = self.log_weight + log_normal(z) - self.deviation.log()
         value = each.logsumexp(-1) - self._log_above.logsumexp(-1)
-        return torch.where(v > self.bound, value, -math.inf)
+        return torch.where(v >= self.bound, value, -math.inf)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw from each mixture of batch shape ``(N,)``."""
@@ -101,7 +101,9 @@ class CutMixture:
         uniform = uniform.to(low).clamp(1e-16, 1 - 1e-16)
         log_share = torch.special.log_ndtr(-low) + uniform.log()
         z = -_quantile(log_share)
-        z = torch.maximum(z, low)
+        # Far out, where the share underflows, the square is nearly exponential.
+        far = (low.clamp(min=0.0).square() - 2 * uniform.log()).sqrt()
+        z = torch.where(low > _FAR_OUT, far, torch.maximum(z, low))
         return mean + deviation * z
 
 
