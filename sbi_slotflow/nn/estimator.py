@@ -484,6 +484,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN
             check_finite(condition)
+            if getattr(self.net, "reads_any_scale", False):
+                return condition
             raise ValueError(
                 f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
                 f"values as far as {far:.3g} from their mean."

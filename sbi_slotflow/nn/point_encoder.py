@@ -116,8 +116,8 @@ class PointEncoder(nn.Module):
     """
 
     kind: ClassVar[str] = "points"
-    # x is read in its own units, and may have gaps.
-    reads_records = True
+    # x is read in its own units, whatever they are, and may have gaps.
+    reads_records = reads_any_scale = True
     # Tokens have no place, so that slots know each other by what was drawn before.
     usual_slots: ClassVar[str] = "ordered"
 
