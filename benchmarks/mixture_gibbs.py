@@ -20,6 +20,7 @@ are united. Nothing is shared with `refine` but the numbers of the prior.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def gibbs_cardinality(
     points = x[x[:, 1] > 0][:, 0].double().numpy()
     log_v = log_coefficients(problem, len(points), concentration)
     with np.errstate(divide="ignore"):
-        log_vt = np.logaddexp.reduce(log_v, axis=0)
+        log_vt: _Floats = np.logaddexp.reduce(log_v, axis=0)
     chains = []
     for chain in range(num_chains):
         blocks = _chain(
@@ -100,17 +101,14 @@ def gibbs_cardinality(
             seed * 1_000 + chain,
         )
         chains.append(blocks[burn_in:])
-    blocks = np.stack(chains)
+    blocks: NDArray[Any] = np.stack(chains)
     given = np.exp(log_v - np.where(np.isfinite(log_vt), log_vt, 0.0))
     probs = torch.from_numpy(given.T[blocks].mean(1))
-    values = blocks.astype(np.float64)
-    still = np.ptp(values) == 0
-    rhat = 1.0 if still else float(array_stats.rhat(values, chain_axis=0, draw_axis=1))
-    ess = (
-        values.size
-        if still
-        else float(array_stats.ess(values, chain_axis=0, draw_axis=1))
-    )
+    values: Any = blocks.astype(np.float64)
+    if values.min() == values.max():  # certain
+        return GibbsCardinality(probs, 1.0, float(values.size))
+    numbers: tuple[Any, Any] = array_stats.rhat, array_stats.ess
+    rhat, ess = (float(number(values, chain_axis=0, draw_axis=1)) for number in numbers)
     return GibbsCardinality(probs, rhat, ess)
 
 
@@ -127,7 +125,7 @@ def log_coefficients(problem: Points, num: int, concentration: float) -> _Floats
 
 def nodes(problem: Points, shift: float) -> _Floats:
     """Deviations at which m(c) is summed, and the ends of the mean, less a shift."""
-    mean, deviation = problem.prior.component_marginals[:2]
+    mean, deviation = (problem.prior.component_marginals[i] for i in (0, 1))
     known = isinstance(mean, ClosedMarginal) and isinstance(deviation, ClosedMarginal)
     if not (known and mean.is_uniform and deviation.is_log_uniform):
         raise ValueError("the mean must be uniform, the deviation log-uniform.")
@@ -190,7 +188,7 @@ def _chain(
         squares[which[i]] += points[i] ** 2
     for c in range(most):
         if sizes[c] > 0:
-            logs[c] = log_marginal(sizes[c], totals[c], squares[c], table)
+            logs[c] = log_marginal(sizes[c], totals[c], squares[c], table)  # pyright: ignore
     found = np.empty(num_sweeps, np.int64)
     trial, side = np.empty(most), np.empty(num, np.bool_)
     for sweep in range(num_sweeps):
@@ -200,7 +198,7 @@ def _chain(
             totals[c] -= v
             squares[c] -= v * v
             if sizes[c] > 0:
-                logs[c] = log_marginal(sizes[c], totals[c], squares[c], table)
+                logs[c] = log_marginal(sizes[c], totals[c], squares[c], table)  # pyright: ignore
             t, free, best = 0, -1, -np.inf
             for d in range(most):
                 if sizes[d] > 0:

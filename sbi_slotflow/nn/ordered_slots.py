@@ -27,7 +27,7 @@ See Also:
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,8 @@ class OrderedHead(SetHead):
     def begin(self, encoding: Encoding) -> "_Read":
         """Look at what does not depend on any component."""
         assert encoding.tokens is not None
-        tokens = [layer.prepared(encoding.tokens) for layer in self.to_tokens]
+        layers = cast(list[AttendTo], self.to_tokens)
+        tokens = [layer.prepared(encoding.tokens) for layer in layers]
         then = None if self.flow is None else self.then.prepared(encoding.tokens)
         return _Read(self.start(encoding.context), tokens, then)
 

@@ -4,6 +4,7 @@ from .base import Problem
 from .gaussian_mixture import gaussian_mixture
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
+from .moments import MomentChart
 from .placed import Image, Trace
 from .points import Mixture, Points, PointsSimulator
 from .radial_velocity import radial_velocity
@@ -21,6 +22,7 @@ __all__ = [
     "LineSpectrum",
     "LinearGaussian",
     "Mixture",
+    "MomentChart",
     "Points",
     "PointsSimulator",
     "Problem",

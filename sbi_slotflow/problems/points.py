@@ -260,9 +260,9 @@ class Points(Problem):
         shares = torch.tensor([0.16, 0.5, 0.84]).double()
         low, middle, high = points[: 10**6].quantile(shares, dim=0)
         scale = torch.where(high > low, 0.5 * (high - low), 1.0)
-        return PointEncoder(
-            *self.event_shape, middle.tolist(), scale.tolist(), **options
-        )
+        num, entries = self.event_shape
+        ends = middle.tolist(), scale.tolist()
+        return PointEncoder(num, entries, *ends, **options)
 
     def build_chart(self) -> Chart:
         """Return the transform of a component, which offers splits and merges."""

@@ -67,7 +67,7 @@ def test_the_likelihood_of_a_block_is_an_integral_over_its_normal_law() -> None:
     for points in (v[:4], v[:1], v):
         mean, deviation = (
             marginal.quantile((torch.arange(3_000).double() + 0.5) / 3_000)
-            for marginal in SMALL.prior.component_marginals[:2]
+            for marginal in map(SMALL.prior.component_marginals.__getitem__, (0, 1))
         )
         z = (torch.from_numpy(points) - mean[:, None, None]) / deviation[:, None]
         log_p = -0.5 * z.square() - deviation[:, None].log()
@@ -86,7 +86,7 @@ def test_the_sum_over_partitions_is_the_mean_likelihood_of_the_prior() -> None:
         errors.append(float(log_l.exp().std()) / math.sqrt(len(rows)))
     expected = np.array(values) / sum(values)
     # 5 standard errors of three: false alarms below 2e-6
-    slack = 5 * np.linalg.norm(errors) / sum(values)
+    slack = 5 * float(np.linalg.norm(errors)) / sum(values)
     assert slack < 0.1
     np.testing.assert_allclose(by_sum(x, 1.0)[1:], expected, atol=slack)
 

@@ -73,24 +73,16 @@ def test_a_cut_mixture_integrates_to_one_and_is_drawn_from(name: str) -> None:
     bound, mean, deviation = LAWS[name]
     num = 4_000
 
-    def many(numbers: Any) -> Tensor:
-        values = torch.tensor(numbers, dtype=torch.float64)
-        return values.expand(num, *values.shape)
-
-    law = CutMixture(many([-0.3, -1.35]), many(mean), many(deviation), many(bound))
-    one = CutMixture(
-        *(p[0] for p in (law.log_weight, law.mean, law.deviation)), law.bound[0]
-    )
+    laws = [torch.tensor(each).double() for each in ([-0.3, -1.35], mean, deviation)]
     low = max(bound, -12.0)
     grid = low + torch.linspace(0, 30.0, 600_001).double()
     middle, width = 0.5 * (grid[1:] + grid[:-1]), 30.0 / 600_000
-    spread = CutMixture(
-        *(
-            part.expand(len(middle), 2)
-            for part in (one.log_weight, one.mean, one.deviation)
-        ),
-        one.bound.expand(len(middle)),
-    )
+
+    def copies(size: int) -> CutMixture:
+        weight, centre, spread = (part.expand(size, 2) for part in laws)
+        return CutMixture(weight, centre, spread, torch.full((size,), bound).double())
+
+    law, spread = copies(num), copies(len(middle))
     density = spread.log_prob(middle).exp()
     assert float(density.sum() * width) == pytest.approx(1.0, abs=5e-4)
     drawn = law.sample(generator_for(1))
@@ -227,12 +219,13 @@ def test_options_without_a_use_are_refused() -> None:
     problem = problem_of(2)
     theta = problem.prior.sample((8,))
     x = problem.simulator(theta)
-    for options in (
+    unused: list[dict[str, Any]] = [
         {"matching": "hungarian"},
         {"coupling": "joint"},
         {"refine_slots": 2},
         {"condition_on_cardinality": False},
-    ):
+    ]
+    for options in unused:
         with pytest.raises(ValueError, match="would do nothing"):
             slot_nn(problem, **options)(theta, x)
     plain = VariableKPrior(Independent(Normal(torch.zeros(2), 1.0), 1), [1.0, 1.0])

@@ -19,6 +19,7 @@ from torch.distributions import (
 
 from sbi_slotflow import SlotNPE, SlotPosterior, VariableKPrior, slot_nn
 from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.posterior.draws import RefinedPosterior
 from sbi_slotflow.problems import Mixture, Points, PointsSimulator, gaussian_mixture
 from sbi_slotflow.problems.moments import MomentChart
 from sbi_slotflow.seeding import generator_for
@@ -203,6 +204,7 @@ def test_the_ordinary_work_flow_runs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is hardly trained
         refined = posterior.refine(LINE.log_likelihood, x[0], 200)
+    assert isinstance(refined, RefinedPosterior)
     assert refined.sample((5,)).shape == (5, LINE.layout.size)
     assert "existence" in posterior.catalogue(x[0], num_samples=100)
 
