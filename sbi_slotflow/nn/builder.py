@@ -27,7 +27,7 @@ Coupling = Literal["joint", "factorised"]
 _GAUSS_NEWTON_STEPS = 3
 _CHOICES: dict[str, tuple[str, ...]] = {
     "chart": ("default", "circle"),
-    "slots": ("default", "anchored", "attention", "global"),
+    "slots": ("default", "anchored", "ordered", "attention", "global"),
     "coupling": get_args(Coupling),
     "matching": get_args(Matching),
     "flow_network": ("projected", "residual"),
@@ -52,6 +52,7 @@ _FLAGS = (
 )
 # Options that only some networks have.
 _OF_ENCODER = ("hidden_features", "encoder_options", "domains")
+_JOINT = "slots='anchored', coupling='joint'"
 _OF_SLOTS = ("condition_on_cardinality", "location_scale")
 _OF_LAYERS = ("flow_bins", "flow_blocks", "flow_network", "tail_bound")
 
@@ -138,8 +139,8 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             (yes).
         location_scale: Of attention and global slots: whether a Gaussian layer stands
             next to the data (yes).
-        trunk_features: Width of a component's context (128); None, of global slots
-            only, leaves the parts of the context side by side.
+        trunk_features: Width of a component's context (128; of ordered slots 64); None,
+            of global slots only, leaves the parts of the context side by side.
         flow_hidden_features, flow_bins, flow_blocks: Of the flow: width of its networks
             (64), bins of the splines (8), residual blocks in each network (1).
         flow_network: Of the flow: ``"projected"`` (the default) or ``"residual"``, see
@@ -154,7 +155,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     problem: ProblemLike | VariableKPrior | None = None
     chart: Literal["default", "circle"] | Chart = "default"
     encoder: nn.Module | None = None
-    slots: Literal["default", "anchored", "attention", "global"] = "default"
+    slots: Literal["default", "anchored", "ordered", "attention", "global"] = "default"
     flow_layers: int = 4
     mean_flow_loss: bool = False
     z_score_x: bool = True
@@ -376,7 +377,11 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             kind = self.slots
             if kind == "default":
                 keeps_tokens = encode(encoder, x[:2]).tokens is not None
-                kind = "attention" if keeps_tokens and trunk is not None else "global"
+                usual = getattr(encoder, "usual_slots", "attention")
+                kind = usual if keeps_tokens and trunk is not None else "global"
+            if kind == "ordered":
+                width = 64 if self.trunk_features == "default" else trunk
+                return {"kind": kind, "trunk_features": width}
             sees_k = self.condition_on_cardinality
             return {
                 "kind": kind,
@@ -443,6 +448,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
     def _check_used(self, slots: dict[str, Any]) -> None:
         """Raise ValueError if an option is set that has nothing to configure."""
         anchored, joint = slots["kind"] == "anchored", _is_joint(slots)
+        pooled = slots["kind"] in ("attention", "global")
         steps, layers = slots.get("refine_steps", 0), self.flow_layers
         scaled = not anchored and self.location_scale is not False
         shared = bool(self._prior.shared_marginals)
@@ -459,10 +465,10 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         for used, need, *names in (
             (self.encoder is None, "the problem's own encoder", *_OF_ENCODER),
             (anchored, "slots='anchored'", "coupling"),
-            (joint, "slots='anchored', coupling='joint'", "refine_slots"),
+            (anchored and joint, _JOINT, "refine_slots"),
             (steps, "refine_slots", "weighed_sets"),
             (not joint, "slots that are independent", "matching"),
-            (not anchored, "slots='attention' or slots='global'", *_OF_SLOTS),
+            (pooled, "slots='attention' or slots='global'", *_OF_SLOTS),
             (
                 layers or not steps,
                 "a flow: flow_layers=0 with refine_slots has no trunk",
@@ -497,4 +503,4 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
 
 def _is_joint(slots: dict[str, Any]) -> bool:
-    return slots.get("coupling") == "joint"
+    return slots["kind"] == "ordered" or slots.get("coupling") == "joint"

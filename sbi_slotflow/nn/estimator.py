@@ -40,6 +40,7 @@ from .heads import (
     SharedGivenX,
     SharedHead,
 )
+from .ordered_slots import OrderedHead
 from .set_distribution import NetworkSets, SetHead, SetsGivenK
 from .spec import EstimatorSpec, build, single_precision
 
@@ -128,6 +129,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     def reads_records(self) -> bool:
         """Whether x is records of time, value and error; see :mod:`..sets.records`."""
         return bool(getattr(self.net, "reads_records", False))
+
+    def filled(self, x: Tensor) -> Tensor:
+        """Observations ``(..., *event)`` without NaN, where x may have gaps."""
+        return getattr(self.net, "filled", filled)(x)
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -472,7 +477,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 f"x must have shape (batch, {sizes}), got {tuple(condition.shape)}."
             )
         if self.reads_records:
-            condition = filled(condition)
+            condition = self.filled(condition)
         # Beneath a background, digits are kept until it is taken away; those of times
         # are kept too.
         keeps = self.white_space is not None or self.reads_records
@@ -481,6 +486,8 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
         far = (condition - self.x_shift).abs().amax() if condition.numel() else 0.0
         if not far < _FARTHEST * self.x_scale:  # nor is NaN
             check_finite(condition)
+            if getattr(self.net, "reads_any_scale", False):
+                return condition
             raise ValueError(
                 f"x must be on the scale of the training data, {self.x_scale:.3g}, got "
                 f"values as far as {far:.3g} from their mean."
@@ -534,6 +541,10 @@ def component_head_from_spec(
     """Build the head that ``spec.slots`` describes."""
     chart = chart_from_spec(spec.chart)
     options: dict[str, Any] = dict(spec.slots)
+    if options.get("kind") == "ordered":
+        order_by, largest = spec.layout.order_by, spec.layout.max_cardinality
+        width = options["trunk_features"]
+        return OrderedHead(chart, order_by, probe, largest, width, spec.flow)
     if options.get("kind") != "anchored":
         slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
         flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)

@@ -164,14 +164,10 @@ class WithExtraComponent:
         keep = torch.where(entries(self._extended, k), 1 - self.share, 1.0).double()
         longer = entries(self._extended, k - 1) & (k > 0)
         in_doubt = self._in_doubt(theta, longer)
-        components = layout.unpack(theta).components
-        terms = [log_q + keep.log()]
-        for j in range(int(k.max()) if len(k) else 0):
-            shorter = _without(layout, theta, torch.full_like(k, j))
-            rest = _where(self.proposal.log_prob, shorter, in_doubt[..., j])
-            extra = self._log_component(components[..., j, :])
-            terms.append(rest + extra + math.log(self.share))
-        return torch.stack(terms).logsumexp(0)
+        rest = self._of_shorter(self.proposal.log_prob, theta, in_doubt)
+        extra = self._log_component(layout.unpack(theta).components)
+        terms = rest + extra + math.log(self.share)
+        return torch.cat([(log_q + keep.log()).unsqueeze(-1), terms], -1).logsumexp(-1)
 
     def _in_doubt(self, theta: Tensor, rows: Tensor) -> Tensor:
         """The sets J of some ``rows`` ``(S, B)``, ``(S, B, Kmax)``; others empty."""
@@ -180,12 +176,29 @@ class WithExtraComponent:
         present = parts.mask & rows.unsqueeze(-1)
         if not (present.sum(-1) > 1).any():
             return present
-        value = torch.full(present.shape, -torch.inf).to(theta).double()
-        for j in range(int(parts.cardinality[rows].max())):
-            shorter = _without(layout, theta, torch.full_like(parts.cardinality, j))
-            rest = _where(self.log_target, shorter, present[..., j])
-            value[..., j] = rest + self._log_component(parts.components[..., j, :])
+        rest = self._of_shorter(self.log_target, theta, present)
+        value = rest + self._log_component(parts.components)
         return present & (value >= value.amax(-1, keepdim=True) - _IN_DOUBT)
+
+    def _of_shorter(
+        self, function: Callable[[Tensor], Tensor], theta: Tensor, which: Tensor
+    ) -> Tensor:
+        """Values ``(S, B, Kmax)`` of rows without one of their components.
+
+        Float64; -inf for components that are not among ``which``.
+        """
+        num, batch, most = which.shape
+        asked = which.movedim(-1, 0).reshape(most * num, batch)
+        out = torch.full(asked.shape, -torch.inf, dtype=torch.float64).to(theta.device)
+        size = int(asked.sum(0).max()) if num else 0
+        # What is asked of each observation first, and as many as the most has.
+        order = (~asked).byte().argsort(dim=0, stable=True)[:size]
+        for part in order.split(max(1, num)):
+            index = (part % num).unsqueeze(-1).expand(-1, -1, theta.shape[-1])
+            rows = _without(self.prior.layout, theta.gather(0, index), part // num)
+            out = out.scatter(0, part, function(rows).double())
+        out = torch.where(asked, out, -torch.inf)
+        return out.unflatten(0, (most, num)).movedim(0, -1)
 
     def _log_component(self, components: Tensor) -> Tensor:
         flat = components.reshape(-1, components.shape[-1])
@@ -194,19 +207,6 @@ class WithExtraComponent:
         flat = torch.where(zero, inside, flat)
         log_p = PriorComponents(self.prior.component).log_prob_component(flat)
         return log_p.double().reshape(components.shape[:-1])
-
-
-def _where(function: Callable[[Tensor], Tensor], theta: Tensor, rows: Tensor) -> Tensor:
-    """Values ``(S, B)`` of a function at some ``rows``, float64; -inf elsewhere."""
-    out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
-    most = int(rows.sum(0).max()) if len(rows) else 0
-    if not most:
-        return out
-    # Those rows of each observation first, and as many as the most has.
-    order = (~rows).byte().argsort(dim=0, stable=True)[:most]
-    some = theta.gather(0, order.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
-    out = out.scatter(0, order, function(some).double())
-    return torch.where(rows, out, -torch.inf)
 
 
 def entries(table: Tensor, k: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from ..nn.set_distribution import NetworkSets
 from ..seeding import generator_for
 from ..sets.distribution import SetDistribution
 from ..sets.prior import VariableKPrior
-from ..sets.records import filled
 from .datatree import SignalModel
 from .importance import entries
 from .refinable import Refinable
@@ -254,7 +253,8 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
         self._purpose = "It draws sets of components of unknown size."
 
     def _without_gaps(self, x: Tensor) -> Tensor:
-        return filled(x) if self.posterior_estimator.reads_records else x
+        estimator = self.posterior_estimator
+        return estimator.filled(x) if estimator.reads_records else x
 
     @property
     def event_shape(self) -> torch.Size:

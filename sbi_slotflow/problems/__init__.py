@@ -2,9 +2,12 @@
 
 from .base import Problem
 from .classes import Classes
+from .gaussian_mixture import gaussian_mixture
 from .least_squares import AdditiveFit
 from .linear_gaussian import LinearGaussian, linear_gaussian
+from .moments import MomentChart
 from .placed import Image, Trace
+from .points import Mixture, Points, PointsSimulator
 from .radial_velocity import radial_velocity
 from .series import Series, SeriesSimulator
 from .sinusoids.grid import Grid
@@ -21,11 +24,16 @@ __all__ = [
     "Image",
     "LineSpectrum",
     "LinearGaussian",
+    "Mixture",
+    "MomentChart",
+    "Points",
+    "PointsSimulator",
     "Problem",
     "Series",
     "SeriesSimulator",
     "Sinusoids",
     "Trace",
+    "gaussian_mixture",
     "line_spectrum",
     "linear_gaussian",
     "lines_and_bursts",

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbi_slotflow import SlotPosterior, problems, slot_nn
 from sbi_slotflow.calibration import faults
+from sbi_slotflow.nn.encoders import Encoding
 from sbi_slotflow.posterior.base import Posterior, PosteriorOfOne
 from sbi_slotflow.posterior.draws import ChainDraws, PosteriorDraws
 from sbi_slotflow.posterior.refinable import LeaningPosterior
@@ -68,9 +69,24 @@ def refined() -> Posterior:
     return found
 
 
+class SixTokens(nn.Module):
+    """A token for each of six entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift = nn.Linear(7, 8)
+
+    def forward(self, x: Tensor) -> Encoding:
+        place = torch.eye(6).to(x).expand(len(x), 6, 6)
+        tokens = self.lift(torch.cat([x.unsqueeze(-1), place], -1)).tanh()
+        pooled = tokens.flatten(1)
+        return Encoding(pooled, pooled, pooled, tokens)
+
+
 MAKERS = {
     "exact": lambda: EXACT,
     "network": lambda: untrained(LINEAR),
+    "ordered": lambda: untrained(LINEAR, encoder=SixTokens(), slots="ordered"),
     "separated": lambda: untrained(TINY, slots="attention"),
     "laplace": lambda: TINY.laplace_proposal(observations(TINY)[0]),
     "draws": lambda: PosteriorDraws(**drawn()),
@@ -118,7 +134,7 @@ def _case(request) -> Case:
     return case_of(request.param)
 
 
-DENSE = ["exact", "network", "separated", "laplace", "reweighted", "leaning"]
+DENSE = ["exact", "network", "ordered", "separated", "laplace", "reweighted", "leaning"]
 
 
 @pytest.fixture(name="dense", params=DENSE)
@@ -271,7 +287,7 @@ def test_densities_vanish_outside_the_support(dense: Case):
     assert torch.isneginf(dense.posterior.log_prob(rows, dense.x[0])).all()
 
 
-@pytest.mark.parametrize("name", ["exact", "network", "separated"])
+@pytest.mark.parametrize("name", ["exact", "network", "ordered", "separated"])
 def test_densities_are_those_of_the_draws(name: str):
     # E_q[p / (p + q); K] = E_p[q / (p + q); K] for the prior p; no term exceeds 1. A
     # density that is c times too large makes the right side c times the left. The
