@@ -287,6 +287,16 @@ class ClassTransform(LocalTransform):
         assert found is not None
         return found
 
+    def off_centre(self, coordinates: Tensor) -> Tensor:
+        """Coordinates a little off the middle of discs; see the base."""
+        label, found = coordinates[..., -1].round(), coordinates
+        for c, member in enumerate(self.members):
+            own = member.off_centre(coordinates[..., self.columns[c]])
+            there = (label == c).unsqueeze(-1)
+            wide = torch.where(there, self._wide(own, c), found)
+            found = torch.cat([wide[..., :-1], coordinates[..., -1:]], -1)
+        return found
+
     def position(self, coordinates: Tensor) -> Tensor:
         """Positions ``(...)`` of :meth:`coordinates` on the axis of all classes."""
         label, found = coordinates[..., -1].round(), None

@@ -188,8 +188,10 @@ class PooledClasses:
 
     def sample_component(self, n: int, generator: torch.Generator | None) -> Tensor:
         """See :class:`ComponentProposal`."""
-        label = torch.multinomial(self.shares, n, True, generator=generator)
         found = torch.zeros(n, self.layout.num_component_params, dtype=torch.float64)
+        if not n:
+            return found
+        label = torch.multinomial(self.shares, n, True, generator=generator)
         for c, proposal in enumerate(self.classes):
             rows = (label == c).nonzero().squeeze(-1)
             if not len(rows):

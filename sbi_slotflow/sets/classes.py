@@ -175,7 +175,11 @@ class ClassLayout(ThetaLayout):
 
     def to_class(self, components: Tensor, index: int) -> Tensor:
         """Parameters ``(..., D_c)`` of components of class ``index``."""
-        return components[..., [1 + d for d in self._columns(index)]]
+        return components[..., self.columns_of(index)]
+
+    def columns_of(self, index: int) -> list[int]:
+        """Where a component has the parameters of class ``index``, in their order."""
+        return [1 + d for d in self._columns(index)]
 
     def from_class(self, components: Tensor, index: int) -> Tensor:
         """Components ``(..., D)`` of parameters ``(..., D_c)`` of class ``index``."""

@@ -49,8 +49,10 @@ class ClassComponents(Distribution):
         """Draw components ``(*sample_shape, D)``."""
         shape = torch.Size(sample_shape)
         num = shape.numel()
-        label = torch.multinomial(self.weights, num, replacement=True)
         found = self.weights.new_zeros(num, self.layout.num_component_params)
+        if not num:
+            return found.reshape(*shape, found.shape[-1])
+        label = torch.multinomial(self.weights, num, replacement=True)
         for c, component in enumerate(self.classes):
             own = component.sample(torch.Size((num,))).reshape(num, -1).to(found)
             own = self.layout.from_class(own, c)
