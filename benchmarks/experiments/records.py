@@ -13,7 +13,7 @@ prior. Gain: log q(truth) less log p(truth), nats. By evidence:
 `posterior.with_evidence()`. Widths: half the central 68 % of draws with the true K = 1
 over the bound with offset and all parameters of the planet unknown, of signals whose
 period the bound allows to be known to 2 %; the median over signals. Refined by 2,000
-draws, half of whose K by evidence: "reliable" is a k-hat below 0.7 and 100 effective
+draws of the posterior by evidence: "reliable" is a k-hat below 0.7 and 100 effective
 draws. Schedules: four drawn once, the network of all schedules against one trained for
 each, with as few simulations for all alike; differences on the same signals.
 
@@ -198,7 +198,7 @@ def _refined(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether it is reliable is recorded
         refined = one(
-            posterior.with_evidence(0.5).refine(
+            posterior.with_evidence().refine(
                 problem.log_likelihood,
                 x,
                 num,
