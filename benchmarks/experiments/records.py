@@ -13,13 +13,15 @@ prior. Gain: log q(truth) less log p(truth), nats. By evidence:
 `posterior.with_evidence(share)`. Widths: half the central 68 % of draws with K = 1 of
 signals that have it, over the bound with offset and all parameters of the planet
 unknown, where the bound allows the period to be known to 2 %; the median over signals.
-Refined by 2,000 draws of the posterior by evidence: "reliable" is a k-hat below 0.7 and 100 effective
-draws. Schedules: four drawn once, the network of all schedules against one trained for
-each, with as few simulations for all alike; differences on the same signals.
+Refined by 2,000 draws of the posterior by evidence: "reliable" is a k-hat below 0.7 and
+100 effective draws. Schedules: four drawn once, the network of all schedules against
+one trained for each, with as few simulations for all alike; differences on the same
+signals.
 
 Losses: Planets that the record hardly shows have posteriors as broad as their prior in
-all but one or two directions, in many cells at once: a Gaussian above each set of cells
-is a part of them.
+all but one or two directions, in many cells at once: more sets of cells than are
+weighed (evidence says too few planets), and a Gaussian above each set is a part of it.
+Small eccentricities of strong planets are crescents in the plane of the disc.
 """
 
 import time
