@@ -127,7 +127,10 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
 
     @property
     def reads_records(self) -> bool:
-        """Whether x is records of time, value and error; see :mod:`..sets.records`."""
+        """Whether x is records of time, value and error.
+
+        See :mod:`~sbi_slotflow.sets.records`.
+        """
         return bool(getattr(self.net, "reads_records", False))
 
     def filled(self, x: Tensor) -> Tensor:

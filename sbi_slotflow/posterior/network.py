@@ -313,7 +313,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
             new.set_default_x(self.default_x)
         return new
 
-    def with_evidence(self, share: float = 0.98) -> "SlotPosterior":
+    def with_evidence(self, share: float = 0.9) -> "SlotPosterior":
         """Return the posterior whose p(K | x) is weighed by evidence.
 
         The classifier of K says which cardinalities are possible; for each of them the

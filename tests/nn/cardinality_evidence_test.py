@@ -28,7 +28,7 @@ def test_it_is_the_exact_one_where_laplace_is(seed: int) -> None:
     posterior = untrained(problem)
     theta = problem.prior.sample((1,), torch.Generator().manual_seed(10 + seed))
     x = problem.simulator(theta, torch.Generator().manual_seed(seed))[0]
-    found = posterior.with_evidence().cardinality(x).probs.double()
+    found = posterior.with_evidence(0.98).cardinality(x).probs.double()
     exact = rjmcmc.collapsed(problem, x, num_draws=400, burn_in=1_000)
     assert exact.diagnostics is not None
     assert exact.diagnostics.converged
@@ -65,12 +65,12 @@ def test_it_integrates_the_noise_level() -> None:
 
 def test_another_prior_of_k_weighs_the_evidence() -> None:
     problem = problems.spikes(num_samples=128, max_cardinality=2)
-    posterior = untrained(problem).with_evidence()
+    posterior = untrained(problem).with_evidence(0.98)
     theta = problem.prior.sample((1,), torch.Generator().manual_seed(3))
     x = problem.simulator(theta, torch.Generator().manual_seed(4))[0]
     before = posterior.cardinality(x).probs.double()
     after = posterior.with_cardinality_prior([1.0, 2.0, 4.0])
-    assert after.by_evidence
+    assert after.by_evidence == 0.98
     expected = before * torch.tensor([1.0, 2.0, 4.0])
     found = after.cardinality(x).probs.double()
     # The classifier's share is weighed too, before it is added.
@@ -81,13 +81,27 @@ def test_a_posterior_stays_as_it_was() -> None:
     problem = problems.spikes(num_samples=64, max_cardinality=1)
     posterior = untrained(problem)
     weighed = posterior.with_evidence()
-    assert weighed.by_evidence
+    assert weighed.by_evidence == 0.9
     assert not posterior.by_evidence
     x = problem.simulator(problem.prior.sample((3,)))
     both = weighed.cardinality(x).probs
     for i in range(3):
         one = weighed.cardinality(x[i]).probs
         torch.testing.assert_close(one, both[i], rtol=1e-3, atol=1e-4)
+
+
+def test_the_share_of_the_evidence_mixes_it_with_the_classifier() -> None:
+    problem = problems.spikes(num_samples=64, max_cardinality=1)
+    posterior = untrained(problem)
+    x = problem.simulator(problem.prior.sample((1,)))[0]
+    network = posterior.cardinality(x).probs
+    whole = posterior.with_evidence(1.0).cardinality(x).probs
+    half = posterior.with_evidence(0.5).cardinality(x).probs
+    torch.testing.assert_close(half, 0.5 * (network + whole))
+    none = posterior.with_evidence(0.0).cardinality(x).probs
+    torch.testing.assert_close(none, network)
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\]"):
+        posterior.with_evidence(1.5)
 
 
 def test_a_network_without_sets_of_cells_has_none() -> None:
