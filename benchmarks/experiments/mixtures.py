@@ -20,6 +20,7 @@ are 41,000. SMC takes a minute a signal, where the likelihood costs microseconds
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -60,10 +61,11 @@ class Size:
     num_refined: int
     num_draws: int
     num_sweeps: int
+    method: Literal["importance", "smc"] = "smc"  # a network of no use takes SMC long
 
 
 BUDGETS: dict[Budget, Size] = {
-    "smoke": Size(128, 8, 1, 60, 200),
+    "smoke": Size(128, 8, 1, 60, 200, "importance"),
     "quick": Size(41_000, 1_000, 16, 2_000, 15_000),
     "full": Size(41_000, 10_000, 60, 4_000, 60_000),
 }
@@ -129,7 +131,7 @@ def _refined(
                 problem.log_likelihood,
                 x,
                 size.num_draws,
-                method="smc",
+                method=size.method,
                 generator=generator,
             )
         )

@@ -196,6 +196,8 @@ class ExchangeMove:
         coin = torch.rand(len(theta), generator=generator) < 0.5
         new, log_ratio = theta.clone(), theta.new_zeros(len(theta)).double()
         for rows, counts in ((coin, (taken, added)), (~coin, (added, taken))):
+            if not rows.any():  # of few particles
+                continue
             new[rows], log_ratio[rows] = self._exchange(
                 theta[rows], *counts, g, generator
             )

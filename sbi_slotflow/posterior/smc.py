@@ -7,15 +7,15 @@ Particles pass through the targets
     \qquad q'' = (1 - \delta)\, q' + \delta\, p
 
 from beta = 0 to 1 (Del Moral et al. 2006), q' being the proposal of :mod:`.importance`.
-Where 1 % of the draws, and no fewer than 25, are effective under the posterior, one
-step leads there: moves at beta = 1 need no q, which is what costs. Otherwise each step
-is as long as 80 % of the particles stay effective, but no longer than doubles beta: a
-component that q misses shows in no weight, and is found while beta is small and births
-are cheap. Then the particles are resampled, and moved for as long as the mean weight of
-the next step still grows (particles that lag behind their target make the evidence too
-small), at the end until what their cardinality and density keep of where they started
-is below the noise of as many particles. The small share of the prior lets moves reach
-every set.
+Where 1 % of the draws, and no fewer than 25, are effective under the posterior, with a
+k-hat below 0.7, one step leads there: moves at beta = 1 need no q, which is what costs.
+Otherwise each step is as long as 80 % of the particles stay effective, but no longer
+than doubles beta: a component that q misses shows in no weight, and is found while beta
+is small and births are cheap. Then the particles are resampled, and moved for as long
+as the mean weight of the next step still grows (particles that lag behind their target
+make the evidence too small), at the end until what their cardinality and density keep
+of where they started is below the noise of as many particles. The small share of the
+prior lets moves reach every set.
 
 Four populations of a quarter of the particles do so independently, and are weighed by
 their evidences. What they disagree in is what no weight of a single one can show: modes
@@ -38,7 +38,7 @@ from ..sets.prior import VariableKPrior
 from .base import Posterior
 from .component_proposals import ComponentProposal, pooled_components
 from .convergence import convergence_of
-from .draws import RefinedPosterior
+from .draws import LARGEST_K_HAT, RefinedPosterior
 from .importance import (
     EvenedSets,
     LogLikelihood,
@@ -306,8 +306,10 @@ def _step(population: Population, beta: float) -> tuple[float, Tensor]:
     if most <= 0:
         return 0.0, torch.zeros_like(gain)
     enough = max(_ENOUGH_SHARE, _FEWEST / len(gain))
-    share = _effective_share(pareto_smoothed(most * gain).log_weights)
-    if share >= min(enough, _EFFECTIVE_SHARE):
+    smoothed = pareto_smoothed(most * gain)
+    share = _effective_share(smoothed.log_weights)
+    good = smoothed.pareto_k <= LARGEST_K_HAT
+    if good and share >= min(enough, _EFFECTIVE_SHARE):
         return most, most * gain
     most = min(most, max(beta, _FIRST_STEP))
     low, high = 0.0, most

@@ -405,3 +405,13 @@ def test_no_step_is_taken_on_a_few_effective_particles(x):
     # from the prior few draws are effective: some steps, each on 25 of 250 or more
     draws = tempered(PriorProposal(), x, 1_000)
     assert draws.diagnostics["least_effective"] >= 25
+
+
+def test_a_lone_particle_takes_one_side_of_the_coin(x):
+    start = EXACT.sample((1,), x, k=2, generator=generator_for(0)).double()
+    components = PooledComponents(EXACT.sample((200,), x), LINEAR.prior)
+    for name in EXCHANGES:
+        move = ExchangeMove(LAYOUT, name, lambda _: components)
+        rows, log_ratio = move.propose(start, start, generator_for(1))
+        assert rows.shape == start.shape
+        assert log_ratio.shape == (1,)
