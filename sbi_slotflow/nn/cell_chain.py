@@ -353,9 +353,7 @@ class PrunedChain(ChainGivenX):
         earliest, edges = self.edges[0, :-1], self.edges.expand(cells, -1)
         counts = torch.full_like(before, count)
         for k in range(count - 1, 0, -1):
-            # As if it were the only one of its class.
-            held = torch.ones_like(before)
-            feasible = self.axis.feasible(earliest, counts - 1 - k, edges, before, held)
+            feasible = self.axis.feasible(earliest, counts - 1 - k, edges)
             place = torch.full_like(before, k)
             value = super()._next(owner, counts, place, before, feasible)
             ahead[:, k - 1] = (value + moved + ahead[:, k]).logsumexp(-1)

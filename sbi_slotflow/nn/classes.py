@@ -21,12 +21,15 @@ See Also:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from functools import lru_cache
+from itertools import product
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..sets.classes import ClassLayout, ClassMarginals, layout_from_spec
+from ..sets.separation import log_separation_constant
 from .cells import CellAxis, CellGrid
 from .charts import Chart, chart_from_spec
 from .encoders import Encoding, Pool, SelfAttention, encode, mlp
@@ -47,6 +50,8 @@ __all__ = [
 
 # Stands for infinity, which has no gradient.
 _OPEN = 1e6
+# Slack in comparisons of positions, in cells.
+_TOLERANCE = 1e-6
 
 Weights = tuple[Any, ...]
 
@@ -111,9 +116,6 @@ class ClassChart(Chart):
 @dataclass(frozen=True)
 class ClassAxis(CellAxis):
     """Axes, or grids, of several classes, one after the other.
-
-    Least separations within a class are not known here: draws that break them are
-    drawn again.
 
     Attributes:
         parameter: Zero; locations are those of the classes.
@@ -183,6 +185,26 @@ class ClassAxis(CellAxis):
         inside = self._by_class(cells, [good for _, good in found])
         return there + first, inside
 
+    def earliest(self, starts: Tensor) -> Tensor:
+        """Least positions ``(N, K)`` that cells which start there allow."""
+        shift = self._shifts(starts)
+        return (starts - shift).cummax(-1).values + shift
+
+    def upper(self, ends: Tensor, mask: Tensor) -> Tensor:
+        """Bounds U_k ``(N, K)`` of cells that end there; inactive ones mean nothing."""
+        # The end of a class is not the start of the next.
+        shift = self._shifts(ends - 1e-9)
+        ends = (ends - shift).masked_fill(~mask, torch.inf)
+        return ends.flip(-1).cummin(-1).values.flip(-1) + shift
+
+    def lower(self, starts: Tensor, before: Tensor) -> Tensor:
+        """Lower bounds of components, given the positions before them."""
+        label = self.class_of(starts)
+        last = self.class_of(before.clamp(min=0.0))
+        apart = self._separations(starts)[label]
+        apart = torch.where((label == last) & (before > -torch.inf), apart, 0.0)
+        return torch.maximum(starts, before + apart)
+
     def held(self, cells: Tensor) -> Tensor:
         """How many of the first k components are of the class of the k-th one."""
         label = self.class_of(cells)
@@ -199,20 +221,45 @@ class ClassAxis(CellAxis):
     ) -> Tensor:
         """Tell which cells a component may take; see :meth:`CellAxis.feasible`.
 
-        No class may have more components than its prior allows: ``held`` are of the
-        class of the cell ``before``.
+        Each class must end with a number of components that its prior allows: ``held``
+        are of the class of the cell ``before``. Where ``held`` is None, nothing is
+        asked of the numbers.
         """
-        room = super().feasible(earliest, left, edges)
-        assert before is not None
-        assert held is not None
+        least = self.lower(edges[:, :-1], earliest.unsqueeze(-1))
+        good = least < edges[:, 1:] - _TOLERANCE
+        if held is None or before is None:
+            return good
+        rules = _rules(self.ways)
         every = torch.arange(self.num_cells, device=edges.device)
         label, last = self.class_of(every), self.class_of(before.clamp(min=0))
-        most = torch.tensor(_shape(self.ways), device=edges.device) - 1
-        # Room in a class and those behind it.
-        behind = most.flip(0).cumsum(0).flip(0)
-        again = (label == last.unsqueeze(-1)) & (before >= 0).unsqueeze(-1)
+        last = torch.where(before < 0, len(self.axes), last)
+        again = label == last.unsqueeze(-1)
+        # Of the class that is left, and those that are passed over.
+        leave = rules.passed.to(label.device)[last.unsqueeze(-1), label]
+        most = rules.ends.shape[1] - 1
+        allowed = rules.allowed.to(label.device)
+        enough = (allowed[last, held.clamp(max=most)] & (held <= most)).unsqueeze(-1)
         taken = 1 + torch.where(again, held.unsqueeze(-1), 0)
-        return room & (taken <= most[label]) & (behind[label] - taken >= left[:, None])
+        there = label, taken.clamp(max=most), left.unsqueeze(-1)
+        ends = rules.ends.to(label.device)[there] & (taken <= most)
+        # What must still stand in this class needs room.
+        must = rules.must.to(label.device)[there]
+        apart = self._separations(edges)[label]
+        last_end = torch.tensor(self.offsets[1:]).to(edges)[label]
+        room = (must == 0) | (least + apart * must < last_end)
+        return good & room & ends & (again | (leave & enough))
+
+    def _separations(self, like: Tensor) -> Tensor:
+        return torch.tensor([axis.separation for axis in self.axes]).to(like)
+
+    def _shifts(self, positions: Tensor) -> Tensor:
+        """Least distances from the first of each row, within classes, summed up."""
+        label = self.class_of(positions.clamp(min=0.0))
+        label = label.clamp(max=len(self.axes) - 1)
+        same = label[..., 1:] == label[..., :-1]
+        steps = self._separations(positions)[label[..., 1:]]
+        steps = torch.where(same, steps, 0.0)
+        return torch.nn.functional.pad(steps, (1, 0)).cumsum(-1)
 
     def _by_class(self, cells: Tensor, values: Sequence[Tensor]) -> Tensor:
         """The value of each cell's own class."""
@@ -342,7 +389,11 @@ class ClassTransform(LocalTransform):
         counts = [(label == c).sum(-1) for c in range(len(self.members))]
         value = self._log_ways.to(cells.device)[tuple(counts)]
         for count, member in zip(counts, self.members, strict=True):
-            value = value + count * member.log_constant
+            axis = member.axis
+            apart = log_separation_constant(
+                count, axis.separation, float(axis.num_cells)
+            )
+            value = value + count * member.log_constant - apart
         return value
 
     def num_coordinates(self, cells: Tensor, mask: Tensor) -> Tensor:
@@ -595,11 +646,48 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _shape(ways: Weights) -> list[int]:
-    """Lengths of nested tuples."""
-    found: list[int] = []
-    inner: Any = ways
-    while isinstance(inner, tuple):
-        found.append(len(inner))
-        inner = inner[0]
-    return found
+class _Rules(NamedTuple):
+    """Which numbers of components classes may have, C of them, at most M each."""
+
+    # Whether a class may have so many; of no class, C, always, (C + 1, M + 1)
+    allowed: Tensor
+    # Whether classes after one (C: before the first) and before another may have none
+    passed: Tensor  # (C + 1, C)
+    # Whether so many of a class may stand, with so many of it and those behind it to
+    # come, (C, M + 1, K + 1)
+    ends: Tensor
+    # How many of those to come the class must have itself at least, same shape
+    must: Tensor
+
+
+@lru_cache(maxsize=32)
+def _rules(ways: Weights) -> _Rules:
+    """What follows from the numbers that a prior allows."""
+    table = torch.tensor(ways, dtype=torch.float64) > 0
+    num, most, total = table.ndim, max(table.shape) - 1, sum(table.shape) - table.ndim
+    allowed = torch.zeros(num + 1, most + 1, dtype=torch.bool)
+    allowed[num] = True
+    for c in range(num):
+        own = table.movedim(c, 0).flatten(1).any(-1)
+        allowed[c, : len(own)] = own
+    passed = torch.zeros(num + 1, num, dtype=torch.bool)
+    for last in range(num + 1):
+        first = 0 if last == num else last + 1
+        for c in range(first, num):
+            passed[last, c] = bool(allowed[first:c, 0].all())
+    # Totals that classes from c on may have.
+    reach = torch.zeros(num + 1, total + 1, dtype=torch.bool)
+    reach[num, 0] = True
+    for c in range(num - 1, -1, -1):
+        for k in allowed[c].nonzero().flatten().tolist():
+            reach[c, k:] |= reach[c + 1, : total + 1 - k]
+    ends = torch.zeros(num, most + 1, total + 1, dtype=torch.bool)
+    must = torch.zeros(num, most + 1, total + 1, dtype=torch.int64)
+    for c in range(num):
+        counts = allowed[c].nonzero().flatten().tolist()
+        for held, left in product(range(most + 1), range(total + 1)):
+            more = [k - held for k in counts if 0 <= k - held <= left]
+            more = [m for m in more if reach[c + 1, left - m]]
+            ends[c, held, left] = bool(more)
+            must[c, held, left] = min(more, default=0)
+    return _Rules(allowed, passed, ends, must)

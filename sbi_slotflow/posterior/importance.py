@@ -146,10 +146,10 @@ class WithExtraComponent:
         extra, place = extra.unsqueeze(-2), place.unsqueeze(-1)
         components = torch.where(place, extra, parts.components)
         k = parts.cardinality + chosen.long()
-        more = layout.canonical(layout.pack(k, components, parts.shared))
+        more = layout.pack(k, components, parts.shared)
         # Of a class there may be no more: such a draw does not count.
         room = layout.is_well_formed(more)
-        theta = torch.where(room.unsqueeze(-1), more, theta)
+        theta = layout.canonical(torch.where(room.unsqueeze(-1), more, theta))
         own = (layout.unpack(theta).components == extra).all(-1)
         counted = (own & self._in_doubt(theta, chosen)).any(-1)
         return theta, (counted & room) | ~chosen

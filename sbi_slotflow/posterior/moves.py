@@ -213,7 +213,7 @@ class ExchangeMove:
     ) -> tuple[Tensor, Tensor]:
         layout = self.layout
         # A random order, so that the last r are a random choice.
-        parts = layout.unpack(layout.relabel(theta, generator))
+        parts = layout.shuffled(theta, generator)
         k = parts.cardinality
         k_new = k - taken + added
         possible = (k >= taken) & (k_new <= layout.max_cardinality)
@@ -232,11 +232,11 @@ class ExchangeMove:
             new = fresh[i * len(theta) : (i + 1) * len(theta)]
             components[row, place] = torch.where(there, new, components[row, place])
             log_ratio = log_ratio - g.log_prob_component(new).double()
-        rows = layout.canonical(layout.pack(k_new, components, parts.shared))
+        rows = layout.pack(k_new, components, parts.shared)
         # Of a class there may be no more.
         possible &= layout.is_well_formed(rows)
         rows = torch.where(possible.unsqueeze(-1), rows, theta)
-        return rows, torch.where(possible, log_ratio, -math.inf)
+        return layout.canonical(rows), torch.where(possible, log_ratio, -math.inf)
 
 
 def _log_ways(k: Tensor, count: int) -> Tensor:

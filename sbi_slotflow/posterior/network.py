@@ -16,7 +16,7 @@ in for the slots.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from threading import Lock
 from typing import Any, Protocol
@@ -290,6 +290,11 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
         ``weights`` are those of K = 0..Kmax; zero excludes a cardinality. ValueError if
         they are malformed, or give weight to a cardinality that training excluded.
         """
+        if isinstance(weights, Mapping):
+            raise TypeError(
+                "weights must be those of all components together, got a mapping. "
+                "Those of a class: posterior.with_prior(prior.with_cardinality({...}))."
+            )
         estimator = deepcopy(self.posterior_estimator)
         estimator.set_cardinality_prior(weights)
         return self._like(estimator, self.prior.with_cardinality(weights))

@@ -11,7 +11,7 @@ See Also:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -84,6 +84,8 @@ class Classes(Problem):
             )
         for key, member in members.items():
             simulator = getattr(member, "simulator", None)
+            if isinstance(member, Classes):
+                raise TypeError(f"member {key!r} must not have classes of its own.")
             if not isinstance(simulator, AdditiveSimulator):
                 raise TypeError(
                     f"member {key!r} must be a problem with an AdditiveSimulator, got "
@@ -159,7 +161,7 @@ class Classes(Problem):
                     f"class {name!r} must say where its components are, by "
                     "location_axis(), as a Trace does."
                 )
-            axes.append(replace(axis, separation=0.0))
+            axes.append(axis)
         return ClassAxis.of(axes, self.prior.log_counts)
 
     def build_token_encoder(self, **options: Any) -> ClassEncoder:
@@ -175,6 +177,20 @@ class Classes(Problem):
         """Return the charts of all classes."""
         charts = [member.build_chart() for member in self.members.values()]
         return ClassChart(self.layout, charts)
+
+    def collapsed(self, x: Tensor, **options: Any) -> Any:
+        """Raise TypeError: of several classes there is no collapsed sampler yet."""
+        raise TypeError(
+            "the collapsed sampler knows components of one class, those of "
+            f"{self.name!r} have several: refine(..., method='smc') is exact too."
+        )
+
+    def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
+        """Raise TypeError: of several classes there is none."""
+        raise TypeError(
+            f"problem {self.name!r} has no Laplace proposal: it knows components of "
+            "one class."
+        )
 
     def build_fit(self) -> "ClassFit | None":
         """Return the least squares of all classes together; None if a class has none.
@@ -315,7 +331,8 @@ def _check_alike(first: str, one: Problem, second: str, other: Problem) -> None:
         ("backgrounds", one.simulator.background, other.simulator.background),
     ):
         if a != b:
+            known = f", got {a} and {b}" if isinstance(a, tuple) else ""
             raise ValueError(
-                f"members must have the same {what}, got {a} of {first!r} and {b} of "
-                f"{second!r}."
+                f"members must have the same {what}, those of {first!r} and {second!r} "
+                f"differ{known}. Functions, and noise of arrays, must be one object."
             )

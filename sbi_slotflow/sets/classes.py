@@ -68,6 +68,11 @@ class ClassLayout(ThetaLayout):
         """
         if not classes:
             raise ValueError("classes must name at least one class.")
+        if unknown := sorted(set(periods or {}) - set(shared_names)):
+            raise ValueError(
+                f"periods must name shared parameters of {tuple(shared_names)} (those "
+                f"of a class are its own), got {unknown}."
+            )
         for name, layout in classes.items():
             if not isinstance(name, str) or not name:
                 raise ValueError(f"classes must have names, got {name!r}.")
@@ -375,4 +380,4 @@ def layout_from_spec(spec: Mapping[str, Any]) -> ThetaLayout:
     if "classes" not in fields:
         return ThetaLayout(**fields)
     classes = {name: layout_from_spec(own) for name, own in fields["classes"]}
-    return ClassLayout.of(classes, fields["shared_names"])
+    return ClassLayout.of(classes, fields["shared_names"], fields.get("periods"))

@@ -237,17 +237,23 @@ class ThetaLayout:
         self, theta: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Give every row a labelling drawn uniformly from its K! labellings."""
+        parts = self.shuffled(theta, generator)
+        return self.pack(parts.cardinality, parts.components, parts.shared)
+
+    def shuffled(
+        self, theta: Tensor, generator: torch.Generator | None = None
+    ) -> ThetaParts:
+        """Take rows apart, with their active components in a random order.
+
+        Of all classes: a row itself keeps each class together.
+        """
         parts = self.unpack(theta)
         key = torch.rand(parts.mask.shape, generator=generator, device=theta.device)
-        return self._sorted(parts, key)
+        return parts._replace(components=_ordered(parts, key))
 
     def _sorted(self, parts: ThetaParts, key: Tensor) -> Tensor:
         """Rows with their active components ascending in a key ``(..., Kmax)``."""
-        key = torch.where(parts.mask, key, key.new_full((), torch.inf))
-        order = key.argsort(dim=-1, stable=True)
-        index = order.unsqueeze(-1).expand_as(parts.components)
-        components = parts.components.gather(-2, index)
-        return self.pack(parts.cardinality, components, parts.shared)
+        return self.pack(parts.cardinality, _ordered(parts, key), parts.shared)
 
     def _entries(self) -> str:
         return (
@@ -270,3 +276,10 @@ class ThetaLayout:
                 f"{name} must have {self.size} entries on its last axis "
                 f"({self._entries()}), got shape {tuple(theta.shape)}."
             )
+
+
+def _ordered(parts: ThetaParts, key: Tensor) -> Tensor:
+    """Components, the active ones ascending in a key ``(..., Kmax)``."""
+    key = torch.where(parts.mask, key, key.new_full((), torch.inf))
+    order = key.argsort(dim=-1, stable=True)
+    return parts.components.gather(-2, order.unsqueeze(-1).expand_as(parts.components))

@@ -224,7 +224,13 @@ class MultiClassPrior(VariableKPrior):
                 else prior
                 for name, prior in self.classes.items()
             }
-            return self._with_members(members)
+            new = self._with_members(members)
+            # What was said of all together stays said.
+            change = self.log_joint - _joint(
+                [prior.log_cardinality_probs for prior in self.members]
+            )
+            change = torch.where(change.isnan(), -torch.inf, change)
+            return new._with_joint(new.log_joint + change)
         weights = cardinality_weights(cardinality).double()
         if len(weights) != self.max_cardinality + 1:
             raise ValueError(
@@ -242,10 +248,7 @@ class MultiClassPrior(VariableKPrior):
         new = self._with_members(self.classes)
         ratio = torch.where(old > 0, weights / old, 0.0).log()
         total = _totals_of(self.log_joint.shape)
-        new.log_joint = self.log_joint + ratio[total]
-        new.cardinality_probs = new._totals()
-        new.component = new._components()
-        return new
+        return new._with_joint(self.log_joint + ratio[total])
 
     def to(self, device: str | torch.device) -> "MultiClassPrior":
         """Move the prior to a device, in place, and return it."""
@@ -277,6 +280,17 @@ class MultiClassPrior(VariableKPrior):
             shared_names=layout.shared_names or None,
             periods=layout.periods,
         )
+
+    def _with_joint(self, log_joint: Tensor) -> "MultiClassPrior":
+        """Set log p(K_1..K_C) of a prior that was just made, but for its sum."""
+        if not torch.isfinite(log_joint).any():
+            raise ValueError(
+                "cardinality must leave some numbers of components possible, got none."
+            )
+        self.log_joint = log_joint - log_joint.flatten().logsumexp(0)
+        self.cardinality_probs = self._totals()
+        self.component = self._components()
+        return self
 
     def _totals(self) -> Tensor:
         """P(K) of all components together, ``(Kmax + 1,)``."""

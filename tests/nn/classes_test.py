@@ -1,5 +1,6 @@
 """Cells, coordinates and densities of components of several classes."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -61,31 +62,65 @@ def test_locations_of_one_and_of_two_parameters_do_not_mix() -> None:
         ClassAxis.of([CellAxis(0, 4), CellGrid(0, 4, across=1, rows=2)], torch.ones(2))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+def axis_of(a: list[float], b: list[float], separation: float = 0.0) -> ClassAxis:
+    prior = MultiClassPrior({"a": member([4.0], a), "b": member([5.0], b)})
+    return ClassAxis.of([CellAxis(0, 4, separation), CellAxis(0, 3)], prior.log_counts)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "separation"),
+    [
+        ([1, 1, 1], [1, 3], 0.0),
+        ([1, 0, 1], [0, 1, 1], 0.0),  # none or two of a, one or two of b
+        ([0, 1, 0, 1], [1, 0, 1], 0.0),
+        ([1, 1, 1, 1], [1, 1], 1.2),
+        ([0, 0, 1], [0, 1, 1], 1.7),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["uniform", "chain"])
-def test_no_class_has_more_cells_than_it_may(count: int, kind: str) -> None:
+def test_sets_of_cells_are_those_that_the_prior_allows(
+    a: list[float], b: list[float], separation: float, count: int, kind: str
+) -> None:
     """All sets that are allowed sum to one; others are impossible."""
+    axis, most = axis_of(a, b, separation), len(a) + len(b) - 2
     edges = torch.arange(8.0, dtype=torch.float64)[None]
     torch.manual_seed(0)
-    chain = CellChain(AXIS, token_features=4, max_cardinality=3)
+    chain = CellChain(axis, token_features=4, max_cardinality=max(most, count))
     given = (
-        UniformCells(AXIS, edges)
+        UniformCells(axis, edges)
         if kind == "uniform"
         else ChainGivenX(chain, torch.randn(1, 7, 4), edges)
     )
     cells = torch.cartesian_prod(*[torch.arange(7)] * count).reshape(-1, count)
     cells = cells[(cells.diff(dim=-1) >= 0).all(-1)]
-    padded = torch.nn.functional.pad(cells, (0, 3 - count))
-    mask = (torch.arange(3) < count).expand_as(padded)
+    second = (cells >= 4).sum(-1)
+    first = count - second
+    allowed = (first < len(a)) & (second < len(b))
+    weights = [torch.tensor(each) > 0 for each in (a, b)]
+    allowed &= weights[0][first.clamp(max=len(a) - 1)]
+    allowed &= weights[1][second.clamp(max=len(b) - 1)]
+    for row, num in enumerate(first.tolist()):
+        # As far left as each may stand, in units of cells.
+        place = -math.inf
+        for cell in cells[row, :num].tolist():
+            place = max(cell, place + separation)
+            allowed[row] &= place < cell + 1
+    totals = {i + j for i, p in enumerate(a) for j, q in enumerate(b) if p and q}
+    assert bool(allowed.any()) == (count in totals)
+    if count not in totals:
+        return
+    width = max(most, count)
+    padded = torch.nn.functional.pad(cells, (0, width - count))
+    mask = (torch.arange(width) < count).expand_as(padded)
     owner = torch.zeros(len(cells)).long()
     with torch.no_grad():
         log_p = given.log_prob(owner, padded, mask).double()
         drawn = given.sample(owner[:1].expand(500), mask[:1].expand(500, -1))
-    second = (cells >= 4).sum(-1)
-    allowed = (second <= 1) & (count - second <= 2)
     assert torch.equal(log_p.isfinite(), allowed)
     assert log_p.exp().sum() == pytest.approx(1.0, abs=1e-5)
-    assert ((drawn[:, :count] >= 4).sum(-1) <= 1).all()
+    known = {tuple(row) for row in cells[allowed].tolist()}
+    assert {tuple(row) for row in drawn[:, :count].tolist()} <= known
 
 
 def test_coordinates_of_both_classes_have_one_length() -> None:

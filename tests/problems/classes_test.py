@@ -209,6 +209,110 @@ def test_refined_posteriors_agree_with_brute_force() -> None:
         )
 
 
+def spaced() -> Classes:
+    """One or two pulses that keep apart, none or one step, of known heights."""
+    high = torch.tensor([16.0])
+    place = Independent(Uniform(torch.zeros(1), high), 1)
+    priors = {
+        "pulse": VariableKPrior(place, [0, 1, 1], min_separation=3.0),
+        "step": VariableKPrior(place, [1, 1]),
+    }
+    signals = {"pulse": pulse, "step": lambda c: step(torch.cat([2 + 0 * c, c], -1))}
+    members = {
+        name: Trace(
+            name,
+            prior,
+            AdditiveSimulator(signals[name], NOISE, prior.layout),
+            cells=8,
+        )
+        for name, prior in priors.items()
+    }
+    return Classes("spaced", members)
+
+
+def on_a_grid(problem: Classes, num: int) -> list[tuple[Tensor, float]]:
+    """Rows of all kinds of :func:`spaced`, with the volume of each."""
+    width = 16.0 / num
+    place, none = (torch.arange(num) + 0.5) * width, torch.zeros(1)
+    grids = []
+    for pulses, steps in product((1, 2), (0, 1)):
+        first = torch.combinations(place, 2) if pulses == 2 else place[:, None]
+        second = place if steps else none
+        i, j = torch.cartesian_prod(
+            torch.arange(len(first)), torch.arange(len(second))
+        ).unbind(-1)
+        rows = torch.zeros(len(i), problem.layout.size)
+        rows[:, 0], rows[:, 1] = pulses, steps
+        rows[:, 2 : 2 + pulses], rows[:, 4] = first[i], second[j]
+        grids.append((rows, width ** (pulses + steps)))
+    return grids
+
+
+def test_separations_in_a_class_are_kept_and_counted() -> None:
+    problem = spaced()
+    estimator, x = estimator_of(problem)
+    draws = estimator.sample((400,), x[:1], generator=torch.Generator().manual_seed(0))
+    assert problem.prior.separated(draws).all()
+    kinds = problem.layout.kind(draws)[:, 0]
+    for rows, volume in on_a_grid(problem, 96):
+        with torch.no_grad():
+            log_q = estimator.log_prob(rows[:, None], x[:1]).double()
+        mass = float(log_q.exp().sum()) * volume
+        share = float((kinds == problem.layout.kind(rows[0])).double().mean())
+        # Four deviations of a share of 400 draws, and the grid's error.
+        assert mass == pytest.approx(share, abs=0.12)
+        apart = problem.prior.separated(rows)
+        assert float(log_q.exp()[~apart].sum()) * volume < 1e-6
+
+
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_numbers_of_each_class_are_exact(method: Any) -> None:
+    """Weights and particles against a sum over a grid, where nothing is certain."""
+    problem = spaced()
+    estimator, _ = estimator_of(problem)
+    posterior = SlotPosterior(estimator, problem.prior)
+    row = torch.tensor([[1.0, 1.0, 5.0, 0.0, 11.0]])
+    noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
+    x = 0.35 * problem.simulator.signal(row) + noise
+    log_z, kinds = [], []
+    for rows, volume in on_a_grid(problem, 128):
+        log_p = problem.prior.log_prob(rows) + problem.log_likelihood(rows, x[0])
+        log_z.append(float(log_p.logsumexp(0)) + math.log(volume))
+        kinds.append(int(problem.layout.kind(rows[0])))
+    exact = torch.tensor(log_z).softmax(0)
+    assert exact.max() < 0.7
+    refined: Any = refine(
+        posterior,
+        problem.log_likelihood,
+        x[0],
+        num_samples=6_000,
+        method=method,
+        generator=torch.Generator().manual_seed(0),
+    )
+    found = torch.bincount(problem.layout.kind(refined.rows), refined.weights, 6)
+    # Particles that are taken out of one class alone are off by 0.06.
+    assert (found[kinds] - exact).abs().max() < (0.03 if method == "smc" else 0.08)
+    log_evidence = float(torch.tensor(log_z).logsumexp(0))
+    # An untrained network's weights have tails.
+    error = 0.1 + 4 * refined.log_evidence_error
+    assert refined.log_evidence == pytest.approx(log_evidence, abs=error)
+
+
+def test_a_component_that_a_class_has_no_room_for_is_never_tried() -> None:
+    """The likelihood is asked of rows that the prior allows, and of no others."""
+    problem = small()
+    estimator, x = estimator_of(problem)
+    posterior = SlotPosterior(estimator, problem.prior)
+
+    def log_likelihood(theta: Tensor, x: Tensor) -> Tensor:
+        assert torch.isfinite(problem.prior.log_prob(theta)).all()
+        return problem.log_likelihood(theta, x)
+
+    for method in ("importance", "smc"):
+        options: dict[str, Any] = {"method": method, "num_samples": 400}
+        refine(posterior, log_likelihood, x[0], **options)
+
+
 def test_an_estimator_survives_a_file(tmp_path: Path) -> None:
     problem = lines_and_bursts()
     estimator, x = estimator_of(problem)

@@ -366,7 +366,6 @@ def without_background(**options: Any) -> SeriesSimulator:
             "schedule must return times and errors",
         ),
     ],
-    ids=str,
 )
 def test_what_is_no_series_is_refused(make: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):

@@ -74,6 +74,22 @@ def test_packing_undoes_unpacking_in_any_order() -> None:
     assert torch.equal(LAYOUT.canonical(mixed), theta)
 
 
+def test_any_component_may_come_first() -> None:
+    """A row keeps each class together; taken apart, all have the same chance."""
+    theta, generator = ROW.expand(3_000, -1), torch.Generator().manual_seed(0)
+    parts = LAYOUT.shuffled(theta, generator)
+    places = parts.components[:, 0, 1]
+    for place in (3.0, 4.0, 7.0):
+        share = float((places == place).double().mean())
+        assert share == pytest.approx(1 / 3, abs=0.05)  # more than five deviations
+    assert torch.equal(
+        LAYOUT.canonical(
+            LAYOUT.pack(parts.cardinality, parts.components, parts.shared)
+        ),
+        theta,
+    )
+
+
 def test_rows_with_the_same_counts_are_of_one_kind() -> None:
     theta = rows(200)
     codes, counts = LAYOUT.kind(theta), LAYOUT.counts(theta)
@@ -105,6 +121,8 @@ def test_malformed_rows_are_told(entry: int, value: float) -> None:
 
 def test_layouts_survive_a_file() -> None:
     assert layout_from_spec(asdict(LAYOUT)) == LAYOUT
+    turning = ClassLayout.of({"line": LINE}, ("angle",), {"angle": 6.0})
+    assert layout_from_spec(asdict(turning)).shared_periods == (6.0,)
     assert layout_from_spec(asdict(LINE)) == LINE
 
 
@@ -113,6 +131,8 @@ def test_classes_that_do_not_fit_are_refused() -> None:
         ClassLayout.of({})
     with pytest.raises(ValueError, match="no shared parameters of its own"):
         ClassLayout.of({"a": ThetaLayout(1, ("t",), ("sigma",))})
+    with pytest.raises(ValueError, match=r"shared parameters of \('sigma',\)"):
+        ClassLayout.of({"a": LINE}, ("sigma",), {"frequency": 1.0})
     with pytest.raises(ValueError, match="twice"):
         ClassLayout.of({"a": LINE}, ("K_a",))
     with pytest.raises(ValueError, match="15 entries"):

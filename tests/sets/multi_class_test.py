@@ -97,6 +97,12 @@ def test_cardinalities_change_by_class_or_together(prior: MultiClassPrior) -> No
     assert torch.allclose(
         two.log_prob(theta), prior.log_prob(theta) - math.log(0.3125), atol=1e-5
     )
+    both = two.with_cardinality({"line": [0, 1, 0]})
+    theta = both.sample((50,), generator)
+    assert (layout.counts(theta) == 1).all()
+    assert both.log_prob(theta[0]) == pytest.approx(-math.log(0.5 * 8.0 * 5.0), 1e-5)
+    with pytest.raises(ValueError, match="leave some numbers"):
+        two.with_cardinality({"line": [1, 0, 0]})
     with pytest.raises(ValueError, match="one of the classes"):
         prior.with_cardinality({"star": [1, 1]})
     with pytest.raises(ValueError, match="4 weights"):
