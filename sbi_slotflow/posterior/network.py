@@ -18,6 +18,7 @@ in for the slots.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from numbers import Real
 from threading import Lock
 from typing import Any, Protocol
 
@@ -331,10 +332,12 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
                 classifier's.
 
         Raises:
-            TypeError: If the network weighs no sets of cells: it needs a problem with
-                cells and a signal that can be fitted.
+            TypeError: If the share is no number, or the network weighs no sets of
+                cells: it needs a problem with cells and a signal that can be fitted.
             ValueError: If the share is out of range.
         """
+        if not isinstance(share, Real):
+            raise TypeError(f"share must be a number, got {type(share).__name__}.")
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {share}.")
         if not self.posterior_estimator.has_evidence:

@@ -7,7 +7,8 @@ Draws of an approximate posterior q are weighted by
 
 where all three are densities of the set. The weighted draws follow the exact posterior,
 their mean weight is the evidence p(x), and the tail of the weights, k-hat, tells
-whether to believe either. Where it does not, ``method="smc"`` moves the draws.
+whether to believe either. Where it does not, ``method="smc"`` moves the draws;
+``"auto"`` weighs first, and moves where weights are not to be believed.
 """
 
 import math
@@ -39,7 +40,7 @@ __all__ = ["refine"]
 # Share of the weight from which a cardinality has a k-hat of its own.
 _LEAST_SHARE = 1e-3
 
-Method = Literal["importance", "smc"]
+Method = Literal["importance", "smc", "auto"]
 
 
 def refine(
@@ -63,7 +64,9 @@ def refine(
         x: One observation, or a batch; the posterior's default x if None.
         num_samples: Draws for each observation.
         method: ``"importance"`` weights draws of the posterior; ``"smc"`` moves them
-            through tempered targets, for posteriors that miss something.
+            through tempered targets, for posteriors that miss something; ``"auto"``
+            weights, and moves those of the observations whose weights cannot be relied
+            on.
         defensive: Share of draws that look beyond the posterior, with one more
             component from the prior. A missing component shows in the weights if one of
             them comes near it: more samples see narrower ones. In another such share
@@ -86,10 +89,10 @@ def refine(
     if method not in (known := list(get_args(Method))):
         raise ValueError(f"method must be one of {known}, got {method!r}.")
     num_samples = as_count(num_samples, "num_samples")
-    if method == "smc" and num_samples < FEWEST_PARTICLES:
+    if method != "importance" and num_samples < FEWEST_PARTICLES:
         raise ValueError(
-            f'num_samples must be at least {FEWEST_PARTICLES} for method="smc", got '
-            f"{num_samples}."
+            f'num_samples must be at least {FEWEST_PARTICLES} for method="{method}", '
+            f"got {num_samples}."
         )
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive must lie in [0, 1), got {defensive}.")
@@ -101,14 +104,19 @@ def refine(
         check_covered(prior, posterior.prior)
     batch = posterior.observations(x)
     settings = num_samples, defensive, prior or posterior.prior, generator
-    if method == "importance":
-        results = _weigh(posterior, log_likelihood, batch, *settings)
-    else:
-        results = [temper(posterior, log_likelihood, one, *settings) for one in batch]
-    for result in results:
+    results: list[RefinedPosterior | None] = [None] * len(batch)
+    if method != "smc":
+        weighed = _weigh(posterior, log_likelihood, batch, *settings)
+        keep = method == "importance"
+        results = [one if keep or one.is_reliable else None for one in weighed]
+    found = [
+        temper(posterior, log_likelihood, one, *settings) if result is None else result
+        for one, result in zip(batch, results, strict=True)
+    ]
+    for result in found:
         if not result.is_reliable:
             warn_user(_complaint(result, method), UnreliableWeights)
-    return results[0] if len(batch) == 1 else results
+    return found[0] if len(batch) == 1 else found
 
 
 def _weigh(
@@ -167,7 +175,7 @@ def _complaint(result: RefinedPosterior, method: Method) -> str:
         worst = result.convergence.worst_rhat
         wrong.append(f"populations differ, with an R-hat of up to {worst:.2f}")
     advice = 'Try method="smc", more samples, or a posterior that fits better.'
-    if method == "smc":
+    if method != "importance":
         advice = (
             "A posterior that fits better helps; where components are linear in some "
             "parameters, rjmcmc.collapsed needs none."

@@ -415,3 +415,23 @@ def test_a_lone_particle_takes_one_side_of_the_coin(x):
         rows, log_ratio = move.propose(start, start, generator_for(1))
         assert rows.shape == start.shape
         assert log_ratio.shape == (1,)
+
+
+def test_only_what_weights_cannot_tell_is_moved(x):
+    options = {"method": "auto", "generator": generator_for(3)}
+    log_likelihood = LINEAR.log_likelihood
+    weighed = refine(EXACT, log_likelihood, x, 2_000, **options)
+    assert isinstance(weighed, RefinedPosterior)
+    assert weighed.convergence is None
+    assert weighed.is_reliable
+    # Few draws of the prior are effective.
+    plain = refine(PriorProposal(), log_likelihood, x, 400, generator=generator_for(3))
+    assert isinstance(plain, RefinedPosterior)
+    assert not plain.is_reliable
+    options["generator"] = generator_for(3)
+    moved = refine(PriorProposal(), log_likelihood, x, 400, **options)
+    assert isinstance(moved, RefinedPosterior)
+    assert moved.convergence is not None
+    assert_exact(moved)
+    with pytest.raises(ValueError, match='at least 40 for method="auto"'):
+        refine(EXACT, log_likelihood, x, 39, method="auto")
