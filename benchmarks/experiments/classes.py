@@ -12,9 +12,10 @@ q(truth) less log p(truth), nats. Widths: half the central 68 % of draws with th
 numbers of components, of signals that have one component alone, of at least 8 in units
 of the noise, over the bound with the noise level known (it is orthogonal); the median
 over signals. Refined by importance weights of 2,000 draws, with p(K | x) of the
-classifier and by evidence (`with_evidence`); "reliable" is a k-hat below 0.7 and 100
-effective draws. There is no exact sampler for classes: refined posteriors are held
-against populations of particles (`method="smc"`).
+classifier and by evidence (`with_evidence`), and by `refine(method="auto")`, which
+takes particles where weights are not reliable; "reliable" is a k-hat below 0.7, 100
+effective draws and, of particles, populations that agree. There is no exact sampler for
+classes: refined posteriors are held against populations of particles (`method="smc"`).
 
 Losses: A weak line beside a burst: which of the two it is stays open in draws of the
 network more often than in the refined posterior.
@@ -179,6 +180,8 @@ def _refined(
     }
     if i < size.num_particles:
         ways["particles"] = posterior, {"method": "smc"}
+    if size.num_draws >= 1_000:  # an untrained network's particles take minutes
+        ways["auto"] = posterior, {"method": "auto"}
     for n, (name, (start, options)) in enumerate(ways.items()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whether it is reliable is recorded
@@ -199,6 +202,11 @@ def _refined(
         nothing = np.full(num_kinds, np.nan)
         found |= {"reliable_particles": False, "ess_particles": np.nan}
         found["p_particles"] = ("kind", nothing)
+    if "auto" not in ways:
+        found |= {
+            f"{part}_auto": found[f"{part}_weighed"]
+            for part in ("reliable", "ess", "p")
+        }
     found["kind_of_truth"] = int(layout.kind(theta))
     return xr.Dataset(found)
 
@@ -254,7 +262,11 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
             target=">= 24",
         ),
     ]
-    for name, label in (("weighed", "refined"), ("evidence", "refined, by evidence")):
+    for name, label in (
+        ("weighed", "refined by weights"),
+        ("evidence", "refined by weights, K by evidence"),
+        ("auto", "refined by weights or particles"),
+    ):
         reliable = values(f"reliable_{name}").astype(bool)
         found.append(
             Claim(
