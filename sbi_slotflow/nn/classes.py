@@ -122,7 +122,7 @@ class ClassAxis(CellAxis):
         num_cells: Number of cells of all classes.
         axes: The axis of each class.
         ways: Of each (K_1..K_C), the factor exp of
-            :attr:`~sbi_slotflow.MultiClassPrior.log_counts`, in nested tuples.
+            ``MultiClassPrior.log_counts``, in nested tuples.
     """
 
     axes: tuple[CellAxis, ...] = ()

@@ -61,7 +61,9 @@ class CutMixture:
     """Mixtures of J normal laws, each cut off below.
 
     Attributes:
-        log_weight, mean, deviation: Of the laws, ``(..., J)``, float64.
+        log_weight: Of the laws, ``(..., J)``, float64.
+        mean: Of the same.
+        deviation: Of the same.
         bound: Where the mixture begins, ``(...)``.
 
     Example:

@@ -103,7 +103,7 @@ class AttendTo(nn.Module):
 
 @register("encoder")
 class PointEncoder(nn.Module):
-    """Encoder of sets of points ``(B, n, d + 1)``, see :mod:`..sets.points`.
+    """Encoder of sets of points ``(B, n, d + 1)``, see :mod:`sbi_slotflow.sets.points`.
 
     Args:
         num_points: Points n of a set, at most.

@@ -5,7 +5,7 @@ r"""Gaussian mixtures on a line, such as velocities of galaxies.
     \pi \sim \mathrm{Dirichlet}(\alpha, \ldots, \alpha)
 
 theta is [K, (mu, sigma, w)_1, ...], ascending in mu; the shares pi_k are the weights
-w_k over their sum, see :mod:`.points`.
+w_k over their sum, see :mod:`sbi_slotflow.problems.points`.
 """
 
 from dataclasses import dataclass

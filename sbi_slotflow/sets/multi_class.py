@@ -7,7 +7,7 @@ r"""Prior over sets of components of several classes.
 Each class has a prior over sets of its own, whose densities multiply.
 
 See Also:
-    :mod:`.classes`, how rows hold them.
+    :mod:`sbi_slotflow.sets.classes`, how rows hold them.
 """
 
 from collections.abc import Mapping, Sequence
