@@ -139,18 +139,22 @@ def convergence_of(
     layout = prior.layout
     stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
     some = theta[:, ::stride]
-    numbers = {}
+    classes = _classes(prior, some)
+    numbers = {
+        count: member.layout.cardinality(rows).double()
+        for count, _, member, rows in classes
+    }
+    counts = set(numbers)
     if log_likelihood is not None:
         numbers["log_likelihood"] = log_likelihood[:, ::stride].double()
     for i, name in enumerate(layout.shared_names):
         numbers[name] = layout.unpack(some).shared[..., i].double()
-    for count, dot, member, rows in _classes(prior, some):
-        numbers |= _numbers(member, rows, count, dot)
+    for _, dot, member, rows in classes:
+        numbers |= _places(member, rows, dot)
     values = torch.stack(list(numbers.values())).cpu().numpy()
     if independent:  # particles lie beside their copies
         values = values[..., torch.randperm(values.shape[-1], generator=_fixed())]
     # K may well be certain, and what follows from it. No place and no level is.
-    counts = {count for count, *_ in _classes(prior, some)}
     still = [name in counts or name == "log_likelihood" for name in numbers]
     may_rest = np.array(still) | (values == 1.0).all((1, 2))  # nor what is absent
     rhat, ess = _rhat(values, may_rest), _effective(values)
@@ -196,16 +200,14 @@ def _classes(
     return [(f"K_{name}", f"{name}.", member, rows) for (name, member), rows in pairs]
 
 
-def _numbers(
-    prior: VariableKPrior, theta: Tensor, count: str, dot: str
-) -> dict[str, Tensor]:
-    """K and ordered locations of rows ``(chains, draws, E)`` of one class."""
+def _places(prior: VariableKPrior, theta: Tensor, dot: str) -> dict[str, Tensor]:
+    """Ordered locations of rows ``(chains, draws, E)`` of one class."""
     layout = prior.layout
     parts, place = layout.unpack(theta), layout.order_by
     marginal, location = prior.component_marginals[place], layout.component_names[place]
     places = marginal.fraction(parts.components[..., place].double())
     places = torch.where(parts.mask, places, 1.0)
-    numbers = {count: parts.cardinality.double()}
+    numbers = {}
     for i in range(int(parts.cardinality.max())):
         numbers[f"{dot}{location}_{i + 1}"] = places[..., i]
     return numbers
