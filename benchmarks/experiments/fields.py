@@ -17,9 +17,9 @@ draws and, of particles, populations that agree. Exact: `rjmcmc.collapsed` from 
 the network, where its chains have converged; total variation of p(K | x) from it, of
 the network and of those refined reliably.
 
-Losses: A star that is split into two near its place, and one more star than there are
-beside a bright one: the posterior of two blended stars is a ridge, of which one
-Gaussian describes a part.
+Losses: By weights alone, a star that is split into two near its place, and one more
+star than there are beside a bright one: the posterior of two blended stars is a ridge,
+of which one Gaussian describes a part. Particles mend it, in about 15 CPU seconds.
 """
 
 import time
