@@ -205,9 +205,12 @@ def plot(dataset: xr.Dataset) -> Figure:
         range(dataset.sizes["parameter"]), [str(n) for n in dataset.parameter.values]
     )
     dress(panels[1], "", "half width / bound", "one loud star")
-    for name, marker in (("network", "o"), ("weighed", "x")):
+    for name, label, marker in (
+        ("network", "network", "o"),
+        ("weighed", "refined", "x"),
+    ):
         values = _variations(dataset, name)
-        panels[2].plot(values, marker, label=name)
+        panels[2].plot(values, marker, label=label)
     panels[2].legend(fontsize=SMALL, frameon=False)
     dress(panels[2], "signal", "TV of p(K | x) from exact", "")
     return figure

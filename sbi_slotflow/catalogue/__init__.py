@@ -4,6 +4,7 @@
 ``draws.catalogue()`` call; :class:`Sources` says what a source is.
 """
 
-from .sources import Sources, build_catalogue, fit_sources
+from .sources import Sources, fit_sources
+from .table import build_catalogue
 
 __all__ = ["Sources", "build_catalogue", "fit_sources"]

@@ -57,8 +57,7 @@ class Chart(ABC):
     discs: Sequence[tuple[int, int]] = ()
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        known = isinstance(marginals, Marginals)
-        self.marginals = marginals if known else Marginals(marginals)
+        self.marginals = Marginals.of(marginals)
 
     @property
     def num_features(self) -> int:
@@ -137,8 +136,7 @@ class WhiteningChart(StepChart):
     kind = "whitening"
 
     def __init__(self, marginals: Sequence[Marginal]) -> None:
-        known = isinstance(marginals, Marginals)
-        marginals = marginals if known else Marginals(marginals)
+        marginals = Marginals.of(marginals)
         super().__init__(marginals, marginals)
 
 

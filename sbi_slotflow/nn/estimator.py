@@ -27,7 +27,7 @@ from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .cardinality_evidence import CardinalityEvidence
 from .cell_head import IndependentHead
 from .charts import Chart, WhiteningChart, chart_from_spec
-from .classes import axis_from_spec
+from .class_cells import axis_from_spec
 from .component_head import ComponentHead, slots_from_spec
 from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow

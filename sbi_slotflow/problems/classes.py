@@ -16,7 +16,9 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
-from ..nn.classes import ClassAxis, ClassChart, ClassEncoder
+from ..nn.class_cells import ClassAxis
+from ..nn.class_encoder import ClassEncoder
+from ..nn.classes import ClassChart
 from ..nn.encoders import TokenEncoder
 from ..nn.spec import build, describe, register
 from ..sets.classes import ClassLayout, ClassMarginals, layout_from_spec

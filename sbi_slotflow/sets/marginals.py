@@ -473,6 +473,12 @@ class Marginals(Sequence[Marginal], Transform):
         self._steps = Compose([columns, *([whitening] if whitening else [])])
         self._inside: dict[torch.dtype, Tensor] = {}
 
+    @staticmethod
+    def of(marginals: Sequence[Marginal]) -> "Marginals":
+        """These marginals, as they are if they know of each other."""
+        known = isinstance(marginals, Marginals)
+        return marginals if known else Marginals(marginals)
+
     def __getitem__(self, index: int) -> Marginal:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One marginal."""
         return self._marginals[index]

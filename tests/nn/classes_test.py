@@ -12,12 +12,8 @@ from sbi_slotflow import MultiClassPrior, VariableKPrior
 from sbi_slotflow.nn.cell_chain import CellChain, ChainGivenX, UniformCells
 from sbi_slotflow.nn.cells import CellAxis, CellGrid
 from sbi_slotflow.nn.charts import WhiteningChart, chart_from_spec
-from sbi_slotflow.nn.classes import (
-    ClassAxis,
-    ClassChart,
-    ClassTransform,
-    axis_from_spec,
-)
+from sbi_slotflow.nn.class_cells import ClassAxis, axis_from_spec
+from sbi_slotflow.nn.classes import ClassChart, ClassTransform
 
 
 def member(high: list[float], weights: list[float], **options: Any) -> VariableKPrior:

@@ -12,7 +12,7 @@ from torch.distributions import Independent, Normal, Uniform
 
 from sbi_slotflow import AdditiveSimulator, VariableKPrior, WhiteNoise, rjmcmc, slot_nn
 from sbi_slotflow.nn.cells import CellAxis, CellGrid
-from sbi_slotflow.nn.classes import axis_from_spec
+from sbi_slotflow.nn.class_cells import axis_from_spec
 from sbi_slotflow.nn.encoders import PatchTokens, TokenEncoder
 from sbi_slotflow.problems import Image, stars
 
