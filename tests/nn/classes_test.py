@@ -165,3 +165,18 @@ def test_sets_of_cells_weigh_their_counts() -> None:
     mixed = torch.tensor(3 / 12 / total * 1 / 2).log() + sum(constants)
     assert torch.allclose(weight, torch.stack([two, mixed]).double(), atol=1e-6)
     assert transform.num_coordinates(cells, mask).tolist() == [6, 5]
+
+
+def test_sets_of_cells_weigh_how_seldom_they_keep_apart() -> None:
+    """Two places on a length of 4 are 1.2 apart with a chance of (1 - 1.2 / 4)^2."""
+    charts = [
+        WhiteningChart(m.component_marginals) for m in (member([4.0], [1, 1, 1]),)
+    ]
+    cells, mask = torch.tensor([[0, 2]]), torch.ones(1, 2, dtype=torch.bool)
+    weights = []
+    for separation in (0.0, 1.2):
+        prior = MultiClassPrior({"a": member([4.0], [1, 1, 1])})
+        axis = ClassAxis.of([CellAxis(0, 4, separation)], prior.log_counts)
+        transform = ClassTransform(ClassChart(prior.layout, charts), axis)
+        weights.append(float(transform.log_weight(cells, mask)))
+    assert weights[0] - weights[1] == pytest.approx(2 * math.log(1 - 1.2 / 4))

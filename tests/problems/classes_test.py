@@ -24,6 +24,7 @@ from sbi_slotflow import (
     refine,
     slot_nn,
 )
+from sbi_slotflow.calibration.draws import draw
 from sbi_slotflow.problems import Classes, Trace, lines_and_bursts
 
 SMALL: dict[str, Any] = {
@@ -306,6 +307,9 @@ def test_a_component_that_a_class_has_no_room_for_is_never_tried() -> None:
 
     def log_likelihood(theta: Tensor, x: Tensor) -> Tensor:
         assert torch.isfinite(problem.prior.log_prob(theta)).all()
+        # Nor of components that only padding could be.
+        parts = problem.layout.unpack(theta)
+        assert (parts.components[parts.mask][:, 1] > 0).all()
         return problem.log_likelihood(theta, x)
 
     for method in ("importance", "smc"):
@@ -403,6 +407,18 @@ def test_an_exact_posterior_passes_the_report() -> None:
     assert {"components of step", "coverage of pulse", "cardinality of pulse"} <= set(
         found.checks
     )
+
+
+def test_draws_given_k_have_the_numbers_of_the_truth() -> None:
+    problem = small()
+    silent = Classes("silent", problem.members)
+    object.__setattr__(silent, "simulator", _Silent(problem))
+    posterior: Any = _Exact(problem.prior)
+    found = draw(posterior, silent, 40, num_draws=30, num_guides=5)
+    assert found.complete is not None
+    assert found.complete.double().mean() > 0.9
+    kinds = problem.layout.kind(found.given_k)[:, found.complete]
+    assert (kinds == problem.layout.kind(found.theta)[found.complete]).all()
 
 
 class _Silent:
