@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, load_pretrained
+from sbi_slotflow import SlotNPE, SlotPosterior, load_pretrained, slot_nn
 from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 
-from .store import RESULTS, plain, write_json
+from .store import RESULTS, Cache, plain, write_json
 
 Numbers = dict[str, Any]
 _Problem = TypeVar("_Problem", bound=Problem)
@@ -32,6 +33,42 @@ def ready(preset: str) -> tuple[Sinusoids, SlotPosterior]:
     """A preset and its shipped weights."""
     posterior = load_pretrained(f"sinusoids-{preset}")
     return RECIPES[f"sinusoids-{preset}"].problem, posterior
+
+
+def trained(
+    problem: Problem,
+    cache: Cache,
+    name: str,
+    num_simulations: int,
+    seed: int,
+    *,
+    num_validation: int = 2_000,
+    **options: Any,
+) -> tuple[SlotPosterior, float]:
+    """Train a network as a user would, and count the CPU seconds of it.
+
+    A checkpoint that is finished takes no time: keep the first run's seconds.
+    """
+    begun = time.process_time()
+    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
+    trainer.train_online(
+        problem.simulator,
+        num_simulations=num_simulations,
+        num_validation=min(num_validation, num_simulations),
+        seed=seed,
+        checkpoint=cache.path(name, ".safetensors"),
+        **options,
+    )
+    posterior = trainer.build_posterior()
+    return posterior, time.process_time() - begun
+
+
+def unseen(
+    problem: Problem, num: int, seed: int, *stream: int
+) -> tuple[Tensor, Tensor]:
+    """Parameters and signals that no training has seen."""
+    theta = problem.prior.sample((num,), generator_for(seed, TEST, *stream, 0))
+    return theta, problem.simulator(theta, generator_for(seed, TEST, *stream, 1))
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ cell, and one component more beside a strong one, are in too few draws. Particle
 it. One seed.
 """
 
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +32,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
+from sbi_slotflow import SlotPosterior, problems
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Classes
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST
+from ..common import TEST, trained, unseen
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, median_interval, share_interval
 from ..store import Cache
@@ -68,21 +67,15 @@ BUDGETS: dict[Budget, Size] = {
 def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("classes", budget, seed)
     problem = problems.lines_and_bursts()
-    begun = time.process_time()
-    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
-    trainer.train_online(
-        problem.simulator,
-        num_simulations=size.num_simulations,
-        num_validation=min(2_000, size.num_simulations),
-        seed=seed,
-        checkpoint=cache.path("network", ".safetensors"),
+    posterior, seconds = trained(
+        problem,
+        cache,
+        "network",
+        size.num_simulations,
+        seed,
     )
-    posterior = trainer.build_posterior()
-    seconds = time.process_time() - begun
-    # A checkpoint that is finished takes no time: the first run's seconds are kept.
     spent = cache.get("seconds", lambda: xr.Dataset({"seconds": seconds}))
-    theta = problem.prior.sample((size.num_signals,), generator_for(seed, TEST, 0))
-    x = problem.simulator(theta, generator_for(seed, TEST, 1))
+    theta, x = unseen(problem, size.num_signals, seed)
     found = cache.get("network", lambda: _network(problem, posterior, theta, x, size))
     rows = [
         cache.get(

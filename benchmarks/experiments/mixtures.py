@@ -28,12 +28,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
+from sbi_slotflow import SlotPosterior, problems
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, dress
 from sbi_slotflow.problems import Points
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one
+from ..common import TEST, one, trained, unseen
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, share_interval
 from ..mixture_gibbs import gibbs_cardinality
@@ -74,24 +74,19 @@ BUDGETS: dict[Budget, Size] = {
 def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("mixtures", budget, seed)
     problem = problems.gaussian_mixture()
-    begun = time.process_time()
-    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
-    trainer.train_online(
-        problem.simulator,
-        num_simulations=size.num_simulations,
-        num_validation=min(1_000, size.num_simulations),
+    posterior, seconds = trained(
+        problem,
+        cache,
+        "mixture",
+        size.num_simulations,
+        seed,
+        num_validation=1_000,
         batch_size=20,
         learning_rate=1.5e-3,
         ema_decay=0.995,
-        seed=seed,
-        checkpoint=cache.path("mixture", ".safetensors"),
     )
-    posterior = trainer.build_posterior()
-    seconds = time.process_time() - begun
-    # A checkpoint that is finished takes no time: the first run's seconds are kept.
     spent = cache.get("seconds", lambda: xr.Dataset({"seconds": seconds}))
-    theta = problem.prior.sample((size.num_signals,), generator_for(seed, TEST, 0))
-    x = problem.simulator(theta, generator_for(seed, TEST, 1))
+    theta, x = unseen(problem, size.num_signals, seed)
     found = cache.get("network", lambda: _network(problem, posterior, theta, x))
     galaxies = problem.pack(np.array(GALAXIES) / 1_000).to(x)
     data = torch.cat([x[: size.num_refined], galaxies])

@@ -24,7 +24,6 @@ weighed (evidence says too few planets), and a Gaussian above each set is a part
 Small eccentricities of strong planets are crescents in the plane of the disc.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,13 +34,13 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, problems, slot_nn
+from sbi_slotflow import SlotPosterior, problems
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Series
 from sbi_slotflow.problems.radial_velocity import observing_nights
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one
+from ..common import TEST, one, trained, unseen
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, median_interval, share_interval
 from ..store import Cache
@@ -50,6 +49,10 @@ from ..store import Cache
 _KNOWN = 0.02
 # Share of the evidence in p(K | x), and others that follow from it.
 _SHARE, _OTHER_SHARES = 0.98, (0.9, 0.7)
+
+
+# Signals by which training is checked.
+NUM_CHECKED = 1_000
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,11 @@ BUDGETS: dict[Budget, Size] = {
 def run(budget: Budget, seed: int) -> xr.Dataset:
     size, cache = BUDGETS[budget], Cache("records", budget, seed)
     problem = problems.radial_velocity()
-    begun = time.process_time()
-    posterior = _trained(problem, size.num_simulations, seed, cache, "all")
-    seconds = time.process_time() - begun
-    # A checkpoint that is finished takes no time: the first run's seconds are kept.
+    posterior, seconds = trained(
+        problem, cache, "all", size.num_simulations, seed, num_validation=NUM_CHECKED
+    )
     spent = cache.get("seconds", lambda: xr.Dataset({"seconds": seconds}))
-    theta, x = _signals(problem, size.num_signals, seed, 0)
+    theta, x = unseen(problem, size.num_signals, seed, 0)
     found = cache.get("network", lambda: _network(problem, posterior, theta, x, size))
     rows = [
         cache.get(
@@ -98,25 +100,6 @@ def run(budget: Budget, seed: int) -> xr.Dataset:
     ]
     refined, schedules = xr.concat(rows, "refined"), xr.concat(beside, "schedule")
     return xr.merge([found, spent, refined, schedules])
-
-
-def _trained(
-    problem: Series, num_simulations: int, seed: int, cache: Cache, name: str
-) -> SlotPosterior:
-    trainer = SlotNPE(problem.prior, slot_nn(problem), show_progress_bars=False)
-    trainer.train_online(
-        problem.simulator,
-        num_simulations=num_simulations,
-        num_validation=min(1_000, num_simulations),
-        seed=seed,
-        checkpoint=cache.path(name, ".safetensors"),
-    )
-    return trainer.build_posterior()
-
-
-def _signals(problem: Series, num: int, seed: int, i: int) -> tuple[Tensor, Tensor]:
-    theta = problem.prior.sample((num,), generator_for(seed, TEST, i, 0))
-    return theta, problem.simulator(theta, generator_for(seed, TEST, i, 1))
 
 
 def _fixed(seed: int, i: int) -> Callable[[int, torch.Generator], Tensor]:
@@ -226,10 +209,13 @@ def _beside(size: Size, seed: int, cache: Cache, i: int) -> xr.Dataset:
     )
     num = size.schedule_simulations
     posteriors = {
-        "many": _trained(many, num, seed, cache, "few"),
-        "alone": _trained(alone, num, seed, cache, f"alone-{i}"),
+        name: trained(one, cache, file, num, seed, num_validation=NUM_CHECKED)[0]
+        for name, one, file in (
+            ("many", many, "few"),
+            ("alone", alone, f"alone-{i}"),
+        )
     }
-    theta, x = _signals(alone, size.schedule_signals, seed, 10 + i)
+    theta, x = unseen(alone, size.schedule_signals, seed, 10 + i)
     some = theta[: size.schedule_gain], x[: size.schedule_gain]
     found = {}
     for name, posterior in posteriors.items():
