@@ -14,7 +14,7 @@ Example:
     [0, 0, 1]
 
 See Also:
-    :mod:`.classes`, coordinates and densities in them.
+    :mod:`sbi_slotflow.nn.classes`, coordinates and densities in them.
 """
 
 from collections.abc import Mapping, Sequence
