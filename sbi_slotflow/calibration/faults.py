@@ -51,6 +51,11 @@ class FaultyPosterior(Posterior):
     def __init__(
         self, posterior: Posterior, spoil: Spoil | None = None, sharpness: float = 1.0
     ) -> None:
+        if posterior.prior.layout.num_counts > 1:
+            raise TypeError(
+                "faults spoil components of one class, those of this posterior have "
+                "several."
+            )
         self.posterior, self.prior = posterior, posterior.prior
         self.simulator = posterior.simulator
         self._x, self._device = posterior.default_x, posterior._device

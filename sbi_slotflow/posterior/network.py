@@ -68,8 +68,10 @@ class SeparatedSets(SetDistribution):
     @property
     def may_collide(self) -> bool:
         """Whether slots can miss a separation that the prior asks for."""
-        asked = self.prior.min_separation is not None
-        return asked and not self.slots.keeps_separation
+        if self.prior.min_separation is None:
+            return False
+        # Cells stand along an axis, and know nothing of what lies beyond its ends.
+        return not self.slots.keeps_separation or self.prior.separated_around
 
     def cardinality(self) -> Categorical:
         """See :meth:`SetDistribution.cardinality`."""

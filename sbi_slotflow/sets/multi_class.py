@@ -272,6 +272,11 @@ class MultiClassPrior(VariableKPrior):
             kept &= prior.separated(row)
         return kept
 
+    @property
+    def separated_around(self) -> bool:
+        """Whether a class keeps its separation across the seam of a circle too."""
+        return any(prior.separated_around for prior in self.members)
+
     def _with_members(self, members: Mapping[str, VariableKPrior]) -> "MultiClassPrior":
         layout = self.layout
         return MultiClassPrior(

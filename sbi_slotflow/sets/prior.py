@@ -266,6 +266,11 @@ class VariableKPrior(Distribution):
         return 2 * torch.finfo(torch.float32).eps * max(abs(low), abs(high))
 
     @property
+    def separated_around(self) -> bool:
+        """Whether a least separation also holds across the seam of a circle."""
+        return self.min_separation is not None and self._order_period is not None
+
+    @property
     def _order_marginal(self) -> Marginal:
         return self.component_marginals[self.layout.order_by]
 

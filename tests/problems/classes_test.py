@@ -476,6 +476,13 @@ def test_slots_without_cells_know_no_classes(slots: Any) -> None:
         estimator_of(small(), slots=slots, weighed_sets=None)
 
 
+def test_faults_know_no_classes() -> None:
+    problem = small()
+    estimator, _ = estimator_of(problem)
+    with pytest.raises(TypeError, match="components of one class"):
+        calibration.faults.narrowed(SlotPosterior(estimator, problem.prior))
+
+
 def test_independent_slots_know_no_classes() -> None:
     with pytest.raises(ValueError, match="coupling='joint'"):
         estimator_of(small(), coupling="factorised", weighed_sets=None)
