@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xarray as xr
 from torch import Tensor
 
 from sbi_slotflow import SlotNPE, SlotPosterior, load_pretrained, slot_nn
@@ -69,6 +70,13 @@ def unseen(
     """Parameters and signals that no training has seen."""
     theta = problem.prior.sample((num,), generator_for(seed, TEST, *stream, 0))
     return theta, problem.simulator(theta, generator_for(seed, TEST, *stream, 1))
+
+
+def over_seeds(run: Callable[[int], xr.Dataset], first: int, num: int) -> xr.Dataset:
+    """Run with seeds ``first``, ``first + 1`` ..., along a dimension ``seed``."""
+    joined = xr.concat([run(first + i) for i in range(num)], "seed")
+    assert isinstance(joined, xr.Dataset)
+    return joined
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:

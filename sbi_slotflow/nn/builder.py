@@ -348,14 +348,20 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
 
     @property
     def _noise_alone(self) -> bool:
-        """Whether the noise level is all that components share, a background aside."""
+        """Whether the noise is all that components share, a background aside.
+
+        Its level, and parameters on which its shape depends.
+        """
         assert isinstance(self.problem, ProblemLike)
         marginals, level = self._prior.shared_marginals, self.problem.noise_level
         linear = getattr(self._fit, "linear_shared", ())
-        others = [i for i in range(len(marginals)) if i not in linear]
-        return (
-            level is not None and others == [level] and marginals[level].bounds[0] >= 0
-        )
+        noise = set(getattr(self._fit, "noise_shape", ()))
+        others = {i for i in range(len(marginals)) if i not in linear}
+        if level is not None:
+            noise.add(level)
+            if marginals[level].bounds[0] < 0:
+                return False
+        return bool(noise) and others == noise
 
     @property
     def _anchored(self) -> bool:

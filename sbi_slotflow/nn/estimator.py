@@ -42,6 +42,7 @@ from .heads import (
 )
 from .ordered_slots import OrderedHead
 from .set_distribution import NetworkSets, SetHead, SetsGivenK
+from .shape_head import ShapeHead
 from .spec import EstimatorSpec, build, single_precision
 
 __all__ = ["SlotDensityEstimator", "component_head_from_spec"]
@@ -106,9 +107,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 "fit is not the one that this estimator was built with: its noise or "
                 "background is another."
             )
-        self.shared_head = _shared_head(
-            spec, probe.shared.shape[-1], self._linear_shared()
-        )
+        self.shared_head = _shared_head(spec, probe.shared.shape[-1], fit)
         self.component_head = component_head_from_spec(spec, probe, fit)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
@@ -348,7 +347,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
             counts = torch.full((len(x),), least.data.shape[-1], device=x.device)
         noise = None if least.variance is not None else self._noise
         log_prior = self.cardinality_head.log_prior.double()
-        taken = len(self._linear_shared())
+        taken = len(self._linear_shared()) + len(getattr(self.fit, "noise_shape", ()))
         counts = counts - taken
         return CardinalityEvidence(head.local_chart, log_prior, counts, noise, share)
 
@@ -364,15 +363,15 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
     ) -> SharedGivenX | None:
         """Return the shared parameters' density given x; None if there are none.
 
-        x ``(B, T)`` itself is asked for beside a background that is fitted.
+        x ``(B, T)`` itself is asked for where they are read off a fit's residual.
         """
         if self.shared_head is None:
             return None
         sizes, moments = self.layout.max_cardinality + 1, None
-        if isinstance(self.shared_head, BackgroundHead):
+        if isinstance(self.shared_head, BackgroundHead | ShapeHead):
             assert self.fit is not None
             assert x is not None
-            moments = cast(Any, self.fit.given(x)).background_moments
+            moments = self.shared_head.reads(self.fit.given(x))
         return SharedGivenX(self.shared_head, encoding.shared, sizes, moments)
 
     @property
@@ -517,25 +516,30 @@ def _same(found: tuple[float, ...] | None, expected: tuple[float, ...] | None) -
 
 
 def _shared_head(
-    spec: EstimatorSpec, features: int, linear: tuple[int, ...] = ()
+    spec: EstimatorSpec, features: int, fit: SignalFit | None = None
 ) -> SharedHead | NoiseHead | BackgroundHead | None:
     if spec.shared_chart is None:
         return None
     chart, largest = chart_from_spec(spec.shared_chart), spec.layout.max_cardinality
     if not spec.shared_head:
         return PriorSharedHead(chart)
-    if linear:
-        others = [i for i in range(chart.num_features) if i not in linear]
+    linear, shape = getattr(fit, "linear_shared", ()), getattr(fit, "noise_shape", ())
+
+    def rest(inner: Chart, level: int | None) -> SharedHead | NoiseHead:
+        if not spec.noise_from_fit:
+            return SharedHead(inner, features, largest)
+        if shape:
+            return ShapeHead(inner, level, spec.num_data, features, largest)
+        return NoiseHead(inner, spec.num_data, features, largest)
+
+    if not linear:
+        return rest(chart, spec.noise_index)
+    others = [i for i in range(chart.num_features) if i not in linear]
+    head, level = None, spec.noise_index
+    if others:
         inner = WhiteningChart([chart.marginals[i] for i in others])
-        head: SharedHead | NoiseHead | None = None
-        if others and spec.noise_from_fit:
-            head = NoiseHead(inner, spec.num_data, features, largest)
-        elif others:
-            head = SharedHead(inner, features, largest)
-        return BackgroundHead(chart, linear, spec.noise_index, head)
-    if spec.noise_from_fit:
-        return NoiseHead(chart, spec.num_data, features, largest)
-    return SharedHead(chart, features, largest)
+        head = rest(inner, None if level is None else others.index(level))
+    return BackgroundHead(chart, linear, level, head)
 
 
 def component_head_from_spec(

@@ -22,6 +22,8 @@ See Also:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +44,8 @@ __all__ = [
 ]
 
 
-# Moments (N, P) and (N, P, P) of a background, of observations, components and masks.
-Moments = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# What heads read off residuals, of observations, components and masks.
+Moments = Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]
 
 # Stands for infinity; what rounding may put past an end.
 _OPEN, _SLACK = 1e6, 1e-4
@@ -225,24 +227,41 @@ class BackgroundHead(nn.Module):
         self.middle, self.width, self.precision, self.mean = numbers.unbind(-1)
         self.low, self.high = torch.tensor(ends, dtype=torch.float64).unbind(-1)
 
+    def reads(self, least: Any) -> Moments:
+        """What is asked of least squares, of observations, components and masks.
+
+        The background's moments, and those that the other parameters' head reads.
+        """
+        reads = getattr(self.others, "reads", None)
+        of_others = None if reads is None else reads(least)
+
+        def moments(owner: Tensor, components: Tensor, mask: Tensor) -> tuple[Any, ...]:
+            rows = owner, components, mask
+            if of_others is None:
+                return partial(least.background_moments, *rows), ()
+            return partial(least.background_moments, *rows), (of_others(*rows),)
+
+        return moments
+
     def log_prob(
         self,
         shared: Tensor,
         context: RowContext,
         level: Tensor | None,
-        moments: tuple[Tensor, Tensor],
+        moments: tuple[Any, ...],
     ) -> Tensor:
         """Evaluate the log density of N rows, given the moments of each."""
         value = torch.zeros(len(shared)).to(shared)
+        background, others = moments
         if self.others is not None:
-            value = self.others.log_prob(shared[:, self.rest], context, level)
+            value = self.others.log_prob(shared[:, self.rest], context, level, *others)
         w = (shared[:, self.linear].double() - self._to(shared, self.middle)) / (
             self._to(shared, self.width)
         )
         ends = self._ends(w)
         allowed = ((w >= ends[0] - _SLACK) & (w <= ends[1] + _SLACK)).all(-1)
         w = torch.maximum(torch.minimum(w, ends[1]), ends[0])
-        gaussian = self._gaussian(shared, moments)
+        gaussian = self._gaussian(shared, background)
         local = self.local.log_prob(w, *gaussian, ends, _nothing(w))
         local = local - self.width.log().sum().to(local)
         return value + torch.where(allowed, local.to(value), -torch.inf)
@@ -252,14 +271,17 @@ class BackgroundHead(nn.Module):
         context: RowContext,
         generator: torch.Generator | None,
         level: Tensor | None,
-        moments: tuple[Tensor, Tensor],
+        moments: tuple[Any, ...],
     ) -> Tensor:
         """Draw the shared parameters ``(N, S)`` of N rows."""
         num = len(context.which)
         shared = torch.zeros(num, self.chart.num_features).to(context.values)
+        background, others = moments
         if self.others is not None:
-            shared[:, self.rest] = self.others.sample(context, generator, level)
-        gaussian = self._gaussian(shared, moments)
+            shared[:, self.rest] = self.others.sample(
+                context, generator, level, *others
+            )
+        gaussian = self._gaussian(shared, background)
         like = gaussian[0]
         w, _ = self.local.sample(
             *gaussian, self._ends(like), _nothing(like), generator=generator
@@ -269,10 +291,10 @@ class BackgroundHead(nn.Module):
         return self.chart.marginals.clamp(shared)
 
     def _gaussian(
-        self, shared: Tensor, moments: tuple[Tensor, Tensor]
+        self, shared: Tensor, moments: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Means ``(N, P)`` and factors ``(N, P, P)`` of natural coordinates."""
-        right, gram = moments
+        right, gram = moments(shared.double())
         half = self._to(right, self.width)
         right = (right - (gram @ self._to(right, self.middle))) * half
         gram = gram * half * half.unsqueeze(-1)
@@ -341,12 +363,12 @@ class SharedGivenX:
     ) -> Tensor:
         """Evaluate N rows of observations ``(N,)`` and K; see :class:`SharedHead`.
 
-        Components ``(N, Kmax, D)`` are looked at by :class:`BackgroundHead` alone.
+        Components ``(N, Kmax, D)`` are looked at by heads that read residuals alone.
         """
         context = self._context(owner, cardinality)
-        if isinstance(self.head, BackgroundHead):
+        if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
-            return self.head.log_prob(shared, context, level, moments)
+            return cast(Any, self.head).log_prob(shared, context, level, moments)
         return self.head.log_prob(shared, context, level)
 
     def sample(
@@ -359,14 +381,14 @@ class SharedGivenX:
     ) -> Tensor:
         """Draw N rows; see :meth:`log_prob`."""
         context = self._context(owner, cardinality)
-        if isinstance(self.head, BackgroundHead):
+        if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
-            return self.head.sample(context, generator, level, moments)
+            return cast(Any, self.head).sample(context, generator, level, moments)
         return self.head.sample(context, generator, level)
 
     def _moments_of(
         self, owner: Tensor, cardinality: Tensor, components: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         assert self._moments is not None
         assert components is not None
         slots = torch.arange(components.shape[1], device=components.device)

@@ -209,7 +209,7 @@ class Classes(Problem):
             self.location_axis().parameters,
             space,
             known_variance(self.simulator.noise, space),
-            [axis.parameters for axis in self.location_axis().axes],
+            places=[axis.parameters for axis in self.location_axis().axes],
         )
 
 
@@ -275,9 +275,8 @@ class ClassFit(AdditiveFit):
             ClassSignal(layout, named),
             ClassMarginals.from_spec(spec["marginals"]),
             tuple(spec["location"]),
-            None,
-            spec["variance"],
-            places,
+            variance=spec["variance"],
+            places=places,
         )
 
 

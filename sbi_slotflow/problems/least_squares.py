@@ -11,6 +11,7 @@ cost of T K D numbers a set. A signal whose inner products have closed forms can
 less (:mod:`.sinusoids.fit`). The equations are in float64.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,11 +24,15 @@ from torch.quasirandom import SobolEngine
 from ..nn.gauss_newton import NormalEquations
 from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
-from .white_space import GivenWhite, WhiteSpace
+from ..sets.prior import VariableKPrior
+from .linear import LinearForm
+from .noise_shape import GivenResidual
+from .simulator import AdditiveSimulator
+from .white_space import GivenWhite, WhiteSpace, known_variance, white_space
 
-__all__ = ["AdditiveFit", "AdditiveLeastSquares", "signal_slopes"]
+__all__ = ["AdditiveFit", "AdditiveLeastSquares", "additive_fit", "signal_slopes"]
 
-_SEARCH_POINTS = 16
+_SEARCH_POINTS, _LINEAR_SEARCH_POINTS = 16, 32
 _SEARCH_ROUNDS = 2
 # Most numbers in a tensor of signals: bounds the memory.
 _MOST_NUMBERS = 2**24
@@ -50,6 +55,7 @@ class AdditiveFit:
         space: Where noise is white and the background gone; None where noise is white
             and there is no background.
         variance: The noise's variance there; None if it is not known.
+        form: In what components are linear, for starts; None for nothing known.
     """
 
     component_signal: Callable[[Tensor], Tensor]
@@ -57,6 +63,7 @@ class AdditiveFit:
     location: int | tuple[int, ...] = 0
     space: WhiteSpace | None = None
     variance: float | None = None
+    form: LinearForm | None = None
 
     kind: ClassVar[str] = "additive"
 
@@ -76,6 +83,12 @@ class AdditiveFit:
     def linear_shared(self) -> tuple[int, ...]:
         """Shared parameters in which a background is linear that is fitted along."""
         return () if self.space is None else self.space.indices
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shared parameters on which the shape of the noise depends."""
+        shape = None if self.space is None else self.space.shape
+        return () if shape is None else tuple(shape.indices)
 
     def signals(self, components: Tensor) -> Tensor:
         """Signals ``(..., T)`` of components ``(..., D)``, events side by side."""
@@ -175,11 +188,52 @@ class AdditiveLeastSquares:
 
         Candidates are one low-discrepancy set, spread over intervals and quantiles. One
         component after the other takes the one that leaves least power, in two rounds.
+        Where components are linear in some parameters, only the others are searched.
         """
+        form = self.fit.form
+        if form is not None:
+            low, high = low.double(), high.double()
+            candidates = self.fit.candidates(low, high, _LINEAR_SEARCH_POINTS)
+            signals = mask.shape[-1] * _LINEAR_SEARCH_POINTS * (form.num_amplitudes + 1)
+            parts = self._parts(signals, owner, candidates, mask)
+            return torch.cat([self._linear_start(form, i, *part) for i, *part in parts])
         candidates = self.fit.candidates(low.double(), high.double())
         signals = mask.shape[-1] * _SEARCH_POINTS
         parts = self._parts(signals, owner, candidates, mask)
         return torch.cat([self._choose(i, *part) for i, *part in parts])
+
+    def _linear_start(
+        self, form: LinearForm, owner: Tensor, candidates: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Candidates ``(N, K, D)`` with amplitudes that explain most, in turns."""
+        nonlinear = form.nonlinear(candidates)
+        units = torch.eye(form.num_amplitudes).to(nonlinear)
+        shape = *nonlinear.shape[:-1], len(units)
+        each = nonlinear.unsqueeze(-2).expand(*shape, -1)
+        unit = form.components(each, units.expand(*shape, -1))
+        basis = self._seen(self.signals(unit, owner), owner)
+        gram = basis @ basis.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        ridge = torch.where(size > 0, 1e-6 * size, 1.0)
+        gram = gram + ridge[..., None, None] * units
+        inverse = torch.linalg.inv(gram)
+        data, rows = self.data[owner], torch.arange(len(owner), device=owner.device)
+        explained = data.new_zeros(*mask.shape, data.shape[-1])
+        chosen = torch.zeros_like(mask, dtype=torch.int64)
+        amplitudes = basis.new_zeros(*mask.shape, len(units))
+        for _ in range(2):
+            for k in range(mask.shape[-1]):
+                rest = data - explained.sum(-2) + explained[:, k]
+                inner = (basis[:, k] @ rest[:, None, :, None]).squeeze(-1)
+                solved = (inverse[:, k] @ inner.unsqueeze(-1)).squeeze(-1)
+                best = (inner * solved).sum(-1).argmax(-1)
+                here = basis[rows, k, best]
+                chosen[:, k], amplitudes[:, k] = best, solved[rows, best]
+                signal = (amplitudes[:, k].unsqueeze(-2) @ here).squeeze(-2)
+                explained[:, k] = torch.where(mask[:, k, None], signal, 0.0)
+        index = chosen[..., None, None].expand(-1, -1, 1, nonlinear.shape[-1])
+        places = nonlinear.gather(-2, index).squeeze(-2)
+        return form.components(places, amplitudes)
 
     def normal_equations(
         self, owner: Tensor, components: Tensor, mask: Tensor
@@ -197,24 +251,44 @@ class AdditiveLeastSquares:
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     def background_moments(
-        self, owner: Tensor, components: Tensor, mask: Tensor
+        self, owner: Tensor, components: Tensor, mask: Tensor, shared: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Moments of the background given components; see :meth:`GivenWhite.moments`.
 
-        They are of shapes ``(N, P)`` and ``(N, P, P)``.
+        They are of shapes ``(N, P)`` and ``(N, P, P)``. Shared parameters ``(N, S)``
+        are looked at where the shape of the noise depends on them.
         """
         assert self.white is not None
-        found = []
-        parts = self._parts(mask.shape[-1], owner, components.double(), mask)
-        for i, here, active in parts:
+        found = [
+            self.white.moments(total, i, rows)
+            for i, total, rows in self._totals(owner, components, mask, shared)
+        ]
+        right, gram = zip(*found, strict=True)
+        return torch.cat(right), torch.cat(gram)
+
+    def noise_given(
+        self, owner: Tensor, components: Tensor, mask: Tensor
+    ) -> GivenResidual:
+        """What is known of the noise's level and shape given components."""
+        assert self.white is not None
+        left = [
+            self.data[i].double() - self._seen(total, i)
+            for i, total, _ in self._totals(owner, components, mask, owner)
+        ]
+        return self.white.noise_given(torch.cat(left), owner)
+
+    def _totals(
+        self, owner: Tensor, components: Tensor, mask: Tensor, rows: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Owners of some sets at a time, sums ``(N, T)`` of their signals, rows."""
+        parts = self._parts(mask.shape[-1], owner, components.double(), mask, rows)
+        for i, here, active, those in parts:
             total = here.new_zeros(len(i), self.data.shape[-1])
             if active.any():
                 row = active.nonzero()[:, 0]
                 signals = self.signals(here[active], i[row])
                 total.index_add_(0, row, signals.to(total))
-            found.append(self.white.moments(total, i))
-        right, gram = zip(*found, strict=True)
-        return torch.cat(right), torch.cat(gram)
+            yield i, total, those
 
     def _seen(self, signals: Tensor, owner: Tensor) -> Tensor:
         """Signals ``(N, ..., T)`` where noise is white and the background gone."""
@@ -262,6 +336,32 @@ class AdditiveLeastSquares:
                 explained[:, k] = signals[rows, k, chosen[:, k]]
         index = chosen[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
         return candidates.gather(-2, index).squeeze(-2)
+
+
+def additive_fit(
+    simulator: AdditiveSimulator,
+    prior: VariableKPrior,
+    location: int | tuple[int, ...],
+    form: LinearForm | None = None,
+) -> AdditiveFit | None:
+    """The least squares of a simulator's components, where its noise is white.
+
+    None, with a warning, where noise or background allow no least squares. See
+    :class:`AdditiveFit` for ``location`` and ``form``.
+    """
+    try:
+        space = white_space(simulator, prior)
+    except TypeError as error:
+        warnings.warn(f"no Gauss-Newton steps: {error}", stacklevel=3)
+        return None
+    return AdditiveFit(
+        simulator.component_signal,
+        prior.component_marginals,
+        location,
+        space,
+        known_variance(simulator.noise, space),
+        form,
+    )
 
 
 def signal_slopes(

@@ -4,8 +4,9 @@ r"""Noise as it is: errors of samples, covariances, spectra, counts.
     \epsilon \sim N(0, s^2 C) \qquad \text{or} \qquad
     x_t \sim \mathrm{Poisson}(\mu_t)
 
-C is known: given by an error for each sample, a covariance or a power spectrum; the
-level s may be a shared parameter. :meth:`GaussianNoise.whiten` maps a residual to
+C is given by an error for each sample, a covariance or a power spectrum; the level s
+may be a shared parameter, and errors or spectrum a function of others: the slope of a
+spectrum, a jitter beside known errors. :meth:`GaussianNoise.whiten` maps a residual to
 independent normal variables, which is what least squares, the evidence of cells, the
 collapsed sampler and the checks of residuals ask for.
 
@@ -16,12 +17,22 @@ Example:
     >>> white.round(decimals=5).tolist()
     [1.0, 1.0, 1.0, 1.0]
 
+    Noise whose spectrum falls with a slope that is the second shared parameter:
+
+    >>> frequency = torch.fft.rfftfreq(4).clamp(min=0.25)
+    >>> red = GaussianNoise(
+    ...     spectrum=lambda shared: frequency ** -shared[..., 1:2],
+    ...     level=0, depends_on=1)
+    >>> red.whiten(torch.ones(4), torch.tensor([1.0, 2.0])).tolist()
+    [0.25, 0.25, 0.25, 0.25]
+
 See Also:
-    :class:`~sbi_slotflow.WhiteNoise`, one deviation for all samples.
+    :class:`~sbi_slotflow.WhiteNoise`, one deviation for all samples;
+    :mod:`.noise_shape`, how an unknown shape is estimated.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +40,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..sets.checks import as_count
+from ..sets.checks import as_count, as_floats
 
 __all__ = ["GaussianNoise", "PoissonNoise"]
 
 Values = Tensor | NDArray[np.floating[Any]] | Sequence[float]
+# Of shared parameters (..., S): an array (..., n).
+Shape = Callable[[Tensor], Tensor]
 
 
 class GaussianNoise:
@@ -43,7 +56,9 @@ class GaussianNoise:
         \log p(r | s) = -T \log s - \tfrac12 \log\det C - \tfrac{T}{2} \log 2\pi
             - \tfrac{1}{2 s^2}\, r^\top C^{-1} r
 
-    Give exactly one of the first three arguments.
+    Give exactly one of the first three arguments. Errors and a spectrum may be
+    functions of shared parameters ``(..., S)``, whose values have that array last,
+    ``(..., T)`` for errors; ``depends_on`` says which parameters they read.
 
     Args:
         errors: Standard deviation of each sample, shape ``(T,)``, in units of the data
@@ -53,19 +68,23 @@ class GaussianNoise:
             ``(T // 2 + 1,)``: noise that is periodic in the record, with C circulant. A
             spectrum of :math:`\sigma^2` everywhere is white noise of deviation sigma.
         level: Index of the shared parameter that is s; None for s = 1.
+        depends_on: Indices of the shared parameters that a function reads, or the only
+            one.
 
     Raises:
-        TypeError: If not exactly one shape is given.
+        TypeError: If not exactly one shape is given, or a function without
+            ``depends_on``.
         ValueError: If it is no shape of a noise.
     """
 
     def __init__(
         self,
         *,
-        errors: Values | None = None,
+        errors: Values | Shape | None = None,
         covariance: Values | None = None,
-        spectrum: Values | None = None,
+        spectrum: Values | Shape | None = None,
         level: int | None = None,
+        depends_on: int | Sequence[int] = (),
     ) -> None:
         given = {"errors": errors, "covariance": covariance, "spectrum": spectrum}
         names = [name for name, value in given.items() if value is not None]
@@ -74,6 +93,12 @@ class GaussianNoise:
                 f"give exactly one of errors, covariance and spectrum, got {names}."
             )
         (self.kind,) = names
+        self.level = None if level is None else as_count(level, "level", 0)
+        every = [depends_on] if isinstance(depends_on, int) else list(depends_on)
+        self.depends_on = tuple(as_count(i, "depends_on", 0) for i in every)
+        self.function = self._function(given[self.kind])
+        if self.function is not None:
+            return
         shape = torch.as_tensor(given[self.kind], dtype=torch.float64).detach().cpu()
         if shape.ndim != (2 if self.kind == "covariance" else 1) or not shape.numel():
             raise ValueError(
@@ -82,7 +107,6 @@ class GaussianNoise:
             )
         if not torch.isfinite(shape).all():
             raise ValueError(f"{self.kind} must be finite, got NaN or Inf.")
-        self.level = None if level is None else as_count(level, "level", 0)
         self.shape, self._root = shape, shape
         if self.kind == "covariance":
             if shape.shape[0] != shape.shape[1] or not torch.allclose(
@@ -98,9 +122,41 @@ class GaussianNoise:
                 f"{self.kind} must be positive, got {float(shape.min()):g}."
             )
 
+    def _function(self, given: Any) -> Shape | None:
+        """The shape as a function of shared parameters, if it is one."""
+        if not callable(given):
+            if self.depends_on:
+                raise TypeError(
+                    "depends_on is for errors or a spectrum that is a function of "
+                    f"shared parameters, got {self.kind} {type(given).__name__}."
+                )
+            return None
+        if self.kind == "covariance":
+            raise TypeError(
+                "covariance must be an array; of unknown shape, give errors or a "
+                "spectrum as a function of shared parameters."
+            )
+        if not self.depends_on:
+            raise TypeError(
+                f"depends_on must say which shared parameters {self.kind} reads, got "
+                "none."
+            )
+        if self.level in self.depends_on or len(set(self.depends_on)) < len(
+            self.depends_on
+        ):
+            raise ValueError(
+                "depends_on must name each parameter once, and not the level, got "
+                f"{self.depends_on} beside level={self.level}."
+            )
+        return given
+
     def __repr__(self) -> str:
         level = "" if self.level is None else f", level={self.level}"
-        return f"GaussianNoise({self.kind} {tuple(self.shape.shape)}{level})"
+        if self.function is not None:
+            level = f" of {self.depends_on}{level}"
+        else:
+            level = f" {tuple(self.shape.shape)}{level}"
+        return f"GaussianNoise({self.kind}{level})"
 
     @property
     def sigma(self) -> float | None:
@@ -122,10 +178,10 @@ class GaussianNoise:
         self, signal: Tensor, shared: Tensor, generator: torch.Generator | None
     ) -> Tensor:
         """Draw noise of the shape of ``signal`` (B, T)."""
-        self._check(signal)
+        root = self.root(shared.double(), signal.shape[-1])
         white = torch.empty_like(signal, dtype=torch.float64)
         white = white.normal_(generator=generator)
-        noise = self._coloured(white) * self.scale(shared).double().unsqueeze(-1)
+        noise = self._coloured(white, root) * self.scale(shared).double().unsqueeze(-1)
         return noise.to(signal)
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
@@ -133,60 +189,121 @@ class GaussianNoise:
         level, num = self.scale(shared).double(), residual.shape[-1]
         positive = level > 0
         safe = torch.where(positive, level, 1.0)
-        white = self.unit_white(residual.double()) / safe.unsqueeze(-1)
+        root = self.root(shared.double(), num)
+        white = self.white_given(residual.double(), root) / safe.unsqueeze(-1)
         value = -0.5 * white.square().sum(-1) - num * safe.log()
-        value = value - 0.5 * num * math.log(2 * math.pi) - self.log_det(num)
+        value = value - 0.5 * num * math.log(2 * math.pi) - self._log_det(root, num)
         return torch.where(positive, value, -math.inf).to(residual)
 
     def whiten(self, residual: Tensor, shared: Tensor) -> Tensor:
         """Independent standard normal variables of noise ``(..., T)``."""
         level = self.scale(shared).to(residual)
-        return self.unit_white(residual) / level.unsqueeze(-1)
+        root = self.root(shared.double(), residual.shape[-1])
+        return self.white_given(residual, root) / level.unsqueeze(-1)
 
     def unit_white(self, signal: Tensor) -> Tensor:
-        """Map signals ``(..., T)`` to where noise is white, of level s."""
-        self._check(signal)
-        if self.kind == "errors":
-            return signal / self._root.to(signal)
+        """Map signals ``(..., T)`` to where noise is white, of level s.
+
+        Raises:
+            TypeError: If the shape depends on shared parameters.
+        """
+        if self.function is not None:
+            raise TypeError(
+                f"{self.kind} depends on shared parameters {self.depends_on}: there is "
+                "no one space where noise is white; use whiten(residual, shared)."
+            )
+        root = self.root(signal.new_empty(0), signal.shape[-1])
+        return self.white_given(signal, root)
+
+    def log_det(self, num_data: int) -> float:
+        """Half of the log determinant of C, where it is known."""
+        return float(self._log_det(self._root, num_data))
+
+    def root(self, shared: Tensor, num_data: int) -> Tensor:
+        """A root of C: errors, a Cholesky factor or an amplitude spectrum.
+
+        Of a shape that is a function, one for each row of ``shared`` ``(..., S)``.
+
+        Raises:
+            ValueError: If it does not fit signals of ``num_data`` samples, or a
+                function returns something that is no shape of a noise.
+        """
+        num = num_data // 2 + 1 if self.kind == "spectrum" else num_data
+        if self.function is None:
+            shape = self._root
+            found = self.shape
+        else:
+            found = as_floats(self.function(shared), self.kind).to(shared)
+            # Zeros, of rows that pad a batch, are let pass.
+            if not (found >= 0).all() or found.isinf().any():
+                raise ValueError(
+                    f"{self.kind} must be positive and finite, got values from "
+                    f"{float(found.min()):g} to {float(found.max()):g}."
+                )
+            shape = found
+            if found.ndim != shared.ndim or found.shape[:-1] != shared.shape[:-1]:
+                raise ValueError(
+                    f"{self.kind} must map shared parameters {tuple(shared.shape)} to "
+                    f"{(*shared.shape[:-1], 'n')}, got {tuple(found.shape)}."
+                )
+        if found.shape[-1] != num:
+            raise ValueError(
+                f"{self.kind} must have {num} entries for signals of {num_data} "
+                f"samples, got {found.shape[-1]}."
+            )
+        return shape.sqrt() if self.kind == "spectrum" else shape
+
+    def power(self, signal: Tensor) -> Tensor:
+        """Mean squares ``(..., n)`` of signals ``(..., T)`` where C is diagonal.
+
+        Those of noise are those of :meth:`root` times s^2, in the mean.
+        """
+        if self.kind == "spectrum":
+            num = signal.shape[-1]
+            if not signal.numel():
+                return signal.new_zeros(*signal.shape[:-1], num // 2 + 1)
+            return torch.fft.rfft(signal).abs().square() / num
+        return signal.square()
+
+    def multiplicity(self, num_data: int) -> Tensor:
+        """How many of the data each of :meth:`power` stands for, ``(n,)``."""
+        if self.kind != "spectrum":
+            return torch.ones(num_data, dtype=torch.float64)
+        twice = torch.full((num_data // 2 + 1,), 2.0, dtype=torch.float64)
+        # All frequencies count twice, but for the first and, of an even number of
+        # samples, the last.
+        twice[0] = 1.0
+        if num_data % 2 == 0:
+            twice[-1] = 1.0
+        return twice
+
+    def _log_det(self, root: Tensor, num_data: int) -> Tensor:
         if self.kind == "covariance":
-            root = self._root.to(signal)
+            return root.diagonal().log().sum()
+        return (self.multiplicity(num_data).to(root) * root.log()).sum(-1)
+
+    def white_given(self, signal: Tensor, root: Tensor) -> Tensor:
+        """Map signals ``(..., T)`` to where noise of a :meth:`root` is white."""
+        root = root.to(signal)
+        if self.kind == "errors":
+            return signal / root
+        if self.kind == "covariance":
             solved = torch.linalg.solve_triangular(
                 root,
                 signal.flatten(0, -2).mT if signal.ndim > 1 else signal[:, None],
                 upper=False,
             )
             return solved.mT.reshape(signal.shape)
-        gain = self._root.sqrt().to(signal)
-        return torch.fft.irfft(torch.fft.rfft(signal) / gain, n=signal.shape[-1])
+        if not signal.numel():  # of which there is no transform
+            return signal
+        return torch.fft.irfft(torch.fft.rfft(signal) / root, n=signal.shape[-1])
 
-    def log_det(self, num_data: int) -> float:
-        """Half of the log determinant of C."""
+    def _coloured(self, white: Tensor, root: Tensor) -> Tensor:
         if self.kind == "errors":
-            return float(self._root.log().sum())
+            return white * root.to(white)
         if self.kind == "covariance":
-            return float(self._root.diagonal().log().sum())
-        each = self._root.log()
-        # All frequencies count twice, but for the first and, of an even number of
-        # samples, the last.
-        twice = 2 * each.sum() - each[0]
-        return 0.5 * float(twice - each[-1] if num_data % 2 == 0 else twice)
-
-    def _coloured(self, white: Tensor) -> Tensor:
-        if self.kind == "errors":
-            return white * self._root.to(white)
-        if self.kind == "covariance":
-            return white @ self._root.mT.to(white)
-        gain = self._root.sqrt().to(white)
-        return torch.fft.irfft(torch.fft.rfft(white) * gain, n=white.shape[-1])
-
-    def _check(self, signal: Tensor) -> None:
-        num = signal.shape[-1]
-        expected = num // 2 + 1 if self.kind == "spectrum" else num
-        if len(self.shape) != expected:
-            raise ValueError(
-                f"{self.kind} must have {expected} entries for signals of {num} "
-                f"samples, got {len(self.shape)}."
-            )
+            return white @ root.mT.to(white)
+        return torch.fft.irfft(torch.fft.rfft(white) * root, n=white.shape[-1])
 
 
 class PoissonNoise:

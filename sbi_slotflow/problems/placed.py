@@ -8,7 +8,6 @@ See Also:
     :mod:`sbi_slotflow.nn.cells`, what a cell is.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,9 @@ from ..nn.cells import CellAxis, CellGrid
 from ..nn.encoders import PatchTokens, TokenEncoder, TraceTokens
 from ..sets.checks import as_count
 from .base import Problem
-from .least_squares import AdditiveFit
+from .least_squares import AdditiveFit, additive_fit
 from .linear import LinearForm
 from .simulator import AdditiveSimulator
-from .white_space import known_variance, white_space
 
 __all__ = ["Image", "Placed", "Trace"]
 
@@ -77,17 +75,9 @@ class Placed(Problem):
             jvp(signal, (middle,), (torch.ones_like(middle),))
         except (AttributeError, RuntimeError, TypeError):
             return None
-        try:
-            space = white_space(self.simulator, self.prior)
-        except TypeError as error:
-            warnings.warn(f"no Gauss-Newton steps: {error}", stacklevel=2)
-            return None
         places = self.places
         location = places[0] if len(places) == 1 else places
-        variance = known_variance(self.simulator.noise, space)
-        return AdditiveFit(
-            signal, self.prior.component_marginals, location, space, variance
-        )
+        return additive_fit(self.simulator, self.prior, location)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,6 @@ __all__ = ["GivenSchedule", "Series", "SeriesFit", "SeriesSimulator"]
 Timed = Callable[[Tensor, Tensor], Tensor]
 Schedule = Callable[[int, torch.Generator], Tensor]
 
-# Starts of a component in its cell.
-_SEARCH_POINTS = 32
-
 
 class SeriesSimulator:
     """Simulator of records at irregular times.
@@ -214,12 +211,10 @@ class SeriesFit(AdditiveFit):
     Attributes:
         simulator: The records' simulator.
         prior: The prior, for the background's own.
-        form: In what components are linear, for starts; None for nothing known.
     """
 
     simulator: SeriesSimulator | None = None
     prior: VariableKPrior | None = None
-    form: LinearForm | None = None
 
     @property
     def spec(self) -> None:
@@ -287,52 +282,6 @@ class SeriesLeastSquares(AdditiveLeastSquares):
         times = times.expand(*components.shape[:-1], -1)
         return self.fit.simulator.component_signal(components, times)
 
-    def start(self, owner: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
-        """Estimate components with locations in intervals.
-
-        Where components are linear in some parameters, only the others are searched.
-        """
-        form = self.fit.form
-        if form is None:
-            return super().start(owner, low, high, mask)
-        candidates = self.fit.candidates(low.double(), high.double(), _SEARCH_POINTS)
-        signals = mask.shape[-1] * _SEARCH_POINTS * (form.num_amplitudes + 1)
-        parts = self._parts(signals, owner, candidates, mask)
-        return torch.cat([self._linear_start(form, i, *part) for i, *part in parts])
-
-    def _linear_start(
-        self, form: LinearForm, owner: Tensor, candidates: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Candidates ``(N, K, D)`` with amplitudes that explain most, in turns."""
-        nonlinear = form.nonlinear(candidates)
-        units = torch.eye(form.num_amplitudes).to(nonlinear)
-        shape = *nonlinear.shape[:-1], len(units)
-        each = nonlinear.unsqueeze(-2).expand(*shape, -1)
-        unit = form.components(each, units.expand(*shape, -1))
-        basis = self._seen(self.signals(unit, owner), owner)
-        gram = basis @ basis.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        ridge = torch.where(size > 0, 1e-6 * size, 1.0)
-        gram = gram + ridge[..., None, None] * units
-        inverse = torch.linalg.inv(gram)
-        data, rows = self.data[owner], torch.arange(len(owner), device=owner.device)
-        explained = data.new_zeros(*mask.shape, data.shape[-1])
-        chosen = torch.zeros_like(mask, dtype=torch.int64)
-        amplitudes = basis.new_zeros(*mask.shape, len(units))
-        for _ in range(2):
-            for k in range(mask.shape[-1]):
-                rest = data - explained.sum(-2) + explained[:, k]
-                inner = (basis[:, k] @ rest[:, None, :, None]).squeeze(-1)
-                solved = (inverse[:, k] @ inner.unsqueeze(-1)).squeeze(-1)
-                best = (inner * solved).sum(-1).argmax(-1)
-                here = basis[rows, k, best]
-                chosen[:, k], amplitudes[:, k] = best, solved[rows, best]
-                signal = (amplitudes[:, k].unsqueeze(-2) @ here).squeeze(-2)
-                explained[:, k] = torch.where(mask[:, k, None], signal, 0.0)
-        index = chosen[..., None, None].expand(-1, -1, 1, nonlinear.shape[-1])
-        places = nonlinear.gather(-2, index).squeeze(-2)
-        return form.components(places, amplitudes)
-
 
 class _RecordSpace:
     """Where each record's noise is white and its background gone.
@@ -390,7 +339,9 @@ class _RecordSpace:
         inner = (flat @ basis.mT) * share.unsqueeze(-2)
         return (flat - inner @ basis).reshape(white.shape)
 
-    def moments(self, signal: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, signal: Tensor, owner: Tensor, shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :meth:`.white_space.GivenWhite.moments`."""
         white = self.white(signal.double(), owner).unsqueeze(-1)
         inner = (self.columns[owner] @ white).squeeze(-1)
@@ -554,11 +505,10 @@ class Series(Problem):
             signal,  # pyright: ignore[reportArgumentType]  (it is asked with times)
             self.prior.component_marginals,
             self.layout.order_by,
-            None,
-            1.0 if self.simulator.level is None else None,
-            self.simulator,
-            self.prior,
-            self.linear_form(),
+            variance=1.0 if self.simulator.level is None else None,
+            form=self.linear_form(),
+            simulator=self.simulator,
+            prior=self.prior,
         )
 
 

@@ -9,8 +9,9 @@ that is linear in the shared parameters beta, :math:`\bar\beta` and V their prio
 and covariance, :math:`\bar s` the median noise level. In y noise and background
 together are white: of a background that is unknown, F = 1, nothing is left, and least
 squares of components in y are those of x with beta fitted along; of one that is well
-known nothing is taken but its mean. Given components and noise level s, beta is
-Gaussian but for its prior:
+known nothing is taken but its mean. Where C depends on shared parameters, each
+observation has a W of its own, by an estimate of them (:mod:`.noise_shape`). Given
+components and noise level s, beta is Gaussian but for its prior:
 
 .. math::
     P = \frac{N_w^\top N_w}{s^2}, \qquad
@@ -23,13 +24,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..sets.prior import VariableKPrior
 from .noise import GaussianNoise, PoissonNoise
+from .noise_shape import GivenResidual, NoiseShape
 from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = [
@@ -88,6 +90,7 @@ class WhiteSpace:
         noise: The noise; None for white noise.
         background: The background; None for none.
         level: A usual level of the noise.
+        shape: What estimates the noise's shape; None where it is known.
     """
 
     def __init__(
@@ -95,10 +98,13 @@ class WhiteSpace:
         noise: "Whitened | PoissonNoise | None" = None,
         background: Background | None = None,
         level: float = 1.0,
+        shape: NoiseShape | None = None,
     ) -> None:
         self.noise, self.background, self.level = noise, background, level
+        self.shape = shape
         self._fixed: tuple[Tensor, Tensor, Tensor] | None = None
-        if background and background.indices and not isinstance(noise, PoissonNoise):
+        own = isinstance(noise, PoissonNoise) or shape is not None
+        if background and background.indices and not own:
             columns = background.columns
             white = noise.unit_white(columns) if noise is not None else columns
             self._fixed = white.unsqueeze(0), *self.shrunk(white.unsqueeze(0))
@@ -111,6 +117,9 @@ class WhiteSpace:
     @cached_property
     def mark(self) -> tuple[float, ...]:
         """Numbers by which another space is told from this one."""
+        if self.shape is not None:
+            columns = () if self.background is None else self.background.columns
+            return (*self.shape.mark, *(float(c.norm()) for c in columns))
         if self._num_data is None:
             return ()
         # Waves of a few periods, in the noise's own unit.
@@ -126,7 +135,7 @@ class WhiteSpace:
     def _num_data(self) -> int | None:
         if self.background is not None:
             return len(self.background.constant)
-        if isinstance(self.noise, GaussianNoise):
+        if isinstance(self.noise, GaussianNoise) and self.shape is None:
             size = len(self.noise.shape)
             return max(1, 2 * size - 2) if self.noise.kind == "spectrum" else size
         return None
@@ -138,14 +147,33 @@ class WhiteSpace:
         if isinstance(self.noise, PoissonNoise):
             near = _smooth(data.double(), _SMOOTHING)
             weights = (near.clamp(min=0.0) + _LEAST_COUNTS).rsqrt()
+        values = None
+        if self.shape is not None:
+            values = self.shape.estimate(self._without_trend(data.double()))
         columns = basis = share = None
         if self._fixed is not None:
             columns, basis, share = (part.to(data.device) for part in self._fixed)
         elif self.background and self.background.indices:
-            assert weights is not None
-            columns = self.background.columns.to(weights) * weights.unsqueeze(1)
+            columns = self.background.columns.to(data.device)
+            if weights is not None:
+                columns = columns * weights.unsqueeze(1)
+            else:
+                assert self.shape is not None
+                assert values is not None
+                columns = self.shape.white(columns, values.unsqueeze(1))
             basis, share = self.shrunk(columns)
-        return GivenWhite(self, data, weights, columns, basis, share)
+        return GivenWhite(self, data, weights, columns, basis, share, values)
+
+    def _without_trend(self, data: Tensor) -> Tensor:
+        """Data ``(B, T)`` less the background that fits best, noise being white."""
+        if self.background is None:
+            return data
+        left = data - self.background.constant.to(data)
+        columns = self.background.columns.to(data)
+        if not len(columns):
+            return left
+        basis = torch.linalg.svd(columns, full_matrices=False)[2]
+        return left - (left @ basis.mT) @ basis
 
     def shrunk(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """U ``(B, P, T)`` of white columns ``(B, P, T)``, and F ``(B, P)``."""
@@ -166,6 +194,8 @@ class GivenWhite:
     Attributes:
         data: The observations there, float64, shape ``(B, T)``.
         columns: The background's columns there, ``(B or 1, P, T)``; None without.
+        values: Parameters of the noise's shape by which it is white, ``(B, P)``; None
+            where the shape is known.
     """
 
     def __init__(
@@ -176,8 +206,9 @@ class GivenWhite:
         columns: Tensor | None,
         basis: Tensor | None,
         share: Tensor | None,
+        values: Tensor | None = None,
     ) -> None:
-        self.space, self.columns = space, columns
+        self.space, self.columns, self.values = space, columns, values
         self._weights, self._basis, self._share = weights, basis, share
         data = data.double()
         owner = torch.arange(len(data), device=data.device)
@@ -199,22 +230,46 @@ class GivenWhite:
             return signal * weights.reshape(
                 len(owner), *[1] * (signal.ndim - 2), signal.shape[-1]
             )
+        if self.values is not None:
+            assert self.space.shape is not None
+            values = self.values[owner].reshape(
+                len(owner), *[1] * (signal.ndim - 2), self.values.shape[-1]
+            )
+            return self.space.shape.white(signal, values)
         noise = self.space.noise
         return noise.unit_white(signal) if isinstance(noise, Whitened) else signal
+
+    def noise_given(self, left: Tensor, owner: Tensor) -> GivenResidual:
+        """What residuals ``(N, T)`` where noise is white say of its level and shape."""
+        assert self.space.shape is not None
+        assert self.values is not None
+        return self.space.shape.given(left, self.values[owner])
 
     def __call__(self, signal: Tensor, owner: Tensor) -> Tensor:
         """Signals ``(N, ..., T)`` where noise is white and the background gone."""
         return self._without_background(self.white(signal, owner), owner)
 
-    def moments(self, signal: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, signal: Tensor, owner: Tensor, shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Inner products of columns with data less signals ``(N, T)``, ``(N, P)``.
 
-        And those of the columns with each other, ``(N, P, P)``.
+        And those of the columns with each other, ``(N, P, P)``; where noise is white by
+        shared parameters ``(N, S)``, if its shape depends on them.
         """
         assert self.columns is not None
         assert self._right is not None
-        if self._weights is not None:
+        if isinstance(self.space.noise, PoissonNoise):
             return self._moments_of_counts(self._raw[owner] - signal, signal)
+        shape = self.space.shape
+        if shape is not None:
+            assert self.space.background is not None
+            assert shared is not None
+            values = shared[:, shape.indices]
+            columns = self.space.background.columns.to(signal)
+            columns = shape.white(columns, values.unsqueeze(1))
+            left = shape.white(self._raw[owner] - signal, values)
+            return _inner(left, columns), columns @ columns.mT
         which = owner if len(self.columns) > 1 else torch.zeros_like(owner)
         columns = self.columns[which] if len(self.columns) > 1 else self.columns
         right = self._right[owner] - _inner(self.white(signal.double(), owner), columns)
@@ -278,7 +333,9 @@ def white_space(
         errors = torch.full_like(background.constant, noise.sigma)
         return WhiteSpace(GaussianNoise(errors=errors), background)
     if isinstance(noise, GaussianNoise | PoissonNoise):
-        return WhiteSpace(noise, background, level)
+        of = getattr(noise, "function", None) is not None
+        shape = NoiseShape(cast(GaussianNoise, noise), prior) if of else None
+        return WhiteSpace(noise, background, level, shape)
     if background is not None:
         raise TypeError(
             f"beside a background the noise must be WhiteNoise, GaussianNoise or "
@@ -325,22 +382,25 @@ def linear_background(
     rows = prior.sample((_PROBES,), generator).double()
     shared = prior.layout.unpack(rows).shared
     level, names = noise_index(simulator.noise), prior.layout.shared_names
+    shape = getattr(simulator.noise, "depends_on", ())
+    of_noise = [*([] if level is None else [level]), *shape]
     found = torch.cat(
         [simulator.background_signal(part) for part in shared.split(_CHUNK)]
     )
     base, columns = shared[0], []
-    indices = [i for i in range(shared.shape[-1]) if i != level]
-    for i in [*indices, *([] if level is None else [level])]:
+    indices = [i for i in range(shared.shape[-1]) if i not in of_noise]
+    for i in [*indices, *of_noise]:
         moved, far = base.clone(), (shared[:, i] - base[i]).abs().argmax()
         moved[i] = shared[far, i]
         change = simulator.background_signal(moved[None])[0] - found[0]
         gap = moved[i] - base[i]
         columns.append(change / torch.where(gap == 0, 1.0, gap))
-    if level is not None and columns.pop().abs().max() > 0:
-        raise TypeError(
-            f"the noise level {names[level]!r} is part of the background too: give it "
-            "a parameter of its own."
-        )
+    for i in reversed(of_noise):
+        if columns.pop().abs().max() > 0:
+            raise TypeError(
+                f"{names[i]!r}, which the noise reads, is part of the background too: "
+                "give it a parameter of its own."
+            )
     matrix = torch.stack([torch.zeros_like(found[0]), *columns])[1:]
     constant = found[0] - base[indices] @ matrix
     error = (found - constant - shared[:, indices] @ matrix).abs().max()

@@ -113,6 +113,67 @@ def test_what_is_no_noise_is_refused(arguments, message: str) -> None:
         GaussianNoise(**arguments)
 
 
+def falling(shared: Tensor) -> Tensor:
+    frequency = torch.fft.rfftfreq(NUM).clamp(min=1 / NUM)
+    return frequency ** -shared[..., 2:3]
+
+
+def jitter(shared: Tensor) -> Tensor:
+    return torch.hypot(ERRORS, shared[..., 2:3])
+
+
+@pytest.mark.parametrize("level", [None, 1])
+@pytest.mark.parametrize("kind", ["errors", "spectrum"])
+def test_a_shape_may_depend_on_shared_parameters(kind: str, level: int | None) -> None:
+    function = {"errors": jitter, "spectrum": falling}[kind]
+    noise = GaussianNoise(**{kind: function}, level=level, depends_on=2)  # pyright: ignore
+    residual = torch.randn(3, NUM, dtype=torch.float64, generator=seeded(1))
+    shared = torch.tensor([[9.0, 0.5, 0.3], [9.0, 1.0, 1.1], [9.0, 2.0, 0.0]]).double()
+    values, white = noise.log_prob(residual, shared), noise.whiten(residual, shared)
+    for i, row in enumerate(shared):
+        fixed = GaussianNoise(**{kind: function(row)}, level=level)  # pyright: ignore
+        torch.testing.assert_close(values[i], fixed.log_prob(residual[i], row))
+        torch.testing.assert_close(white[i], fixed.whiten(residual[i], row))
+    many = torch.zeros(20_000, NUM).double()
+    drawn = noise.sample(many, shared[:1].expand(20_000, -1), seeded(2))
+    expected = noise.root(shared[0], NUM).square() * noise.scale(shared[0]) ** 2
+    # Each is a mean of 20,000 at least; 5 deviations, under one in 10^5 in all.
+    error = noise.power(drawn).mean(0) / expected - 1
+    assert error.abs().max() < 5 * math.sqrt(2 / 20_000)
+    with pytest.raises(TypeError, match="no one space"):
+        noise.unit_white(residual)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"errors": jitter}, "depends_on must say"),
+        ({"errors": ERRORS, "depends_on": 1}, "depends_on is for"),
+        ({"covariance": jitter, "depends_on": 1}, "covariance must be an array"),
+        ({"errors": jitter, "depends_on": 1, "level": 1}, "not the level"),
+        ({"errors": jitter, "depends_on": (2, 2)}, "each parameter once"),
+        ({"errors": jitter, "depends_on": -1}, "depends_on"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(arguments, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        GaussianNoise(**arguments)
+
+
+def test_what_a_function_returns_is_checked() -> None:
+    rows, residual = torch.ones(4, 3), torch.zeros(4, NUM)
+    for function, message in (
+        (lambda s: -jitter(s), "must be positive"),
+        (lambda s: jitter(s)[..., :3], "must have 9 entries"),
+        (lambda s: jitter(s)[0], "must map shared parameters"),
+        (lambda s: jitter(s) * math.inf, "finite"),
+        (lambda s: jitter(s) * math.nan, "finite"),
+    ):
+        noise = GaussianNoise(errors=function, depends_on=2)
+        with pytest.raises(ValueError, match=message):
+            noise.log_prob(residual, rows)
+
+
 def test_a_signal_of_another_length_is_refused() -> None:
     for noise, _ in noises(None).values():
         with pytest.raises(ValueError, match="entries for signals of 20"):

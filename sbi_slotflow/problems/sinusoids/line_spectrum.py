@@ -22,7 +22,7 @@ difference: their test signals' lines are neighbours of one another, which
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sbi.utils import MultipleIndependent
@@ -91,6 +91,8 @@ class LineSimulator(AdditiveSimulator):
 @dataclass(frozen=True)
 class LineSpectrum(Oscillations):
     """The line-spectrum problem: complex lines on the circle of frequencies."""
+
+    analytic: ClassVar[bool] = True
 
     @property
     def reference_time(self) -> float:

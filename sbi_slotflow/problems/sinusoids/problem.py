@@ -12,20 +12,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from sbi.utils import MultipleIndependent
 from torch import Tensor, nn
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 
 from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.encoders import TokenEncoder
+from ...nn.gauss_newton import SignalFit
 from ...nn.paper import DualStreamEncoder
 from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
 from ..base import Likelihood, Problem, Stream, log_uniform, uniform
+from ..least_squares import additive_fit
 from ..linear import PolarForm
 from ..simulator import AdditiveSimulator, NoiseModel, WhiteNoise
 from .fit import SineFit, SineStatistics
@@ -88,6 +90,8 @@ class Oscillations(Problem):
 
     grids: tuple[Grid, ...]
 
+    analytic: ClassVar[bool] = False  # whether the data are complex
+
     @property
     def band(self) -> tuple[float, float]:
         """Lowest and highest frequency."""
@@ -114,7 +118,7 @@ class Oscillations(Problem):
             self.band,
             self.location_axis().num_cells,
             self.layout.max_cardinality if pursuit else 0,
-            self.build_fit().analytic,
+            self.analytic,
         )
         return TokenEncoder(front_end, **options)
 
@@ -124,7 +128,7 @@ class Oscillations(Problem):
         cells = max(1, round(width * self.grids[0].duration))
         return CellAxis(2, cells, (self.prior.min_separation or 0.0) * cells / width)
 
-    def build_fit(self) -> SineFit:
+    def build_fit(self) -> SignalFit | None:
         """Return the least squares of sinusoids."""
         return SineFit(self.grids)
 
@@ -146,11 +150,31 @@ class Sinusoids(Oscillations):
     simulator: AdditiveSimulator
 
     @property
+    def is_plain(self) -> bool:
+        """Whether noise is white and nothing lies beneath: closed forms hold."""
+        white = isinstance(self.simulator.noise, WhiteNoise)
+        return white and self.simulator.background is None
+
+    @property
     def log_likelihood(self) -> Likelihood:
         """Log p(x | theta); of white noise from :class:`SineStatistics` if it pays."""
-        if isinstance(self.simulator.noise, WhiteNoise):
+        if self.is_plain:
             return SineLikelihood(self.simulator, self)
         return Likelihood(self.simulator)
+
+    def build_fit(self) -> SignalFit | None:
+        """Return the least squares of sinusoids.
+
+        By closed forms in white noise, else by derivatives of the signal where noise is
+        white and a linear background gone; None, with a warning, where that cannot be.
+        """
+        resampled = isinstance(self.simulator.noise, ResampledNoise)
+        if self.is_plain or (resampled and self.simulator.background is None):
+            return super().build_fit()
+        form = self.linear_form()
+        fit = additive_fit(self.simulator, self.prior, self.layout.order_by, form)
+        whole = fit is None or fit.space is not None
+        return fit if whole else super().build_fit()
 
     def statistics(self, x: Numbers) -> SineStatistics:
         """Tabulate the statistics of one observation, ``(T,)`` or ``(1, T)``."""
@@ -196,7 +220,7 @@ class Sinusoids(Oscillations):
         ``general`` takes the sampler of any linear form instead, which reads the
         signals themselves and is slower.
         """
-        if general:
+        if general or not self.is_plain:
             return super().collapsed(x, **options)
         from .collapsed import collapsed
 
@@ -211,10 +235,10 @@ class Sinusoids(Oscillations):
 
     def _tabulated(self, x: Numbers) -> tuple[SineStatistics, Tensor]:
         """Statistics of x for samplers of white noise, and x as floats."""
-        if self.noise_level is None:
+        if self.noise_level is None or not self.is_plain:
             raise TypeError(
-                "problem must be a sinusoid problem with white noise of unknown level, "
-                f"got {self.name!r} with {self.simulator.noise}."
+                "problem must be a sinusoid problem with white noise of unknown level "
+                f"and no background, got {self.name!r} with {self.simulator.noise}."
             )
         return self.statistics(x), as_floats(x, "x")
 
@@ -301,13 +325,16 @@ def _match(theta: Tensor, x: Tensor) -> bool:
 def sinusoids(
     preset: Preset = "tiny",
     *,
-    noise: Literal["white", "resampled"] = "white",
+    noise: Literal["white", "resampled"] | NoiseModel = "white",
     cardinality: Sequence[float] | None = None,
     amplitude: Sequence[float] | None = None,
     frequency: Sequence[float] | None = None,
     sigma: Sequence[float] | float | None = None,
     separation: float | None = None,
     grids: Sequence[Grid] | Grid | None = None,
+    shared: Distribution | None = None,
+    shared_names: Sequence[str] | None = None,
+    background: Callable[[Tensor], Tensor] | None = None,
 ) -> Sinusoids:
     """Make a sinusoid problem.
 
@@ -330,7 +357,9 @@ def sinusoids(
     Args:
         preset: Name of the preset.
         noise: ``"white"`` is exact: independent on all grids with standard deviation
-            sigma. ``"resampled"`` is :class:`ResampledNoise`, without a likelihood.
+            sigma. ``"resampled"`` is :class:`ResampledNoise`, without a likelihood. A
+            noise model, such as :class:`~sbi_slotflow.GaussianNoise` with errors or a
+            spectrum, is one of all records side by side.
         cardinality: Weights of K = 0..Kmax.
         amplitude: Least and largest amplitude, with the preset's kind of prior.
         frequency: Ends of the band, below half the rate of every grid.
@@ -338,6 +367,11 @@ def sinusoids(
             no parameter.
         separation: Least gap between frequencies; 0 for none.
         grids: Time grids of the records, the longest first; or the only one.
+        shared: Prior of all shared parameters, in place of sigma's alone: those that a
+            noise model or a background reads.
+        shared_names: Names of these.
+        background: What shared parameters add to the signal; see
+            :class:`~sbi_slotflow.AdditiveSimulator`.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -346,7 +380,7 @@ def sinusoids(
     """
     if preset not in _SETUPS:
         raise ValueError(f"preset must be one of {sorted(_SETUPS)}, got {preset!r}.")
-    setup = _SETUPS[preset]
+    setup, shared_given = _SETUPS[preset], shared
     if isinstance(grids, Grid):
         grids = (grids,)
     known = isinstance(sigma, Real)
@@ -363,27 +397,48 @@ def sinusoids(
         _check_setup(setup, known)
     law = log_uniform if setup.log_amplitude else uniform
     phase = uniform(0.0, 2 * math.pi)
+    if shared is None and not known:
+        shared = Independent(uniform(*setup.sigma), 1)
+        shared_names = ("sigma",) if shared_names is None else shared_names
     parts = [law(*setup.amplitude), phase, uniform(*setup.frequency)]
     prior = VariableKPrior(
         MultipleIndependent(parts, validate_args=False),
         setup.weights if cardinality is None else cardinality,
-        shared=None if known else Independent(uniform(*setup.sigma), 1),
+        shared=shared,
         min_separation=setup.separation,
         order_by=2,
         component_names=("amplitude", "phase", "frequency"),
-        shared_names=() if known else ("sigma",),
+        shared_names=shared_names,
         periods={"phase": 2 * math.pi},
     )
     models: dict[str, NoiseModel] = {
         "white": WhiteNoise(setup.sigma[0] if known else None),
         "resampled": ResampledNoise(setup.grids),
     }
-    if noise not in models:
-        raise ValueError(f"noise must be one of {sorted(models)}, got {noise!r}.")
-    if known and noise == "resampled":
-        raise ValueError(f"sigma must be a range if noise is {noise!r}, got {sigma}.")
-    simulator = AdditiveSimulator(SineSignal(setup.grids), models[noise], prior.layout)
-    own = bool(changes) or cardinality is not None
+    if isinstance(noise, str):
+        if noise not in models:
+            raise ValueError(
+                f"noise must be one of {sorted(models)} or a noise model, got "
+                f"{noise!r}."
+            )
+        if known and noise == "resampled":
+            raise ValueError(
+                f"sigma must be a range if noise is {noise!r}, got {sigma}."
+            )
+        model = models[noise]
+    else:
+        if not callable(getattr(noise, "log_prob", None)):
+            raise TypeError(
+                "noise must be a name or a noise model with sample and log_prob, got "
+                f"{type(noise).__name__}."
+            )
+        model = noise
+    signal = SineSignal(setup.grids)
+    simulator = AdditiveSimulator(signal, model, prior.layout, background=background)
+    own = bool(changes) or any(
+        part is not None for part in (cardinality, shared_given, background)
+    )
+    own = own or not isinstance(noise, str)
     name = "sinusoids" if own else f"sinusoids-{preset}"
     return Sinusoids(name, prior, simulator, setup.grids)
 
