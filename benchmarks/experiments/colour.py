@@ -58,7 +58,7 @@ class Size:
 
 
 BUDGETS: dict[Budget, Size] = {
-    "smoke": Size(1, 128, 6, 1, 0, 60),
+    "smoke": Size(1, 128, 2, 1, 0, 40),
     "quick": Size(3, 16_000, 200, 10, 1, 2_000),
     "full": Size(3, 64_000, 1_000, 40, 4, 2_000),
 }

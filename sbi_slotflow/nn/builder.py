@@ -355,7 +355,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         assert isinstance(self.problem, ProblemLike)
         marginals, level = self._prior.shared_marginals, self.problem.noise_level
         linear = getattr(self._fit, "linear_shared", ())
-        noise = set(getattr(self._fit, "noise_shape", ()))
+        noise: set[int] = set(getattr(self._fit, "noise_shape", ()))
         others = {i for i in range(len(marginals)) if i not in linear}
         if level is not None:
             noise.add(level)

@@ -369,7 +369,7 @@ class SharedGivenX:
         if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
             return cast(Any, self.head).log_prob(shared, context, level, moments)
-        return self.head.log_prob(shared, context, level)
+        return cast(Any, self.head).log_prob(shared, context, level)
 
     def sample(
         self,
@@ -384,7 +384,7 @@ class SharedGivenX:
         if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
             return cast(Any, self.head).sample(context, generator, level, moments)
-        return self.head.sample(context, generator, level)
+        return cast(Any, self.head).sample(context, generator, level)
 
     def _moments_of(
         self, owner: Tensor, cardinality: Tensor, components: Tensor | None

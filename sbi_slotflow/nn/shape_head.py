@@ -58,9 +58,9 @@ class ShapeHead(SharedHead):
         self.shape = [i for i in range(chart.num_features) if i != level]
         marginals = [chart.marginals[i] for i in self.shape]
         scales = [marginal.natural_scale[:2] for marginal in marginals]
-        self.middle, self.half = torch.tensor(scales, dtype=torch.float64).unbind(-1)
+        self.middle, self.width = torch.tensor(scales, dtype=torch.float64).unbind(-1)
         ends = torch.tensor([marginal.bounds for marginal in marginals]).double()
-        low, high = ((ends - self.middle[:, None]) / self.half[:, None]).unbind(-1)
+        low, high = ((ends - self.middle[:, None]) / self.width[:, None]).unbind(-1)
         self.low, self.high = low.clamp(min=-_OPEN), high.clamp(max=_OPEN)
         self.noise: NoiseHead | None = None
         sizes = embedding_features, max_cardinality
@@ -90,13 +90,13 @@ class ShapeHead(SharedHead):
         assert moments is not None
         inside = self.chart.contains(shared)
         natural = shared[:, self.shape].double() - self.middle.to(shared.device)
-        natural = natural / self.half.to(natural)
+        natural = natural / self.width.to(natural)
         ends = self._ends(natural)
         natural = torch.maximum(torch.minimum(natural, ends[1]), ends[0])
         value = self.local.log_prob(
             natural, moments.mean, moments.factor, ends, context
         )
-        value = value - self.half.log().sum().to(value)
+        value = value - self.width.log().sum().to(value)
         if self.noise is not None:
             sigma = shared[:, self.level : self.level + 1]  # pyright: ignore
             value = value + self.noise.log_prob(sigma, context, moments.level(natural))
@@ -117,7 +117,7 @@ class ShapeHead(SharedHead):
         )
         shared = torch.zeros(len(natural), self.chart.num_features).to(natural)
         shared[:, self.shape] = (
-            self.middle.to(natural) + self.half.to(natural) * natural
+            self.middle.to(natural) + self.width.to(natural) * natural
         )
         if self.noise is not None:
             sigma = self.noise.sample(context, generator, moments.level(natural))

@@ -190,50 +190,22 @@ class AdditiveLeastSquares:
         component after the other takes the one that leaves least power, in two rounds.
         Where components are linear in some parameters, only the others are searched.
         """
-        form = self.fit.form
-        if form is not None:
-            low, high = low.double(), high.double()
-            candidates = self.fit.candidates(low, high, _LINEAR_SEARCH_POINTS)
-            signals = mask.shape[-1] * _LINEAR_SEARCH_POINTS * (form.num_amplitudes + 1)
-            parts = self._parts(signals, owner, candidates, mask)
-            return torch.cat([self._linear_start(form, i, *part) for i, *part in parts])
-        candidates = self.fit.candidates(low.double(), high.double())
-        signals = mask.shape[-1] * _SEARCH_POINTS
-        parts = self._parts(signals, owner, candidates, mask)
-        return torch.cat([self._choose(i, *part) for i, *part in parts])
-
-    def _linear_start(
-        self, form: LinearForm, owner: Tensor, candidates: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Candidates ``(N, K, D)`` with amplitudes that explain most, in turns."""
-        nonlinear = form.nonlinear(candidates)
-        units = torch.eye(form.num_amplitudes).to(nonlinear)
-        shape = *nonlinear.shape[:-1], len(units)
-        each = nonlinear.unsqueeze(-2).expand(*shape, -1)
-        unit = form.components(each, units.expand(*shape, -1))
-        basis = self._seen(self.signals(unit, owner), owner)
-        gram = basis @ basis.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        ridge = torch.where(size > 0, 1e-6 * size, 1.0)
-        gram = gram + ridge[..., None, None] * units
-        inverse = torch.linalg.inv(gram)
-        data, rows = self.data[owner], torch.arange(len(owner), device=owner.device)
-        explained = data.new_zeros(*mask.shape, data.shape[-1])
-        chosen = torch.zeros_like(mask, dtype=torch.int64)
-        amplitudes = basis.new_zeros(*mask.shape, len(units))
-        for _ in range(2):
-            for k in range(mask.shape[-1]):
-                rest = data - explained.sum(-2) + explained[:, k]
-                inner = (basis[:, k] @ rest[:, None, :, None]).squeeze(-1)
-                solved = (inverse[:, k] @ inner.unsqueeze(-1)).squeeze(-1)
-                best = (inner * solved).sum(-1).argmax(-1)
-                here = basis[rows, k, best]
-                chosen[:, k], amplitudes[:, k] = best, solved[rows, best]
-                signal = (amplitudes[:, k].unsqueeze(-2) @ here).squeeze(-2)
-                explained[:, k] = torch.where(mask[:, k, None], signal, 0.0)
-        index = chosen[..., None, None].expand(-1, -1, 1, nonlinear.shape[-1])
-        places = nonlinear.gather(-2, index).squeeze(-2)
-        return form.components(places, amplitudes)
+        low, high = low.double(), high.double()
+        width = len(self.fit.marginals)
+        if not mask.any():
+            return low.new_zeros(*mask.shape, width)
+        # Sets have intervals in common, each of which is looked at once.
+        ends = torch.stack([low, high], -1)[mask].flatten(1)
+        row = owner[mask.nonzero()[:, 0]]
+        keys, which = torch.cat([row.double().unsqueeze(-1), ends], -1).unique(
+            dim=0, return_inverse=True
+        )
+        place = torch.zeros_like(mask, dtype=torch.int64)
+        place[mask] = which
+        intervals = keys[:, 1:].unflatten(-1, (*low.shape[2:], 2)).unsqueeze(1)
+        search = _Search(self, keys[:, 0].long(), *intervals.unbind(-1))
+        parts = self._parts(mask.shape[-1] * search.num_signals, owner, place, mask)
+        return torch.cat([search.choose(*part) for part in parts])
 
     def normal_equations(
         self, owner: Tensor, components: Tensor, mask: Tensor
@@ -311,31 +283,76 @@ class AdditiveLeastSquares:
             curvature=jacobian @ jacobian.mT,
         )
 
-    def _choose(self, owner: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
-        """Candidates ``(N, K, D)`` that explain the data best together."""
-        data = self.data[owner]
-        signals = data.new_zeros(*candidates.shape[:-1], data.shape[-1])
-        # Squares of small numbers vanish in float32: in units near the data's scale.
+
+class _Search:
+    """Candidates for components in U intervals, G in each, M signals of each.
+
+    Args:
+        least: The least squares.
+        owner: The observation of each interval, shape ``(U,)``.
+        low: Lower ends, shape ``(U, 1)``, of P locations ``(U, 1, P)``.
+        high: Upper ends, of the same shape.
+    """
+
+    def __init__(
+        self, least: "AdditiveLeastSquares", owner: Tensor, low: Tensor, high: Tensor
+    ) -> None:
+        self.form, fit = least.fit.form, least.fit
+        num = {} if self.form is None else {"num": _LINEAR_SEARCH_POINTS}
+        self.candidates = fit.candidates(low, high, **num)[:, 0]
+        units = self.candidates.unsqueeze(-2)
+        if self.form is not None:
+            self.nonlinear = self.form.nonlinear(self.candidates)
+            amplitudes = torch.eye(self.form.num_amplitudes).to(self.nonlinear)
+            shape = *self.nonlinear.shape[:-1], len(amplitudes)
+            each = self.nonlinear.unsqueeze(-2).expand(*shape, -1)
+            units = self.form.components(each, amplitudes.expand(*shape, -1))
+        self.num_signals = units.shape[1] * units.shape[2]
+        # A start need not be exact: the data's own precision will do. Squares of small
+        # numbers vanish in float32: in units near the data's scale.
+        data = least.data
         exponent = -torch.frexp(data.abs().amax()).exponent
-        data = torch.ldexp(data, exponent)
-        if mask.any():
-            # A start need not be exact: the data's own precision will do.
-            rows = owner[mask.nonzero()[:, 0]]
-            found = self.signals(candidates[mask].to(data), rows)
-            found = self._seen(found, rows)
-            signals[mask] = torch.ldexp(found, exponent)
-        power = signals.square().sum(-1)
-        rows = torch.arange(len(data), device=data.device)
-        chosen = torch.zeros_like(mask, dtype=torch.int64)
+        self.data = torch.ldexp(data, exponent)
+        parts = least._parts(self.num_signals, owner, units)
+        seen = [least._seen(least.signals(u.to(data), i), i) for i, u in parts]
+        # (U, G, M, T)
+        self.signals = torch.ldexp(torch.cat(seen).to(data), exponent)
+        gram = self.signals @ self.signals.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        ridge = torch.where(size > 0, 1e-6 * size, 1.0)
+        identity = torch.eye(gram.shape[-1]).to(gram)
+        self.inverse = torch.linalg.inv(gram + ridge[..., None, None] * identity)
+        self.power = gram[..., 0, 0]
+
+    def choose(self, owner: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+        """Candidates ``(N, K, D)`` that explain the data best together, in turns.
+
+        ``place`` ``(N, K)`` is the interval of each component.
+        """
+        data, rows = self.data[owner], torch.arange(len(owner), device=owner.device)
+        shape = *mask.shape, self.signals.shape[-2]
+        chosen, amplitudes = torch.zeros_like(place), data.new_ones(shape)
         explained = data.new_zeros(*mask.shape, data.shape[-1])
         for _ in range(_SEARCH_ROUNDS):
             for k in range(mask.shape[-1]):
+                at = place[:, k]
                 rest = data - explained.sum(-2) + explained[:, k]
-                inner = (signals[:, k] @ rest.unsqueeze(-1)).squeeze(-1)
-                chosen[:, k] = (power[:, k] - 2 * inner).argmin(-1)
-                explained[:, k] = signals[rows, k, chosen[:, k]]
-        index = chosen[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
-        return candidates.gather(-2, index).squeeze(-2)
+                signals = self.signals[at]
+                inner = (signals @ rest[:, None, :, None]).squeeze(-1)
+                if self.form is None:
+                    best = (self.power[at] - 2 * inner[..., 0]).argmin(-1)
+                    solved = torch.ones_like(inner)
+                else:
+                    solved = (self.inverse[at] @ inner.unsqueeze(-1)).squeeze(-1)
+                    best = (inner * solved).sum(-1).argmax(-1)
+                chosen[:, k], amplitudes[:, k] = best, solved[rows, best]
+                here = amplitudes[:, k].unsqueeze(-2) @ signals[rows, best]
+                active = mask[:, k, None]
+                explained[:, k] = torch.where(active, here.squeeze(-2), 0.0)
+        if self.form is None:
+            return self.candidates[place, chosen]
+        nonlinear = self.nonlinear[place, chosen]
+        return self.form.components(nonlinear, amplitudes.to(nonlinear))
 
 
 def additive_fit(

@@ -33,7 +33,7 @@ See Also:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class GaussianNoise:
                 "depends_on must name each parameter once, and not the level, got "
                 f"{self.depends_on} beside level={self.level}."
             )
-        return given
+        return cast(Shape, given)
 
     def __repr__(self) -> str:
         level = "" if self.level is None else f", level={self.level}"

@@ -106,7 +106,9 @@ class WhiteSpace:
         own = isinstance(noise, PoissonNoise) or shape is not None
         if background and background.indices and not own:
             columns = background.columns
-            white = noise.unit_white(columns) if noise is not None else columns
+            white = (
+                noise.unit_white(columns) if isinstance(noise, Whitened) else columns
+            )
             self._fixed = white.unsqueeze(0), *self.shrunk(white.unsqueeze(0))
 
     @property

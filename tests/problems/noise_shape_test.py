@@ -1,6 +1,7 @@
 """The shape of noise is estimated beside components, and fitted once they are known."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_a_posterior_is_refined() -> None:
     problem = lines()
     posterior = SlotPosterior(build(problem), problem.prior)
     x = problem.simulator(problem.prior.sample((1,), seeded(22)), seeded(23))
-    refined = posterior.refine(
+    refined: Any = posterior.refine(
         problem.log_likelihood, x[0], num_samples=200, generator=seeded(24)
     )
     assert refined.sample((10,)).shape == (10, problem.layout.size)

@@ -22,7 +22,6 @@ from torch.distributions import Distribution, Independent
 from ...nn.cells import CellAxis
 from ...nn.charts import Chart
 from ...nn.encoders import TokenEncoder
-from ...nn.gauss_newton import SignalFit
 from ...nn.paper import DualStreamEncoder
 from ...sets.checks import Numbers, as_floats
 from ...sets.prior import VariableKPrior
@@ -128,7 +127,7 @@ class Oscillations(Problem):
         cells = max(1, round(width * self.grids[0].duration))
         return CellAxis(2, cells, (self.prior.min_separation or 0.0) * cells / width)
 
-    def build_fit(self) -> SignalFit | None:
+    def build_fit(self) -> Any:
         """Return the least squares of sinusoids."""
         return SineFit(self.grids)
 
@@ -162,7 +161,7 @@ class Sinusoids(Oscillations):
             return SineLikelihood(self.simulator, self)
         return Likelihood(self.simulator)
 
-    def build_fit(self) -> SignalFit | None:
+    def build_fit(self) -> Any:
         """Return the least squares of sinusoids.
 
         By closed forms in white noise, else by derivatives of the signal where noise is
