@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .prewhitening import NUM_NUMBERS, prewhitened
 from .spec import build, register
 
 __all__ = [
@@ -255,19 +256,26 @@ class PeriodogramTokens(nn.Module):
     At each frequency a mean, a cosine and a sine are fitted to the samples, weighted by
     their errors. A token holds, for some frequencies each: what they explain
     (:math:`\Delta\chi^2`), cosine and sine in units of their usual error, and the
-    height of the spectral window there.
+    height of the spectral window there. If components are taken out in turn
+    (:mod:`.prewhitening`), a token also holds what is explained once one, two ... of
+    them are gone, and which of them was there.
 
     Args:
         num_samples: Samples T of a record.
         num_tokens: Number L of tokens.
         frequencies: Frequencies in the order of the cells, a multiple of L.
+        num_removed: How many components are taken out in turn.
     """
 
     kind: ClassVar[str] = "periodogram"
     reads_records = True
 
     def __init__(
-        self, num_samples: int, num_tokens: int, frequencies: Sequence[float]
+        self,
+        num_samples: int,
+        num_tokens: int,
+        frequencies: Sequence[float],
+        num_removed: int = 0,
     ) -> None:
         super().__init__()
         if not len(frequencies) or len(frequencies) % num_tokens:
@@ -283,7 +291,12 @@ class PeriodogramTokens(nn.Module):
         }
         self.num_tokens, self.shape = num_tokens, (num_samples, 3)
         self.num_data, self.num_levels = 3 * num_samples, 2
-        self.channels = 5 * (len(frequencies) // num_tokens) + 3
+        self.num_removed, each = num_removed, len(frequencies) // num_tokens
+        self.channels = 5 * each + 3
+        if num_removed:
+            self.spec["num_removed"] = num_removed
+            self.channels += num_removed * (each + 1)
+            self.num_levels += (num_removed + 1) * NUM_NUMBERS
         values = torch.tensor(frequencies, dtype=torch.float64)
         self.register_buffer("frequencies", values, persistent=False)
         place = torch.linspace(-1.0, 1.0, num_tokens)
@@ -323,7 +336,17 @@ class PeriodogramTokens(nn.Module):
         level = torch.cat([0.5 * chi, count.clamp(min=1).log()], -1).float()
         place = self.get_buffer("position").expand(len(x), -1).unsqueeze(-1)
         levels = level.unsqueeze(1).expand(-1, self.num_tokens, -1)
-        return torch.cat([spectrum, place, levels], -1), level, None
+        if not self.num_removed:
+            return torch.cat([spectrum, place, levels], -1), level, None
+        found = prewhitened(x, self.get_buffer("frequencies"), self.num_removed)
+        left = found.power[:, 1:].log1p().unflatten(-1, (self.num_tokens, -1))
+        left = left.movedim(1, -1).flatten(2)
+        removed = found.frequencies.log().unsqueeze(-1)
+        away = (self.get_buffer("frequencies").log() - removed).abs()
+        token = away.argmin(-1) // (away.shape[-1] // self.num_tokens)
+        there = functional.one_hot(token, self.num_tokens).mT.to(left)
+        level = torch.cat([level, found.numbers.flatten(1)], -1)
+        return torch.cat([spectrum, place, levels, left, there], -1), level, None
 
 
 @register("encoder")

@@ -44,6 +44,9 @@ __all__ = ["GivenSchedule", "Series", "SeriesFit", "SeriesSimulator"]
 Timed = Callable[[Tensor, Tensor], Tensor]
 Schedule = Callable[[int, torch.Generator], Tensor]
 
+# Components that are taken out in turn for what a network sees, at most.
+_MOST_REMOVED = 4
+
 
 class SeriesSimulator:
     """Simulator of records at irregular times.
@@ -355,10 +358,11 @@ class Series(Problem):
     The canonical order is by the components' period or frequency. Its cells are equal
     shares of its prior, so that they are uniform in the frequency, in its logarithm, or
     in what else the prior is uniform in. A network has a token for each cell, made of
-    the least-squares spectrum of the record there, and takes Gauss-Newton steps on the
-    samples that are there. Times count from where the components' phases do: from the
-    middle of the records, where a phase is known independently of the period, and they
-    stay small, as float32 has seven digits.
+    the least-squares spectrum of the record there, as it is and with the strongest
+    components taken out in turn (:mod:`sbi_slotflow.nn.prewhitening`), and takes
+    Gauss-Newton steps on the samples that are there. Times count from where the
+    components' phases do: from the middle of the records, where a phase is known
+    independently of the period, and they stay small, as float32 has seven digits.
 
     Attributes:
         name: Name of the problem.
@@ -470,7 +474,10 @@ class Series(Problem):
         place = self.place.quantile(shares)
         frequencies = 1 / place if self.periodic == "period" else place
         tokens = PeriodogramTokens(
-            self.event_shape[0], self.cells, frequencies.tolist()
+            self.event_shape[0],
+            self.cells,
+            frequencies.tolist(),
+            min(self.prior.max_cardinality, _MOST_REMOVED),
         )
         return TokenEncoder(tokens, **options)
 
