@@ -37,6 +37,7 @@ from .heads import (
     CardinalityHead,
     NoiseHead,
     PriorSharedHead,
+    SetSummary,
     SharedGivenX,
     SharedHead,
 )
@@ -524,6 +525,9 @@ def _shared_head(
     chart, largest = chart_from_spec(spec.shared_chart), spec.layout.max_cardinality
     if not spec.shared_head:
         return PriorSharedHead(chart)
+    summary = None
+    if spec.sees_components:
+        summary = SetSummary(chart_from_spec(spec.chart), largest)
     if linear:
         others = [i for i in range(chart.num_features) if i not in linear]
         inner = WhiteningChart([chart.marginals[i] for i in others])
@@ -531,11 +535,11 @@ def _shared_head(
         if others and spec.noise_from_fit:
             head = NoiseHead(inner, spec.num_data, features, largest)
         elif others:
-            head = SharedHead(inner, features, largest)
+            head = SharedHead(inner, features, largest, summary)
         return BackgroundHead(chart, linear, spec.noise_index, head)
     if spec.noise_from_fit:
         return NoiseHead(chart, spec.num_data, features, largest)
-    return SharedHead(chart, features, largest)
+    return SharedHead(chart, features, largest, summary)
 
 
 def component_head_from_spec(

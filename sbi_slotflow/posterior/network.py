@@ -35,7 +35,7 @@ from ..nn.estimator import SlotDensityEstimator
 from ..nn.set_distribution import NetworkSets
 from ..seeding import generator_for
 from ..sets.distribution import SetDistribution
-from ..sets.prior import VariableKPrior
+from ..sets.prior import VariableKPrior, check_independent
 from .datatree import SignalModel
 from .importance import entries
 from .refinable import Refinable
@@ -131,7 +131,10 @@ class SeparatedSets(SetDistribution):
         if not self.may_collide:
             return columns
         for k in cardinalities:
-            if k < (1 if self._bounds_follow else 2) or not self.prior.cardinality_probs[k] > 0:
+            if (
+                k < (1 if self._bounds_follow else 2)
+                or not self.prior.cardinality_probs[k] > 0
+            ):
                 continue
             with self._lock:
                 if k not in self._accepted:
@@ -354,6 +357,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
             raise TypeError(f"share must be a number, got {type(share).__name__}.")
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {share}.")
+        check_independent(self.prior, "the evidence of cells")
         if not self.posterior_estimator.has_evidence:
             raise TypeError(
                 "this network weighs no sets of cells: evidence needs a problem whose "

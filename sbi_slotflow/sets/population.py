@@ -227,7 +227,9 @@ class Population:
             far = draws.new_full((), torch.inf)
             wide, last = draws.double(), draws
             draws = torch.where(wide <= low, torch.nextafter(low.float(), far), draws)
-            draws = torch.where(wide >= high, torch.nextafter(high.float(), -far), draws)
+            draws = torch.where(
+                wide >= high, torch.nextafter(high.float(), -far), draws
+            )
             draws = torch.where(draws.isfinite(), draws, last)
         return draws
 

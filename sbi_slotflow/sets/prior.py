@@ -495,6 +495,16 @@ class _SetSupport(constraints.Constraint):
         return self.prior._inside(value, parts, self.prior._log_densities(parts))
 
 
+def check_independent(prior: VariableKPrior, what: str) -> None:
+    """Raise TypeError if components depend on each other by shared parameters."""
+    if prior.population is not None:
+        raise TypeError(
+            f"{what} takes components as independent of the shared parameters, but "
+            "component is a function of them in this prior: its answer would be wrong. "
+            "refine(..., method='smc') is exact."
+        )
+
+
 def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     """Check that a new prior lies within the support of an old one.
 
