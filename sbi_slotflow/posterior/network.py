@@ -125,16 +125,15 @@ class SeparatedSets(SetDistribution):
         """Estimate log a_K(x) ``(B, Kmax + 1)`` of some cardinalities.
 
         It is zero for others, where nothing is asked for, and for K too small to miss
-        it: below 2 for a separation, below 1 for bounds. The relative error of a_K is about ``sqrt((1 / a_K - 1) / 10_000)``.
+        it: below 2 for a separation, below 1 for bounds. The relative error of a_K is
+        about ``sqrt((1 / a_K - 1) / 10_000)``.
         """
         columns = torch.zeros_like(self.slots.log_cardinality)
         if not self.may_collide:
             return columns
+        least = 1 if self._bounds_follow else 2
         for k in cardinalities:
-            if (
-                k < (1 if self._bounds_follow else 2)
-                or not self.prior.cardinality_probs[k] > 0
-            ):
+            if k < least or not self.prior.cardinality_probs[k] > 0:
                 continue
             with self._lock:
                 if k not in self._accepted:

@@ -224,13 +224,10 @@ class Population:
         if self.bounds_follow_shared:
             # Rounding to single precision may lead out of the bounds of this row.
             low, high = (end.unsqueeze(1).expand(draws.shape) for end in given.bounds())
-            far = draws.new_full((), torch.inf)
-            wide, last = draws.double(), draws
-            draws = torch.where(wide <= low, torch.nextafter(low.float(), far), draws)
-            draws = torch.where(
-                wide >= high, torch.nextafter(high.float(), -far), draws
-            )
-            draws = torch.where(draws.isfinite(), draws, last)
+            far, wide = draws.new_full((), torch.inf), draws.double()
+            least, most = low.float().nextafter(far), high.float().nextafter(-far)
+            draws = torch.where(wide <= low, least, draws)
+            draws = torch.where(wide >= high, most, draws)
         return draws
 
     def log_density(self, components: Tensor, shared: Tensor) -> Tensor:
