@@ -104,7 +104,7 @@ class WithoutPopulation(Posterior):
     def __init__(self, prior: VariableKPrior) -> None:
         self.prior = prior
         self.alone = VariableKPrior(
-            Independent(Normal(torch.tensor([1.5]), torch.tensor([0.8])), 1),
+            Independent(Normal(torch.tensor([1.5]), torch.tensor([1.2])), 1),
             prior.cardinality_probs,
             shared=prior.shared,
             component_names=prior.layout.component_names,
@@ -124,7 +124,9 @@ class _Alone(SetDistribution):
         self.prior, self.layout, self.num_observations = prior, prior.layout, num
 
     def cardinality(self) -> Categorical:
-        return Categorical(self.prior.cardinality_probs.expand(self.num_observations, -1))
+        return Categorical(
+            self.prior.cardinality_probs.expand(self.num_observations, -1)
+        )
 
     def sample(self, sample_shape=(), k=None, generator=None) -> Tensor:
         prior, shape = self.prior, (*sample_shape, self.num_observations)
