@@ -124,9 +124,8 @@ class _Alone(SetDistribution):
         self.prior, self.layout, self.num_observations = prior, prior.layout, num
 
     def cardinality(self) -> Categorical:
-        return Categorical(
-            self.prior.cardinality_probs.expand(self.num_observations, -1)
-        )
+        probs = self.prior.cardinality_probs
+        return Categorical(probs.expand(self.num_observations, -1))
 
     def sample(self, sample_shape=(), k=None, generator=None) -> Tensor:
         prior, shape = self.prior, (*sample_shape, self.num_observations)
