@@ -54,42 +54,105 @@ def problem() -> Problem:
     return Problem("heights", prior, simulator)
 
 
-class Quadrature:
-    """The exact posterior of one x ``(T,)``, to 1e-6.
+class Quadrature(SetDistribution):
+    """The exact posterior of observations ``(B, T)``, by a rule of midpoints.
 
     Attributes:
-        log_evidence: Log p(x).
-        probs: p(K | x), ``(Kmax + 1,)``.
-        means: Posterior means of mean and width, ``(2,)``.
+        log_evidence: Log p(x), ``(B,)``, to 1e-6.
+        probs: p(K | x), ``(B, Kmax + 1)``.
+        means: Posterior means of mean and width, ``(B, 2)``.
     """
 
-    def __init__(self, x: Tensor, num: int = 400) -> None:
+    def __init__(self, x: Tensor, num: int = 100) -> None:
+        self.problem, self.x, self.num = problem(), x.double(), num
+        self.layout, self.num_observations = self.problem.layout, len(x)
         grid = (torch.arange(num, dtype=torch.float64) + 0.5) / num
-        mean, width = (
-            (low + (high - low) * grid)
-            for low, high in zip(LOW.double(), HIGH.double(), strict=True)
-        )
-        mean, width = torch.meshgrid(mean, width, indexing="ij")
-        power, inner = SHAPE.square().sum(), (SHAPE * x.double()).sum()
+        self.axes = LOW.double() + (HIGH - LOW).double() * grid.unsqueeze(-1)
+        mean, width = torch.meshgrid(*self.axes.T, indexing="ij")
+        power, inner = SHAPE.square().sum(), self.x @ SHAPE
+        inner = inner[:, None, None]
         terms = []
         for k in range(MOST + 1):
             # The covariance has one direction of its own.
             own = k * width.square()
-            rest = x.double() - k * mean.unsqueeze(-1) * SHAPE
+            square = self.x.square().sum(-1)[:, None, None]
+            square = square - 2 * k * mean * inner + (k * mean).square() * power
             along = inner - k * mean * power
-            chi = rest.square().sum(-1) - own * along.square() / (
-                SIGMA**2 + own * power
-            )
+            chi = square - own * along.square() / (SIGMA**2 + own * power)
             log_det = 2 * LENGTH * math.log(SIGMA) + torch.log1p(own * power / SIGMA**2)
-            terms.append(
-                -0.5 * (chi / SIGMA**2 + log_det + LENGTH * math.log(2 * math.pi))
-                + WEIGHTS[k].double().log()
-            )
-        joint = torch.stack(terms)
-        self.log_evidence = float(joint.flatten().logsumexp(0)) - 2 * math.log(num)
-        weights = joint.flatten().softmax(0).reshape(joint.shape)
-        self.probs = weights.sum((1, 2))
-        self.means = torch.stack([(weights * v).sum() for v in (mean, width)])
+            value = chi / SIGMA**2 + log_det + LENGTH * math.log(2 * math.pi)
+            terms.append(WEIGHTS[k].double().log() - 0.5 * value)
+        joint = torch.stack(terms, 1)  # (B, Kmax + 1, num, num)
+        self.log_evidence = joint.flatten(1).logsumexp(1) - 2 * math.log(num)
+        self.weights = joint.flatten(1).softmax(1).reshape(joint.shape)
+        self.probs = self.weights.sum((2, 3))
+        pairs = [(self.weights * v).sum((1, 2, 3)) for v in (mean, width)]
+        self.means = torch.stack(pairs, -1)
+
+    def cardinality(self) -> Categorical:
+        return Categorical(self.probs)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        theta = theta.double()
+        x = self.x.expand(*theta.shape[:-1], -1)
+        log_p = self.problem.prior.log_prob(theta)
+        inside = torch.isfinite(log_p)
+        log_p[inside] += self.problem.log_likelihood(theta[inside], x[inside])
+        return log_p - self.log_evidence
+
+    def sample(self, sample_shape=(), k=None, generator=None) -> Tensor:
+        shape = torch.Size(sample_shape)
+        weights = self.weights
+        if k is not None:
+            only = torch.zeros_like(weights)
+            only[:, k] = weights[:, k]
+            weights = only
+        cell = torch.multinomial(
+            weights.flatten(1), max(1, shape.numel()), True, generator=generator
+        )[:, : shape.numel()].mT  # (S, B)
+        count = cell // self.num**2
+        place = torch.stack([cell // self.num % self.num, cell % self.num], -1)
+        u = torch.rand(place.shape, generator=generator, dtype=torch.float64)
+        shared = LOW.double() + (HIGH - LOW).double() * (place + u) / self.num
+        mean, width = shared.unsqueeze(-2).unbind(-1)
+        # Heights of the prior, put right by what x says of their sum.
+        z = torch.randn(*cell.shape, MOST, generator=generator, dtype=torch.float64)
+        there = torch.arange(MOST) < count.unsqueeze(-1)
+        height = torch.where(there, mean + width * z, 0.0)
+        power, own = SHAPE.square().sum(), count * width.squeeze(-1).square()
+        noise = torch.randn(*cell.shape, generator=generator, dtype=torch.float64)
+        seen = self.x @ SHAPE / power + SIGMA / power.sqrt() * noise
+        miss = (seen - height.sum(-1)) / (own + SIGMA**2 / power)
+        height = height + (width.square() * miss.unsqueeze(-1)) * there
+        rows = self.layout.pack(count, height.unsqueeze(-1), shared).float()
+        return self.layout.canonical(rows).reshape(*shape, *rows.shape[1:])
+
+
+class Exact(Posterior):
+    """The posterior of :class:`Quadrature`."""
+
+    event_shape = torch.Size((LENGTH,))  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.prior = problem().prior
+
+    def given(self, x: Tensor) -> SetDistribution:
+        return Quadrature(x)
+
+
+class _Loose(Quadrature):
+    def sample(self, sample_shape=(), k=None, generator=None) -> Tensor:
+        rows = super().sample(sample_shape, k, generator)
+        if rows.ndim == 3:
+            rows[..., 1:3] = rows[..., 1:3].roll(1, dims=0)
+        return rows
+
+
+class Loose(Exact):
+    """As if shared parameters were drawn without a look at the components."""
+
+    def given(self, x: Tensor) -> SetDistribution:
+        return _Loose(x)
 
 
 class WithoutPopulation(Posterior):
