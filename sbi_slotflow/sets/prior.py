@@ -617,7 +617,7 @@ def _distribution_weights(cardinality: Distribution) -> Tensor:
     return cardinality.log_prob(k).exp()
 
 
-def _one_dimensional(distribution: Distribution, name: str) -> tuple[Distribution, int]:
+def _one_dimensional(distribution: Any, name: str) -> tuple[Distribution, int]:
     """An unchecked copy of a distribution over vectors, and their length."""
     if not isinstance(distribution, Distribution):
         raise TypeError(

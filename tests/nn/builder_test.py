@@ -580,6 +580,10 @@ def test_files_of_other_networks_stay_as_they_were(tiny) -> None:
 def test_options_that_do_not_go_with_a_population_are_refused() -> None:
     problem = pulses()
     theta, x = batch(problem)
-    for options in ({"shared_head": False}, {"weighed_sets": 8}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            slot_nn(problem, **SMALL, **options)(theta, x)
+    builder = slot_nn(problem, **SMALL)
+    for other in (
+        replace(builder, shared_head=False),
+        replace(builder, weighed_sets=8),
+    ):
+        with pytest.raises(ValueError, match=r"shared_head=False|weighed_sets must"):
+            other(theta, x)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import populations
 import pytest
@@ -28,7 +29,10 @@ from sbi_slotflow.sets.prior import VariableKPrior, check_covered
 
 LOW, HIGH = torch.tensor([0.0, 0.2]), torch.tensor([2.0, 0.8])
 SHARED = Independent(Uniform(LOW, HIGH), 1)
-NAMES = {"component_names": ("time", "flux"), "shared_names": ("mean", "width")}
+NAMES: dict[str, Any] = {
+    "component_names": ("time", "flux"),
+    "shared_names": ("mean", "width"),
+}
 
 
 def fluxes(shared: Tensor):
