@@ -130,7 +130,9 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
         refine_slots: Of joint anchored slots: Gauss-Newton steps (3 where the problem's
             signal can be fitted, else 0).
         weighed_sets: Of Gauss-Newton steps: sets of cells at most that are weighed by
-            their evidence, for each observation and K (512); 0 for none.
+            their evidence, for each observation and K (512; 0 where the prior's
+            components depend on shared parameters, of which evidence knows nothing); 0
+            for none.
         matching: Of independent slots: ``"hungarian"`` (the paper; the default; slots
             part ways soonest), ``"permanent"`` (the likelihood of the set; the highest
             where components overlap) or ``"ordered"`` (slot i learns the i-th component
@@ -273,6 +275,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             )
         event = x.shape[1:]
         self._check_classes()
+        self._check_population()
         encoder, described = self._encoder(event.numel())
         slots = self._slots(encoder, x)
         self._check_used(slots)
@@ -288,6 +291,7 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             shared_head=self.shared_head,
             noise_from_fit=bool(slots.get("refine_steps")) and self._noise_alone,
             noise_index=None if self._known is None else self._known.noise_level,
+            sees_components=prior.population is not None,
             flow=self._flow(slots),
             slots=slots,
             matching="ordered" if _is_joint(slots) else self.matching or "hungarian",
@@ -413,8 +417,10 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             "fit": describe("fit", self._fit) if steps else None,
         }
         if steps:
+            # The evidence of cells takes components as independent of each other.
+            usual = 512 if self._prior.population is None else 0
             sets = self.weighed_sets
-            options["weighed_sets"] = 512 if sets is None else sets
+            options["weighed_sets"] = usual if sets is None else sets
         return options
 
     def _flow(self, slots: dict[str, Any]) -> dict[str, Any]:
@@ -449,6 +455,22 @@ class slot_nn:  # noqa: N801  (a builder, named like sbi's posterior_nn)
             raise ValueError(
                 "components of several classes need coupling='joint', got "
                 f"{self.coupling!r}."
+            )
+
+    def _check_population(self) -> None:
+        """Raise ValueError if options do not go with components of a population."""
+        if self._prior.population is None:
+            return
+        if not self.shared_head:
+            raise ValueError(
+                "shared_head=False draws shared parameters from their prior, on which "
+                "the components of this prior depend: leave it True."
+            )
+        if self.weighed_sets:
+            raise ValueError(
+                "weighed_sets must be 0 where the prior's component is a function of "
+                "shared parameters: the evidence of cells takes components as "
+                f"independent of each other, got {self.weighed_sets}."
             )
 
     def _check_used(self, slots: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from .heads import (
     CardinalityHead,
     NoiseHead,
     PriorSharedHead,
+    SetSummary,
     SharedGivenX,
     SharedHead,
 )
@@ -523,11 +524,14 @@ def _shared_head(
     chart, largest = chart_from_spec(spec.shared_chart), spec.layout.max_cardinality
     if not spec.shared_head:
         return PriorSharedHead(chart)
+    summary = None
+    if spec.sees_components:
+        summary = SetSummary(chart_from_spec(spec.chart), largest)
     linear, shape = getattr(fit, "linear_shared", ()), getattr(fit, "noise_shape", ())
 
     def rest(inner: Chart, level: int | None) -> SharedHead | NoiseHead:
         if not spec.noise_from_fit:
-            return SharedHead(inner, features, largest)
+            return SharedHead(inner, features, largest, summary)
         if shape:
             return ShapeHead(inner, level, spec.num_data, features, largest)
         return NoiseHead(inner, spec.num_data, features, largest)

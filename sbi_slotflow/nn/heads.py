@@ -9,7 +9,8 @@ whose logits are trained with the training prior p(K) in place, so that another 
 can be put there afterwards. The shared head is a density of the shared parameters
 given x and K, trained by likelihood (the paper instead regresses a sampled sigma).
 Where components are found by least squares, :class:`NoiseHead` reads the noise level
-from the residual.
+from the residual. Where they come from a population whose parameters are shared, those
+are drawn given the components that were drawn before them (:class:`SetSummary`).
 
 Example:
     >>> head = CardinalityHead(4, torch.tensor([0.5, 0.5]).log())
@@ -39,6 +40,7 @@ __all__ = [
     "CardinalityHead",
     "NoiseHead",
     "PriorSharedHead",
+    "SetSummary",
     "SharedGivenX",
     "SharedHead",
 ]
@@ -53,6 +55,8 @@ _OPEN, _SLACK = 1e6, 1e-4
 _LEVELS = (torch.arange(1_000, dtype=torch.float64) + 0.5) / 1_000
 # Least precision of a natural coordinate, whose prior covers [-1, 1] or has unit width.
 _RIDGE = 1e-3
+# Of what is seen of a set: its width, and the largest coordinate.
+_SUMMARY, _FARTHEST = 32, 6.0
 
 
 class CardinalityHead(nn.Module):
@@ -70,22 +74,58 @@ class CardinalityHead(nn.Module):
         return functional.log_softmax(self.logits(embedding) + self.log_prior, dim=-1)
 
 
+class SetSummary(nn.Module):
+    r"""What a shared head sees of the components of N sets.
+
+    .. math::
+        h\left( \frac1K \sum_k u_k,\; \frac1K \sum_k u_k^2,\; K \right)
+
+    with u the coordinates of a component in its chart and h a small network: the mean
+    and the spread of a population, and of how many components they are known.
+    """
+
+    def __init__(self, chart: Chart, max_cardinality: int) -> None:
+        super().__init__()
+        self.chart, self.num_cardinalities = chart, max_cardinality + 1
+        features = 2 * chart.num_features + self.num_cardinalities
+        self.network = mlp(features, 2 * _SUMMARY, _SUMMARY)
+
+    def forward(self, components: Tensor, cardinality: Tensor) -> Tensor:
+        """Summarise components ``(N, Kmax, D)``, of which K ``(N,)`` are there."""
+        slots = torch.arange(components.shape[1], device=components.device)
+        active = (slots < cardinality.unsqueeze(-1)).unsqueeze(-1)
+        point = self.chart.some_point(components)
+        u, _ = self.chart.forward(torch.where(active, components, point))
+        u = torch.where(active, u.clamp(-_FARTHEST, _FARTHEST), 0.0).float()
+        count = cardinality.clamp(min=1).unsqueeze(-1)
+        sizes = functional.one_hot(cardinality, self.num_cardinalities).to(u)
+        moments = u.sum(1) / count, u.square().sum(1) / count
+        return self.network(torch.cat([*moments, sizes], -1))
+
+
 class SharedHead(nn.Module):
     """Density of the shared parameters ``(N, S)`` of N rows, given x and K.
 
     ``level`` is the log of the residual's standard deviation in each row, shape
-    ``(N,)``; only :class:`NoiseHead` reads it.
+    ``(N,)``; only :class:`NoiseHead` reads it. With a ``summary`` the density is one
+    given the components too.
     """
 
     def __init__(
-        self, chart: Chart, embedding_features: int, max_cardinality: int
+        self,
+        chart: Chart,
+        embedding_features: int,
+        max_cardinality: int,
+        summary: SetSummary | None = None,
     ) -> None:
         super().__init__()
-        self.chart = chart
+        self.chart, self.summary = chart, summary
+        layers = 1 if chart.num_features == 1 else 2
         self.flow = ConditionalFlow(
             chart.num_features,
             embedding_features + max_cardinality + 1,
-            num_layers=1 if chart.num_features == 1 else 2,
+            num_layers=layers if summary is None else 2 * layers,
+            own_features=0 if summary is None else _SUMMARY,
         )
 
     def log_prob(
@@ -243,6 +283,11 @@ class BackgroundHead(nn.Module):
 
         return moments
 
+    @property
+    def summary(self) -> SetSummary | None:
+        """What the head of the other shared parameters sees of the components."""
+        return getattr(self.others, "summary", None)
+
     def log_prob(
         self,
         shared: Tensor,
@@ -327,7 +372,7 @@ class PriorSharedHead(SharedHead):
 
     def __init__(self, chart: Chart) -> None:
         nn.Module.__init__(self)
-        self.chart = chart
+        self.chart, self.summary = chart, None
 
     def _log_density(self, u: Tensor, context: RowContext) -> Tensor:
         normal = torch.distributions.Normal(u.new_zeros(()), u.new_ones(()))
@@ -363,9 +408,10 @@ class SharedGivenX:
     ) -> Tensor:
         """Evaluate N rows of observations ``(N,)`` and K; see :class:`SharedHead`.
 
-        Components ``(N, Kmax, D)`` are looked at by heads that read residuals alone.
+        Components ``(N, Kmax, D)`` are looked at by heads that read residuals, and by
+        those with a :class:`SetSummary`.
         """
-        context = self._context(owner, cardinality)
+        context = self._context(owner, cardinality, components)
         if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
             return cast(Any, self.head).log_prob(shared, context, level, moments)
@@ -380,7 +426,7 @@ class SharedGivenX:
         components: Tensor | None = None,
     ) -> Tensor:
         """Draw N rows; see :meth:`log_prob`."""
-        context = self._context(owner, cardinality)
+        context = self._context(owner, cardinality, components)
         if self._moments is not None:
             moments = self._moments_of(owner, cardinality, components)
             return cast(Any, self.head).sample(context, generator, level, moments)
@@ -394,8 +440,14 @@ class SharedGivenX:
         slots = torch.arange(components.shape[1], device=components.device)
         return self._moments(owner, components, slots < cardinality.unsqueeze(-1))
 
-    def _context(self, owner: Tensor, cardinality: Tensor) -> RowContext:
-        return RowContext(self._values, owner * self._sizes + cardinality)
+    def _context(
+        self, owner: Tensor, cardinality: Tensor, components: Tensor | None
+    ) -> RowContext:
+        summary, own = getattr(self.head, "summary", None), None
+        if summary is not None:
+            assert components is not None
+            own = summary(components, cardinality)
+        return RowContext(self._values, owner * self._sizes + cardinality, own)
 
 
 def _nothing(rows: Tensor) -> RowContext:

@@ -89,6 +89,8 @@ class EstimatorSpec:
     noise_from_fit: bool = False
     # Index of the noise level among the shared parameters; None if it is none of them
     noise_index: int | None = None
+    # Whether the shared parameters are drawn given the components of a population
+    sees_components: bool = False
     event_shape: tuple[int, ...] | None = None  # Shape of one x; None for (num_data,)
     # Numbers by which the space that fits look at is known; None for that of the data
     white_space: tuple[float, ...] | None = None
@@ -113,6 +115,8 @@ class EstimatorSpec:
             ValueError: If a prior's distribution is of a class of the user's own.
         """
         entries = _lists(asdict(self))
+        if not self.sees_components:  # as files were before there were populations
+            del entries["sees_components"]
         # Whether a parameter is circular is the prior's to say; nothing here needs it.
         for layout in (entries["layout"], *_class_layouts(entries["layout"])):
             del layout["periods"]
@@ -129,7 +133,8 @@ class EstimatorSpec:
             names = {f.name for f in fields(cls)}
             # Older files do not name it: nothing then read it.
             younger = ("noise_index", "event_shape", "white_space")
-            entries = {**dict.fromkeys(younger), **entries}
+            absent = {**dict.fromkeys(younger), "sees_components": False}
+            entries = {**absent, **entries}
             if set(entries) != names:
                 raise ValueError(f"unexpected fields {sorted(set(entries) ^ names)}")
             changes = {

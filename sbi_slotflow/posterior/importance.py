@@ -15,6 +15,9 @@ q may cost much more than the likelihood, so J has only those components without
 the set is still plausible: by posterior density times p_c, within :math:`e^{-15}` of
 the one that is missed least. A draw whose own additional component is not among them is
 not counted, so that q' is the density of those that are.
+
+Where components come from a population, p_c is its density given the shared parameters
+that the set has, without c as with it.
 """
 
 import math
@@ -26,7 +29,7 @@ from torch.distributions import Categorical
 
 from ..seeding import forked_rng
 from ..sets.distribution import SetDistribution
-from ..sets.layout import ThetaLayout
+from ..sets.layout import ThetaLayout, ThetaParts
 from ..sets.prior import VariableKPrior
 from .component_proposals import PriorComponents
 
@@ -138,7 +141,7 @@ class WithExtraComponent:
         parts = layout.unpack(theta)
         with forked_rng(generator):
             chosen = torch.rand(theta.shape[:-1], device=theta.device) < self.share
-            extra = self.prior.component.sample(torch.Size((chosen.numel(),)))
+            extra = self.prior.draw_component(parts.shared.flatten(0, -2))
         chosen &= entries(self._extended, parts.cardinality)
         extra = extra.reshape(*chosen.shape, -1).to(theta)
         slots = torch.arange(layout.max_cardinality, device=theta.device)
@@ -165,7 +168,7 @@ class WithExtraComponent:
         longer = entries(self._extended, k - 1) & (k > 0)
         in_doubt = self._in_doubt(theta, longer)
         rest = self._of_shorter(self.proposal.log_prob, theta, in_doubt)
-        extra = self._log_component(layout.unpack(theta).components)
+        extra = self._log_component(layout.unpack(theta))
         terms = rest + extra + math.log(self.share)
         return torch.cat([(log_q + keep.log()).unsqueeze(-1), terms], -1).logsumexp(-1)
 
@@ -177,7 +180,7 @@ class WithExtraComponent:
         if not (present.sum(-1) > 1).any():
             return present
         rest = self._of_shorter(self.log_target, theta, present)
-        value = rest + self._log_component(parts.components)
+        value = rest + self._log_component(parts)
         return present & (value >= value.amax(-1, keepdim=True) - _IN_DOUBT)
 
     def _of_shorter(
@@ -200,7 +203,10 @@ class WithExtraComponent:
         out = torch.where(asked, out, -torch.inf)
         return out.unflatten(0, (most, num)).movedim(0, -1)
 
-    def _log_component(self, components: Tensor) -> Tensor:
+    def _log_component(self, parts: ThetaParts) -> Tensor:
+        if self.prior.population is not None:
+            return self.prior.log_density_of_components(parts).double()
+        components = parts.components
         flat = components.reshape(-1, components.shape[-1])
         inside = self.prior.component_marginals.middle(flat)
         zero = (flat == 0).all(-1, keepdim=True)  # padding, which is not used

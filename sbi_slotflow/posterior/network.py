@@ -1,6 +1,8 @@
 r"""The trans-dimensional posterior q(K, Theta, s | x), sbi's ``DirectPosterior``.
 
-Slots draw inside the prior's support by construction, except for a least separation.
+Slots draw inside the prior's support by construction, except for a least separation,
+and for bounds of components that follow shared parameters; what is said of the one
+holds for the other.
 Independent slots do not know of each other, so their sets are truncated to those that
 keep the separation: K is drawn first and the components given K are redrawn until they
 keep it, which leaves q(K | x) as it is, and densities are divided by the probability
@@ -33,7 +35,7 @@ from ..nn.estimator import SlotDensityEstimator
 from ..nn.set_distribution import NetworkSets
 from ..seeding import generator_for
 from ..sets.distribution import SetDistribution
-from ..sets.prior import VariableKPrior
+from ..sets.prior import VariableKPrior, check_independent
 from .datatree import SignalModel
 from .importance import entries
 from .refinable import Refinable
@@ -67,11 +69,21 @@ class SeparatedSets(SetDistribution):
 
     @property
     def may_collide(self) -> bool:
-        """Whether slots can miss a separation that the prior asks for."""
+        """Whether slots can miss a separation or bounds that the prior asks for."""
+        if self._bounds_follow:
+            return True
         if self.prior.min_separation is None:
             return False
         # Cells stand along an axis, and know nothing of what lies beyond its ends.
         return not self.slots.keeps_separation or self.prior.separated_around
+
+    @property
+    def _bounds_follow(self) -> bool:
+        population = self.prior.population
+        return population is not None and population.bounds_follow_shared
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return self.prior.separated(rows) & self.prior.keeps_bounds(rows)
 
     def cardinality(self) -> Categorical:
         """See :meth:`SetDistribution.cardinality`."""
@@ -112,14 +124,16 @@ class SeparatedSets(SetDistribution):
     def log_acceptance(self, cardinalities: Iterable[int]) -> Tensor:
         """Estimate log a_K(x) ``(B, Kmax + 1)`` of some cardinalities.
 
-        It is zero for others, for K < 2 and where no separation is asked for. The
-        relative error of a_K is about ``sqrt((1 / a_K - 1) / 10_000)``.
+        It is zero for others, where nothing is asked for, and for K too small to miss
+        it: below 2 for a separation, below 1 for bounds. The relative error of a_K is
+        about ``sqrt((1 / a_K - 1) / 10_000)``.
         """
         columns = torch.zeros_like(self.slots.log_cardinality)
         if not self.may_collide:
             return columns
+        least = 1 if self._bounds_follow else 2
         for k in cardinalities:
-            if k < 2 or not self.prior.cardinality_probs[k] > 0:
+            if k < least or not self.prior.cardinality_probs[k] > 0:
                 continue
             with self._lock:
                 if k not in self._accepted:
@@ -136,7 +150,7 @@ class SeparatedSets(SetDistribution):
         for start in range(0, _NUM_DRAWS, step):
             num = min(step, _NUM_DRAWS - start)
             rows = self.slots.sample((num,), k, generator)
-            kept += self.prior.separated(rows).sum(0)
+            kept += self._kept(rows).sum(0)
         # Half a draw keeps the logarithm finite where none was kept.
         return ((kept + 0.5) / (_NUM_DRAWS + 0.5)).log()
 
@@ -146,7 +160,7 @@ class SeparatedSets(SetDistribution):
         """Draw rows ``(num, B, E)`` that keep the separation."""
         rows = self.slots.sample((num,), k, generator).flatten(0, 1)
         owner, counts = self.slots.owners(num), self.layout.cardinality(rows)
-        left = (~self.prior.separated(rows)).nonzero().squeeze(-1)
+        left = (~self._kept(rows)).nonzero().squeeze(-1)
         rounds = 1
         while len(left):
             if rounds == _FIRST_ROUNDS:
@@ -175,7 +189,7 @@ class SeparatedSets(SetDistribution):
         num = max(1, _MIN_CANDIDATES // len(left))
         tried = left.repeat_interleave(num)
         new = self.slots.draw(owner[tried], counts[tried], generator)
-        kept = self.prior.separated(new).reshape(-1, num)
+        kept = self._kept(new).reshape(-1, num)
         first = kept.int().argmax(-1)
         chosen = new.reshape(len(left), num, -1)[torch.arange(len(left)), first]
         found = kept.any(-1)
@@ -342,6 +356,7 @@ class SlotPosterior(Refinable, DirectPosterior):  # pyright: ignore[reportIncomp
             raise TypeError(f"share must be a number, got {type(share).__name__}.")
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {share}.")
+        check_independent(self.prior, "the evidence of cells")
         if not self.posterior_estimator.has_evidence:
             raise TypeError(
                 "this network weighs no sets of cells: evidence needs a problem whose "

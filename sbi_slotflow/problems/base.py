@@ -27,7 +27,7 @@ from ..nn.encoders import MLPEncoder
 from ..nn.gauss_newton import SignalFit
 from ..sets.checks import Numbers, simulate
 from ..sets.layout import ThetaLayout
-from ..sets.prior import VariableKPrior
+from ..sets.prior import VariableKPrior, check_independent
 from .linear import LinearForm
 from .noise import GaussianNoise
 from .simulator import AdditiveSimulator, WhiteNoise
@@ -229,6 +229,7 @@ class Problem:
                 "linear_form() in which parameters components are linear (a Trace by "
                 'linear=["amplitude"], for example).'
             )
+        check_independent(self.prior, "the collapsed sampler")
         noise = self.simulator.noise
         own = type(self.simulator).noise_log_prob
         gaussian = isinstance(noise, WhiteNoise | GaussianNoise)

@@ -303,6 +303,12 @@ class ClassLeastSquares(AdditiveLeastSquares):
 
 
 def _without_shared(prior: VariableKPrior) -> VariableKPrior:
+    if prior.population is not None:
+        raise ValueError(
+            "members must have components that are independent of the shared "
+            "parameters, got a prior whose component is a function of them: one class "
+            "alone may have a population."
+        )
     layout = prior.layout
     return VariableKPrior(
         prior.component,

@@ -26,6 +26,7 @@ from ..posterior.draws import ChainDraws, RefinedPosterior
 from ..problems.base import Problem
 from ..seeding import generator_for
 from ..sets.checks import as_count, as_floats
+from ..sets.prior import check_independent
 
 __all__ = ["collapsed", "fixed_k", "laplace_proposal"]
 
@@ -67,7 +68,7 @@ def collapsed(
         ValueError: If x is malformed, a number is not positive, or a row of ``start``
             lies outside the prior's support.
     """
-    problem = _checked(problem)
+    problem = _checked(problem, "rjmcmc.collapsed")
     if start is not None:
         options["start"] = _starts(problem, x, start, options.get("seed", 0))
     return problem.collapsed(x, **options)
@@ -123,7 +124,8 @@ def laplace_proposal(
         TypeError: If the problem has none.
         ValueError: If x is malformed or a cardinality impossible.
     """
-    return _checked(problem).laplace_proposal(x, cardinalities=cardinalities, seed=seed)
+    problem = _checked(problem, "rjmcmc.laplace_proposal")
+    return problem.laplace_proposal(x, cardinalities=cardinalities, seed=seed)
 
 
 def fixed_k(
@@ -153,6 +155,7 @@ def fixed_k(
         UnreliableWeights: If k-hat exceeds 0.7 or too few draws are effective, as where
             a component is too weak to have one mode.
     """
+    problem = _checked(problem, "rjmcmc.fixed_k")
     weights = torch.zeros(problem.prior.max_cardinality + 1)
     if not 0 <= k < len(weights) or problem.prior.cardinality_probs[k] == 0:
         raise ValueError(f"k must be a cardinality that the prior allows, got {k!r}.")
@@ -171,7 +174,8 @@ def fixed_k(
     return result
 
 
-def _checked(problem: Problem) -> Problem:
+def _checked(problem: Problem, what: str) -> Problem:
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}.")
+    check_independent(problem.prior, what)
     return problem

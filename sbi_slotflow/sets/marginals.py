@@ -60,6 +60,7 @@ from .transforms import (
     Logit,
     LowerTriangular,
     StraightTails,
+    Table,
     Transform,
     log_normal,
 )
@@ -73,7 +74,11 @@ __all__ = [
     "NormalScore",
     "Place",
     "ScoredMarginal",
+    "TabulatedMarginal",
+    "ends_of",
+    "fitted_marginal",
     "in_double",
+    "line_of",
     "marginal_from_spec",
     "marginals_of",
 ]
@@ -330,7 +335,7 @@ class ScoredMarginal(Marginal):
     def score(self) -> Transform:
         """Phi^-1(F), with straight tails."""
         ends = -_FARTHEST_SCORE, _FARTHEST_SCORE
-        return StraightTails(NormalScore(self), _to_line(*self.bounds), ends)
+        return StraightTails(NormalScore(self), line_of(*self.bounds), ends)
 
     def fraction(self, value: Tensor) -> Tensor:
         """See :meth:`Marginal.fraction`."""
@@ -379,7 +384,36 @@ class FittedMarginal(Marginal):
     @cached_property
     def score(self) -> Transform:
         """The map to the line, and to a standard variable."""
-        return Compose([_to_line(*self.bounds), Affine(self.location, self.scale)])
+        return Compose([line_of(*self.bounds), Affine(self.location, self.scale)])
+
+
+@dataclass(frozen=True)
+class TabulatedMarginal(Marginal):
+    """A logarithm or a logit, then a table of normal scores.
+
+    ``knots`` are values on the line, their normal scores, and the log of the slope
+    there; ``name`` says what was tabulated.
+    """
+
+    bounds: tuple[float, float]
+    ends: tuple[float, float]
+    name: str
+    knots: tuple[tuple[float, ...], ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See :attr:`Marginal.spec`."""
+        low, high = (end if math.isfinite(end) else None for end in self.bounds)
+        spec = {"family": "tabulated", "name": self.name, "low": low, "high": high}
+        return {**spec, "ends": list(self.ends), "knots": [list(k) for k in self.knots]}
+
+    @cached_property
+    def score(self) -> Transform:
+        """The map to the line, and the table."""
+        return Compose([line_of(*self.bounds), Table(self.knots)])
 
 
 @dataclass(frozen=True)
@@ -602,16 +636,20 @@ def marginal_from_spec(spec: Mapping[str, Any]) -> Marginal:
     family = spec.get("family")
     if family in _FORMULAS:
         return ClosedMarginal(family, spec["a"], spec["b"])
-    if family == "fitted":
+    if family in ("fitted", "tabulated"):
         low = -math.inf if spec["low"] is None else spec["low"]
         high = math.inf if spec["high"] is None else spec["high"]
+        if family == "tabulated":
+            knots = tuple(map(tuple, spec["knots"]))
+            ends = tuple(spec["ends"])
+            return TabulatedMarginal((low, high), ends, spec["name"], knots)
         fit = spec["name"], spec["location"], spec["scale"]
         return FittedMarginal((low, high), tuple(spec["ends"]), *fit)
     if family == "scored":
         distribution, index = distribution_from(spec["distribution"]), spec["index"]
         low, high = (float(end[index]) for end in bounds_of(distribution))
         return ScoredMarginal((low, high), tuple(spec["ends"]), distribution, index)
-    families = (*_FORMULAS, "fitted", "scored")
+    families = (*_FORMULAS, "fitted", "scored", "tabulated")
     raise ValueError(f"family must be one of {families}, got {family!r}.")
 
 
@@ -633,7 +671,7 @@ def _part(
     if closed is not None:
         return closed, None
     bounds = list(zip(low.tolist(), high.tolist(), strict=True))
-    columns = list(zip(bounds, _ends_of(batch, low, high), strict=True))
+    columns = list(zip(bounds, ends_of(batch, low, high), strict=True))
     if batch is not None:
         law = in_double(batch)
         # A class of the user's own stays as it is, wherever the prior is moved to.
@@ -645,7 +683,7 @@ def _part(
         draws = distribution.sample(torch.Size((_NUM_DRAWS,)))
     draws = draws.double().reshape(_NUM_DRAWS, len(low)).cpu()
     pairs = zip(columns, draws.unbind(-1), strict=True)
-    fitted = [_fitted(name, *column, values) for column, values in pairs]
+    fitted = [fitted_marginal(name, *column, values) for column, values in pairs]
     if batch is not None or len(low) == 1:
         return fitted, None
     u, _ = Columns([m.score for m in fitted]).forward(draws)
@@ -712,7 +750,7 @@ def _has_scores(batch: Distribution, num: int) -> bool:
     return bool((again - share).abs().max() < 1e-4 and (value.diff(dim=0) > 0).all())
 
 
-def _ends_of(
+def ends_of(
     batch: Distribution | None, low: Tensor, high: Tensor
 ) -> list[tuple[float, float]]:
     """Least and largest number in single precision that has a density.
@@ -737,11 +775,11 @@ def _ends_of(
     return list(zip(*sides, strict=True))
 
 
-def _fitted(
+def fitted_marginal(
     name: str, bounds: tuple[float, float], ends: tuple[float, float], draws: Tensor
 ) -> FittedMarginal:
     """Shift and scale of draws on the line."""
-    line, _ = _to_line(*bounds).forward(draws)
+    line, _ = line_of(*bounds).forward(draws)
     shares = torch.tensor(_SHARES).double()
     below, middle, above = line.quantile(shares).tolist()
     scale = 0.5 * (above - below)
@@ -755,7 +793,7 @@ def _fitted(
     return FittedMarginal(bounds, ends, name, middle, scale)
 
 
-def _to_line(low: float, high: float) -> Transform:
+def line_of(low: float, high: float) -> Transform:
     """The step from an interval to the real line."""
     if math.isfinite(low) and math.isfinite(high):
         return Logit(low, high)

@@ -125,6 +125,7 @@ class MultiClassPrior(VariableKPrior):
             if isinstance(prior, MultiClassPrior):
                 raise ValueError(f"class {name!r} must not have classes of its own.")
         self.classes = dict(classes)
+        self.population = None
         self.shared, num_shared = None, 0
         if shared is not None:
             self.shared, num_shared = _one_dimensional(shared, "shared")

@@ -8,7 +8,8 @@ is the density of the *set*, with respect to Lebesgue measure on the canonical r
 (components ascending in the ``order_by`` parameter). It is the same for every
 relabelling of a row and integrates to 1 over the canonical region. ``Z_K`` is the
 probability that K independent components keep the least separation; it is 1 without
-one.
+one. Where components come from a population whose parameters are shared,
+:math:`p(\theta_k)` is :math:`p(\theta_k | s)` (:mod:`.population`).
 """
 
 import math
@@ -30,6 +31,7 @@ from .checks import Numbers, as_floats, as_shape, warn_without_slots
 from .laws import log_density
 from .layout import ThetaLayout, ThetaParts
 from .marginals import Marginal, Marginals, in_double, marginals_of
+from .population import Component, Population
 from .separation import log_separation_constant, sample_separated, smallest_gap
 
 __all__ = ["VariableKPrior", "cardinality_weights"]
@@ -44,7 +46,11 @@ class VariableKPrior(Distribution):
 
     Args:
         component: Distribution of one component, event shape ``(D,)`` (sbi's
-            ``BoxUniform`` and ``MultipleIndependent`` included).
+            ``BoxUniform`` and ``MultipleIndependent`` included). Or a function of the
+            shared parameters ``(B, S)`` that returns the distribution of a component
+            given each row of them: one of batch shape ``(B,)`` and event shape
+            ``(D,)``, or a list of D univariate ones of batch shape ``(B,)`` or ``()``.
+            Components are then drawn from a population, p(theta_k | s).
         cardinality: Weights of K = 0..Kmax (normalised here), or a distribution over
             0..Kmax such as a ``Categorical``.
         shared: Distribution of the shared parameters, event shape ``(S,)``.
@@ -57,12 +63,36 @@ class VariableKPrior(Distribution):
         periods: Periods of circular parameters by name.
         validate_args: As in torch; sbi switches it off.
 
+    Attributes:
+        component: Distribution of one component. Of a population it is the marginal,
+            whatever the shared parameters are.
+        population: The density of components given shared parameters, a
+            :class:`.population.Population`; None where they are independent of them.
+
     Raises:
-        TypeError: If ``component`` or ``shared`` is not a torch distribution.
+        TypeError: If ``component`` or ``shared`` is not a torch distribution, or
+            ``component`` no function that returns one.
         ValueError: If an event is not one-dimensional or has a support that is no
             product of intervals, a weight is negative, NaN or all are zero, names
             collide, ``order_by`` is out of range, a period is not positive or of no
-            parameter, or the separation is impossible.
+            parameter, the separation is impossible, or ``component`` is a function and
+            ``shared`` is missing.
+
+    Example:
+        Times are uniform; fluxes have a mean and a width that all share:
+
+        >>> from torch.distributions import Independent, Normal, Uniform
+        >>> def component(shared):
+        ...     mean, width = shared.unbind(-1)
+        ...     return [Uniform(0.0, 10.0), Normal(mean, width)]
+        >>> low, high = torch.tensor([0.0, 0.1]), torch.tensor([3.0, 0.5])
+        >>> prior = VariableKPrior(
+        ...     component, [1, 1, 1], shared=Independent(Uniform(low, high), 1),
+        ...     component_names=("time", "flux"), shared_names=("mean", "width"))
+        >>> prior.layout.names[:4]
+        ['K', 'mean', 'width', 'time_1']
+        >>> prior.log_prob(prior.sample((5,))).shape
+        torch.Size([5])
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -70,7 +100,7 @@ class VariableKPrior(Distribution):
 
     def __init__(
         self,
-        component: Distribution,
+        component: Distribution | Component | Population,
         cardinality: Sequence[float] | Tensor | Distribution,
         *,
         shared: Distribution | None = None,
@@ -81,10 +111,15 @@ class VariableKPrior(Distribution):
         periods: Mapping[str, float] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.component, num_params = _one_dimensional(component, "component")
         self.shared, num_shared = None, 0
         if shared is not None:
             self.shared, num_shared = _one_dimensional(shared, "shared")
+        self.population = self._population(component)
+        if self.population is None:
+            self.component, num_params = _one_dimensional(component, "component")
+        else:
+            self.component = self.population.marginal
+            num_params = self.population.num_params
         weights = cardinality_weights(cardinality)
         names = _names(component_names, "theta", num_params)
         if isinstance(order_by, str):
@@ -102,10 +137,15 @@ class VariableKPrior(Distribution):
             periods=dict(periods or {}),
         )
         self.cardinality_probs = weights
-        self.component_marginals = marginals_of(
-            self.component, self.layout.component_periods
-        )
-        self._component_law = _law(self.component, self.component_marginals)
+        self._component_law = None
+        turns = self.layout.component_periods
+        if self.population is None:
+            self.component_marginals = marginals_of(self.component, turns)
+            self._component_law = _law(self.component, self.component_marginals)
+        else:
+            marginals = self.population.marginals
+            whitening = marginals.whitening
+            self.component_marginals = Marginals(list(marginals), turns, whitening)
         self.shared_marginals, self._shared_law = Marginals(()), None
         if self.shared is not None:
             turns = self.layout.shared_periods
@@ -215,7 +255,7 @@ class VariableKPrior(Distribution):
                 f"(K = 0..{self.max_cardinality}), got {len(weights)}."
             )
         return VariableKPrior(
-            self.component,
+            self.component if self.population is None else self.population,
             weights.to(self.cardinality_probs.device),
             shared=self.shared,
             min_separation=self.min_separation,
@@ -241,11 +281,56 @@ class VariableKPrior(Distribution):
         laws = [
             law.distribution for law in (self._component_law, self._shared_law) if law
         ]
-        for distribution in (self.component, self.shared, *laws):
+        components = [self.component]
+        if self.population is not None:
+            self.population.to(device)
+            components = []
+        for distribution in (*components, self.shared, *laws):
             if distribution is not None:
                 move_all_tensor_to_device(distribution, device)
         self.__dict__.pop("_moments", None)
         return self
+
+    def draw_component(self, shared: Tensor) -> Tensor:
+        """Draw one component ``(N, D)`` given each row of shared parameters ``(N, S)``.
+
+        By torch's global generator; those that no population ties to them are
+        independent of them.
+        """
+        if self.population is None:
+            num = torch.Size((len(shared),))
+            return self.component.sample(num).reshape(len(shared), -1)
+        return self.population.sample(shared, 1)[:, 0]
+
+    def log_density_of_components(self, parts: ThetaParts) -> Tensor:
+        """Log density of each component ``(..., Kmax)``, given the shared parameters.
+
+        It is zero where there is no component, -inf outside the support.
+        """
+        # Padding becomes a point of the support, so that its gradient is no NaN.
+        filled = torch.where(
+            parts.mask.unsqueeze(-1),
+            parts.components,
+            self.component_marginals.middle(parts.components),
+        )
+        if self.population is None:
+            assert self._component_law is not None
+            each = self._component_law.log_density(filled)
+        else:
+            assert self._shared_law is not None
+            # Nor may a distribution be made of parameters that are impossible.
+            there = torch.isfinite(self._shared_law.log_density(parts.shared))
+            middle = self.shared_marginals.middle(parts.shared)
+            shared = torch.where(there.unsqueeze(-1), parts.shared, middle)
+            each = self.population.log_density(filled, shared)
+        return torch.where(parts.mask, each, each.new_zeros(()))
+
+    def keeps_bounds(self, theta: Tensor) -> Tensor:
+        """Tell which rows ``(..., E)`` keep the bounds that shared parameters set."""
+        if self.population is None or not self.population.bounds_follow_shared:
+            return torch.ones(theta.shape[:-1], dtype=torch.bool, device=theta.device)
+        parts = self.layout.unpack(theta)
+        return torch.isfinite(self.log_density_of_components(parts)).all(-1)
 
     def separated(self, theta: Tensor) -> Tensor:
         """Tell which rows ``(..., E)``, in any order, keep the least separation.
@@ -289,8 +374,14 @@ class VariableKPrior(Distribution):
     def _draw_given(self, k: Tensor) -> Tensor:
         """Rows with such cardinalities ``(N,)``."""
         layout, num = self.layout, len(k)
-        draws = self.component.sample(torch.Size((num * layout.max_cardinality,)))
-        components = draws.reshape(num, layout.max_cardinality, -1).float()
+        shared = None
+        if self.population is None:
+            draws = self.component.sample(torch.Size((num * layout.max_cardinality,)))
+            components = draws.reshape(num, layout.max_cardinality, -1).float()
+        else:
+            shared = self._draw_shared(num)
+            assert shared is not None
+            components = self.population.sample(shared, layout.max_cardinality)
         if self.min_separation is not None:
             components[..., layout.order_by] = sample_separated(
                 k,
@@ -300,22 +391,18 @@ class VariableKPrior(Distribution):
                 circular=self._order_period is not None,
             ).float()
         components = self.component_marginals.clamp(components)
-        shared = None
-        if self.shared is not None:
-            shared = self.shared.sample(torch.Size((num,))).reshape(num, -1).float()
-            shared = self.shared_marginals.clamp(shared)
+        shared = self._draw_shared(num) if shared is None else shared
         return layout.canonical(layout.pack(k, components, shared))
+
+    def _draw_shared(self, num: int) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared = self.shared.sample(torch.Size((num,))).reshape(num, -1).float()
+        return self.shared_marginals.clamp(shared)
 
     def _log_densities(self, parts: ThetaParts) -> tuple[Tensor, Tensor]:
         """Of components ``(..., Kmax)`` and shared parameters; zero where none are."""
-        # Padding becomes a point of the support, so that its gradient is no NaN.
-        filled = torch.where(
-            parts.mask.unsqueeze(-1),
-            parts.components,
-            self.component_marginals.middle(parts.components),
-        )
-        each = self._component_law.log_density(filled)
-        each = torch.where(parts.mask, each, each.new_zeros(()))
+        each = self.log_density_of_components(parts)
         shared = torch.zeros_like(each[..., 0])
         if self._shared_law is not None:
             shared = self._shared_law.log_density(parts.shared)
@@ -331,6 +418,21 @@ class VariableKPrior(Distribution):
         each, shared = densities
         inside &= torch.isfinite(each).all(-1) & torch.isfinite(shared)
         return inside & self.separated(value)
+
+    def _population(
+        self, component: Distribution | Component | Population
+    ) -> Population | None:
+        """The population that components come from, None for a distribution."""
+        if isinstance(component, Population):
+            return component
+        if isinstance(component, Distribution) or not callable(component):
+            return None
+        if self.shared is None:
+            raise ValueError(
+                "component is a function of the shared parameters, of which there are "
+                "none: shared must be their distribution, got None."
+            )
+        return Population(component, self.shared)
 
     def _checked_separation(self, separation: float | None) -> float | None:
         if separation is None or separation == 0:
@@ -393,6 +495,16 @@ class _SetSupport(constraints.Constraint):
         return self.prior._inside(value, parts, self.prior._log_densities(parts))
 
 
+def check_independent(prior: VariableKPrior, what: str) -> None:
+    """Raise TypeError if components depend on each other by shared parameters."""
+    if prior.population is not None:
+        raise TypeError(
+            f"{what} takes components as independent of the shared parameters, but "
+            "component is a function of them in this prior: its answer would be wrong. "
+            "refine(..., method='smc') is exact."
+        )
+
+
 def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     """Check that a new prior lies within the support of an old one.
 
@@ -419,6 +531,9 @@ def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     if not missed.any():
         return
     share = f"{missed.double().mean():.1%}"
+    of = "by their separation"
+    if not old.keeps_bounds(rows).all():
+        of = "by bounds that follow shared parameters"
     if old.layout.num_counts > 1:
         raise ValueError(
             "prior must lie within the training prior's support, got one of which "
@@ -439,7 +554,7 @@ def check_covered(new: VariableKPrior, old: VariableKPrior) -> None:
     raise ValueError(
         "prior must lie within the training prior's support, got one of which "
         f"{share} of the draws do not"
-        + (f": {', '.join(beyond)}." if beyond else ", by their separation.")
+        + (f": {', '.join(beyond)}." if beyond else f", {of}.")
     )
 
 
@@ -502,7 +617,7 @@ def _distribution_weights(cardinality: Distribution) -> Tensor:
     return cardinality.log_prob(k).exp()
 
 
-def _one_dimensional(distribution: Distribution, name: str) -> tuple[Distribution, int]:
+def _one_dimensional(distribution: Any, name: str) -> tuple[Distribution, int]:
     """An unchecked copy of a distribution over vectors, and their length."""
     if not isinstance(distribution, Distribution):
         raise TypeError(

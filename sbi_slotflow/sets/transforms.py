@@ -7,7 +7,8 @@ them.
 
 ========================  ==========================================================
 on numbers                :class:`Affine`, :class:`Logarithm`, :class:`Logit`,
-                          :class:`StraightTails`, :class:`Bend`, :class:`Cut`
+                          :class:`StraightTails`, :class:`Table`, :class:`Bend`,
+                          :class:`Cut`
 on vectors                :class:`Columns`, :class:`LowerTriangular`,
                           :class:`Permutation`, :class:`Shear`, :class:`Polar`
 both                      :class:`Compose`
@@ -47,6 +48,7 @@ __all__ = [
     "Polar",
     "Shear",
     "StraightTails",
+    "Table",
     "Transform",
     "log_normal",
     "solve_lower",
@@ -162,6 +164,72 @@ class StraightTails(Transform):
             w = self._w[i] + (y - self._y[i]) / self._slope[i]
             x = torch.where(beyond, self.outer.inverse(w), x)
         return x
+
+
+class Table(Transform):
+    r"""An increasing step through points with slopes, straight beyond the last ones.
+
+    Between two points it is the quotient of two quadratics (Gregory and Delbourgo
+    1982), which increases whatever the slopes are, and has an inverse in closed form.
+
+    Args:
+        knots: Rows ``(M, 3)`` of x, y and the log-slope there, x and y increasing.
+    """
+
+    def __init__(self, knots: Sequence[Sequence[float]]) -> None:
+        table = torch.tensor(knots, dtype=torch.float64)
+        self._x, self._y, log_slope = (part.contiguous() for part in table.unbind(-1))
+        if not ((self._x.diff() > 0).all() and (self._y.diff() > 0).all()):
+            raise ValueError("knots must increase in x and in y.")
+        self._log_slope, self._slope = log_slope, log_slope.exp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Transform.forward`."""
+        wide = x.double()
+        x0, y0, width, height, left, right = self._between(wide, self._x)
+        t = ((wide - x0) / width).clamp(0.0, 1.0)
+        mean, both = height / width, t * (1 - t)
+        below = mean + (left + right - 2 * mean) * both
+        y = y0 + height * (mean * t.square() + left * both) / below
+        slope = right * t.square() + 2 * mean * both + left * (1 - t).square()
+        log_det = 2 * (mean.log() - below.log()) + slope.log()
+        for end, out in ((0, wide < self._x[0]), (-1, wide > self._x[-1])):
+            at, up, log_slope = (
+                part[end].to(wide) for part in (self._x, self._y, self._log_slope)
+            )
+            y = torch.where(out, up + (wide - at) * log_slope.exp(), y)
+            log_det = torch.where(out, log_slope, log_det)
+        return y.to(x), log_det.to(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Map y back to x."""
+        wide = y.double()
+        x0, y0, width, height, left, right = self._between(wide, self._y)
+        mean = height / width
+        rise = (wide - y0).clamp(min=0.0).minimum(height)
+        bent = rise * (left + right - 2 * mean)
+        a = height * (mean - left) + bent
+        b = height * left - bent
+        c = -mean * rise
+        root = (b.square() - 4 * a * c).clamp(min=0.0).sqrt()
+        x = x0 + width * (2 * c / (-b - root)).clamp(0.0, 1.0)
+        for end, out in ((0, wide < self._y[0]), (-1, wide > self._y[-1])):
+            at, up, slope = (
+                part[end].to(wide) for part in (self._x, self._y, self._slope)
+            )
+            x = torch.where(out, at + (wide - up) / slope, x)
+        return x.to(y)
+
+    def _between(self, value: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+        """Of each value's interval: x, y, width, height, slopes at both ends."""
+        place = torch.searchsorted(points.to(value.device), value.detach(), right=True)
+        place = (place - 1).clamp(0, len(points) - 2)
+        x, y, slope = (
+            part.to(value.device) for part in (self._x, self._y, self._slope)
+        )
+        start = x[place], y[place]
+        size = x[place + 1] - start[0], y[place + 1] - start[1]
+        return (*start, *size, slope[place], slope[place + 1])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import re
 from importlib import import_module
 from typing import Any
 
+import populations
 import pytest
 import torch
 
@@ -92,6 +93,21 @@ def test_exact_posterior_passes_a_full_report():
 def test_faulty_posterior_fails_a_full_report(fault):
     wrong = getattr(faults, fault)(exact)
     assert not calibration.report(wrong, problem, seed=3).passed
+
+
+@pytest.mark.slow
+def test_a_report_tells_whether_a_population_goes_with_its_components():
+    """The exact posterior passes (false alarms 1e-3), a looser one fails."""
+    heights = populations.problem()
+    options: dict[str, Any] = {"num_draws": 100, "seed": 1, "show_progress": False}
+    right = calibration.report(
+        populations.Exact(), heights, 300, false_alarm_rate=1e-3, **options
+    )
+    assert right.passed
+    wrong = calibration.report(
+        populations.Loose(), heights, 300, false_alarm_rate=1e-2, **options
+    )
+    assert not wrong.passed
 
 
 def test_malformed_arguments_are_refused():

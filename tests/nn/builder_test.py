@@ -14,8 +14,15 @@ from nflows.transforms.coupling import (
 )
 from sbi.utils import BoxUniform
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, LogNormal, Uniform
 
-from sbi_slotflow import VariableKPrior, problems
+from sbi_slotflow import (
+    AdditiveSimulator,
+    SlotPosterior,
+    VariableKPrior,
+    WhiteNoise,
+    problems,
+)
 from sbi_slotflow.nn import (
     AttentionSlots,
     ComponentHead,
@@ -516,3 +523,67 @@ def test_no_options_for_the_encoder_change_nothing() -> None:
     x = problem.simulator(theta)
     built = [slot_nn(problem, encoder_options=o)(theta, x) for o in (None, {})]
     assert built[0].spec == built[1].spec
+
+
+def pulses(**changes: Any) -> problems.Trace:
+    """Pulses of fluxes with a mean and a width that all share."""
+
+    def component(shared: Tensor) -> list[Distribution]:
+        mean, width = shared.unbind(-1)
+        return [Uniform(0.0, 16.0), LogNormal(mean, width)]
+
+    def pulse(components: Tensor) -> Tensor:
+        away = torch.arange(16.0).to(components) + 0.5 - components[..., :1]
+        return components[..., 1:] * torch.exp(-0.5 * away.square())
+
+    low, high = torch.tensor([0.0, 0.1]), torch.tensor([1.0, 0.5])
+    prior = VariableKPrior(
+        component,
+        [1.0, 1.0, 1.0],
+        shared=Independent(Uniform(low, high), 1),
+        component_names=("time", "flux"),
+        shared_names=("mean", "width"),
+    )
+    simulator = AdditiveSimulator(pulse, WhiteNoise(0.3), prior.layout)
+    return problems.Trace("pulses", prior, simulator, cells=8, **changes)
+
+
+def test_shared_parameters_of_a_population_see_its_components(tmp_path) -> None:
+    """A file holds no function: the network alone is rebuilt from it."""
+    problem = pulses()
+    theta, x = batch(problem)
+    estimator = slot_nn(problem, **SMALL)(theta, x).eval()
+    assert estimator.spec.sees_components
+    assert estimator.spec.slots["weighed_sets"] == 0
+    assert not estimator.has_evidence
+    path = tmp_path / "pulses.safetensors"
+    estimator.save(path)
+    fit = problem.build_fit()
+    again = SlotDensityEstimator.load(path, fit=fit)
+    assert torch.equal(again.log_prob(theta, x), estimator.log_prob(theta, x))
+    drawn = estimator.sample((3,), x)
+    assert torch.isfinite(problem.prior.log_prob(drawn)).all()
+    posterior = SlotPosterior(estimator, problem.prior, problem.simulator)
+    with pytest.raises(TypeError, match="takes components as independent"):
+        posterior.with_evidence()
+
+
+def test_files_of_other_networks_stay_as_they_were(tiny) -> None:
+    theta, x = batch(tiny)
+    spec = slot_nn(tiny, **SMALL)(theta, x).spec
+    assert not spec.sees_components
+    entries = spec.to_json()
+    assert "sees_components" not in entries
+    assert EstimatorSpec.from_json(entries).to_json() == entries
+
+
+def test_options_that_do_not_go_with_a_population_are_refused() -> None:
+    problem = pulses()
+    theta, x = batch(problem)
+    builder = slot_nn(problem, **SMALL)
+    for other in (
+        replace(builder, shared_head=False),
+        replace(builder, weighed_sets=8),
+    ):
+        with pytest.raises(ValueError, match=r"shared_head=False|weighed_sets must"):
+            other(theta, x)

@@ -1,19 +1,33 @@
 """The noise level's density given what a fit leaves."""
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import populations
 import pytest
 import torch
+from populations import Quadrature
 from sbi.utils import MultipleIndependent
 from scipy import stats
 from torch import Tensor
+from trained import SilentTracker
 
-from sbi_slotflow import VariableKPrior
+from sbi_slotflow import SlotNPE, VariableKPrior, slot_nn
 from sbi_slotflow.nn.charts import WhiteningChart
+from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.flows import RowContext
-from sbi_slotflow.nn.heads import BackgroundHead, NoiseHead, SharedGivenX
+from sbi_slotflow.nn.heads import (
+    BackgroundHead,
+    NoiseHead,
+    SetSummary,
+    SharedGivenX,
+    SharedHead,
+)
+from sbi_slotflow.problems import Problem
+from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.marginals import ClosedMarginal
 
 NUM_DATA, LARGEST = 200, 3
@@ -149,3 +163,108 @@ def test_a_background_that_data_do_not_know_has_its_prior(law: Any) -> None:
     error = 5 * float(exact.std()) * (1 / num + 1e-5) ** 0.5
     assert abs(float(drawn[:, 0].mean() - exact.mean())) < error
     assert float(drawn[:, 0].std() / exact.std()) == pytest.approx(1.0, abs=0.05)
+
+
+def heights(num: int = 40) -> tuple[Tensor, Tensor]:
+    """Components ``(N, 3, 1)`` and their numbers, the rest of the slots NaN."""
+    generator = generator_for(0)
+    count = torch.randint(0, LARGEST + 1, (num,), generator=generator)
+    components = torch.randn(num, LARGEST, 1, generator=generator)
+    there = torch.arange(LARGEST) < count.unsqueeze(-1)
+    return torch.where(there.unsqueeze(-1), components, torch.nan), count
+
+
+def population_head() -> SharedHead:
+    chart = WhiteningChart((ClosedMarginal("normal", 0.0, 1.0),))
+    shared = WhiteningChart((ClosedMarginal("normal", 0.0, 1.0),) * 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        summary = SetSummary(chart, LARGEST)
+        head = SharedHead(shared, EMBEDDING.shape[-1], LARGEST, summary)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter += 0.08 * torch.randn_like(parameter)
+    return head.eval()
+
+
+@torch.no_grad()
+def test_a_summary_knows_no_order_and_no_empty_slot() -> None:
+    components, count = heights()
+    summary = population_head().summary
+    assert summary is not None
+    found = summary(components, count)
+    assert torch.isfinite(found).all()
+    place, num = torch.arange(LARGEST), count.unsqueeze(-1)
+    turned = torch.where(place < num, num - 1 - place, place)
+    again = summary(components.gather(1, turned.unsqueeze(-1)), count)
+    assert torch.allclose(again, found, atol=1e-5)
+    other = torch.where(components.isnan(), components, components + 1)
+    changed = (summary(other, count) - found).abs().amax(-1) > 1e-4
+    assert torch.equal(changed, count > 0)
+
+
+@torch.no_grad()
+def test_shared_parameters_of_a_population_follow_the_components() -> None:
+    """Given two sets of one x, draws have the density of each; of 5 sigma."""
+    head = SharedGivenX(population_head(), EMBEDDING, LARGEST + 1)
+    axis = torch.linspace(-10.0, 10.0, 401)
+    points = torch.cartesian_prod(axis, axis)
+    means = []
+    for value in (-1.0, 1.0):
+        components = torch.full((20_000, LARGEST, 1), value)
+        owner = torch.zeros(20_000, dtype=torch.int64)
+        count = torch.full_like(owner, 2)
+        draws = head.sample(owner, count, generator_for(2), components=components)
+        given = owner, count, torch.zeros(20_000), components
+        log_p = torch.cat(
+            [
+                head.log_prob(some, *(each[: len(some)] for each in given))
+                for some in points.split(10_000)
+            ]
+        )
+        weights = 0.05**2 * log_p.double().exp()
+        assert weights.sum() == pytest.approx(1.0, abs=1e-3)
+        mean = (weights.unsqueeze(-1) * points).sum(0)
+        error = draws.double().std(0) / math.sqrt(len(draws))
+        assert ((draws.double().mean(0) - mean).abs() < 5 * error + 1e-3).all()
+        means.append(mean)
+    assert (means[0] - means[1]).abs().max() > 0.03
+
+
+def build(problem: Problem, sees: bool, theta: Tensor, x: Tensor):
+    """A network whose shared head sees the components, or does not."""
+    found = slot_nn(problem)(theta, x)
+    if sees:
+        return found
+    other = SlotDensityEstimator(replace(found.spec, sees_components=False))
+    other.standardize(x)
+    return other
+
+
+@pytest.mark.slow
+def test_a_trained_head_is_near_the_exact_posterior() -> None:
+    """In log q of the truth; without a look at components it is farther away.
+
+    Of 2,000 sets, whose gains have a standard error of about 0.01.
+    """
+    problem = populations.problem()
+    theta = problem.prior.sample((2_000,), generator_for(3))
+    x = problem.simulator(theta, generator_for(4))
+    exact = Quadrature(x).log_prob(theta.unsqueeze(0))[0]
+    gaps = []
+    for sees in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trainer = SlotNPE(
+                problem.prior,
+                partial(build, problem, sees),
+                tracker=SilentTracker(),
+                show_progress_bars=False,
+            )
+            trainer.train_online(problem.simulator, num_simulations=100_000)
+        estimator = trainer.build_posterior().posterior_estimator
+        with torch.no_grad():
+            log_q = estimator.log_prob(theta.unsqueeze(0), x)[0]
+        gaps.append(float((exact - log_q).mean()))
+    assert gaps[0] < 0.15
+    assert gaps[0] < gaps[1] - 0.1

@@ -27,6 +27,7 @@ from sbi_slotflow.sets.transforms import (
     Polar,
     Shear,
     StraightTails,
+    Table,
     Transform,
 )
 
@@ -62,6 +63,10 @@ NUMBERS: dict[str, tuple[Transform, Tensor]] = {
         line(-2, 9),
     ),
     "straight tails of a positive law": (POSITIVE.score, line(1e-9, 60)),
+    "table": (
+        Table([(-1.0, -2.0, 0.5), (0.0, -0.5, -1.0), (0.5, 3.0, 2.0)]),
+        line(-3, 2),
+    ),
     "bend": (Bend(2.5), line(-40, 40)),
     "cut": (Cut(*ends(-1.0, 2.0)), line(-0.99, 1.99)),
     "cut far below": (Cut(*ends(-21.0, -20.0)), line(-20.4, -20.001)),
@@ -178,3 +183,15 @@ def test_polar_makes_a_normal_pair_of_an_exponential_and_an_angle() -> None:
 def test_steps_that_are_not_finite_at_their_ends_are_refused() -> None:
     with pytest.raises(ValueError, match="must be finite at their ends"):
         StraightTails(Affine(), Logarithm(0.0), (-1.0, 1.0))
+
+
+def test_a_table_must_increase() -> None:
+    with pytest.raises(ValueError, match="knots must increase"):
+        Table([(0.0, 0.0, 0.0), (1.0, -1.0, 0.0)])
+
+
+def test_a_table_goes_through_its_knots_with_their_slopes() -> None:
+    knots = torch.tensor([(-1.0, -2.0, 0.5), (0.0, -0.5, -1.0), (0.5, 3.0, 2.0)])
+    y, log_slope = Table(knots.tolist()).forward(knots[:, 0].double())
+    assert torch.allclose(y, knots[:, 1].double())
+    assert torch.allclose(log_slope, knots[:, 2].double())
