@@ -35,6 +35,7 @@ BASE = {
     "placed",
     "simulator",
     "noise",
+    "counts",
     "white_space",
     "least_squares",
     "linear",

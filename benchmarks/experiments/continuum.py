@@ -99,7 +99,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(128, 8, 2, 1, 0, 60),
-    "quick": Size(25_000, 300, 100, 20, 300, 2_000),
+    "quick": Size(25_000, 300, 60, 10, 300, 2_000),
     "full": Size(100_000, 1_000, 300, 60, 1_000, 2_000),
 }
 
@@ -114,12 +114,6 @@ def _of_level(name: str, size: Size, cache: Cache, seed: int) -> xr.Dataset:
     problem = lines(LEVELS[name])
     posterior, seconds = trained(problem, cache, name, size.num_simulations, seed)
     theta, x = unseen(problem, size.num_signals, seed)
-    parts: dict[str, Callable[[], xr.Dataset]] = {
-        "seconds": lambda: xr.Dataset({"seconds": seconds}),
-        "network": lambda: _network(problem, posterior, theta, x, size),
-        "report": lambda: _report(problem, posterior, size, seed),
-    }
-    made = [cache.get(f"{name}-{part}", make) for part, make in parts.items()]
     rows = [
         cache.get(
             f"{name}-refined-{i}",
@@ -127,6 +121,12 @@ def _of_level(name: str, size: Size, cache: Cache, seed: int) -> xr.Dataset:
         )
         for i in range(size.num_refined)
     ]
+    parts: dict[str, Callable[[], xr.Dataset]] = {
+        "seconds": lambda: xr.Dataset({"seconds": seconds}),
+        "network": lambda: _network(problem, posterior, theta, x, size),
+        "report": lambda: _report(problem, posterior, size, seed),
+    }
+    made = [cache.get(f"{name}-{part}", make) for part, make in parts.items()]
     return xr.merge([*made, xr.concat(rows, "refined")])
 
 

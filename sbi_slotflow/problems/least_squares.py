@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.quasirandom import SobolEngine
 
+from ..nn.cells import unique_rows
 from ..nn.gauss_newton import NormalEquations
 from ..nn.spec import build, describe, register
 from ..sets.marginals import Marginal, Marginals
@@ -250,9 +251,14 @@ class AdditiveLeastSquares:
         if mask.any():
             # A start need not be exact: the data's own precision will do.
             rows = owner[mask.nonzero()[:, 0]]
-            found = self.signals(candidates[mask].to(data), rows)
-            found = self._seen(found, rows)
-            signals[mask] = torch.ldexp(found, exponent)
+            active = candidates[mask].to(data)
+            # Sets of cells share cells: two points tell which interval it is.
+            ends = active[:, : 2 if active.shape[1] > 1 else 1].flatten(1)
+            _, which = unique_rows(rows, *ends.unbind(-1))
+            first = torch.zeros(int(which.max()) + 1).to(which)
+            first = first.scatter(0, which, torch.arange(len(which)).to(which))
+            found = self._seen(self.signals(active[first], rows[first]), rows[first])
+            signals[mask] = torch.ldexp(found, exponent)[which]
         power = signals.square().sum(-1)
         rows = torch.arange(len(data), device=data.device)
         chosen = torch.zeros_like(mask, dtype=torch.int64)
