@@ -16,6 +16,9 @@ Gaussian but for its prior:
     P = \frac{N_w^\top N_w}{s^2}, \qquad
     P \hat\beta = \frac{N_w^\top W (x - b_0 - \sum_k s(\theta_k))}{s^2},
     \qquad N_w = W N .
+
+Counts have no C: W divides by the root of the counts about a sample. Tokens and the
+search for components see counts so, fits their likelihood (:mod:`.counts`).
 """
 
 import math
