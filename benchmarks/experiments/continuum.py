@@ -31,9 +31,8 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from sbi.utils import MultipleIndependent
+from sbi.utils import BoxUniform, MultipleIndependent
 from torch import Tensor
-from torch.distributions import Independent, Uniform
 
 from sbi_slotflow import (
     AdditiveSimulator,
@@ -68,11 +67,11 @@ def lines(level: float) -> Trace:
 
     least, most = 6 * level**0.5, 300 * level**0.5
     places = [uniform(0, 256), log_uniform(1.2, 5), log_uniform(least, most)]
-    ends = level * torch.tensor([[0.5, -0.5], [1.5, 0.5]])
+    low, high = torch.tensor([0.5, -0.5]), torch.tensor([1.5, 0.5])
     prior = VariableKPrior(
         MultipleIndependent(places, validate_args=False),
         cardinality=[1, 1, 1, 1, 1],
-        shared=Independent(Uniform(*ends), 1),
+        shared=BoxUniform(level * low, level * high),
         component_names=["position", "width", "counts"],
         shared_names=["offset", "slope"],
     )
@@ -253,7 +252,7 @@ def _refined(
 
 def _variations(dataset: xr.Dataset, name: str) -> np.ndarray:
     """Total variation of p(K | x) from particles; NaN where they are not reliable."""
-    far = 0.5 * np.abs(dataset[f"p_{name}"] - dataset["p_exact"]).sum("k")
+    far = 0.5 * abs(dataset[f"p_{name}"] - dataset["p_exact"]).sum("k")
     return far.where(dataset["reliable_exact"]).values
 
 

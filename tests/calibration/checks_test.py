@@ -359,7 +359,7 @@ def test_an_observation_is_looked_at_once():
             return super().given(x)
 
     watched = Watched.__new__(Watched)
-    watched.__dict__.update(exact.__dict__)
+    vars(watched).update(vars(exact))
     draws = calibration.draw(watched, problem, 60, num_draws=20)
     # p(K | x) of all, and draws of either kind from what is known of those of one K.
     assert sum(seen) == 2 * 60
