@@ -18,7 +18,7 @@ Given x, truth and draws stay exchangeable, and ranks stay uniform. The match mi
 with the posterior's standard deviations s, by the Hungarian method.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+from ..posterior.base import Posterior
 from ..problems.base import Problem
 from ..seeding import generator_for
 from ..sets.checks import as_count, simulate
@@ -213,54 +214,67 @@ def _block(
     device = getattr(posterior, "_device", "cpu")
     generator = generator_for(seed, 0, start, 1, device=device)
     batch = x.to(device)
-    draws = posterior.sample_batched((num_draws,), batch, generator=generator)
-    draws = draws.cpu()
-    problem.layout.validate(draws, "posterior draws")
     probs = cardinality_probs(posterior, batch)
     counts = problem.layout.cardinality(theta)
-    rows = draws.new_empty(num_draws + num_guides, *draws.shape[1:])
+    draws = theta.new_empty(num_draws, *theta.shape)
+    rows = theta.new_empty(num_draws + num_guides, *theta.shape)
+    complete = torch.ones(size, dtype=torch.bool)
     for k in counts.unique().tolist():
         here = counts == k
-        given = {"k": k, "generator": generator}
-        found = posterior.sample_batched((len(rows),), batch[here], **given)
-        rows[:, here] = found.cpu()
-    options = {"generator": generator}
-    complete = torch.ones(size, dtype=torch.bool)
-    if isinstance(problem.layout, ClassLayout):
-        rows, complete = _of_kind(
-            posterior, problem.layout, theta, batch, rows, options
+        sample = _sampler(posterior, batch[here], generator)
+        found = sample(num_draws, None)
+        problem.layout.validate(found, "posterior draws")
+        draws[:, here] = found
+        rows[:, here], complete[here] = _given_k(
+            lambda num, k=k, sample=sample: sample(num, k),
+            problem.layout,
+            theta[here],
+            len(rows),
         )
     return theta, x, probs, complete, draws, rows[:num_draws], rows[num_draws:]
 
 
-def _of_kind(
-    posterior: BatchedPosterior,
-    layout: ClassLayout,
-    theta: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    given: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Rows ``(S, n, E)`` with as many of each class as theta, and which are full.
+def _sampler(
+    posterior: BatchedPosterior, x: Tensor, generator: torch.Generator
+) -> Callable[[int, int | None], Tensor]:
+    """A function that draws so many rows ``(num, B, E)`` given x, of some K.
 
-    A pair for which too few of ten times as many draws are is left as it was.
+    What a posterior finds out about x is found out once, if it can keep it.
     """
-    kind, counts, rows = layout.kind(theta), layout.cardinality(theta), rows.clone()
+    keeps = isinstance(posterior, Posterior)
+    if keeps and type(posterior).sample_batched is Posterior.sample_batched:
+        with torch.no_grad():
+            sets = posterior.given(posterior.observations(x))
+        return lambda num, k: sets.sample((num,), k, generator).cpu()
+    return lambda num, k: posterior.sample_batched(
+        (num,), x, generator=generator, **({} if k is None else {"k": k})
+    ).cpu()
+
+
+def _given_k(
+    sample: Callable[[int], Tensor], layout: ThetaLayout, theta: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """Rows ``(num, n, E)`` of theta's K, and which pairs have them all, ``(n,)``.
+
+    Where components have classes, there are as many of each as in theta. A pair for
+    which too few of ten times as many draws are is left as it was.
+    """
+    rows = sample(num)
+    if not isinstance(layout, ClassLayout):
+        return rows, torch.ones(len(theta), dtype=torch.bool)
+    kind, rows = layout.kind(theta), rows.clone()
     good = layout.kind(rows) == kind
     for _ in range(_MOST_ROUNDS):
         short = (~good.all(0)).nonzero().squeeze(-1)
         if not len(short):
             break
-        for k in counts[short].unique().tolist():
-            here = short[counts[short] == k]
-            found = posterior.sample_batched((len(rows),), x[here], k=k, **given)
-            found = found.cpu()
-            fits = layout.kind(found) == kind[here]
-            for i, column in enumerate(here.tolist()):
-                new, free = found[fits[:, i], i], (~good[:, column]).nonzero()[:, 0]
-                num = min(len(new), len(free))
-                rows[free[:num], column] = new[:num]
-                good[free[:num], column] = True
+        found = sample(num)
+        fits = layout.kind(found) == kind
+        for i in short.tolist():
+            new, free = found[fits[:, i], i], (~good[:, i]).nonzero()[:, 0]
+            filled = min(len(new), len(free))
+            rows[free[:filled], i] = new[:filled]
+            good[free[:filled], i] = True
     return rows, good.all(0)
 
 

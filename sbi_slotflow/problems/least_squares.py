@@ -275,8 +275,11 @@ class AdditiveLeastSquares:
         signals = components.new_zeros(*mask.shape, data.shape[-1])
         if len(active):
             signals[mask], slopes[mask] = self.slopes(active, rows)
-        residual = data - self._seen(signals.sum(-2), owner)
-        jacobian = self._seen(slopes.flatten(-3, -2), owner)
+        total, slopes = signals.sum(-2), slopes.flatten(-3, -2)
+        if self.white is not None and self.white.likelihood is not None:
+            return self.white.likelihood.equations(total, slopes, owner)
+        residual = data - self._seen(total, owner)
+        jacobian = self._seen(slopes, owner)
         return NormalEquations(
             residual=residual.square().sum(-1),
             gradient=(jacobian @ residual.unsqueeze(-1)).squeeze(-1),

@@ -314,9 +314,9 @@ class PoissonNoise:
         \log p(x | \mu) = \sum_t x_t \log \mu_t - \mu_t - \log x_t!
 
     The density is that of whole numbers; a signal of zero, or one below it, explains no
-    count. Least squares weigh each sample by the counts about it, so that
-    Gauss-Newton steps are approximate, the more so the fewer counts there are:
-    ``refine`` says how good they are.
+    count. Gauss-Newton steps are on this density itself (:mod:`.counts`); only the
+    first places of components are looked for by squares, of counts over their errors.
+    How far posteriors of few counts are from Gaussian, ``refine`` says.
     """
 
     def sample(

@@ -292,6 +292,8 @@ class _RecordSpace:
     As :class:`.white_space.GivenWhite`, with times of its own for each record.
     """
 
+    likelihood: None = None  # the noise is Gaussian
+
     def __init__(
         self, fit: SeriesFit, time: Tensor, value: Tensor, weights: Tensor
     ) -> None:

@@ -17,11 +17,13 @@ components and noise level s, beta is Gaussian but for its prior:
     P = \frac{N_w^\top N_w}{s^2}, \qquad
     P \hat\beta = \frac{N_w^\top W (x - b_0 - \sum_k s(\theta_k))}{s^2},
     \qquad N_w = W N .
+
+Counts have no C: W divides by the root of the counts about a sample. Tokens and the
+search for components see counts so, fits their likelihood (:mod:`.counts`).
 """
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, cast, runtime_checkable
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..sets.prior import VariableKPrior
+from .counts import LEAST_COUNTS, CountLikelihood, smooth
 from .noise import GaussianNoise, PoissonNoise
 from .noise_shape import GivenResidual, NoiseShape
 from .simulator import AdditiveSimulator, WhiteNoise
@@ -48,10 +51,8 @@ __all__ = [
 _PROBES, _CHUNK = 2_000, 256
 # Error above which a background is not linear, over its spread and over its size.
 _TOLERANCE, _ROUNDING = 1e-6, 1e-12
-# Counts about a sample, and how many are added: a sample of none has an error too.
-_SMOOTHING, _LEAST_COUNTS = (0.25, 0.5, 0.25), 1.0
-# The same of a smooth background; rounds of its fit, least rate over the counts'.
-_WIDE, _REWEIGHTED, _LEAST_RATE = 15 * (1 / 15,), 4, 1e-6
+# Counts about a sample, by which it is weighed where components are looked for.
+_SMOOTHING = 0.25, 0.5, 0.25
 
 
 @runtime_checkable
@@ -147,8 +148,8 @@ class WhiteSpace:
         data = data.flatten(1)
         weights = None
         if isinstance(self.noise, PoissonNoise):
-            near = _smooth(data.double(), _SMOOTHING)
-            weights = (near.clamp(min=0.0) + _LEAST_COUNTS).rsqrt()
+            near = smooth(data.double(), _SMOOTHING)
+            weights = (near.clamp(min=0.0) + LEAST_COUNTS).rsqrt()
         values = None
         if self.shape is not None:
             values = self.shape.estimate(self._without_trend(data.double()))
@@ -198,6 +199,7 @@ class GivenWhite:
         columns: The background's columns there, ``(B or 1, P, T)``; None without.
         values: Parameters of the noise's shape by which it is white, ``(B, P)``; None
             where the shape is known.
+        likelihood: That of counts, which takes the place of squares; None of others.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class GivenWhite:
     ) -> None:
         self.space, self.columns, self.values = space, columns, values
         self._weights, self._basis, self._share = weights, basis, share
-        data = data.double()
+        data = counts = data.double()
         owner = torch.arange(len(data), device=data.device)
         usual = data
         if space.background is not None:
@@ -220,6 +222,9 @@ class GivenWhite:
             mean = space.background.mean @ space.background.columns
             usual = data - mean.to(data)
         self._raw = data
+        self.likelihood = None
+        if weights is not None:
+            self.likelihood = _likelihood(space, counts)
         self.data = self._without_background(self.white(usual, owner), owner)
         self._right = None
         if columns is not None:
@@ -261,8 +266,8 @@ class GivenWhite:
         """
         assert self.columns is not None
         assert self._right is not None
-        if isinstance(self.space.noise, PoissonNoise):
-            return self._moments_of_counts(self._raw[owner] - signal, signal)
+        if self.likelihood is not None:
+            return self.likelihood.moments(signal, owner)
         shape = self.space.shape
         if shape is not None:
             assert self.space.background is not None
@@ -278,27 +283,6 @@ class GivenWhite:
         gram = self.columns @ self.columns.mT
         return right, gram[which]
 
-    def _moments_of_counts(self, left: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments about the likeliest background, of which counts have their errors."""
-        background = self.space.background
-        assert background is not None
-        columns, constant = (
-            part.to(left) for part in (background.columns, background.constant)
-        )
-        least = _LEAST_RATE * (left + signal).abs().amax(-1, keepdim=True)
-        least = torch.where(least > 0, least, 1.0)
-        # Errors of the data themselves lean to low counts: those of a smooth start.
-        rate = _smooth(left + signal + constant, _WIDE).clamp(min=0.0) + _LEAST_COUNTS
-        right, gram = left, left
-        for _ in range(_REWEIGHTED):
-            weighted = columns / rate.unsqueeze(1)
-            gram, right = weighted @ columns.mT, _inner(left, weighted)
-            size = gram.diagonal(dim1=-2, dim2=-1)
-            ridge = torch.where(size > 0, 1e-9 * size, 1.0)
-            solved = torch.linalg.solve(gram + torch.diag_embed(ridge), right)
-            rate = torch.maximum(constant + signal + solved @ columns, least)
-        return right, gram
-
     def _without_background(self, white: Tensor, owner: Tensor) -> Tensor:
         if self._basis is None or self._share is None:
             return white
@@ -308,6 +292,21 @@ class GivenWhite:
         flat = white.reshape(len(owner), -1, white.shape[-1])
         inner = (flat @ basis.mT) * share.unsqueeze(-2)
         return (flat - inner @ basis).reshape(white.shape)
+
+
+def _likelihood(space: WhiteSpace, counts: Tensor) -> CountLikelihood:
+    background = space.background
+    if background is None:
+        nothing = counts.new_zeros(0, counts.shape[-1])
+        none = nothing[:, 0], counts.new_zeros(0, 0)
+        return CountLikelihood(counts, nothing, torch.zeros_like(counts[0]), *none)
+    return CountLikelihood(
+        counts,
+        background.columns,
+        background.constant,
+        background.mean,
+        background.covariance,
+    )
 
 
 def white_space(
@@ -420,14 +419,6 @@ def linear_background(
     away = beta - beta.mean(0)
     covariance = away.mT @ away / (len(beta) - 1)
     return Background(tuple(indices), matrix, constant, beta.mean(0), covariance)
-
-
-def _smooth(data: Tensor, kernel: Sequence[float]) -> Tensor:
-    """Data ``(B, T)`` averaged with weights, the ends repeated."""
-    weights = torch.tensor(kernel, dtype=torch.float64)[None, None].to(data)
-    reach = len(kernel) // 2
-    padded = torch.nn.functional.pad(data.unsqueeze(1), (reach, reach), "replicate")
-    return torch.nn.functional.conv1d(padded, weights).squeeze(1)
 
 
 def _inner(signal: Tensor, columns: Tensor) -> Tensor:

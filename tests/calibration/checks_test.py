@@ -350,6 +350,23 @@ def test_the_lowest_residuals_panels_name_their_axes():
     assert shown == [False, False, True, True]
 
 
+def test_an_observation_is_looked_at_once():
+    seen = []
+
+    class Watched(type(exact)):
+        def given(self, x):
+            seen.append(len(x))
+            return super().given(x)
+
+    watched = Watched.__new__(Watched)
+    vars(watched).update(vars(exact))
+    draws = calibration.draw(watched, problem, 60, num_draws=20)
+    # p(K | x) of all, and draws of either kind from what is known of those of one K.
+    assert sum(seen) == 2 * 60
+    assert (problem.layout.cardinality(draws.given_k) == draws.cardinality).all()
+    assert (problem.layout.cardinality(draws.draws) != draws.cardinality).any()
+
+
 def test_one_process_does_the_work_unless_more_are_asked_for():
     seen = []
 

@@ -21,7 +21,7 @@ from sbi_slotflow import (
 from sbi_slotflow.nn.cells import CellAxis, CellGrid
 from sbi_slotflow.nn.class_cells import axis_from_spec
 from sbi_slotflow.nn.encoders import PatchTokens, TokenEncoder
-from sbi_slotflow.problems import Image, Trace, stars
+from sbi_slotflow.problems import Image, Trace, spikes, stars
 
 SMALL: dict[str, Any] = {
     "hidden_features": 16,
@@ -342,3 +342,23 @@ def test_a_separation_holds_across_the_seam_of_a_circle() -> None:
     total = posterior.log_prob(rows, x[0]).double().exp().sum() * 0.1**2
     # The share of draws that is kept is known to 1 %; it is 0.83 here.
     assert float(total) == pytest.approx(1.0, abs=0.04)
+
+
+def test_starts_of_sets_that_share_cells_are_those_of_each_alone() -> None:
+    problem = spikes(num_samples=128, max_cardinality=3)
+    theta = problem.prior.sample((2,), torch.Generator().manual_seed(0))
+    x = problem.simulator(theta, torch.Generator().manual_seed(1))
+    fit = problem.build_fit()
+    assert fit is not None
+    given, seen = fit.given(x), []
+    low = torch.tensor([[0.1, 0.4, 0.4], [0.1, 0.5, 0.0], [0.4, 0.5, 0.9]]).double()
+    high = low + torch.tensor([0.1, 0.05, 0.1])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
+    owner = torch.tensor([0, 0, 1])
+    together = given.start(owner, low, high, mask)
+    for i in range(3):
+        here = slice(i, i + 1)
+        alone = given.start(owner[here], low[here], high[here], mask[here])
+        torch.testing.assert_close(together[here][mask[here]], alone[mask[here]])
+        seen.append(alone[mask[here]])
+    assert len(torch.cat(seen).unique(dim=0)) > 4

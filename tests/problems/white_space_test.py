@@ -259,9 +259,9 @@ def test_what_is_not_linear_is_seen(background) -> None:
 
 def test_the_noise_level_is_no_background() -> None:
     mine = problem(background=lambda s: s[..., :1] + 0 * TIMES.to(s))
-    with pytest.raises(TypeError, match="noise level 'level' is part of"):
+    with pytest.raises(TypeError, match="'level', which the noise reads, is part of"):
         rjmcmc.collapsed(mine, torch.zeros(NUM))
-    with pytest.warns(UserWarning, match="noise level 'level' is part of"):
+    with pytest.warns(UserWarning, match="'level', which the noise reads, is part of"):
         assert mine.build_fit() is None
 
 
