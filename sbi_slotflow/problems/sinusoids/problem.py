@@ -150,7 +150,7 @@ class Sinusoids(Oscillations):
 
     @property
     def is_plain(self) -> bool:
-        """Whether noise is white and nothing lies beneath: closed forms hold."""
+        """Whether closed forms hold, as noise is white and nothing lies beneath."""
         white = isinstance(self.simulator.noise, WhiteNoise)
         return white and self.simulator.background is None
 
