@@ -61,7 +61,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60),
-    "quick": Size(3, 24_000, 300, 60, 16, 4, 2_000),
+    "quick": Size(1, 24_000, 300, 60, 16, 4, 2_000),
     "full": Size(3, 100_000, 1_000, 300, 60, 16, 2_000),
 }
 

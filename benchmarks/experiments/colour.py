@@ -9,7 +9,7 @@ and does `refine` make it exact?
 Protocol: Two problems as a user writes them, with `GaussianNoise(spectrum=function)`:
 sinusoids, K = 0..5, amplitudes log-uniform over a factor of 30, in power-law noise of
 slope 0..2; and pulses, K = 0..4, in noise of correlation 0..0.95 from sample to sample.
-Three seeds, of training and of signals. Trained by `train_online` with all defaults.
+Two seeds, of training and of signals. Trained by `train_online` with all defaults.
 Fresh signals from the prior. Gain: log q(truth) less log p(truth), nats. Coverage: in
 how many of the signals the central 90 % of draws hold level and shape. Refined by
 importance weights of 2,000 draws; "reliable" is a k-hat below 0.7 and 100 effective
@@ -59,8 +59,8 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 2, 1, 0, 40),
-    "quick": Size(3, 16_000, 200, 10, 1, 2_000),
-    "full": Size(3, 64_000, 1_000, 40, 4, 2_000),
+    "quick": Size(2, 16_000, 60, 10, 1, 2_000),
+    "full": Size(3, 64_000, 300, 40, 4, 2_000),
 }
 
 

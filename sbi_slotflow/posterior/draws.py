@@ -195,7 +195,12 @@ class RefinedPosterior(PosteriorDraws):
     def is_reliable(self) -> bool:
         """Whether k-hat, the effective sample size and the populations pass."""
         enough = self.pareto_k <= LARGEST_K_HAT and self.ess >= FEWEST_EFFECTIVE
-        return enough and self.converged
+        return enough and self.converged and self.settled
+
+    @property
+    def settled(self) -> bool:
+        """Whether all populations of particles have forgotten where they started."""
+        return self.diagnostics.get("settled", 1.0) == 1.0
 
 
 @dataclass(frozen=True)

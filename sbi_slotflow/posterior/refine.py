@@ -174,6 +174,8 @@ def _complaint(result: RefinedPosterior, method: Method) -> str:
     if result.convergence is not None and not result.converged:
         worst = result.convergence.worst_rhat
         wrong.append(f"populations differ, with an R-hat of up to {worst:.2f}")
+    if not result.settled:
+        wrong.append("particles still remember where they started")
     advice = 'Try method="smc", more samples, or a posterior that fits better.'
     if method != "importance":
         advice = (

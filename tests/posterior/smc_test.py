@@ -391,9 +391,19 @@ def test_particles_that_stay_have_forgotten_nothing() -> None:
     log_p = 0.3 * torch.randn(1_000, generator=generator_for(1)).double()
     start = Population(theta, log_p, log_p)
     mixed = start.rows(torch.randperm(1_000, generator=generator_for(2)))
-    kept, lost = (_Forgetting(LAYOUT, start, memory=0.5) for _ in range(2))
+    kept, lost = (_Forgetting(LAYOUT, start) for _ in range(2))
     assert not any(kept(start) for _ in range(50))
     assert [lost(mixed) for _ in range(_LAST_SWEEPS)].index(True) == _LAST_SWEEPS - 1
+
+
+def test_particles_that_remember_where_they_started_are_not_relied_on(x, monkeypatch):
+    assert tempered(EXACT, x, 400).settled
+    monkeypatch.setattr("sbi_slotflow.posterior.smc._MOST_LAST_SWEEPS", 3)
+    with pytest.warns(UnreliableWeights, match="still remember where they started"):
+        draws: Any = refine(EXACT, LINEAR.log_likelihood, x, 400, method="smc")
+    assert draws.diagnostics["settled"] == 0.0
+    assert not draws.settled
+    assert not draws.is_reliable
 
 
 def test_a_few_particles_are_refused(x):
