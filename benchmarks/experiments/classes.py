@@ -16,7 +16,7 @@ classifier and by evidence (`with_evidence`), and by `refine(method="auto")`, wh
 takes particles where weights are not reliable; "reliable" is a k-hat below 0.7, 100
 effective draws and, of particles, populations that agree. There is no exact sampler for
 classes: refined posteriors are held against populations of particles (`method="smc"`).
-Three seeds, of training and of signals.
+One seed.
 
 Losses: By weights alone too few signals are reliable: a burst that is narrow beside its
 cell, and one component more beside a strong one, are in too few draws. Particles mend

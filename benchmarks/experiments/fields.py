@@ -17,7 +17,7 @@ draws and, of particles, populations that agree. Exact: `rjmcmc.collapsed` from 
 the network, where its chains have converged; total variation of p(K | x) from it, of
 the network and of those refined reliably. Shifted: scenes of 1 to 4 stars, moved with
 their noise by one or two pixels; by how much the probability changes that there is a
-star within two pixels of each. Three seeds, of training and of signals.
+star within two pixels of each. Two seeds, of training and of signals.
 
 Losses: By weights alone, a star that is split into two near its place, and one more
 star than there are beside a bright one: the posterior of two blended stars is a ridge,
@@ -45,7 +45,7 @@ from ..intervals import mean_interval, median_interval, share_interval
 from ..store import Cache
 
 # Pixels by which scenes are moved, and draws by which existences are known.
-MOVES, MANY = ((0, 0), (1, 0), (0, 1), (2, 2)), 20_000
+MOVES, MANY = ((0, 0), (1, 0), (0, 1), (2, 2)), 10_000
 # Signals whose widths are compared with the bound, in units of the noise.
 LOUD = 20.0, 40.0
 
@@ -69,7 +69,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60, 0),
-    "quick": Size(2, 40_000, 300, 60, 16, 16, 2_000, 12),
+    "quick": Size(2, 40_000, 300, 60, 16, 16, 2_000, 6),
     "full": Size(3, 130_000, 1_000, 300, 60, 30, 2_000, 40),
 }
 

@@ -16,7 +16,7 @@ unknown, where the bound allows the period to be known to 2 %; the median over s
 Refined by 2,000 draws of the posterior by evidence: "reliable" is a k-hat below 0.7 and
 100 effective draws. Schedules: four drawn once, the network of all schedules against
 one trained for each, with as few simulations for all alike; differences on the same
-signals. Three seeds.
+signals. One seed.
 
 Losses: Planets that the record hardly shows have posteriors as broad as their prior in
 all but one or two directions, in many cells at once: more sets of cells than are
