@@ -66,7 +66,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(128, 8, 1, 60, 200, "importance"),
-    "quick": Size(41_000, 1_000, 16, 2_000, 15_000),
+    "quick": Size(41_000, 1_000, 9, 2_000, 15_000),
     "full": Size(41_000, 10_000, 60, 4_000, 60_000),
 }
 

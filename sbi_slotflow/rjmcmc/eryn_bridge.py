@@ -1,6 +1,7 @@
 r"""Reversible-jump MCMC with Eryn (Karnesis et al. 2023) for the package's problems.
 
-One branch holds the components, a second one of exactly one leaf the shared parameters.
+One branch holds the components (of several classes, one for each, of the class's name),
+another one of exactly one leaf the shared parameters.
 Prior and likelihood are the problem's own; walkers at ten temperatures move by
 :class:`ComponentStretchMove` given K, by births and deaths drawn from the prior or,
 with :class:`SlotFlowMove`, from trained slots between K's, and by swaps between
@@ -60,6 +61,7 @@ from ..posterior.importance import likelihood_of
 from ..problems.base import Problem
 from ..seeding import forked_rng, generator_for
 from ..sets.checks import as_count
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 from ..sets.prior import VariableKPrior
 from .eryn_moves import (
@@ -70,6 +72,7 @@ from .eryn_moves import (
     Floats,
     SlotFlowMove,
     leaf_limits,
+    members_of,
 )
 
 # After .eryn_moves, which makes sure that Eryn can be imported.
@@ -241,11 +244,6 @@ def eryn_sampler(
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a Problem, got {type(problem).__name__}.")
-    if problem.layout.num_counts > 1:
-        raise TypeError(
-            "eryn_sampler knows components of one class, those of "
-            f"{problem.name!r} have several: refine(..., method='smc') is exact too."
-        )
     num_walkers = as_count(num_walkers, "num_walkers", 2)
     num_temperatures = as_count(num_temperatures, "num_temperatures")
     seed = as_count(seed, "seed", 0)
@@ -267,11 +265,21 @@ def eryn_sampler(
     pairs = [move if isinstance(move, tuple) else (move, 1.0) for move in moves or ()]
     jumps = [pair for pair in pairs if isinstance(pair[0], ReversibleJumpMove)]
     others = [pair for pair in pairs if not isinstance(pair[0], ReversibleJumpMove)]
-    births = SlotFlowMove(PriorComponents(prior.component), low, high, update_share=0)
-    named = zip(layout.component_names, layout.component_periods, strict=True)
-    circular = {name: period for name, period in named if math.isfinite(period)}
+    members = members_of(prior)
+    births = [
+        (SlotFlowMove(PriorComponents(own.component), low, high, name, 0), 1.0)
+        for name, own in members.items()
+    ]
+    stretches = [
+        (ComponentStretchMove(own.layout.order_by, branch=name), 1.0)
+        for name, own in members.items()
+    ]
+    circular = {
+        name: _finite(own.layout.component_names, own.layout.component_periods)
+        for name, own in members.items()
+    }
     periodic = PeriodicContainer(
-        {name: {} for name in branches} | {COMPONENTS: circular},
+        {name: circular.get(name, {}) for name in branches},
         key_order={name: list(parameters) for name, parameters in branches.items()},
     )
     empty = torch.zeros(layout.size, dtype=torch.float64)
@@ -291,8 +299,8 @@ def eryn_sampler(
         branch_names=list(branches),
         nleaves_max=high,  # pyright: ignore[reportArgumentType]
         nleaves_min=low,  # pyright: ignore[reportArgumentType]
-        moves=others or [(ComponentStretchMove(layout.order_by), 1.0)],
-        rj_moves=jumps or [(births, 1.0)],
+        moves=others or stretches,
+        rj_moves=jumps or births,
         periodic=periodic,
         backend=backend,
         # K = 0 without shared parameters: a walker without leaves
@@ -306,6 +314,11 @@ def eryn_sampler(
     return ErynSampler(
         problem, data, sampler, rows.reshape(num_temperatures, num_walkers, -1), seed
     )
+
+
+def _finite(names: Sequence[str], periods: Sequence[float]) -> dict[str, float]:
+    named = zip(names, periods, strict=True)
+    return {name: period for name, period in named if math.isfinite(period)}
 
 
 class _Ensemble(EnsembleSampler):
@@ -407,31 +420,75 @@ class _Leaves:
     @property
     def branches(self) -> dict[str, tuple[str, ...]]:
         """Names of the branches and of their parameters."""
-        names = {COMPONENTS: self.layout.component_names}
+        names = {name: own.component_names for name, own in self._classes}
         shared = self.layout.shared_names
         return names | ({SHARED: shared} if shared else {})
 
+    @property
+    def members(self) -> dict[str, ThetaLayout]:
+        """The layout of each branch of components."""
+        return dict(self._classes)
+
+    @property
+    def _classes(self) -> list[tuple[str, ThetaLayout]]:
+        if isinstance(self.layout, ClassLayout):
+            return list(self.layout.classes)
+        return [(COMPONENTS, self.layout)]
+
+    def _views(self, theta: Tensor) -> Sequence[Tensor]:
+        """Rows of each class without shared parameters, or the rows themselves."""
+        layout = self.layout
+        return layout.views(theta) if isinstance(layout, ClassLayout) else [theta]
+
     def from_rows(self, theta: Tensor) -> tuple[Arrays, Arrays]:
         """Eryn's ``coords`` and ``inds`` of rows ``(temperatures, walkers, E)``."""
-        parts = self.layout.unpack(theta.double())
-        coords = {COMPONENTS: parts.components.numpy().copy()}
-        inds = {COMPONENTS: parts.mask.numpy().copy()}
+        theta, coords, inds = theta.double(), {}, {}
+        for (name, own), rows in zip(self._classes, self._views(theta), strict=True):
+            parts = own.unpack(rows)
+            coords[name] = parts.components.numpy().copy()
+            inds[name] = parts.mask.numpy().copy()
         if self.layout.num_shared:
-            coords[SHARED] = parts.shared.unsqueeze(-2).numpy().copy()
+            shared = self.layout.unpack(theta).shared
+            coords[SHARED] = shared.unsqueeze(-2).numpy().copy()
             inds[SHARED] = np.ones(coords[SHARED].shape[:-1], dtype=bool)
         return coords, inds
 
     def to_rows(self, coords: Arrays, inds: Arrays) -> Tensor:
         """Collect leaves into float64 rows ``(temperatures, walkers, E)``."""
-        used = inds[COMPONENTS]
-        order = np.argsort(~used, axis=-1, kind="stable")[..., None]
-        components = np.take_along_axis(coords[COMPONENTS], order, axis=-2)
-        shared = coords[SHARED][..., 0, :] if self.layout.num_shared else None
-        return self.layout.pack(
-            torch.from_numpy(used.sum(-1)),
-            torch.from_numpy(components),
-            None if shared is None else torch.from_numpy(shared),
-        )
+        counts, components = {}, {}
+        for name, _ in self._classes:
+            used = inds[name]
+            order = np.argsort(~used, axis=-1, kind="stable")[..., None]
+            sorted_ = np.take_along_axis(coords[name], order, axis=-2)
+            counts[name] = torch.from_numpy(used.sum(-1))
+            components[name] = torch.from_numpy(sorted_)
+        shared = None
+        if self.layout.num_shared:
+            shared = torch.from_numpy(coords[SHARED][..., 0, :])
+        return self.packed(counts, components, shared)
+
+    def packed(
+        self,
+        counts: dict[str, Tensor],
+        components: dict[str, Tensor],
+        shared: Tensor | None,
+    ) -> Tensor:
+        """Rows of each branch's number of components, and components used first."""
+        layout = self.layout
+        if not isinstance(layout, ClassLayout):
+            return layout.pack(counts[COMPONENTS], components[COMPONENTS], shared)
+        rows = [
+            own.pack(counts[name], components[name]) for name, own in layout.classes
+        ]
+        return layout.joined(rows, shared)
+
+    def log_orders(self, rows: Tensor) -> Tensor:
+        """Log of the orders in which a row's components may stand in their leaves."""
+        each = [
+            torch.lgamma(own.cardinality(view).double() + 1)
+            for (_, own), view in zip(self._classes, self._views(rows), strict=True)
+        ]
+        return torch.stack(each).sum(0)
 
 
 class _JointPrior:
@@ -450,8 +507,7 @@ class _JointPrior:
     ) -> Floats:
         """Evaluate the log-prior of every walker, ``(temperatures, walkers)``."""
         rows = self.leaves.to_rows(coords, inds)
-        k = self.prior.layout.cardinality(rows)
-        value = self.prior.log_prob(rows) - torch.lgamma(k.double() + 1)
+        value = self.prior.log_prob(rows) - self.leaves.log_orders(rows)
         return (value - self._offset).numpy()
 
 
@@ -461,20 +517,25 @@ def _joint_log_likelihood(problem: Problem, x: Tensor) -> Callable[[Any, Any], F
     Leaves are ``(n, parameters)`` and walkers ``(n,)``, for each branch.
     """
     evaluate = likelihood_of(problem.log_likelihood, x.double())
-    layout = problem.layout
+    leaves_of = _Leaves(problem.layout)
+    members = leaves_of.members
 
     def log_likelihood(params: Any, groups: Any) -> Floats:
-        if layout.num_shared:
-            (leaves, shared), (owner, _) = params, groups
-        else:
-            leaves, owner = params, groups
-            shared = np.zeros((owner.max(initial=-1) + 1, 0))
-        size = len(shared), layout.max_cardinality, layout.num_component_params
-        components = np.zeros(size)
-        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        components[owner, place] = leaves
-        counts = np.bincount(owner, minlength=len(shared))
-        parts = [torch.from_numpy(array) for array in (counts, components, shared)]
-        return evaluate(layout.pack(*parts)).numpy()
+        if len(leaves_of.branches) == 1:  # then it is not in a list
+            params, groups = [params], [groups]
+        num = 1 + max(owner.max(initial=-1) for owner in groups)
+        counts, components, shared = {}, {}, None
+        for name, leaves, owner in zip(leaves_of.branches, params, groups, strict=True):
+            if name == SHARED:
+                shared = torch.from_numpy(np.asarray(leaves))
+                continue
+            own = members[name]
+            found = np.zeros((num, own.max_cardinality, own.num_component_params))
+            place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+            found[owner, place] = leaves
+            components[name] = torch.from_numpy(found)
+            counts[name] = torch.from_numpy(np.bincount(owner, minlength=num))
+        rows = leaves_of.packed(counts, components, shared)
+        return evaluate(rows).numpy()
 
     return log_likelihood

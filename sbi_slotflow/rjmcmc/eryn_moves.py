@@ -28,10 +28,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..nn.charts import WhiteningChart
 from ..posterior.base import Posterior
 from ..posterior.component_proposals import ComponentProposal, PooledComponents
 from ..seeding import generator_for
 from ..sets.checks import Numbers
+from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 
 
@@ -71,6 +73,19 @@ Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
 
+def members_of(prior: VariableKPrior) -> dict[str, VariableKPrior]:
+    """The prior of each branch of components by its name: one a class.
+
+    Raises:
+        ValueError: If a class has the name of the branch of shared parameters.
+    """
+    if not isinstance(prior, MultiClassPrior):
+        return {COMPONENTS: prior}
+    if SHARED in prior.classes:
+        raise ValueError(f"no class may have the name {SHARED!r}: a branch has it.")
+    return dict(prior.classes)
+
+
 def leaf_limits(prior: VariableKPrior) -> tuple[dict[str, int], dict[str, int]]:
     """Return Eryn's ``nleaves_min`` and ``nleaves_max`` of a prior's branches.
 
@@ -78,16 +93,25 @@ def leaf_limits(prior: VariableKPrior) -> tuple[dict[str, int], dict[str, int]]:
         ValueError: If a cardinality between two possible ones is impossible: births
             and deaths, one at a time, could not cross it.
     """
-    possible = prior.cardinality_probs > 0
-    support = possible.nonzero().squeeze(-1).tolist()
-    if len(support) != support[-1] - support[0] + 1:
-        raise ValueError(
-            "the prior's cardinalities must be consecutive, as births and deaths "
-            f"change K by one, got positive weights at K = {support}."
-        )
+    low, high = {}, {}
+    for c, (name, member) in enumerate(members_of(prior).items()):
+        possible = member.cardinality_probs > 0
+        if isinstance(prior, MultiClassPrior):
+            # With some number of the others; which ones the prior itself says.
+            others = [d for d in range(prior.log_joint.ndim) if d != c]
+            possible = prior.log_joint.isfinite()
+            possible = possible.movedim(c, 0).flatten(1).any(-1) if others else possible
+        support = possible.nonzero().squeeze(-1).tolist()
+        if len(support) != support[-1] - support[0] + 1:
+            raise ValueError(
+                "the prior's cardinalities must be consecutive, as births and deaths "
+                f"change K by one, got positive weights at K = {support}."
+            )
+        low[name], high[name] = support[0], support[-1]
+        if name == COMPONENTS:
+            high[name] = prior.max_cardinality
     shared = {SHARED: 1} if prior.layout.num_shared else {}
-    most = prior.max_cardinality
-    return {COMPONENTS: support[0]} | shared, {COMPONENTS: most} | shared
+    return low | shared, high | shared
 
 
 class SlotFlowMove(ReversibleJumpMove):
@@ -150,6 +174,7 @@ class SlotFlowMove(ReversibleJumpMove):
         cls,
         posterior: Posterior,
         x: Numbers | None = None,
+        branch: str = COMPONENTS,
         prior_share: float = 0.1,
         num_samples: int = 10_000,
         seed: int = 0,
@@ -160,6 +185,7 @@ class SlotFlowMove(ReversibleJumpMove):
         Args:
             posterior: A posterior with a prior.
             x: The observation; the posterior's default x if None.
+            branch: The class of the components, where there are several.
             prior_share: Share of the prior in the proposal, in (0, 1].
             num_samples: Draws to learn the proposal from.
             seed: Seed of the draws.
@@ -175,11 +201,18 @@ class SlotFlowMove(ReversibleJumpMove):
                 f"posterior must be a Posterior, got {type(posterior).__name__}."
             )
         theta = posterior.sample((num_samples,), x, generator=generator_for(seed))
-        prior = deepcopy(posterior.prior).to("cpu")
-        pooled = PooledComponents(theta.cpu(), prior, prior_share, posterior.chart)
+        members = members_of(posterior.prior)
+        if branch not in members:
+            raise ValueError(f"branch must be one of {list(members)}, got {branch!r}.")
+        theta, chart = theta.cpu(), posterior.chart
+        prior = deepcopy(members[branch]).to("cpu")
+        if isinstance(posterior.prior, MultiClassPrior):
+            theta = posterior.prior.layout.view(theta, branch)
+            chart = WhiteningChart(prior.component_marginals)
+        pooled = PooledComponents(theta, prior, prior_share, chart)
         low, high = leaf_limits(posterior.prior)
         options = {"nleaves_min": low, "nleaves_max": high, **kwargs}
-        return cls(pooled, **options)
+        return cls(pooled, branch=branch, **options)
 
     def get_proposal(
         self,
@@ -239,12 +272,19 @@ class ComponentStretchMove(MHMove):
     Args:
         order_by: Index of the component parameter that defines the ranks.
         a: Largest stretch.
+        branch: The branch of components that it moves, beside shared parameters.
         kwargs: Options of Eryn's ``Move``.
     """
 
-    def __init__(self, order_by: int = 0, a: float = 2.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        order_by: int = 0,
+        a: float = 2.0,
+        branch: str = COMPONENTS,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.order_by, self.a = order_by, a
+        self.order_by, self.a, self.branch = order_by, a, branch
         self._half, self._order = 0, np.arange(0)
         self._moved = np.zeros((0, 0), dtype=bool)
 
@@ -268,7 +308,7 @@ class ComponentStretchMove(MHMove):
     ) -> tuple[Arrays, Floats]:
         """Propose for half of the walkers; see Eryn's ``MHMove``."""
         assert branches_inds is not None
-        inds = branches_inds[COMPONENTS]
+        inds = branches_inds[self.branch]
         num_walkers, counts = inds.shape[1], inds.sum(-1)
         if self._half == 0:
             self._order = random.permutation(num_walkers)
@@ -280,21 +320,23 @@ class ComponentStretchMove(MHMove):
         partner = (random.random_sample(partners.shape) * partners).argmax(-1)
         self._moved = moving & (num_blocks > 0) & partners.any(-1)
         z = ((self.a - 1) * random.random_sample(counts.shape) + 1) ** 2 / self.a
-        ranks = self._ranks(branches_coords[COMPONENTS], inds)
+        ranks = self._ranks(branches_coords[self.branch], inds)
         q = {name: coords.copy() for name, coords in branches_coords.items()}
         factors = np.full(counts.shape, -np.inf)
         for name, coords in q.items():
+            if name not in (self.branch, SHARED):
+                continue
             t, w = np.nonzero(self._moved & ((block == counts) == (name == SHARED)))
             v, z_here = partner[t, w], z[t, w]
             leaf, other = np.zeros_like(w), np.zeros_like(w)
-            if name == COMPONENTS:
+            if name == self.branch:
                 leaf, other = ranks[t, w, block[t, w]], ranks[t, v, block[t, w]]
             fixed = branches_coords[name][t, v, other]
             new, valid = self._stretch(name, coords[t, w, leaf], fixed, z_here)
             coords[t, w, leaf] = new
             dims = coords.shape[-1]
             factors[t, w] = np.where(valid, (dims - 1) * np.log(z_here), -np.inf)
-        kept = (self._ranks(q[COMPONENTS], inds) == ranks).all(-1)
+        kept = (self._ranks(q[self.branch], inds) == ranks).all(-1)
         return q, np.where(kept, factors, -np.inf)
 
     def _ranks(self, coords: Floats, inds: NDArray[Any]) -> NDArray[Any]:

@@ -7,6 +7,7 @@ false-alarm rate.
 """
 
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,14 @@ from scipy.stats import chisquare, kstest
 from torch.distributions import Independent, Normal
 from trained import linear_gaussian_posterior
 
-from sbi_slotflow import SlotPosterior, problems, slot_nn
+from sbi_slotflow import (
+    AdditiveSimulator,
+    MultiClassPrior,
+    SlotPosterior,
+    WhiteNoise,
+    problems,
+    slot_nn,
+)
 from sbi_slotflow.posterior.component_proposals import PriorComponents
 from sbi_slotflow.posterior.convergence import NotConverged
 from sbi_slotflow.problems.base import Problem
@@ -406,3 +414,86 @@ def test_a_file_keeps_the_steps_and_a_run_goes_on_from_it(problem, tmp_path):
     kept = eryn_sampler(problem, x, backend=str(path), **options).sampler
     assert kept.iteration == 15
     assert kept.get_chain()["components"].shape[:3] == (15, 2, 6)
+
+
+def two_classes(shared: bool) -> Problem:
+    """Lines and bursts of which nothing was observed, one of them at most two."""
+    made = problems.lines_and_bursts()
+    names = made.prior.classes
+    classes = {
+        "line": names["line"].with_cardinality([0.1, 0.4, 0.2, 0.3]),
+        "burst": names["burst"].with_cardinality([0.3, 0.5, 0.2]),
+    }
+    options: dict[str, Any] = {}
+    if shared:
+        options = {"shared": made.prior.shared, "shared_names": ("sigma",)}
+    prior = MultiClassPrior(classes, **options)
+    signals: Any = made.simulator.component_signal
+    noise = WhiteNoise() if shared else WhiteNoise(1.0)
+    simulator = AdditiveSimulator(
+        dict(zip(("line", "burst"), signals.signals, strict=True)), noise, prior.layout
+    )
+    return NothingSeen("classes", prior, simulator)
+
+
+class NothingSeen(Problem):
+    """Components of several classes whose likelihood is flat."""
+
+    def log_likelihood(self, theta, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.zeros(theta.shape[:-1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_prior_of_classes_comes_back(shared: bool) -> None:
+    problem: Any = two_classes(shared)
+    x = torch.zeros(problem.num_data)
+    sampler = eryn_sampler(problem, x, num_walkers=600, num_temperatures=1, seed=3)
+    rows = last_rows(sampler.run(25))
+    counts = problem.layout.counts(rows)
+    seen = torch.zeros(4, 3).index_put(
+        tuple(counts.long().unbind(-1)), torch.ones(len(rows)), accumulate=True
+    )
+    probs = problem.prior.log_joint.exp()
+    expected = (probs / probs.sum() * len(rows)).flatten().numpy()
+    assert chisquare(seen.flatten().numpy(), expected).pvalue > 1e-4
+    assert problem.prior.support.check(rows).all()
+    reference = problem.prior.sample((5_000,), generator_for(9))
+    layout, names = problem.layout, problem.layout.class_names
+    for name in names:
+        ours, theirs = (layout.view(r, name) for r in (rows, reference))
+        ours, theirs = ours[ours[:, 0] == 1], theirs[theirs[:, 0] == 1]
+        for column in range(1, 1 + layout.of_class(name).num_component_params):
+            assert kstest(ours[:, column], theirs[:, column].numpy()).pvalue > 1e-4
+
+
+def test_leaves_of_classes_have_the_likelihood_of_their_row() -> None:
+    problem = problems.lines_and_bursts()
+    x = problem.simulator(problem.prior.sample((1,), generator_for(4)))[0]
+    sampler = eryn_sampler(problem, x, num_walkers=8, num_temperatures=2, seed=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # three steps have not converged
+        rows = sampler.run(3).theta[:, -1]
+    expected = problem.log_likelihood(rows.double(), x)
+    found = torch.from_numpy(sampler.sampler.get_last_sample().log_like[0])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.1)
+
+
+def test_births_of_a_class_come_from_a_posterior() -> None:
+    problem = problems.lines_and_bursts()
+    theta = problem.prior.sample((32,), generator_for(6))
+    x = problem.simulator(theta, generator_for(7))
+    posterior = SlotPosterior(slot_nn(problem)(theta, x), problem.prior)
+    options: dict[str, Any] = {"num_samples": 200, "seed": 1}
+    moves = [
+        SlotFlowMove.from_posterior(posterior, x[0], name, **options)
+        for name in ("line", "burst")
+    ]
+    sampler = eryn_sampler(
+        problem, x[0], moves=moves, num_walkers=8, num_temperatures=1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two steps have not converged
+        rows = sampler.run(2).theta
+    assert problem.prior.support.check(rows).all()
+    with pytest.raises(ValueError, match="branch must be one of"):
+        SlotFlowMove.from_posterior(posterior, x[0], **options)
