@@ -174,10 +174,10 @@ class SlotFlowMove(ReversibleJumpMove):
         cls,
         posterior: Posterior,
         x: Numbers | None = None,
-        branch: str = COMPONENTS,
         prior_share: float = 0.1,
         num_samples: int = 10_000,
         seed: int = 0,
+        branch: str = COMPONENTS,
         **kwargs: Any,
     ) -> "SlotFlowMove":
         """Make the move from the components in a posterior's draws.
@@ -185,10 +185,10 @@ class SlotFlowMove(ReversibleJumpMove):
         Args:
             posterior: A posterior with a prior.
             x: The observation; the posterior's default x if None.
-            branch: The class of the components, where there are several.
             prior_share: Share of the prior in the proposal, in (0, 1].
             num_samples: Draws to learn the proposal from.
             seed: Seed of the draws.
+            branch: The class of the components, where there are several.
             kwargs: Options of the move. The limits are the posterior's prior's unless
                 ``nleaves_min`` and ``nleaves_max`` are given.
 

@@ -485,7 +485,7 @@ def test_births_of_a_class_come_from_a_posterior() -> None:
     posterior = SlotPosterior(slot_nn(problem)(theta, x), problem.prior)
     options: dict[str, Any] = {"num_samples": 200, "seed": 1}
     moves = [
-        SlotFlowMove.from_posterior(posterior, x[0], name, **options)
+        SlotFlowMove.from_posterior(posterior, x[0], branch=name, **options)
         for name in ("line", "burst")
     ]
     sampler = eryn_sampler(
