@@ -21,7 +21,9 @@ star within two pixels of each. Two seeds, of training and of signals.
 
 Losses: By weights alone, a star that is split into two near its place, and one more
 star than there are beside a bright one: the posterior of two blended stars is a ridge,
-of which one Gaussian describes a part. Particles mend it, in about 15 CPU seconds.
+of which one Gaussian describes a part. Particles mend it, in about 15 CPU seconds. The
+classifier's p(K | x) was never told that a scene may be shifted, and changes with it;
+evidence, which sums over cells, changes far less.
 """
 
 import warnings

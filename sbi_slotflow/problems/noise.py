@@ -94,8 +94,8 @@ class GaussianNoise:
             )
         (self.kind,) = names
         self.level = None if level is None else as_count(level, "level", 0)
-        every = [depends_on] if isinstance(depends_on, int) else list(depends_on)
-        self.depends_on = tuple(as_count(i, "depends_on", 0) for i in every)
+        every = [depends_on] if np.ndim(depends_on) == 0 else list(depends_on)  # pyright: ignore[reportArgumentType]
+        self.depends_on = tuple(sorted(as_count(i, "depends_on", 0) for i in every))
         self.function = self._function(given[self.kind])
         if self.function is not None:
             return
@@ -185,11 +185,13 @@ class GaussianNoise:
         return noise.to(signal)
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
-        """Log density of residuals, -inf where the level is not positive."""
+        """Log density of residuals, -inf where level or shape is not positive."""
         level, num = self.scale(shared).double(), residual.shape[-1]
-        positive = level > 0
+        positive, root = level > 0, self.root(shared.double(), num)
+        if self.function is not None:
+            positive = positive & (root > 0).all(-1)
+            root = torch.where(positive.unsqueeze(-1), root, 1.0)
         safe = torch.where(positive, level, 1.0)
-        root = self.root(shared.double(), num)
         white = self.white_given(residual.double(), root) / safe.unsqueeze(-1)
         value = -0.5 * white.square().sum(-1) - num * safe.log()
         value = value - 0.5 * num * math.log(2 * math.pi) - self._log_det(root, num)
@@ -234,7 +236,7 @@ class GaussianNoise:
             found = self.shape
         else:
             found = as_floats(self.function(shared), self.kind).to(shared)
-            # Zeros, of rows that pad a batch, are let pass.
+            # Where a deviation is zero the density is: no draw of a prior has to raise.
             if not (found >= 0).all() or found.isinf().any():
                 raise ValueError(
                     f"{self.kind} must be positive and finite, got values from "

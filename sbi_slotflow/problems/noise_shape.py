@@ -27,7 +27,7 @@ from torch import Tensor
 from ..sets.prior import VariableKPrior
 from .noise import GaussianNoise
 
-__all__ = ["GivenResidual", "NoiseShape"]
+__all__ = ["GivenResidual", "NoiseShape", "marks_of"]
 
 # Candidates of each parameter in a round of the search, and rounds.
 _CANDIDATES, _ROUNDS = 32, 3
@@ -38,10 +38,20 @@ _MEDIANS = {1: 0.45494, 2: math.log(2.0)}
 _STEPS, _SMALL = 5, 1e-3
 # Least precision of a natural coordinate; farthest point of a parabola.
 _RIDGE, _FAR = 1e-3, 0.3
+# What is left to a bound in natural coordinates; how often a move is shortened.
+_SHORT, _SHORTER = 1e-6, 4
 # Most numbers in a table of candidates' variances.
 _MOST_NUMBERS = 2**22
 # Stands for an open end.
 _OPEN = 1e6
+
+
+def marks_of(rows: Tensor) -> list[float]:
+    """Numbers by which rows ``(R, n)`` are told from others: products with waves."""
+    time = torch.arange(rows.shape[-1], device=rows.device).double()
+    time = (time + 0.5) / max(1, rows.shape[-1])
+    waves = torch.stack([torch.exp(-time * (k + 1)) for k in range(2)])
+    return (rows.double() @ waves.mT).flatten().tolist()
 
 
 class NoiseShape:
@@ -62,6 +72,10 @@ class NoiseShape:
                 f"depends_on must name some of the {num} shared parameters, got "
                 f"{noise.depends_on}."
             )
+        if noise.level is not None and noise.level >= num:
+            raise ValueError(
+                f"level must be one of the {num} shared parameters, got {noise.level}."
+            )
         self.noise, self.indices = noise, list(noise.depends_on)
         self.marginals = [marginals[i] for i in self.indices]
         half = torch.tensor(0.5, dtype=torch.float64)
@@ -72,7 +86,35 @@ class NoiseShape:
         bounds = [[*map(math.isfinite, m.bounds)] for m in self.marginals]
         self.low = torch.tensor([-1.0 if low else -_OPEN for low, _ in bounds]).double()
         self.high = torch.tensor([1.0 if high else _OPEN for _, high in bounds])
-        self.high = self.high.double()
+        # Short of bounds, where a variance may be zero.
+        self.low, self.high = self.low + _SHORT, self.high.double() - _SHORT
+        self._check_reading(prior)
+
+    def _check_reading(self, prior: VariableKPrior) -> None:
+        """Check that the shape of a row depends on what it should alone."""
+        assert self.noise.function is not None
+        rows = prior.sample((3,), torch.Generator().manual_seed(0)).double()
+        shared = prior.layout.unpack(rows).shared
+        found = torch.as_tensor(self.noise.function(shared)).double()
+        alone = torch.as_tensor(self.noise.function(shared[:1])).double()
+        if alone.shape[1:] != found.shape[1:] or not torch.allclose(
+            alone[0], found[0], rtol=1e-5, atol=0.0
+        ):
+            raise ValueError(
+                f"{self.noise.kind} must map each row of shared parameters on its own, "
+                "got a function whose values depend on the other rows."
+            )
+        for i, name in enumerate(prior.layout.shared_names):
+            if i in self.indices:
+                continue
+            moved = shared[:1].clone()
+            moved[:, i] = shared[1:2, i]
+            other = torch.as_tensor(self.noise.function(moved)).double()
+            if not torch.allclose(other, alone, rtol=1e-5, atol=0.0):
+                raise ValueError(
+                    f"{self.noise.kind} must depend on the parameters that depends_on "
+                    f"names, {self.noise.depends_on}, got a function of {name!r} too."
+                )
 
     def variances(self, values: Tensor, num_data: int) -> Tensor:
         """Variances ``(..., n)`` of parameters ``(..., P)``."""
@@ -104,7 +146,8 @@ class NoiseShape:
         rows[:, self.indices] = torch.stack(columns, -1)
         assert self.noise.function is not None
         found = torch.as_tensor(self.noise.function(rows)).double()
-        return (float(found.shape[-1]), *found.norm(dim=-1).tolist())
+        # In their own unit: what matters is how they go up and down.
+        return (float(found.shape[-1]), *marks_of(found))
 
     @torch.no_grad()
     def estimate(self, data: Tensor) -> Tensor:
@@ -199,7 +242,6 @@ class GivenResidual:
 
     def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
         shape, counts = self._shape, self._counts
-        low, high = shape.low.to(z), shape.high.to(z)
         precision = z.new_zeros(0)
         for _ in range(_STEPS):
             ratio = self._power / self._variances(z)
@@ -214,9 +256,21 @@ class GivenResidual:
             precision = weighted @ slopes.mT + _RIDGE * torch.eye(z.shape[-1]).to(z)
             score = (weighted @ (ratio - 1).unsqueeze(-1)).squeeze(-1)
             move = torch.linalg.solve(precision, score).clamp(-0.5, 0.5)
-            z = (z + move).maximum(low).minimum(high)
+            z = self._uphill(z, move)
         deviation = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt()
         return self._parabola(z, precision, deviation.clamp(max=_FAR))
+
+    def _uphill(self, z: Tensor, move: Tensor) -> Tensor:
+        """Shapes a move further, or as much of it as makes data more likely."""
+        low, high = self._shape.low.to(z), self._shape.high.to(z)
+        here, best = self._log_likelihood(z), z
+        for _ in range(_SHORTER):
+            tried = (z + move).maximum(low).minimum(high)
+            value = self._log_likelihood(tried)
+            better = (value > here) & (best == z).all(-1)
+            best = torch.where(better.unsqueeze(-1), tried, best)
+            move = 0.3 * move
+        return best
 
     def _slopes(self, z: Tensor) -> Tensor:
         """Derivatives ``(N, P, n)`` of log variances by natural coordinates."""
@@ -261,4 +315,10 @@ class GivenResidual:
         covariance = torch.linalg.inv(precision)
         covariance = 0.5 * (covariance + covariance.mT)
         move = (covariance @ torch.stack(slope, -1).unsqueeze(-1)).squeeze(-1)
-        return z + move.clamp(-2.0, 2.0), torch.linalg.cholesky(covariance)
+        # At a bound the parabola's top lies beyond it; elsewhere only if it is higher.
+        low, high = self._shape.low.to(z), self._shape.high.to(z)
+        held = ((z <= low) & (move < 0)) | ((z >= high) & (move > 0))
+        inner = torch.where(held, 0.0, move)
+        top = self._uphill(z, inner)
+        mean = torch.where(held, z + move.clamp(-2.0, 2.0), top)
+        return mean, torch.linalg.cholesky(covariance)

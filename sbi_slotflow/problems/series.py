@@ -240,7 +240,7 @@ class SeriesFit(AdditiveFit):
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor, float]:
-        """Prior mean and covariance of :attr:`linear_shared`, and a usual level."""
+        """Prior mean and covariance of :attr:`linear_shared`, and a low level."""
         assert self.simulator is not None
         assert self.prior is not None
         rows = self.prior.sample((2_000,), torch.Generator().manual_seed(0)).double()
@@ -248,7 +248,7 @@ class SeriesFit(AdditiveFit):
         beta = shared[:, list(self.linear_shared)]
         level = 1.0
         if self.simulator.level is not None:
-            level = float(shared[:, self.simulator.level].median())
+            level = float(shared[:, self.simulator.level].quantile(0.01))
         covariance = torch.cov(beta.mT).reshape(2 * (beta.shape[1],))
         return beta.mean(0), covariance, level
 

@@ -2,14 +2,14 @@ r"""Where noise is white and the background is gone.
 
 .. math::
     y = (1 - U F U^\top)\, W (x - b_0 - N \bar\beta), \qquad W C W^\top = 1, \qquad
-    W N V^{1/2} = U S R^\top, \qquad F = 1 - (1 + S^2 / \bar s^2)^{-1/2}
+    W N V^{1/2} = U S R^\top, \qquad F = 1 - (1 + S^2 / s_0^2)^{-1/2}
 
 C is the shape of the noise (:mod:`.noise`), :math:`b(s) = b_0 + N \beta` a background
 that is linear in the shared parameters beta, :math:`\bar\beta` and V their prior mean
-and covariance, :math:`\bar s` the median noise level. In y noise and background
-together are white: of a background that is unknown, F = 1, nothing is left, and least
-squares of components in y are those of x with beta fitted along; of one that is well
-known nothing is taken but its mean. Where C depends on shared parameters, each
+and covariance, :math:`s_0` a level that the noise seldom falls below. In y noise and
+background together are white: of a background that is unknown, F = 1, nothing is left,
+and least squares of components in y are those of x with beta fitted along; of one that
+is well known nothing is taken but its mean. Where C depends on shared parameters, each
 observation has a W of its own, by an estimate of them (:mod:`.noise_shape`). Given
 components and noise level s, beta is Gaussian but for its prior:
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..sets.prior import VariableKPrior
 from .counts import LEAST_COUNTS, CountLikelihood, smooth
 from .noise import GaussianNoise, PoissonNoise
-from .noise_shape import GivenResidual, NoiseShape
+from .noise_shape import GivenResidual, NoiseShape, marks_of
 from .simulator import AdditiveSimulator, WhiteNoise
 
 __all__ = [
@@ -49,6 +49,8 @@ __all__ = [
 
 # Draws of the shared parameters that a background is probed with.
 _PROBES, _CHUNK = 2_000, 256
+# Share of the prior in which a level is lower than the one that shrinks a background.
+_QUIET = 0.01
 # Error above which a background is not linear, over its spread and over its size.
 _TOLERANCE, _ROUNDING = 1e-6, 1e-12
 # Counts about a sample, by which it is weighed where components are looked for.
@@ -90,7 +92,7 @@ class WhiteSpace:
     Args:
         noise: The noise; None for white noise.
         background: The background; None for none.
-        level: A usual level of the noise.
+        level: A low level of the noise.
         shape: What estimates the noise's shape; None where it is known.
     """
 
@@ -121,8 +123,10 @@ class WhiteSpace:
     def mark(self) -> tuple[float, ...]:
         """Numbers by which another space is told from this one."""
         if self.shape is not None:
-            columns = () if self.background is None else self.background.columns
-            return (*self.shape.mark, *(float(c.norm()) for c in columns))
+            if self.background is None:
+                return self.shape.mark
+            of = torch.cat([self.background.columns, self.background.constant[None]])
+            return (*self.shape.mark, *marks_of(of))
         if self._num_data is None:
             return ()
         # Waves of a few periods, in the noise's own unit.
@@ -284,7 +288,7 @@ class GivenWhite:
         return right, gram[which]
 
     def _without_background(self, white: Tensor, owner: Tensor) -> Tensor:
-        if self._basis is None or self._share is None:
+        if self._basis is None or self._share is None or not white.numel():
             return white
         basis, share = self._basis.to(white), self._share.to(white)
         if len(basis) > 1:
@@ -324,8 +328,9 @@ def white_space(
     background = linear_background(simulator, prior)
     level, index = 1.0, noise_index(noise)
     if index is not None and index < len(prior.shared_marginals):
-        half = torch.tensor(0.5, dtype=torch.float64)
-        level = float(prior.shared_marginals[index].quantile(half))
+        # The background is known no better than in the most quiet record.
+        least = torch.tensor(_QUIET, dtype=torch.float64)
+        level = float(prior.shared_marginals[index].quantile(least))
     if isinstance(noise, WhiteNoise):
         if background is None:
             return None

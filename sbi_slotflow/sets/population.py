@@ -378,7 +378,14 @@ def _tabulated(
     targets = torch.special.ndtr(_SCORES)
 
     def share(t: Tensor) -> Tensor:
-        return given.column("cdf", index, line.inverse(t).unsqueeze(-1)).mean(-1)
+        x = line.inverse(t).unsqueeze(-1)
+        below, above = (end[:, index] for end in given.bounds())
+        # What transforms of torch say beyond their support need not be a share.
+        found = given.column(
+            "cdf", index, torch.minimum(torch.maximum(x, below), above)
+        )
+        found = torch.where(x <= below, 0.0, torch.where(x >= above, 1.0, found))
+        return found.clamp(0.0, 1.0).mean(-1)
 
     try:
         known, _ = line.forward(draws)

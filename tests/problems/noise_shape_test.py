@@ -255,3 +255,115 @@ def test_a_posterior_is_refined() -> None:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def bent(order: tuple[int, ...] = (1, 2)) -> tuple[Any, GaussianNoise, NoiseShape]:
+    """Level, slope and knee of a spectrum."""
+    prior = VariableKPrior(
+        BoxUniform(torch.tensor([0.0]), torch.tensor([1.0])),
+        [1.0, 1.0],
+        shared=BoxUniform(torch.tensor([0.1, 0.0, 0.5]), torch.tensor([1.0, 2.0, 3.0])),
+    )
+
+    def spectrum(shared: Tensor) -> Tensor:
+        slope, knee = shared[..., 1:2], shared[..., 2:3]
+        return 1 + (knee / FREQUENCY.to(shared)) ** slope
+
+    noise = GaussianNoise(spectrum=spectrum, level=0, depends_on=order)
+    return prior, noise, NoiseShape(noise, prior)
+
+
+def test_parameters_of_a_shape_may_be_named_in_any_order() -> None:
+    assert bent((2, 1))[1].depends_on == bent((1, 2))[1].depends_on == (1, 2)
+
+
+def test_two_parameters_end_where_the_data_are_most_likely() -> None:
+    prior, noise, shape = bent()
+    shared = prior.layout.unpack(prior.sample((200,), seeded(1)).double()).shared
+    residual = noise.sample(torch.zeros(200, NUM).double(), shared, seeded(2))
+    start = shape.estimate(residual)
+    given = shape.given(shape.white(residual, start), start)
+
+    def best(natural: Tensor) -> Tensor:
+        return given._log_likelihood(natural.clamp(-1, 1))
+
+    truth = best(shape.natural(shared[:, 1:]))
+    # Of a maximum over two parameters, twice the gain has a mean of two.
+    assert ((truth - best(given.mean)) > 3).double().mean() < 0.02
+    assert (best(shape.natural(start)) - best(given.mean) < 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda s: falling(s + 0 * s[..., :1]) * s[..., :1], "of 'sigma' too"),
+        (lambda s: falling(s) * s.mean(), "on its own"),
+    ],
+)
+def test_what_a_shape_reads_is_checked(function, message: str) -> None:
+    noise = GaussianNoise(spectrum=function, depends_on=1)
+    with pytest.raises(ValueError, match=message):
+        NoiseShape(noise, lines().prior)
+
+
+def test_a_level_that_there_is_not_is_refused() -> None:
+    noise = GaussianNoise(spectrum=falling, level=7, depends_on=1)
+    with pytest.raises(ValueError, match="level must be one of the 2"):
+        NoiseShape(noise, lines().prior)
+
+
+def test_a_shape_of_zero_has_no_density() -> None:
+    noise = GaussianNoise(errors=lambda s: s[..., :1] * ERRORS.to(s), depends_on=0)
+    rows = torch.tensor([[0.0], [1.0]]).double()
+    values = noise.log_prob(torch.zeros(2, NUM).double(), rows)
+    assert values[0].isneginf()
+    assert values[1].isfinite()
+
+
+def test_errors_that_may_vanish_can_be_trained(tmp_path) -> None:
+    base = pulses(level=False, offset=False)
+    prior = VariableKPrior(
+        base.prior.component,
+        [1.0, 1.0],
+        shared=torch.distributions.Independent(
+            torch.distributions.Exponential(torch.tensor([1.0])), 1
+        ),
+        component_names=("time", "height"),
+    )
+    noise = GaussianNoise(errors=lambda s: s[..., :1] * ERRORS.to(s), depends_on=0)
+    simulator = AdditiveSimulator(bump, noise, prior.layout)
+    estimator = build(Trace("pulses", prior, simulator, 40))
+    theta = prior.sample((64,), seeded(30))
+    loss = estimator.loss(theta, simulator(theta, seeded(31)))
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("level", [0.02, 0.9])
+def test_a_background_leaves_nothing_in_a_quiet_record(level: float) -> None:
+    """Level and shape beside an offset and a trend of a prior as wide as 450 levels."""
+    shared = BoxUniform(
+        torch.tensor([0.01, 0.0, -9.0, -9.0]), torch.tensor([1.0, 2.0, 9.0, 9.0])
+    )
+    times = GRID.times / 20 - 0.5
+    problem = sinusoids(
+        "tiny",
+        grids=GRID,
+        noise=GaussianNoise(spectrum=falling, level=0, depends_on=1),
+        shared=shared,
+        shared_names=("sigma", "slope", "offset", "trend"),
+        background=lambda s: s[..., 2:3] + s[..., 3:] * times.to(s),
+    )
+    rows = problem.prior.sample((200,), seeded(32)).double()
+    rows[:, 0], rows[:, 1] = 0.0, level
+    rows[:, 1 + problem.layout.num_shared :] = 0.0
+    x = problem.simulator(rows, seeded(33))
+    parts = problem.layout.unpack(rows)
+    given = (
+        problem.build_fit()
+        .given(x)
+        .noise_given(torch.arange(200), parts.components, parts.mask)
+    )
+    # Of 200 numbers; two that the background takes are 0.5 % of the level.
+    error = given.level(given.mean) - math.log(level)
+    assert abs(float(error.mean())) < 0.03
+    assert float(error.std()) < 2 / math.sqrt(2 * NUM)

@@ -116,7 +116,7 @@ def spread_of(mine: Trace) -> Tensor:
 
 @pytest.mark.parametrize("noise", ["white", "errors", "covariance"])
 def test_noise_and_background_are_white_together(noise: str) -> None:
-    mine, level = problem(noise), 1.25
+    mine, level = problem(noise), 0.515
     space = white_space(mine.simulator, mine.prior)
     assert space is not None
     assert space.level == pytest.approx(level)
@@ -194,8 +194,8 @@ def test_equations_are_those_of_a_joint_fit(noise: str) -> None:
     components = mine.layout.unpack(theta.double()).components
     found = fit.given(x).normal_equations(owner, components, mask)
     # Generalised least squares of the data's covariance, background included.
-    both = 1.25**2 * shape_of(noise) + spread_of(mine)
-    metric = 1.25**2 * torch.linalg.inv(both)
+    both = 0.515**2 * shape_of(noise) + spread_of(mine)
+    metric = 0.515**2 * torch.linalg.inv(both)
     background = linear_background(mine.simulator, mine.prior)
     assert background is not None
     usual = background.constant + background.mean @ background.columns

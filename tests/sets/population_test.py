@@ -11,11 +11,15 @@ from scipy.stats import kstest
 from torch import Tensor
 from torch.distributions import (
     Beta,
+    Distribution,
     Gamma,
+    HalfNormal,
     Independent,
     LogNormal,
     MultivariateNormal,
     Normal,
+    Pareto,
+    TransformedDistribution,
     Uniform,
 )
 
@@ -396,3 +400,26 @@ def test_draws_of_a_network_keep_bounds_that_follow_shared_parameters() -> None:
     assert float(log_kept[2].exp()) == pytest.approx(float(kept), abs=0.05)
     gain = sets.log_prob(rows) - sets.slots.log_prob(rows)
     assert torch.allclose(gain, -log_kept[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("law", ["pareto", "half normal", "log-normal"])
+def test_laws_that_begin_where_shared_parameters_say_have_their_marginal(law) -> None:
+    """Below their support torch's own ``cdf`` is negative, or no number."""
+
+    def component(shared: Tensor) -> list[Distribution]:
+        start, width = shared.unbind(-1)
+        shift = [torch.distributions.AffineTransform(start, 1.0)]
+        found = {
+            "pareto": Pareto(1 + start, 1.5 + width),
+            "half normal": TransformedDistribution(HalfNormal(width), shift),
+            "log-normal": TransformedDistribution(LogNormal(0 * start, width), shift),
+        }[law]
+        return [Uniform(0.0, 1.0), found]
+
+    low, high = torch.tensor([0.0, 0.1]), torch.tensor([1.5, 0.8])
+    shared = Independent(Uniform(low, high), 1)
+    prior = VariableKPrior(component, [0.0, 1.0], shared=shared)
+    rows = prior.sample((2_000,), torch.Generator().manual_seed(1))
+    values = prior.layout.unpack(rows).components[:, 0, 1].double()
+    shares = prior.component_marginals[1].fraction(values)
+    assert kstest(shares.numpy(), "uniform").pvalue > 1e-4  # its false-alarm rate
