@@ -160,7 +160,7 @@ class _Bridge:
     def run(self, num: int) -> _Run:
         """Take one population of ``num`` particles to the posterior."""
         population = self._start(num)
-        beta, steps, sweeps = 0.0, 0, 0
+        beta, steps, sweeps, done = 0.0, 0, 0, False
         log_evidence, variance, worst = 0.0, 0.0, -math.inf
         least = float(num)
         rates: dict[str, list[float]] = {move.name: [] for move in self.moves}
@@ -182,7 +182,6 @@ class _Bridge:
             settled: Callable[[Population], bool] = _Drift(beta)
             if beta == 1.0:
                 settled = _Forgetting(self.prior.layout, population)
-            done = False
             for _ in range(_MOST_LAST_SWEEPS if beta == 1.0 else _MOST_SWEEPS):
                 sweeps += 1
                 for move in self.moves:

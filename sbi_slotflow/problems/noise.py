@@ -94,7 +94,7 @@ class GaussianNoise:
             )
         (self.kind,) = names
         self.level = None if level is None else as_count(level, "level", 0)
-        every = [depends_on] if np.ndim(depends_on) == 0 else list(depends_on)  # pyright: ignore[reportArgumentType]
+        every = np.atleast_1d(np.asarray(depends_on)).tolist()
         self.depends_on = tuple(sorted(as_count(i, "depends_on", 0) for i in every))
         self.function = self._function(given[self.kind])
         if self.function is not None:

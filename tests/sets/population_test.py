@@ -408,7 +408,7 @@ def test_laws_that_begin_where_shared_parameters_say_have_their_marginal(law) ->
 
     def component(shared: Tensor) -> list[Distribution]:
         start, width = shared.unbind(-1)
-        shift = [torch.distributions.AffineTransform(start, 1.0)]
+        shift: Any = [torch.distributions.AffineTransform(start, 1.0)]
         found = {
             "pareto": Pareto(1 + start, 1.5 + width),
             "half normal": TransformedDistribution(HalfNormal(width), shift),
