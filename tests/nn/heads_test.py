@@ -157,7 +157,8 @@ def test_a_background_that_data_do_not_know_has_its_prior(law: Any) -> None:
     num = 20_000
     context = RowContext(torch.zeros(1, 1), torch.zeros(num).long())
     zero = torch.zeros(num, 2).double()
-    moments = zero, torch.zeros(num, 2, 2).double()
+    nothing = zero, torch.zeros(num, 2, 2).double()
+    moments = (lambda shared: nothing), ()
     drawn = head.sample(context, torch.Generator().manual_seed(1), None, moments)
     exact = law.sample((100_000,)).squeeze(-1)
     error = 5 * float(exact.std()) * (1 / num + 1e-5) ** 0.5
