@@ -380,7 +380,7 @@ def test_a_problem_or_observation_of_another_kind_is_rejected() -> None:
     bad: Any = problems.linear_gaussian()
     with pytest.raises(TypeError, match="has no collapsed sampler"):
         collapsed(bad, torch.zeros(300))
-    with pytest.raises(TypeError, match="must be a sinusoid problem with white noise"):
+    with pytest.raises(TypeError, match="needs WhiteNoise or GaussianNoise"):
         collapsed(sinusoids("tiny", noise="resampled"), torch.zeros(300))
     with pytest.raises(ValueError, match=r"x must have shape \(300,\)"):
         collapsed(tiny, torch.zeros(299))
