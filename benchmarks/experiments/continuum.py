@@ -18,6 +18,11 @@ over signals. Refined by importance weights of 2,000 draws, and by
 agree. Exact: particles (`method="smc"`) of another seed, where their populations agree;
 total variation of p(K | x) from them. Calibration: `calibration.report` of 300 pairs,
 which an exact posterior fails with a probability of at most 5 %.
+
+Losses: By weights alone a component more than there are is in too few draws; particles
+mend it. Where lines are bright the network's p(K | x) is off by a tenth in the mean, and
+the continuum takes up what lines too many or too few leave: the report's check of whole
+sets may see that.
 """
 
 import inspect
