@@ -20,9 +20,9 @@ total variation of p(K | x) from them. Calibration: `calibration.report` of 300 
 which an exact posterior fails with a probability of at most 5 %.
 
 Losses: By weights alone a component more than there are is in too few draws; particles
-mend it. Where lines are bright the network's p(K | x) is off by a tenth in the mean, and
-the continuum takes up what lines too many or too few leave: the report's check of whole
-sets may see that.
+mend it. Where lines are bright the network's p(K | x) is off by a tenth in the mean,
+and the continuum takes up what lines too many or too few leave: the report's check of
+whole sets may see that.
 """
 
 import inspect
