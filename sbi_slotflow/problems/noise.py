@@ -217,10 +217,6 @@ class GaussianNoise:
         root = self.root(signal.new_empty(0), signal.shape[-1])
         return self.white_given(signal, root)
 
-    def log_det(self, num_data: int) -> float:
-        """Half of the log determinant of C, where it is known."""
-        return float(self._log_det(self._root, num_data))
-
     def root(self, shared: Tensor, num_data: int) -> Tensor:
         """A root of C: errors, a Cholesky factor or an amplitude spectrum.
 
