@@ -24,6 +24,7 @@ from ..sets.prior import cardinality_weights
 from ..sets.records import filled
 from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
+from .background_head import BackgroundHead
 from .cardinality_evidence import CardinalityEvidence
 from .cell_head import IndependentHead
 from .charts import Chart, WhiteningChart, chart_from_spec
@@ -33,7 +34,6 @@ from .encoders import Encoding, Observations, encode
 from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
 from .heads import (
-    BackgroundHead,
     CardinalityHead,
     NoiseHead,
     PriorSharedHead,

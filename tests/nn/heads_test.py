@@ -16,11 +16,11 @@ from torch import Tensor
 from trained import SilentTracker
 
 from sbi_slotflow import SlotNPE, VariableKPrior, slot_nn
+from sbi_slotflow.nn.background_head import BackgroundHead
 from sbi_slotflow.nn.charts import WhiteningChart
 from sbi_slotflow.nn.estimator import SlotDensityEstimator
 from sbi_slotflow.nn.flows import RowContext
 from sbi_slotflow.nn.heads import (
-    BackgroundHead,
     NoiseHead,
     SetSummary,
     SharedGivenX,
