@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -21,6 +22,8 @@ from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
 from sbi_slotflow.seeding import generator_for
 
+from .experiment import Claim
+from .intervals import median_interval
 from .store import RESULTS, Cache, plain, write_json
 
 Numbers = dict[str, Any]
@@ -94,6 +97,47 @@ def by_seed(dataset: xr.Dataset, name: str) -> str:
         return ""
     means = values.mean([dim for dim in values.dims if dim != "seed"]).values
     return f"By seed: {', '.join(f'{mean:.3g}' for mean in means)}. "
+
+
+def quietly_refined(
+    posterior: SlotPosterior,
+    problem: Problem,
+    x: Tensor,
+    num: int,
+    generator: torch.Generator,
+    **options: Any,
+) -> RefinedPosterior:
+    """Refine one observation; whether it is reliable is recorded, and no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return one(
+            posterior.refine(
+                problem.log_likelihood, x, num, generator=generator, **options
+            )
+        )
+
+
+def width_claims(
+    dataset: xr.Dataset,
+    target: Callable[[str], str | None] = lambda name: None,
+    prefix: str = "",
+) -> list[Claim]:
+    """Medians of half widths over the bound, of each parameter that has some."""
+    found = []
+    for name in map(str, dataset.parameter.values):
+        widths = dataset["width"].sel(parameter=name).values.ravel()
+        widths = widths[np.isfinite(widths)]
+        if len(widths):
+            found.append(
+                Claim(
+                    f"{prefix}half width of {name} over the Cramer-Rao bound, median",
+                    float(np.median(widths)),
+                    median_interval(widths),
+                    target=target(name),
+                    note=f"Of {len(widths)} signals.",
+                )
+            )
+    return found
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,6 @@ cell, and one component more beside a strong one, are in too few draws. Particle
 it.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +37,17 @@ from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Classes
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, by_seed, over_seeds, trained, unseen
+from ..common import (
+    TEST,
+    by_seed,
+    over_seeds,
+    quietly_refined,
+    trained,
+    unseen,
+    width_claims,
+)
 from ..experiment import Budget, Claim
-from ..intervals import mean_interval, median_interval, share_interval
+from ..intervals import mean_interval, share_interval
 from ..store import Cache
 
 LOUDEST = 8.0
@@ -184,15 +191,10 @@ def _refined(
     if size.num_draws >= 1_000:  # an untrained network's particles take minutes
         ways["auto"] = posterior, {"method": "auto"}
     for n, (name, (start, options)) in enumerate(ways.items()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it is reliable is recorded
-            refined: Any = start.refine(
-                problem.log_likelihood,
-                x,
-                size.num_draws,
-                generator=generator_for(seed, TEST, 2 + n, i),
-                **options,
-            )
+        generator = generator_for(seed, TEST, 2 + n, i)
+        refined: Any = quietly_refined(
+            start, problem, x, size.num_draws, generator, **options
+        )
         probs = torch.bincount(layout.kind(refined.rows), refined.weights, num_kinds)
         found |= {
             f"reliable_{name}": refined.is_reliable,
@@ -292,17 +294,5 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
                     note=f"Of {len(here)} reliable signals, at most {here.max():.3f}.",
                 )
             )
-    for name in dataset.parameter.values:
-        widths = dataset["width"].sel(parameter=name).values.ravel()
-        widths = widths[np.isfinite(widths)]
-        if len(widths):
-            found.append(
-                Claim(
-                    f"half width of {name} over the Cramer-Rao bound, median",
-                    float(np.median(widths)),
-                    median_interval(widths),
-                    target="<= 1.1",
-                    note=f"Of {len(widths)} signals.",
-                )
-            )
+    found += width_claims(dataset, lambda name: "<= 1.1")
     return found

@@ -24,7 +24,6 @@ up to a few deviations wrong.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ from sbi_slotflow.plots.style import POSTERIOR, TRUTH, dress
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one, over_seeds, trained, unseen
+from ..common import TEST, over_seeds, quietly_refined, trained, unseen
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, share_interval
 from ..store import Cache
@@ -190,17 +189,10 @@ def _refined(
     num_k = problem.layout.max_cardinality + 1
     found: dict[str, Any] = {"p_particles": ("k", np.full(num_k, np.nan))}
     for n, (name, options) in enumerate(ways.items()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it is reliable is recorded
-            refined = one(
-                posterior.refine(
-                    problem.log_likelihood,
-                    x,
-                    size.num_draws,
-                    generator=generator_for(seed, TEST, 2 + n, i),
-                    **options,
-                )
-            )
+        generator = generator_for(seed, TEST, 2 + n, i)
+        refined = quietly_refined(
+            posterior, problem, x, size.num_draws, generator, **options
+        )
         found[f"p_{name}"] = "k", refined.cardinality().probs.flatten().numpy()
         if name == "weighed":
             found |= {

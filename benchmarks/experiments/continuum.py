@@ -27,7 +27,6 @@ whole sets may see that.
 
 import inspect
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +50,9 @@ from sbi_slotflow.problems import Trace
 from sbi_slotflow.problems.base import log_uniform, uniform
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one, trained, unseen
+from ..common import TEST, quietly_refined, trained, unseen, width_claims
 from ..experiment import Budget, Claim
-from ..intervals import mean_interval, median_interval, share_interval
+from ..intervals import mean_interval, share_interval
 from ..store import Cache
 
 
@@ -230,17 +229,10 @@ def _refined(
     if tried:
         methods |= {"auto": "auto", "exact": "smc"}
     for n, (name, method) in enumerate(methods.items()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it is reliable is recorded
-            refined = one(
-                posterior.refine(
-                    problem.log_likelihood,
-                    x,
-                    size.num_draws,
-                    method=method,
-                    generator=generator_for(seed, TEST, 2 + (n == 2), i),
-                )
-            )
+        generator = generator_for(seed, TEST, 2 + (n == 2), i)
+        refined = quietly_refined(
+            posterior, problem, x, size.num_draws, generator, method=method
+        )
         probs[name] = refined.cardinality().probs.flatten().numpy()
         found |= {
             f"reliable_{name}": refined.is_reliable,
@@ -358,18 +350,7 @@ def _claims(dataset: xr.Dataset, level: str) -> list[Claim]:
                     note=f"Of {len(far)} signals, at most {far.max():.3f}.",
                 )
             )
-    for name in dataset.parameter.values:
-        widths = dataset["width"].sel(parameter=name).values.ravel()
-        widths = widths[np.isfinite(widths)]
-        if len(widths):
-            found.append(
-                Claim(
-                    f"{level}: half width of {name} over the Cramer-Rao bound, median",
-                    float(np.median(widths)),
-                    median_interval(widths),
-                    note=f"Of {len(widths)} signals.",
-                )
-            )
+    found += width_claims(dataset, prefix=f"{level}: ")
     return [*found, *_checked(dataset, level)]
 
 

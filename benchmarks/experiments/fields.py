@@ -41,9 +41,9 @@ from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Image
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, by_seed, one, over_seeds, trained, unseen
+from ..common import TEST, by_seed, one, over_seeds, trained, unseen, width_claims
 from ..experiment import Budget, Claim
-from ..intervals import mean_interval, median_interval, share_interval
+from ..intervals import mean_interval, share_interval
 from ..store import Cache
 
 # Pixels by which scenes are moved, and draws by which existences are known.
@@ -306,19 +306,7 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
             f"{len(reliable)}.",
         ),
     ]
-    for name in dataset.parameter.values:
-        widths = dataset["width"].sel(parameter=name).values.ravel()
-        widths = widths[np.isfinite(widths)]
-        if len(widths):
-            found.append(
-                Claim(
-                    f"stars: half width of {name} over the Cramer-Rao bound, median",
-                    float(np.median(widths)),
-                    median_interval(widths),
-                    target="<= 1.05",
-                    note=f"Of {len(widths)} signals.",
-                )
-            )
+    found += width_claims(dataset, lambda name: "<= 1.05", "stars: ")
     for name in ("network", "evidence"):
         if f"shifted_{name}" in dataset:
             here = values(f"shifted_{name}")

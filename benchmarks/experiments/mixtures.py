@@ -18,7 +18,6 @@ are 41,000. SMC takes a minute a signal, where the likelihood costs microseconds
 """
 
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +32,7 @@ from sbi_slotflow.plots.style import POSTERIOR, SMALL, dress
 from sbi_slotflow.problems import Points
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one, trained, unseen
+from ..common import TEST, quietly_refined, trained, unseen
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, share_interval
 from ..mixture_gibbs import gibbs_cardinality
@@ -119,17 +118,9 @@ def _refined(
     problem: Points, posterior: SlotPosterior, x: Tensor, size: Size, seed: int, i: int
 ) -> xr.Dataset:
     generator, begun = generator_for(seed, TEST, 2, i), time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whether it is reliable is recorded
-        refined = one(
-            posterior.refine(
-                problem.log_likelihood,
-                x,
-                size.num_draws,
-                method=size.method,
-                generator=generator,
-            )
-        )
+    refined = quietly_refined(
+        posterior, problem, x, size.num_draws, generator, method=size.method
+    )
     seconds = time.process_time() - begun
     exact = gibbs_cardinality(problem, x, num_sweeps=size.num_sweeps, seed=seed)
     probs = {

@@ -24,7 +24,6 @@ weighed (evidence says too few planets), and a Gaussian above each set is a part
 Small eccentricities of strong planets are crescents in the plane of the disc.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,9 +39,17 @@ from sbi_slotflow.problems import Series
 from sbi_slotflow.problems.radial_velocity import observing_nights
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, by_seed, one, over_seeds, trained, unseen
+from ..common import (
+    TEST,
+    by_seed,
+    over_seeds,
+    quietly_refined,
+    trained,
+    unseen,
+    width_claims,
+)
 from ..experiment import Budget, Claim
-from ..intervals import mean_interval, median_interval, share_interval
+from ..intervals import mean_interval, share_interval
 from ..store import Cache
 
 # Relative error of the period, by the bound, below which widths are compared with it.
@@ -188,16 +195,10 @@ def _widths(
 def _refined(
     problem: Series, posterior: SlotPosterior, x: Tensor, num: int, seed: int, i: int
 ) -> xr.Dataset:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whether it is reliable is recorded
-        refined = one(
-            posterior.with_evidence(_SHARE).refine(
-                problem.log_likelihood,
-                x,
-                num,
-                generator=generator_for(seed, TEST, 2, i),
-            )
-        )
+    generator = generator_for(seed, TEST, 2, i)
+    refined = quietly_refined(
+        posterior.with_evidence(_SHARE), problem, x, num, generator
+    )
     return xr.Dataset(
         {
             "reliable": refined.is_reliable,
@@ -273,19 +274,7 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
             + f"Median share of effective draws {np.median(values('ess')):.2f}.",
         ),
     ]
-    for name in dataset.parameter.values:
-        widths = dataset["width"].sel(parameter=name).values.ravel()
-        widths = widths[np.isfinite(widths)]
-        if len(widths):
-            found.append(
-                Claim(
-                    f"half width of {name} over the Cramer-Rao bound, median",
-                    float(np.median(widths)),
-                    median_interval(widths),
-                    target="<= 1.3" if name == "period" else None,
-                    note=f"Of {len(widths)} signals.",
-                )
-            )
+    found += width_claims(dataset, lambda name: "<= 1.3" if name == "period" else None)
     loss = values("loss_many") - values("loss_alone")
     gain = values("gain_alone") - values("gain_many")
     text = "four new schedules, network of all less networks of each"
