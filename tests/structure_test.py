@@ -67,8 +67,8 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
-MOST_LINES = 36_500
-MOST_MODULES = 138
+MOST_LINES = 36_600
+MOST_MODULES = 139
 MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]

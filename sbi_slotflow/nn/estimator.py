@@ -26,27 +26,19 @@ from ..storage import read_tensors, write_tensors
 from .autoregressive_head import NO_FIT, AutoregressiveHead
 from .background_head import BackgroundHead
 from .cardinality_evidence import CardinalityEvidence
-from .cell_head import IndependentHead
-from .charts import Chart, WhiteningChart, chart_from_spec
-from .class_cells import axis_from_spec
-from .component_head import ComponentHead, slots_from_spec
+from .charts import Chart, chart_from_spec
 from .encoders import Encoding, Observations, encode
-from .flows import ConditionalFlow
 from .gauss_newton import SignalFit
 from .heads import (
     CardinalityHead,
-    NoiseHead,
-    PriorSharedHead,
-    SetSummary,
     SharedGivenX,
-    SharedHead,
 )
-from .ordered_slots import OrderedHead
-from .set_distribution import NetworkSets, SetHead, SetsGivenK
+from .heads_from_spec import component_head_from_spec, shared_head_from_spec
+from .set_distribution import NetworkSets, SetsGivenK
 from .shape_head import ShapeHead
 from .spec import EstimatorSpec, build, single_precision
 
-__all__ = ["SlotDensityEstimator", "component_head_from_spec"]
+__all__ = ["SlotDensityEstimator"]
 
 _FORMAT = "sbi_slotflow.SlotDensityEstimator"
 _VERSION = 2
@@ -108,7 +100,7 @@ class SlotDensityEstimator(ConditionalDensityEstimator):
                 "fit is not the one that this estimator was built with: its noise or "
                 "background is another."
             )
-        self.shared_head = _shared_head(spec, probe.shared.shape[-1], fit)
+        self.shared_head = shared_head_from_spec(spec, probe.shared.shape[-1], fit)
         self.component_head = component_head_from_spec(spec, probe, fit)
         self.register_buffer("x_shift", torch.zeros(()))
         self.register_buffer("x_scale", torch.ones(()))
@@ -514,73 +506,3 @@ def _same(found: tuple[float, ...] | None, expected: tuple[float, ...] | None) -
         return found is None and expected is None
     pairs = zip(found, expected, strict=True)
     return all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs)
-
-
-def _shared_head(
-    spec: EstimatorSpec, features: int, fit: SignalFit | None = None
-) -> SharedHead | NoiseHead | BackgroundHead | None:
-    if spec.shared_chart is None:
-        return None
-    chart, largest = chart_from_spec(spec.shared_chart), spec.layout.max_cardinality
-    if not spec.shared_head:
-        return PriorSharedHead(chart)
-    summary = None
-    if spec.sees_components:
-        summary = SetSummary(chart_from_spec(spec.chart), largest)
-    linear, shape = getattr(fit, "linear_shared", ()), getattr(fit, "noise_shape", ())
-
-    def rest(inner: Chart, level: int | None) -> SharedHead | NoiseHead:
-        if not spec.noise_from_fit:
-            return SharedHead(inner, features, largest, summary)
-        if shape:
-            return ShapeHead(inner, level, spec.num_data, features, largest)
-        return NoiseHead(inner, spec.num_data, features, largest)
-
-    if not linear:
-        return rest(chart, spec.noise_index)
-    others = [i for i in range(chart.num_features) if i not in linear]
-    head, level = None, spec.noise_index
-    if others:
-        inner = WhiteningChart([chart.marginals[i] for i in others])
-        head = rest(inner, None if level is None else others.index(level))
-    return BackgroundHead(chart, linear, level, head)
-
-
-def component_head_from_spec(
-    spec: EstimatorSpec, probe: Encoding, fit: SignalFit | None = None
-) -> SetHead:
-    """Build the head that ``spec.slots`` describes."""
-    chart = chart_from_spec(spec.chart)
-    options: dict[str, Any] = dict(spec.slots)
-    if options.get("kind") == "ordered":
-        order_by, largest = spec.layout.order_by, spec.layout.max_cardinality
-        width = options["trunk_features"]
-        return OrderedHead(chart, order_by, probe, largest, width, spec.flow)
-    if options.get("kind") != "anchored":
-        slots = slots_from_spec(options, probe, spec.layout.max_cardinality)
-        flow = ConditionalFlow(chart.num_features, slots.num_features, **spec.flow)
-        return ComponentHead(chart, slots, flow)
-    del options["kind"]
-    axis = axis_from_spec(options.pop("axis"))
-    del options["fit"]
-    if probe.tokens is None or probe.tokens.shape[-2] != axis.num_cells:
-        raise ValueError(
-            f"slots='anchored' need an encoder that keeps {axis.num_cells} tokens, "
-            "one for each cell of the location axis; use slots='attention' or "
-            "slots='global' with this one."
-        )
-    if spec.layout.order_by not in axis.parameters:
-        raise ValueError(
-            "slots='anchored' need components in the order of their location: order_by "
-            f"must be one of {axis.parameters}, got {spec.layout.order_by}."
-        )
-    sizes = probe.tokens.shape[-1], spec.layout.max_cardinality
-    coupling, steps = options.pop("coupling"), options.pop("refine_steps")
-    head = AutoregressiveHead if coupling == "joint" else IndependentHead
-    if coupling == "joint":
-        options |= {"fit": fit, "refine_steps": steps}
-    elif steps:
-        raise ValueError(
-            "refine_slots fits all components together; it needs coupling='joint'."
-        )
-    return head(chart, axis, *sizes, flow=spec.flow, **options)
