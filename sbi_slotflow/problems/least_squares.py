@@ -200,6 +200,13 @@ class AdditiveLeastSquares:
         keys, which = torch.cat([row.double().unsqueeze(-1), ends], -1).unique(
             dim=0, return_inverse=True
         )
+        form = self.fit.form
+        signals = 1 if form is None else form.num_amplitudes
+        numbers = len(keys) * _LINEAR_SEARCH_POINTS * signals * self.data.shape[-1]
+        if numbers > _MOST_NUMBERS and len(owner) > 1:  # sets that have few in common
+            half = len(owner) // 2
+            parts = ([x[:half], x[half:]] for x in (owner, low, high, mask))
+            return torch.cat([self.start(*part) for part in zip(*parts, strict=True)])
         place = torch.zeros_like(mask, dtype=torch.int64)
         place[mask] = which
         intervals = keys[:, 1:].unflatten(-1, (*low.shape[2:], 2)).unsqueeze(1)

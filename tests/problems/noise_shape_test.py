@@ -367,3 +367,16 @@ def test_a_background_leaves_nothing_in_a_quiet_record(level: float) -> None:
     error = given.level(given.mean) - math.log(level)
     assert abs(float(error.mean())) < 0.03
     assert float(error.std()) < 2 / math.sqrt(2 * NUM)
+
+
+def test_starts_do_not_depend_on_how_many_are_sought_at_once(monkeypatch) -> None:
+    problem = lines()
+    theta = problem.prior.sample((20,), seeded(40))
+    least = problem.build_fit().given(problem.simulator(theta, seeded(41)))
+    owner = torch.arange(20).repeat(3)
+    low = 0.5 + torch.rand(60, 3, generator=seeded(42)).double()
+    mask = torch.rand(60, 3, generator=seeded(43)) > 0.3
+    together = least.start(owner, low, low + 0.05, mask)
+    monkeypatch.setattr("sbi_slotflow.problems.least_squares._MOST_NUMBERS", 2**17)
+    apart = least.start(owner, low, low + 0.05, mask)
+    torch.testing.assert_close(apart[mask], together[mask])
