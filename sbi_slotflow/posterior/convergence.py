@@ -30,6 +30,10 @@ FEWEST_EFFECTIVE = 100
 _OUTER, _MOST_OUTER = 0.01, 0.5
 # Most draws of a chain that are compared: more change nothing and take time.
 _MOST_DRAWS = 2_000
+_ADVICE = (
+    "Run longer chains (num_draws, thin, burn_in), more of them (num_chains) or more "
+    "temperatures (num_levels), or begin elsewhere."
+)
 
 
 class NotConverged(UserWarning):
@@ -50,6 +54,8 @@ class Convergence:
         at_bounds: Share of draws at the largest K that the prior allows, and by name
             in the outer hundredth of a parameter's prior at either end.
         acceptance: Share of each kind of move that was accepted.
+        jumps: How many moves that change K were accepted, where draws differ in K;
+            None where they do not, or where it is not known.
 
     Example:
         >>> good = Convergence({"K": 1.001}, {"K": 850.0})
@@ -63,6 +69,7 @@ class Convergence:
     ess: Mapping[str, float]
     at_bounds: Mapping[str, float] = field(default_factory=dict)
     acceptance: Mapping[str, float] = field(default_factory=dict)
+    jumps: int | None = None
 
     @property
     def worst_rhat(self) -> float:
@@ -76,8 +83,32 @@ class Convergence:
 
     @property
     def converged(self) -> bool:
-        """Whether every R-hat is at most 1.05 and every effective number 100."""
-        return self.worst_rhat <= LARGEST_RHAT and self.least_ess >= FEWEST_EFFECTIVE
+        """Whether every R-hat is at most 1.05 and every effective number 100.
+
+        And where draws differ in K, whether K changed 100 times: else the shares of K
+        are those of the start, which halves of chains have in common.
+        """
+        agree = self.worst_rhat <= LARGEST_RHAT and self.least_ess >= FEWEST_EFFECTIVE
+        return agree and (self.jumps is None or self.jumps >= FEWEST_EFFECTIVE)
+
+    @property
+    def _complaints(self) -> list[str]:
+        """What is wrong, by its number."""
+        worst = max(self.rhat, key=lambda name: _size(self.rhat[name]))
+        least = min(self.ess, key=lambda name: -_size(-self.ess[name]))
+        found = []
+        if not self.rhat[worst] <= LARGEST_RHAT:
+            found.append(
+                f"R-hat of {worst} is {self.rhat[worst]:.3g} (at most {LARGEST_RHAT})"
+            )
+        if not self.ess[least] >= FEWEST_EFFECTIVE:
+            found.append(
+                f"{least} has {self.ess[least]:.0f} effective draws (at least "
+                f"{FEWEST_EFFECTIVE})"
+            )
+        if self.jumps is not None and self.jumps < FEWEST_EFFECTIVE:
+            found.append(f"K changed {self.jumps} times (at least {FEWEST_EFFECTIVE})")
+        return found
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -90,24 +121,19 @@ class Convergence:
             for name, value in values.items()
         }
 
-    def warn(self) -> None:
+    def warn(self, advice: str = _ADVICE) -> None:
         """Warn of what is wrong, by its number.
+
+        Args:
+            advice: What to do where chains have not converged.
 
         Warns:
             NotConverged: If chains have not converged.
             PilesUp: If half of the draws lie on a bound of the prior.
         """
         if not self.converged:
-            worst = max(self.rhat, key=lambda name: _size(self.rhat[name]))
-            least = min(self.ess, key=lambda name: self.ess[name])
-            warn_user(
-                f"chains have not converged: R-hat of {worst} is "
-                f"{self.rhat[worst]:.3g} (at most {LARGEST_RHAT}), {least} has "
-                f"{self.ess[least]:.0f} effective draws (at least {FEWEST_EFFECTIVE}). "
-                "Run longer chains (num_draws, thin, burn_in), more of them "
-                "(num_chains) or more temperatures (num_levels), or begin elsewhere.",
-                NotConverged,
-            )
+            text = ", ".join(self._complaints)
+            warn_user(f"chains have not converged: {text}. {advice}", NotConverged)
         piled = {n: s for n, s in self.at_bounds.items() if s > _MOST_OUTER}
         if piled:
             each = ", ".join(f"{name} ({share:.0%})" for name, share in piled.items())
@@ -125,6 +151,7 @@ def convergence_of(
     acceptance: Mapping[str, float] | None = None,
     *,
     independent: bool = False,
+    jumps: int | None = None,
 ) -> Convergence:
     """Diagnose chains of theta rows.
 
@@ -135,6 +162,7 @@ def convergence_of(
         acceptance: Share of each kind of move that was accepted.
         independent: Whether the draws of a chain are in no order, as particles are:
             then each counts as one.
+        jumps: How many moves that change K were accepted, if that is known.
     """
     layout = prior.layout
     stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
@@ -163,6 +191,7 @@ def convergence_of(
         dict(zip(numbers, ess.tolist(), strict=True)),
         _at_bounds(prior, theta),
         dict(acceptance or {}),
+        None if all(np.ptp(numbers[n].numpy()) == 0 for n in counts) else jumps,
     )
 
 

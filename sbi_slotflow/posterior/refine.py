@@ -180,6 +180,7 @@ def _complaint(result: RefinedPosterior, method: Method) -> str:
     if method != "importance":
         advice = (
             "A posterior that fits better helps; where components are linear in some "
-            "parameters, rjmcmc.collapsed needs none."
+            "parameters and noise is Gaussian of a known shape, rjmcmc.collapsed needs "
+            "none."
         )
     return f"the result cannot be relied on: {', '.join(wrong)}. {advice}"

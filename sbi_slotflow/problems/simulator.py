@@ -221,6 +221,14 @@ class AdditiveSimulator:
                 "background must be a function of shared parameters, got "
                 f"{type(background).__name__}."
             )
+        read = [*getattr(noise, "depends_on", ()), getattr(noise, "level", None)]
+        read = [index for index in read if isinstance(index, int)]
+        if read and max(read) >= layout.num_shared:
+            raise ValueError(
+                f"noise reads shared parameter {max(read)} of the layout, which has "
+                f"{layout.num_shared}: give the prior all that level and depends_on "
+                "name."
+            )
         self.component_signal, self.noise, self.layout = component_signal, noise, layout
         self.background = background
         self.chunk_size = as_count(chunk_size, "chunk_size")

@@ -86,6 +86,10 @@ __all__ = ["ErynSampler", "eryn_sampler"]
 
 # Temperatures rise by equal factors up to this one; the last is infinite.
 _MAX_TEMPERATURE = 1e3
+_ADVICE = (
+    "Run more steps (num_steps, burn_in), more walkers (num_walkers) or temperatures "
+    '(num_temperatures), or begin at a posterior\'s draws (start="slotflow").'
+)
 # Scatter of walkers around the truth, in the prior's standard deviations.
 _SCATTER = 1e-3
 
@@ -143,16 +147,20 @@ class ErynSampler:
         if as_count(num_steps, "num_steps") < thin:
             raise ValueError(f"num_steps must be at least thin, got {num_steps}.")
         rows, values = [], []
+        before = None
         with self._global_generator(), warnings.catch_warnings():
             # with few walkers it happens that none has a partner to stretch towards
             warnings.filterwarnings("ignore", "All points input for the Likelihood")
             for _ in self._steps(burn_in, adaptive=True, store=False, bar=progress):
                 pass
             kept = num_steps // thin
+            if self.sampler.has_reversible_jump:
+                before = self._accepted_jumps
             for _ in self._steps(kept, adaptive=False, thin_by=thin, bar=progress):
                 rows.append(self._cold_rows())
                 values.append(torch.from_numpy(self._state.log_like[0].copy()))
         theta = torch.stack(rows, dim=1)
+        jumps = None if before is None else self._accepted_jumps - before
         shares = {"in model": self.sampler.acceptance_fraction[0]}
         if self.sampler.has_reversible_jump:
             shares["between models"] = self.sampler.rj_acceptance_fraction[0]
@@ -161,9 +169,19 @@ class ErynSampler:
             theta,
             torch.stack(values, 1),
             {name: float(np.mean(each)) for name, each in shares.items()},
+            jumps=jumps,
         )
-        found.warn()
+        found.warn(_ADVICE)
         return ChainDraws(self.problem.layout, theta, self.x, diagnostics=found)
+
+    @property
+    def _accepted_jumps(self) -> int:
+        """Moves between models that cold walkers accepted up to now.
+
+        K of a walker also changes where temperatures swap; whether those bring all K
+        that there are, nothing here could tell.
+        """
+        return int(self.sampler.backend.rj_accepted[0].sum())
 
     def _steps(
         self, iterations: int, *, adaptive: bool, bar: bool, **options: Any

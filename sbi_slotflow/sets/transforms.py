@@ -222,7 +222,9 @@ class Table(Transform):
 
     def _between(self, value: Tensor, points: Tensor) -> tuple[Tensor, ...]:
         """Of each value's interval: x, y, width, height, slopes at both ends."""
-        place = torch.searchsorted(points.to(value.device), value.detach(), right=True)
+        place = torch.searchsorted(
+            points.to(value.device), value.detach().contiguous(), right=True
+        )
         place = (place - 1).clamp(0, len(points) - 2)
         x, y, slope = (
             part.to(value.device) for part in (self._x, self._y, self._slope)

@@ -158,3 +158,19 @@ def test_the_largest_cardinality_is_no_bound_if_the_prior_is_mostly_there() -> N
     prior = TINY.prior.with_cardinality([0, 0, 1, 2])
     theta = prior.sample((4, 100), torch.Generator().manual_seed(5)).double()
     assert not any(n.startswith("K") for n in convergence_of(prior, theta).at_bounds)
+
+
+def test_shares_of_k_that_no_move_has_changed_are_those_of_the_start() -> None:
+    still = Convergence({"K": 1.0}, {"K": 500.0}, jumps=3)
+    assert not still.converged
+    with pytest.warns(NotConverged, match=r"K changed 3 times \(at least 100\). Begin"):
+        still.warn("Begin elsewhere.")
+    assert Convergence({"K": 1.0}, {"K": 500.0}, jumps=100).converged
+    assert Convergence({"K": 1.0}, {"K": 500.0}).converged
+
+
+def test_only_what_is_wrong_is_complained_of() -> None:
+    bad = Convergence({"K": 1.3, "sigma": 1.0}, {"K": 170.0, "sigma": 900.0})
+    with pytest.warns(NotConverged) as found:
+        bad.warn()
+    assert "effective draws" not in str(found[0].message)

@@ -11,8 +11,14 @@ from sbi.utils.user_input_checks import process_prior, process_simulator
 from scipy import stats
 from torch import Tensor
 
-from sbi_slotflow import AdditiveSimulator, VariableKPrior, WhiteNoise
+from sbi_slotflow import (
+    AdditiveSimulator,
+    GaussianNoise,
+    VariableKPrior,
+    WhiteNoise,
+)
 from sbi_slotflow.problems import Problem, linear_gaussian, sinusoids
+from sbi_slotflow.sets.layout import ThetaLayout
 
 TIMES = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64)
 
@@ -416,3 +422,13 @@ def test_no_noise_where_sigma_is_zero() -> None:
     assert (
         WhiteNoise(0.0).sample(torch.ones(2, 30), torch.ones(2, 0), None) == 0
     ).all()
+
+
+def test_noise_that_reads_parameters_that_there_are_not_is_refused() -> None:
+    layout = ThetaLayout(1, ("time",), shared_names=("sigma",))
+    for noise in (
+        GaussianNoise(errors=torch.ones(4), level=1),
+        GaussianNoise(errors=lambda s: s[..., 1:2] + torch.ones(4), depends_on=1),
+    ):
+        with pytest.raises(ValueError, match="noise reads shared parameter 1"):
+            AdditiveSimulator(lambda c: c + torch.zeros(4), noise, layout)

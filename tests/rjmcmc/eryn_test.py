@@ -497,3 +497,16 @@ def test_births_of_a_class_come_from_a_posterior() -> None:
     assert problem.prior.support.check(rows).all()
     with pytest.raises(ValueError, match="branch must be one of"):
         SlotFlowMove.from_posterior(posterior, x[0], **options)
+
+
+def test_changes_of_k_are_counted_from_where_draws_are_kept() -> None:
+    problem, x = prior_only(), torch.zeros(tiny.num_data)
+    sampler = eryn_sampler(problem, x, num_walkers=40, num_temperatures=1, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ten steps have not converged
+        first, second = sampler.run(10, burn_in=5), sampler.run(10)
+    jumps = [draws.diagnostics.jumps or 0 for draws in (first, second)]
+    # Nothing speaks against a birth but a least separation.
+    assert all(100 < jump <= 400 for jump in jumps)
+    shares = second.diagnostics.acceptance["between models"]
+    assert shares * 20 * 40 == pytest.approx(sum(jumps))
