@@ -16,7 +16,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from sbi_slotflow import SlotNPE, SlotPosterior, load_pretrained, slot_nn
+from sbi_slotflow import (
+    SlotNPE,
+    SlotPosterior,
+    calibration,
+    load_pretrained,
+    slot_nn,
+)
 from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
@@ -138,6 +144,67 @@ def width_claims(
                 )
             )
     return found
+
+
+def reported(
+    posterior: SlotPosterior, problem: Problem, num: int, seed: int
+) -> xr.Dataset:
+    """What `calibration.report` finds with ``num`` pairs; nothing if that is 0."""
+    if not num:
+        return xr.Dataset()
+    begun = time.process_time()
+    found = calibration.report(posterior, problem, num, seed=seed, show_progress=False)
+    seconds = time.process_time() - begun
+    progress(f"{found}\n{seconds:.0f} s")
+    p_values = {name: check.p_value for name, check in found.checks.items()}
+    curves = found.checks["coverage"].numbers
+    ninety = {name: curve["coverage"][0.9] for name, curve in curves.items()}
+    return xr.Dataset(
+        {
+            "p_value": ("check", list(p_values.values())),
+            "ninety": ("covered", list(ninety.values())),
+            "report_seconds": seconds,
+        },
+        {"check": list(p_values), "covered": list(ninety)},
+    )
+
+
+def report_claims(dataset: xr.Dataset, prefix: str = "") -> list[Claim]:
+    """What `calibration.report` found, for each seed."""
+    if "p_value" not in dataset:
+        return []
+    per_seed = dataset["p_value"].transpose("check", ...).values
+    failed, worst = [], []
+    names = [str(name) for name in dataset.check.values]
+    for values in per_seed.reshape(len(names), -1).T:
+        made = {n: v for n, v in zip(names, values, strict=True) if np.isfinite(v)}
+        if not made:
+            continue
+        rate = 0.05 / len(made)
+        failed += [name for name, value in made.items() if value <= rate]
+        least = min(made, key=lambda name: made[name])
+        worst.append(f"{made[least]:.2g}, of {least} (one fails at {rate:.2g})")
+    if not worst:
+        return []
+    ninety = dataset["ninety"].transpose("covered", ...).values
+    ninety = np.nanmean(ninety.reshape(len(ninety), -1), -1)
+    inside = ", ".join(
+        f"{name} {share:.2f}"
+        for name, share in zip(dataset.covered.values, ninety, strict=True)
+    )
+    return [
+        Claim(
+            f"{prefix}checks of calibration.report that fail",
+            len(failed),
+            target="<= 0",
+            note=f"{', '.join(failed)}{'. ' * bool(failed)}Least p: "
+            f"{'; '.join(worst)}. Inside of 90 % intervals: {inside}.",
+        ),
+        Claim(
+            f"{prefix}CPU seconds of calibration.report",
+            round(float(dataset["report_seconds"].mean())),
+        ),
+    ]
 
 
 def simulate(problem: Problem, num: int, seed: int) -> tuple[Tensor, Tensor]:
