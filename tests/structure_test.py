@@ -40,6 +40,8 @@ BASE = {
     "white_space",
     "least_squares",
     "linear",
+    "coordinates",
+    "birth_grid",
     "marginal_likelihood",
     "collapsed",
 }
@@ -54,6 +56,7 @@ TESTS_OF_NO_MODULE = {
     "import",
     "posterior.closed_form",
     "posterior.contract",
+    "problems.collapsed_classes",
     "problems.own_problem",
     "problems.own_simulator",
     "problems.sinusoids.matching_pursuit",
@@ -67,8 +70,8 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
-MOST_LINES = 36_600
-MOST_MODULES = 139
+MOST_LINES = 37_000
+MOST_MODULES = 141
 MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]

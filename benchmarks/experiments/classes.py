@@ -14,8 +14,9 @@ of the noise, over the bound with the noise level known (it is orthogonal); the 
 over signals. Refined by importance weights of 2,000 draws, with p(K | x) of the
 classifier and by evidence (`with_evidence`), and by `refine(method="auto")`, which
 takes particles where weights are not reliable; "reliable" is a k-hat below 0.7, 100
-effective draws and, of particles, populations that agree. There is no exact sampler for
-classes: refined posteriors are held against populations of particles (`method="smc"`).
+effective draws and, of particles, populations that agree. Exact: `rjmcmc.collapsed`
+from draws of the network, where its chains have converged; total variation of p(K_line,
+K_burst | x) from it, of the network and of those refined reliably.
 Calibration: `calibration.report` of 300 pairs, which an exact posterior fails with a
 probability of at most 5 %. Three seeds.
 
@@ -24,6 +25,8 @@ cell, and one component more beside a strong one, are in too few draws. Particle
 it.
 """
 
+import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, problems
+from sbi_slotflow import SlotPosterior, problems, rjmcmc
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Classes
 from sbi_slotflow.seeding import generator_for
@@ -58,7 +61,7 @@ LOUDEST = 8.0
 
 @dataclass(frozen=True)
 class Size:
-    """Seeds; simulations; signals for p(K), gain, refining, particles; draws.
+    """Seeds; simulations; signals for p(K), gain, refining, the exact sampler; draws.
 
     And pairs of the report.
     """
@@ -68,14 +71,14 @@ class Size:
     num_signals: int
     num_gain: int
     num_refined: int
-    num_particles: int
+    num_exact: int
     num_draws: int
     num_report: int
 
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60, 0),
-    "quick": Size(3, 24_000, 300, 60, 16, 4, 2_000, 300),
+    "quick": Size(3, 24_000, 300, 60, 16, 6, 2_000, 300),
     "full": Size(3, 100_000, 1_000, 300, 60, 16, 2_000, 1_000),
 }
 
@@ -196,8 +199,6 @@ def _refined(
         "weighed": (posterior, {}),
         "evidence": (posterior.with_evidence(), {}),
     }
-    if i < size.num_particles:
-        ways["particles"] = posterior, {"method": "smc"}
     if size.num_draws >= 1_000:  # an untrained network's particles take minutes
         ways["auto"] = posterior, {"method": "auto"}
     for n, (name, (start, options)) in enumerate(ways.items()):
@@ -211,10 +212,19 @@ def _refined(
             f"ess_{name}": refined.ess / len(refined.rows),
             f"p_{name}": ("kind", probs.numpy()),
         }
-    if "particles" not in ways:
-        nothing = np.full(num_kinds, np.nan)
-        found |= {"reliable_particles": False, "ess_particles": np.nan}
-        found["p_particles"] = ("kind", nothing)
+    found |= {"p_exact": ("kind", np.full(num_kinds, np.nan)), "exact_seconds": np.nan}
+    start = posterior.sample((2_000,), x=x, show_progress_bars=False)
+    probs = torch.bincount(layout.kind(start), minlength=num_kinds) / len(start)
+    found["p_network"] = "kind", probs.numpy()
+    if i < size.num_exact:
+        begun = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whether it has converged is recorded
+            exact = rjmcmc.collapsed(problem, x, start=start[:48], seed=seed)
+        found["exact_seconds"] = time.process_time() - begun
+        if exact.converged:
+            kinds = torch.bincount(layout.kind(exact.rows), minlength=num_kinds)
+            found["p_exact"] = "kind", (kinds / len(exact.rows)).numpy()
     if "auto" not in ways:
         found |= {
             f"{part}_auto": found[f"{part}_weighed"]
@@ -225,8 +235,8 @@ def _refined(
 
 
 def _variations(dataset: xr.Dataset, name: str) -> np.ndarray:
-    """Total variation of p(K_1, K_2 | x) from that of particles; NaN without."""
-    exact = dataset["p_particles"].transpose("refined", ..., "kind")
+    """Total variation of p(K_1, K_2 | x) from the exact one; NaN without."""
+    exact = dataset["p_exact"].transpose("refined", ..., "kind")
     here = dataset[f"p_{name}"].transpose("refined", ..., "kind")
     return 0.5 * np.abs(here.values - exact.values).sum(-1).ravel()
 
@@ -276,6 +286,18 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
             note=by_seed(dataset, "gain"),
         ),
     ]
+    network = _variations(dataset, "network")
+    network = network[np.isfinite(network)]
+    if len(network):
+        found.append(
+            Claim(
+                "TV of p(K of each class | x) from exact, network",
+                float(network.mean()),
+                mean_interval(network),
+                note=f"Of {len(network)} signals, at most {network.max():.3f}. Exact "
+                f"takes {np.nanmedian(values('exact_seconds')):.0f} CPU s each.",
+            )
+        )
     for name, label in (
         ("weighed", "refined by weights"),
         ("evidence", "refined by weights, K by evidence"),
@@ -298,7 +320,7 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
         if len(here):
             found.append(
                 Claim(
-                    f"{label}: TV of p(K of each class | x) from particles",
+                    f"{label}: TV of p(K of each class | x) from exact",
                     float(here.mean()),
                     mean_interval(here) if len(here) > 1 else None,
                     note=f"Of {len(here)} reliable signals, at most {here.max():.3f}.",

@@ -26,6 +26,7 @@ from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 from .base import Problem, Stream
 from .least_squares import AdditiveFit, AdditiveLeastSquares, signal_slopes
+from .linear import ClassForm
 from .simulator import AdditiveSimulator, ClassSignal
 from .white_space import known_variance, white_space
 
@@ -180,12 +181,13 @@ class Classes(Problem):
         charts = [member.build_chart() for member in self.members.values()]
         return ClassChart(self.layout, charts)
 
-    def collapsed(self, x: Tensor, **options: Any) -> Any:
-        """Raise TypeError: of several classes there is no collapsed sampler yet."""
-        raise TypeError(
-            "the collapsed sampler knows components of one class, those of "
-            f"{self.name!r} have several: refine(..., method='smc') is exact too."
-        )
+    def linear_form(self) -> ClassForm | None:
+        """Return in what components are linear; None if a class says nothing."""
+        forms = [member.linear_form() for member in self.members.values()]
+        if any(form is None for form in forms):
+            return None
+        signal = self.simulator.component_signal
+        return ClassForm(signal, self.layout, [form for form in forms if form])
 
     def laplace_proposal(self, x: Tensor, **options: Any) -> Any:
         """Raise TypeError: of several classes there is none."""

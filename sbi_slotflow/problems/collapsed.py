@@ -27,6 +27,9 @@ in the unit cube, the fractions of nu under its prior's marginals:
 - *split and merge*: :math:`u = w u_1 + (1 - w) u_2`, :math:`\delta = u_1 - u_2`, for w
   uniform and a step delta on four scales of the data's resolution;
 - *noise*: sigma on a logarithmic scale.
+
+Of several classes a birth and a redraw also choose the class; the other moves keep it,
+and only two of one class merge.
 """
 
 import math
@@ -129,7 +132,7 @@ def counted(prior: VariableKPrior, theta: Tensor) -> Tensor | None:
     Raises:
         ValueError: If no row counts.
     """
-    possible = (prior.cardinality_probs > 0)[prior.layout.cardinality(theta)]
+    possible = prior.allows(theta)
     if possible.all():
         return None
     if not possible.any():
@@ -170,6 +173,7 @@ class Chains:
         start: Tensor | None = None,
     ) -> None:
         self.target, self.generator = target, generator
+        self.coordinates = target.coordinates
         self.num, self.num_levels = num, num_levels
         self.rows = torch.arange(num * num_levels)
         self.moves: dict[str, Callable[[], Proposal]] = {
@@ -283,7 +287,7 @@ class Chains:
         """A state at rows ``(C, E)``, with amplitudes by the data."""
         target = self.target
         parts = target.layout.unpack(rows)
-        u = target.fractions(target.form.nonlinear(parts.components))
+        u = target.coordinates.fractions(target.form.nonlinear(parts.components))
         u = torch.where(parts.mask.unsqueeze(-1), u, 0.5)
         slots = torch.arange(u.shape[1]).expand(len(rows), -1)
         new = target.updated(state, parts.mask, u, parts.shared, slots)
@@ -307,25 +311,29 @@ class Chains:
 
     def _inside(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates ``(C, ..., N)`` wrapped, and which chains' lie in the cube."""
-        u = torch.where(self.target.circular, u % 1, u)
+        u = torch.where(self._of(self.coordinates.circular, u), u % 1, u)
         return u, ((u >= 0) & (u <= 1)).flatten(1).all(1)
 
     def _walk(self, num: int) -> Proposal:
         state = self.state
-        log_ratio = torch.where(state.cardinality >= num, 0.0, -math.inf).double()
         if num == 1:
+            possible = state.cardinality > 0
             slots = self._one_of(state.mask).unsqueeze(1)
+            log_ratio = torch.where(possible, 0.0, -math.inf).double()
         else:
             log_pairs = self._log_pairs(state)
+            possible = torch.isfinite(log_pairs).flatten(1).any(1)
             slots = self._pair(log_pairs)
-            log_ratio = log_ratio - _picked(log_pairs, slots)
+            picked = _picked(log_pairs, slots)
+            log_ratio = torch.where(possible, -picked, -math.inf)
         root = self._bound(state, slots)
         low, high = (math.log(step) for step in _STEPS)
         scale = (low + (high - low) * self._uniform(len(slots))).exp()
         noise = self._normal(len(slots), root.shape[-1])
+        here = state.u[self.rows.unsqueeze(1), slots]
+        noise = noise * self._of(self.coordinates.free, here).expand_as(here).flatten(1)
         step = torch.linalg.solve_triangular(root.mT, noise.unsqueeze(-1), upper=True)
         step = step.squeeze(-1) * scale.unsqueeze(-1)
-        here = state.u[self.rows.unsqueeze(1), slots]
         there, inside = self._inside(here + step.reshape(here.shape))
         log_ratio = torch.where(inside, log_ratio, -math.inf)
         there = torch.where(inside[:, None, None], there, here)
@@ -384,18 +392,19 @@ class Chains:
         single = torch.stack([self._one_of(state.mask), self._one_of(~state.mask)], 1)
         slots = torch.where(split.unsqueeze(1), single, pair)
         k = state.cardinality
-        legal = torch.where(split, (k > 0) & (k < state.mask.shape[1]), k > 1)
+        pairs = torch.isfinite(log_pairs).flatten(1).any(1)
+        legal = torch.where(split, (k > 0) & (k < state.mask.shape[1]), pairs)
         first, second = slots.unbind(1)
         weight = self._uniform(len(rows), 1)
-        step = self._step()
         here, other = state.u[rows, first], state.u[rows, second]
+        step = self._step(here)
         gap = self._gap(here, other)
         apart, inside = self._inside(
             torch.stack([here + (1 - weight) * step, here - weight * step], 1)
         )
         merged = self._inside((here - (1 - weight) * gap).unsqueeze(1))[0][:, 0]
         # Around a circle only steps of less than half a turn can be told apart.
-        around = (step.abs() < 0.5) | ~self.target.circular
+        around = (step.abs() < 0.5) | ~self._of(self.coordinates.circular, here)
         inside = (inside & around.all(1)) | ~split
         two = split & inside
         u = state.u.clone()
@@ -434,9 +443,9 @@ class Chains:
 
     def _log_weights(self, mask: Tensor) -> Tensor:
         """Where a component is missing, given those of a mask."""
-        residual = self.target.solve(self.state._replace(mask=mask)).residual
-        sigma = self.target.scale(self.state)
-        return self.target.grid.log_weights(residual, sigma)
+        others = self.state._replace(mask=mask)
+        residual, sigma = self.target.solve(others).residual, self.target.scale(others)
+        return self.target.grid.log_weights(residual, sigma, self.target.room(others))
 
     def _log_birth(self, weights: Tensor, u: Tensor) -> Tensor:
         return self.target.grid.log_prob(weights, u)
@@ -456,28 +465,39 @@ class Chains:
         information = information + 12 * torch.eye(information.shape[-1]).to(slopes)
         return torch.linalg.cholesky_ex(information)[0]
 
-    def _step(self) -> Tensor:
-        """Draw steps ``(C, N)`` of splits."""
+    def _of(self, table: Tensor, u: Tensor) -> Tensor:
+        """What a table of classes has for components at u."""
+        return self.coordinates.of(table, u)
+
+    def _step(self, u: Tensor) -> Tensor:
+        """Draw steps ``(C, N)`` of splits of components at u."""
         scales = torch.tensor(_SPLITS, dtype=torch.float64)
         index = (self._uniform(len(self.rows)) * len(scales)).long()
-        scale = scales[index].unsqueeze(1) * self.target.resolution
-        return self._normal(*scale.shape) * scale
+        scale = scales[index].unsqueeze(1) * self._of(self.target.resolution, u)
+        return self._normal(*u.shape) * scale * self._of(self.coordinates.free, u)
 
     def _gap(self, first: Tensor, second: Tensor) -> Tensor:
         gap = first - second
         around = gap - gap.round()
-        return torch.where(self.target.circular, around, gap)
+        return torch.where(self._of(self.coordinates.circular, first), around, gap)
 
     def _log_pairs(self, state: State) -> Tensor:
-        """Log density of the step between each two components, ``(C, Kmax, Kmax)``."""
-        gap = self._gap(state.u.unsqueeze(2), state.u.unsqueeze(1))
-        gap = gap / self.target.resolution
+        """Log density of the step between each two components, ``(C, Kmax, Kmax)``.
+
+        Of those of one class: others do not merge.
+        """
+        resolution = self._of(self.target.resolution, state.u).expand_as(state.u)
+        resolution, label = resolution.unsqueeze(2), self.coordinates.label(state.u)
+        gap = self._gap(state.u.unsqueeze(2), state.u.unsqueeze(1)) / resolution
         scales = torch.tensor(_SPLITS, dtype=torch.float64)
         square = gap.square().sum(-1, keepdim=True) / scales.square()
-        volume = gap.shape[-1] * (scales.log() + 0.5 * math.log(2 * math.pi))
+        num = self._of(self.coordinates.free, state.u).expand_as(state.u).sum(-1)
+        volume = scales.log() + 0.5 * math.log(2 * math.pi)
+        volume = num[:, :, None, None] * volume
         value = (-0.5 * square - volume).logsumexp(-1) - math.log(len(scales))
-        value = value - self.target.resolution.log().sum()
+        value = value - resolution.log().sum(-1)
         both = state.mask.unsqueeze(2) & state.mask.unsqueeze(1)
+        both = both & (label.unsqueeze(2) == label.unsqueeze(1))
         return torch.where(both.triu(1), value, -math.inf)
 
     def _pair(self, log_pairs: Tensor) -> Tensor:
@@ -524,7 +544,7 @@ def pursuit(target: Target) -> list[Fit]:
     for k in range(most + 1):
         if k > 0:
             sigma = target.noise.scale(state.shared)
-            weights = target.grid.log_weights(residual, sigma)
+            weights = target.grid.log_weights(residual, sigma, target.room(state))
             cell = target.grid.centre(weights.argmax(-1))
             mask, u = state.mask.clone(), state.u.clone()
             mask[:, k - 1], u[:, k - 1] = True, cell

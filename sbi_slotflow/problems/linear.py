@@ -11,14 +11,15 @@ Gaussian noise, amplitudes can then be integrated out in closed form, which is w
 the collapsed sampler (:mod:`sbi_slotflow.problems.collapsed`) lives on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..sets.classes import ClassLayout
 from ..sets.layout import ThetaLayout
 
-__all__ = ["LinearForm", "PolarForm"]
+__all__ = ["ClassForm", "LinearForm", "PolarForm"]
 
 # Relative difference to the signal above which a form is not one.
 _TOLERANCE = 1e-5
@@ -63,6 +64,11 @@ class LinearForm:
         self.signal, self.layout = signal, layout
         self.linear = [names.index(name) for name in linear]
         self.others = [i for i in range(len(names)) if i not in self.linear]
+
+    @property
+    def members(self) -> "list[LinearForm]":
+        """The form of each class; the form itself where there is one class."""
+        return [self]
 
     @property
     def num_amplitudes(self) -> int:
@@ -157,3 +163,99 @@ class PolarForm(LinearForm):
     def log_det(self, components: Tensor) -> Tensor:
         """Log A, shape ``(...)``."""
         return components[..., self.linear[0]].log()
+
+
+class ClassForm(LinearForm):
+    """Components of several classes, each of them linear in parameters of its own.
+
+    The first nonlinear parameter is the component's class. Parameters and amplitudes
+    that a class has fewer are zero.
+
+    Args:
+        signal: Maps components ``(..., D)``, whose first entry is their class, to
+            signals ``(..., T)``.
+        layout: Layout of all classes.
+        members: The form of each class, in order.
+    """
+
+    def __init__(
+        self,
+        signal: Callable[[Tensor], Tensor],
+        layout: ClassLayout,
+        members: Sequence[LinearForm],
+    ) -> None:
+        self.signal, self.layout, self._members = signal, layout, list(members)
+        self._num_nonlinear = 1 + max(len(form.others) for form in members)
+
+    @property
+    def members(self) -> list[LinearForm]:
+        """The form of each class."""
+        return self._members
+
+    @property
+    def num_amplitudes(self) -> int:
+        """Number M of amplitudes, the largest of all classes."""
+        return max(form.num_amplitudes for form in self.members)
+
+    def nonlinear(self, components: Tensor) -> Tensor:
+        """Class and nonlinear parameters ``(..., N)`` of components ``(..., D)``."""
+        found = components.new_zeros(*components.shape[:-1], self._num_nonlinear)
+        found[..., 0] = components[..., 0]
+        for c, rows, own in self._each(components):
+            values = self.members[c].nonlinear(own)
+            found[..., 1 : 1 + values.shape[-1]][rows] = values
+        return found
+
+    def amplitudes(self, components: Tensor) -> Tensor:
+        """The amplitudes ``(..., M)`` of components ``(..., D)``."""
+        found = components.new_zeros(*components.shape[:-1], self.num_amplitudes)
+        for c, rows, own in self._each(components):
+            values = self.members[c].amplitudes(own)
+            found[..., : values.shape[-1]][rows] = values
+        return found
+
+    def components(self, nonlinear: Tensor, amplitudes: Tensor) -> Tensor:
+        """Components ``(..., D)`` of both, the inverse of the two above."""
+        width = self.layout.num_component_params
+        found = nonlinear.new_zeros(*nonlinear.shape[:-1], width)
+        for c, form in enumerate(self.members):
+            rows = nonlinear[..., 0] == c
+            own = form.components(
+                nonlinear[rows][..., 1 : 1 + len(form.others)],
+                amplitudes[rows][..., : form.num_amplitudes],
+            )
+            found[rows] = self._classes.from_class(own, c)
+        return found
+
+    def log_det(self, components: Tensor) -> Tensor:
+        """Log Jacobian of the amplitudes by the linear parameters, shape ``(...)``."""
+        found = torch.zeros_like(components[..., 0])
+        for c, rows, own in self._each(components):
+            found[rows] = self.members[c].log_det(own)
+        return found
+
+    def basis(self, nonlinear: Tensor) -> Tensor:
+        """Signals ``(..., M, T)`` of unit amplitudes, of parameters ``(..., N)``."""
+        found = None
+        for c, form in enumerate(self.members):
+            rows = nonlinear[..., 0] == c
+            if not rows.any():  # a signal need not know of no components
+                continue
+            own = form.basis(nonlinear[rows][..., 1 : 1 + len(form.others)])
+            if found is None:
+                size = self.num_amplitudes, own.shape[-1]
+                found = own.new_zeros(*nonlinear.shape[:-1], *size)
+            found[..., : form.num_amplitudes, :][rows] = own
+        assert found is not None, "no components"
+        return found
+
+    @property
+    def _classes(self) -> ClassLayout:
+        assert isinstance(self.layout, ClassLayout)
+        return self.layout
+
+    def _each(self, components: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each class its number, where it is, and its own parameters there."""
+        for c in range(len(self.members)):
+            rows = components[..., 0] == c
+            yield c, rows, self._classes.to_class(components[rows], c)

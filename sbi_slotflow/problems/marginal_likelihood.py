@@ -16,27 +16,27 @@ itself, not as a difference of energies, so that loud components lose no digits.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..sets.classes import ClassLayout
 from ..sets.prior import VariableKPrior
+from .birth_grid import Grid
+from .coordinates import Coordinates
 from .linear import LinearForm
 from .noise import GaussianNoise
 from .simulator import WhiteNoise
 from .white_space import Background
 
-__all__ = ["Grid", "Solution", "State", "Target", "bridged", "orthogonal"]
+__all__ = ["Solution", "State", "Target", "Working", "orthogonal"]
 
 # Sets of amplitudes of an estimate of the target.
 _SETS = 8
-# Most numbers in the signals of the grid, and most cells of it.
-_MOST_NUMBERS, _MOST_CELLS = 2**23, 2**12
 # Prior draws whose signals tell the data's resolution, and the working prior.
 _PROBES, _MOMENTS = 64, 10_000
-# Of births: shares of the prior, of the tempered and of the full evidence.
-_SHARES, _TEMPER = (0.2, 0.3, 0.5), 0.3
 # Step of a derivative, in units of the resolution.
 _SMALL = 1e-4
 
@@ -103,62 +103,49 @@ class Target:
         self.x = noise.unit_white(x - background.constant)
         self.columns = noise.unit_white(background.columns)
         self.layout = prior.layout
-        self.marginals = [prior.component_marginals[i] for i in form.others]
-        periods = [self.layout.component_periods[i] for i in form.others]
-        self.circular = torch.tensor(
-            [
-                math.isfinite(p) and math.isclose(m.bounds[1] - m.bounds[0], p)
-                for p, m in zip(periods, self.marginals, strict=True)
-            ]
-        )
+        members = prior.members
+        marginals = [member.component_marginals for member in members]
+        self.coordinates = Coordinates(form, marginals)
         generator = torch.Generator().manual_seed(0)
         self._prepare_background()
-        self.bridged = bridged(prior)
-        only = torch.zeros(len(prior.cardinality_probs))
-        only[1] = 1.0
-        probes = prior.with_cardinality(only).sample((_MOMENTS,), generator)
-        components = self.layout.unpack(probes.double()).components[:, 0]
-        form.check(components[:_PROBES])
-        amplitudes = form.amplitudes(components)
-        self.location = amplitudes.mean(0)
-        self.precision = torch.cov(amplitudes.T).reshape(2 * (len(self.location),))
-        self.precision = torch.linalg.inv(self.precision).contiguous()
-        self.working = torch.distributions.MultivariateNormal(
-            self.location, precision_matrix=self.precision, validate_args=False
-        )
-        u = self.fractions(form.nonlinear(components[:_PROBES]))
-        self.resolution = self._resolution(u)
+        self.bridged = prior.bridged()
+        drawn = [self._probes(c, generator) for c in range(len(members))]
+        self.working = Working(form, drawn)
+        self.resolution = torch.ones(len(members), self.coordinates.size).double()
+        for c, components in enumerate(drawn):
+            u = self.coordinates.fractions(form.nonlinear(components[:_PROBES]))
+            self.resolution[c] = self._resolution(u, c)
         self.grid = Grid(self)
 
     @property
     def num_nonlinear(self) -> int:
-        """Number N of nonlinear parameters."""
-        return len(self.marginals)
-
-    def place(self, u: Tensor) -> Tensor:
-        """Nonlinear parameters of coordinates ``(..., N)``."""
-        columns = zip(self.marginals, u.unbind(-1), strict=True)
-        return torch.stack([m.quantile(value) for m, value in columns], -1)
-
-    def fractions(self, nonlinear: Tensor) -> Tensor:
-        """The inverse of :meth:`place`."""
-        columns = zip(self.marginals, nonlinear.unbind(-1), strict=True)
-        return torch.stack([m.fraction(value) for m, value in columns], -1)
+        """Number N of coordinates of a component."""
+        return self.coordinates.size
 
     def signals(self, u: Tensor) -> Tensor:
         """The basis ``(..., M, T)`` at coordinates ``(..., N)``, made white."""
-        return self.noise.unit_white(self.form.basis(self.place(u)))
+        return self.noise.unit_white(self.form.basis(self.coordinates.place(u)))
+
+    def room(self, state: State) -> Tensor | None:
+        """Which classes may have one more, ``(C, classes)``; None for a single one."""
+        layout = self.layout
+        if not isinstance(layout, ClassLayout):
+            return None
+        label = self.coordinates.label(state.u)
+        most = [own.max_cardinality for _, own in layout.classes]
+        counts = [(state.mask & (label == c)).sum(-1) < n for c, n in enumerate(most)]
+        return torch.stack(counts, -1)
 
     def derivatives(self, u: Tensor, amplitudes: Tensor) -> Tensor:
         """Of signals by coordinates ``(C, N)``, amplitudes fixed, ``(C, N, T)``."""
-        step = _SMALL * self.resolution
-        steps = torch.diag(step)
+        step = _SMALL * self.coordinates.of(self.resolution, u)
+        steps = torch.diag_embed(step)
         ends = torch.stack([u.unsqueeze(-2) + steps, u.unsqueeze(-2) - steps])
         ends = ends.clamp(1e-9, 1 - 1e-9)
         width = torch.diagonal(ends[0] - ends[1], dim1=-2, dim2=-1).unsqueeze(-1)
         amplitudes = amplitudes.unsqueeze(-2).expand(*ends.shape[:-1], -1)
-        components = self.form.components(self.place(ends), amplitudes)
-        above, below = self.form.signals(components)
+        place = self.coordinates.place(ends)
+        above, below = self.form.signals(self.form.components(place, amplitudes))
         return self.noise.unit_white(above - below) / width
 
     def scale(self, state: State) -> Tensor:
@@ -168,16 +155,14 @@ class Target:
     def solve(self, state: State) -> Solution:
         """Integrate the amplitudes out."""
         mask = state.mask
-        num, size = mask.shape[0], mask.shape[1] * len(self.location)
-        active = mask.unsqueeze(-1).expand(-1, -1, len(self.location)).reshape(num, -1)
+        num, size = mask.shape[0], mask.shape[1] * self.working.size
+        active = mask.unsqueeze(-1).expand(-1, -1, self.working.size).reshape(num, -1)
         weight = self.scale(state).reciprocal().square()
         gram = state.gram.reshape(num, size, size) * weight[:, None, None]
         gram = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), gram, 0.0)
         right = state.right.reshape(num, size) * weight.unsqueeze(-1)
         right = torch.where(active, right, 0.0)
-        slots = torch.eye(mask.shape[1], dtype=torch.float64)
-        before = torch.kron(slots, self.precision)
-        location = self.location.repeat(mask.shape[1])
+        before, location = self.working.of_slots(self.coordinates.label(state.u))
         if len(self.columns):
             cross = state.basis.reshape(num, size, -1) @ self.columns.mT
             cross = torch.where(active.unsqueeze(-1), cross, 0.0)
@@ -187,9 +172,8 @@ class Target:
             gram = torch.cat([upper, lower], -2)
             inner = (self.columns @ self.x).expand(num, -1) * weight.unsqueeze(-1)
             right = torch.cat([right, inner], -1)
-            before = torch.block_diag(before, self.around.precision_matrix)
-            location = torch.cat([location, self.around.loc])
-        right = right + before @ location
+            before, location = self._with_background(before, location)
+        right = right + (before @ location.unsqueeze(-1)).squeeze(-1)
         root, failed = torch.linalg.cholesky_ex(gram + before)
         every = torch.cholesky_solve(right.unsqueeze(-1), root).squeeze(-1)
         off = (every - location).unsqueeze(1)
@@ -230,11 +214,12 @@ class Target:
         noise = noise[..., :size].reshape(num, _SETS, *mean.shape[1:])
         draws = mean.unsqueeze(1) + noise
         u = state.u.unsqueeze(1).expand(-1, _SETS, -1, -1)
-        components = self.form.components(self.place(u), draws)
+        place = self.coordinates.place(u)
+        components = self.form.components(place, draws)
         mask = state.mask.unsqueeze(1)
-        each = self.form.log_det(components) + self.working.log_prob(draws)
-        for marginal, i in zip(self.marginals, self.form.others, strict=True):
-            each = each + marginal.log_density(components[..., i])
+        each = self.form.log_det(components)
+        each = each + self.working.log_prob(draws, self.coordinates.label(u))
+        each = each + self.coordinates.log_density(place)
         k = state.cardinality.unsqueeze(1).expand(-1, _SETS)
         shared = state.shared.unsqueeze(1).expand(-1, _SETS, -1)
         if len(self.columns):
@@ -255,7 +240,8 @@ class Target:
 
     def rows(self, state: State) -> Tensor:
         """Theta rows ``(C, E)``."""
-        components = self.form.components(self.place(state.u), state.amplitudes)
+        place = self.coordinates.place(state.u)
+        components = self.form.components(place, state.amplitudes)
         components = _active_first(state.mask, components)
         return self.layout.pack(state.cardinality, components, state.shared)
 
@@ -296,11 +282,11 @@ class Target:
 
     def empty(self, num: int, shared: Tensor) -> State:
         """A state of ``num`` chains without components."""
-        most, size = self.layout.max_cardinality, len(self.location)
+        most, size = self.layout.max_cardinality, self.working.size
         zeros = torch.zeros(num, most, size, dtype=torch.float64)
         return State(
             torch.zeros(num, most, dtype=torch.bool),
-            zeros.new_full((num, most, len(self.marginals)), 0.5),
+            zeros.new_full((num, most, self.num_nonlinear), 0.5),
             shared.expand(num, -1),
             zeros.new_zeros(num, most, size, len(self.x)),
             zeros.new_zeros(num, most, size, most, size),
@@ -319,14 +305,37 @@ class Target:
             mean, covariance, validate_args=False
         )
 
-    def _resolution(self, u: Tensor) -> Tensor:
-        """Steps in u that change a signal by about itself, ``(N,)``."""
-        basis = self.signals(u)
+    def _with_background(
+        self, before: Tensor, location: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the working prior of the background's amplitudes to that of slots."""
+        around, size = self.around.precision_matrix, before.shape[-1]
+        num = size + len(around)
+        joined = before.new_zeros(*before.shape[:-2], num, num)
+        joined[..., :size, :size], joined[..., size:, size:] = before, around
+        centre = self.around.loc.expand(*location.shape[:-1], -1)
+        return joined, torch.cat([location, centre], -1)
+
+    def _probes(self, c: int, generator: torch.Generator) -> Tensor:
+        """Components of one class, from the prior, ``(S, D)``."""
+        prior = self.prior.members[c]
+        only = torch.zeros(len(prior.cardinality_probs))
+        only[1] = 1.0
+        probes = prior.with_cardinality(only).sample((_MOMENTS,), generator)
+        components = prior.layout.unpack(probes.double()).components[:, 0]
+        if isinstance(self.layout, ClassLayout):
+            components = self.layout.from_class(components, c)
+        self.form.check(components[:_PROBES])
+        return components
+
+    def _resolution(self, u: Tensor, c: int) -> Tensor:
+        """Steps in u that change a signal of a class by about itself, ``(N,)``."""
+        basis, free = self.signals(u), self.coordinates.free[c]
         spread = basis.new_full((u.shape[-1],), 1e-3)
         for _ in range(3):  # the step of the derivative depends on what is sought
-            self.resolution = spread
+            self.resolution[c] = spread
             each = []
-            for m in range(basis.shape[1]):
+            for m in range(self.form.members[c].num_amplitudes):
                 unit = torch.eye(basis.shape[1], dtype=torch.float64)[m]
                 slope = self.derivatives(u, unit.expand(len(u), -1))
                 slope = orthogonal(slope, basis)
@@ -334,91 +343,60 @@ class Target:
                 each.append(length / slope.norm(dim=-1))
             spread = torch.stack(each).flatten(0, 1).nanquantile(0.3, dim=0)
             spread = spread.clamp(1e-7, 0.5)
-        return spread
+        return torch.where(free, spread, 1.0)
 
 
-class Grid:
-    r"""Cells of the unit cube, and what a component in each of them explains.
+class Working:
+    r"""The working prior :math:`N(\mu, V)` of amplitudes, of each class.
 
-    With amplitudes turned so that their working prior is N(mu, 1) and their Gram
-    matrix diagonal, Lambda, a component in a cell multiplies the marginal likelihood of
-    a residual r, others held, by the product over m of
+    It has the mean and the covariance of draws from the prior. Amplitudes that a class
+    has not are standard normal, whatever the data.
 
-    .. math::
-        (1 + \Lambda / \sigma^2)^{-1/2} \exp\left(
-        \frac{(b^T r / \sigma^2 + \mu)^2}{2 (1 + \Lambda / \sigma^2)}
-        - \frac{\mu^2}{2} \right)
+    Args:
+        form: In what components are linear.
+        components: Draws of each class, each ``(S, D)``.
     """
 
-    def __init__(self, target: Target) -> None:
-        numbers = len(target.x) * len(target.location)
-        most = max(16, min(_MOST_CELLS, _MOST_NUMBERS // numbers))
-        wanted = (1 / target.resolution).ceil()
-        while wanted.prod() > most:
-            largest = wanted.argmax()
-            wanted[largest] = (0.9 * wanted[largest]).floor()
-        self.shape = wanted.long()
-        axes = [(torch.arange(int(n)).double() + 0.5) / n for n in wanted]
-        centres = torch.cartesian_prod(*axes).reshape(-1, len(axes))
-        basis = target.signals(centres)
-        root = torch.linalg.cholesky(torch.linalg.inv(target.precision))
-        basis = root.mT @ basis
-        self.power, turn = torch.linalg.eigh(basis @ basis.mT)
-        self.basis = (turn.mT @ basis).flatten(0, 1)
-        self.mean = torch.linalg.solve(root, target.location) @ turn
-        self.strides = torch.tensor(
-            [int(self.shape[i + 1 :].prod()) for i in range(len(self.shape))]
-        )
+    def __init__(self, form: LinearForm, components: Sequence[Tensor]) -> None:
+        self.size = form.num_amplitudes
+        self.laws, means, precisions = [], [], []
+        for part, drawn in zip(form.members, components, strict=True):
+            amplitudes = form.amplitudes(drawn)[..., : part.num_amplitudes]
+            mean = amplitudes.mean(0)
+            precision = torch.cov(amplitudes.T).reshape(2 * (len(mean),))
+            precision = torch.linalg.inv(precision).contiguous()
+            law = torch.distributions.MultivariateNormal(
+                mean, precision_matrix=precision, validate_args=False
+            )
+            rest = self.size - len(mean)
+            unused = torch.eye(rest, dtype=torch.float64)
+            self.laws.append(law)
+            means.append(torch.cat([mean, mean.new_zeros(rest)]))
+            precisions.append(torch.block_diag(precision, unused))
+        self.means, self.precisions = torch.stack(means), torch.stack(precisions)
 
-    def log_weights(self, residual: Tensor, sigma: Tensor) -> Tensor:
-        """Log probabilities ``(C, G)`` of the cells given residuals ``(C, T)``."""
-        weight = sigma.reciprocal().square()[:, None, None]
-        inner = (residual @ self.basis.T).reshape(len(residual), *self.power.shape)
-        precision = 1 + self.power * weight
-        gain = (inner * weight + self.mean).square() / precision - self.mean.square()
-        gain = 0.5 * (gain - precision.log()).sum(-1)
-        parts = torch.stack(
-            [
-                torch.full_like(gain, -math.log(gain.shape[-1])),
-                (_TEMPER * gain).log_softmax(-1),
-                gain.log_softmax(-1),
-            ]
-        )
-        shares = torch.tensor(_SHARES, dtype=torch.float64).log()
-        return (parts + shares[:, None, None]).logsumexp(0)
+    def of_slots(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Precision and mean of the amplitudes of slots of classes ``(C, n)``.
 
-    def centre(self, cell: Tensor) -> Tensor:
-        """Coordinates ``(C, N)`` of the middle of cells ``(C,)``."""
-        return (cell.unsqueeze(-1) // self.strides % self.shape + 0.5) / self.shape
+        Of shapes ``(C, n M, n M)`` and ``(C, n M)``; of one class without the C.
+        """
+        num = label.shape[-1]
+        slots = torch.eye(num, dtype=torch.float64)
+        if len(self.laws) == 1:
+            return torch.kron(slots, self.precisions[0]), self.means[0].repeat(num)
+        blocks = torch.einsum("kl,ckmn->ckmln", slots, self.precisions[label])
+        size = num * self.size
+        return blocks.reshape(-1, size, size), self.means[label].flatten(1)
 
-    def draw(self, log_weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw coordinates ``(C, N)``."""
-        cell = torch.multinomial(log_weights.exp(), 1, generator=generator)
-        index = cell // self.strides % self.shape
-        inside = torch.rand(index.shape, generator=generator, dtype=torch.float64)
-        return (index + inside) / self.shape
-
-    def log_prob(self, log_weights: Tensor, u: Tensor) -> Tensor:
-        """Log density ``(C,)`` of coordinates ``(C, N)``."""
-        index = (u * self.shape).long().clamp(min=0)
-        index = torch.minimum(index, self.shape - 1)
-        cell = (index * self.strides).sum(-1, keepdim=True)
-        return log_weights.gather(1, cell).squeeze(1) + self.shape.log().sum()
-
-
-def bridged(prior: VariableKPrior) -> VariableKPrior:
-    """The prior with some weight on cardinalities between those that it allows.
-
-    K changes by one in a move: a chain passes through them, and its draws there do not
-    count.
-    """
-    probs = prior.cardinality_probs
-    allowed = probs.nonzero().flatten()
-    between = torch.arange(len(probs))
-    between = (between > allowed.min()) & (between < allowed.max()) & (probs == 0)
-    if not between.any():
-        return prior
-    return prior.with_cardinality(torch.where(between, probs[allowed].mean(), probs))
+    def log_prob(self, amplitudes: Tensor, label: Tensor) -> Tensor:
+        """Log density ``(...)`` of the amplitudes ``(..., M)`` that a class has."""
+        if len(self.laws) == 1:
+            return self.laws[0].log_prob(amplitudes)
+        found = torch.zeros_like(amplitudes[..., 0])
+        for c, law in enumerate(self.laws):
+            rows = label == c
+            found[rows] = law.log_prob(amplitudes[rows][..., : len(law.loc)])
+        return found
 
 
 def orthogonal(slopes: Tensor, basis: Tensor) -> Tensor:

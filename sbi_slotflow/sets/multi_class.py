@@ -22,7 +22,13 @@ from .checks import Numbers, as_floats
 from .classes import ClassLayout, ClassMarginals
 from .layout import ThetaParts
 from .marginals import Marginals, marginals_of
-from .prior import VariableKPrior, _law, _one_dimensional, cardinality_weights
+from .prior import (
+    VariableKPrior,
+    _between,
+    _law,
+    _one_dimensional,
+    cardinality_weights,
+)
 
 __all__ = ["ClassComponents", "MultiClassPrior"]
 
@@ -250,6 +256,38 @@ class MultiClassPrior(VariableKPrior):
         ratio = torch.where(old > 0, weights / old, 0.0).log()
         total = _totals_of(self.log_joint.shape)
         return new._with_joint(self.log_joint + ratio[total])
+
+    def allows(self, theta: Tensor) -> Tensor:
+        """Tell which rows ``(..., E)`` have numbers that are possible together."""
+        counts = self.layout.counts(theta).unbind(-1)
+        return torch.isfinite(self.log_joint)[tuple(counts)]
+
+    def bridged(self) -> "MultiClassPrior":
+        """Return the prior with some weight on all numbers between possible ones.
+
+        See the base; of several classes, each number lies between the least and the
+        largest of its class.
+        """
+        joint = self.log_joint
+        possible, inside = torch.isfinite(joint), torch.ones_like(joint).bool()
+        members = {}
+        for c, (name, prior) in enumerate(self.classes.items()):
+            others = [d for d in range(joint.ndim) if d != c]
+            own = possible.any(others) if others else possible
+            own = own | _between(own)
+            shape = [-1 if d == c else 1 for d in range(joint.ndim)]
+            inside = inside & own.reshape(shape)
+            known = prior.cardinality_probs
+            mean = known[known > 0].mean()
+            members[name] = prior.with_cardinality(
+                torch.where(own & (known == 0), mean, known)
+            )
+        between = inside & ~possible
+        if not between.any():
+            return self
+        mean = joint[possible].exp().mean().log()
+        new = self._with_members(members)
+        return new._with_joint(torch.where(between, mean, joint))
 
     def to(self, device: str | torch.device) -> "MultiClassPrior":
         """Move the prior to a device, in place, and return it."""

@@ -265,6 +265,28 @@ class VariableKPrior(Distribution):
             periods=self.layout.periods,
         )
 
+    @property
+    def members(self) -> "list[VariableKPrior]":
+        """The prior of each class; the prior itself where there is one class."""
+        return [self]
+
+    def allows(self, theta: Tensor) -> Tensor:
+        """Tell which rows ``(..., E)`` have a cardinality that is possible."""
+        return (self.cardinality_probs > 0)[self.layout.cardinality(theta)]
+
+    def bridged(self) -> "VariableKPrior":
+        """Return the prior with some weight on each K between those that it allows.
+
+        K of a chain changes by one in a move: it passes through them, and draws there
+        do not count.
+        """
+        probs = self.cardinality_probs
+        between = _between(probs > 0)
+        if not between.any():
+            return self
+        mean = probs[probs > 0].mean()
+        return self.with_cardinality(torch.where(between, mean, probs))
+
     def expand(
         self, batch_shape: Sequence[int], _instance: Any = None
     ) -> "VariableKPrior":
@@ -493,6 +515,13 @@ class _SetSupport(constraints.Constraint):
         warn_without_slots(value)
         parts = self.prior.layout.unpack(value)
         return self.prior._inside(value, parts, self.prior._log_densities(parts))
+
+
+def _between(possible: Tensor) -> Tensor:
+    """Which numbers are impossible, and lie between possible ones, ``(Kmax + 1,)``."""
+    allowed = possible.nonzero().flatten()
+    numbers = torch.arange(len(possible), device=possible.device)
+    return (numbers > allowed.min()) & (numbers < allowed.max()) & ~possible
 
 
 def check_independent(prior: VariableKPrior, what: str) -> None:

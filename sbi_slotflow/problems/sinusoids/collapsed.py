@@ -22,7 +22,6 @@ from ...sets.checks import as_count
 from ...sets.prior import VariableKPrior
 from ...sets.separation import log_separation_constant
 from ..collapsed import counted
-from ..marginal_likelihood import bridged
 from ..simulator import WhiteNoise
 from .fit import Floats, SineStatistics
 from .pursuit import SinusoidFit, SpectralDensity, matching_pursuit
@@ -138,7 +137,7 @@ class CollapsedSampler:
                 "the collapsed sampler needs numba: pip install sbi-slotflow[rjmcmc]."
             ) from error
         self._kernel = _kernel
-        self.prior, self.statistics = bridged(prior), statistics
+        self.prior, self.statistics = prior.bridged(), statistics
         _check_families(self.prior)
         band = self.prior.component_marginals[2].bounds
         self.fits = matching_pursuit(

@@ -118,5 +118,5 @@ def lines_and_bursts(*, max_lines: int = 3, max_bursts: int = 2) -> Classes:
     )
     signal = BurstSignal(_GRID.duration, _GRID.num_samples)
     simulator = AdditiveSimulator(signal, WhiteNoise(), prior.layout)
-    bursts = Trace("bursts", prior, simulator, _CELLS)
+    bursts = Trace("bursts", prior, simulator, _CELLS, linear=("height",))
     return Classes("lines_and_bursts", {"line": lines, "burst": bursts})
