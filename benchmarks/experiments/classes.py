@@ -18,7 +18,7 @@ effective draws and, of particles, populations that agree. Exact: `rjmcmc.collap
 from draws of the network, where its chains have converged; total variation of p(K_line,
 K_burst | x) from it, of the network and of those refined reliably.
 Calibration: `calibration.report` of 300 pairs, which an exact posterior fails with a
-probability of at most 5 %. Three seeds.
+probability of at most 5 %. One seed; `full` has three.
 
 Losses: By weights alone too few signals are reliable: a burst that is narrow beside its
 cell, and one component more beside a strong one, are in too few draws. Particles mend
@@ -78,7 +78,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60, 0),
-    "quick": Size(3, 24_000, 300, 60, 16, 6, 2_000, 300),
+    "quick": Size(1, 24_000, 300, 60, 16, 6, 2_000, 300),
     "full": Size(3, 100_000, 1_000, 300, 60, 16, 2_000, 1_000),
 }
 

@@ -10,12 +10,12 @@ Protocol: Problems as a user writes them, with `GaussianNoise(spectrum=function)
 sinusoids, K = 0..3, in power-law noise of slope 0..2; `faint` ones in the same noise,
 K = 0..5, of amplitudes that are log-uniform over a factor of 30; and pulses, K = 0..4,
 in noise of correlation 0..0.95 from sample to sample.
-Three seeds. Trained by `train_online` with all defaults. Fresh signals from the prior.
+Trained by `train_online` with all defaults. Fresh signals from the prior.
 Gain: log q(truth) less log p(truth), nats. Coverage: in how many of the signals the
 central 90 % of draws hold level and shape. Refined by importance weights of 2,000
 draws; "reliable" is a k-hat below 0.7 and 100 effective draws. The first signal is held
 against particles of another seed. Calibration: `calibration.report` of 300 pairs, which
-an exact posterior fails with a probability of at most 5 %.
+an exact posterior fails with a probability of at most 5 %. One seed; `full` has three.
 
 Losses: Of faint lines, whose number is uncertain, weights are as seldom reliable as in
 white noise (`crowded`): a K that few draws have outweighs them. Pulses are as broad in
@@ -74,7 +74,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 2, 1, 0, 40, 0),
-    "quick": Size(3, 16_000, 60, 10, 1, 2_000, 300),
+    "quick": Size(1, 16_000, 60, 10, 1, 2_000, 300),
     "full": Size(3, 64_000, 300, 40, 4, 2_000, 1_000),
 }
 

@@ -17,7 +17,8 @@ over signals. Refined by importance weights of 2,000 draws, and by
 "reliable" is a k-hat below 0.7, 100 effective draws and, of particles, populations that
 agree. Exact: particles (`method="smc"`) of another seed, where their populations agree;
 total variation of p(K | x) from them. Calibration: `calibration.report` of 300 pairs,
-which an exact posterior fails with a probability of at most 5 %. Three seeds.
+which an exact posterior fails with a probability of at most 5 %. One seed; `full` has
+three.
 
 Losses: By weights alone a component more than there are is in too few draws; particles
 mend it. Where lines are bright the network's p(K | x) is off by a tenth in the mean,
@@ -111,7 +112,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60),
-    "quick": Size(3, 25_000, 300, 60, 10, 300, 2_000),
+    "quick": Size(1, 25_000, 300, 60, 10, 300, 2_000),
     "full": Size(3, 100_000, 1_000, 300, 60, 1_000, 2_000),
 }
 

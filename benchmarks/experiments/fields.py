@@ -18,8 +18,8 @@ the network, where its chains have converged; total variation of p(K | x) from i
 the network and of those refined reliably. Shifted: scenes of 1 to 4 stars, moved with
 their noise by one or two pixels; by how much the probability changes that there is a
 star within two pixels of each. Calibration: `calibration.report` of 300 pairs, which
-an exact posterior fails with a probability of at most 5 %. Three seeds, of training and
-of signals.
+an exact posterior fails with a probability of at most 5 %. Two seeds, of training and
+of signals; `full` has three.
 
 Losses: By weights alone, a star that is split into two near its place, and one more
 star than there are beside a bright one: the posterior of two blended stars is a ridge,
@@ -84,7 +84,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 128, 8, 2, 1, 0, 60, 0, 0),
-    "quick": Size(3, 40_000, 300, 60, 16, 16, 2_000, 6, 300),
+    "quick": Size(2, 40_000, 300, 60, 16, 16, 2_000, 6, 300),
     "full": Size(3, 130_000, 1_000, 300, 60, 30, 2_000, 40, 1_000),
 }
 
