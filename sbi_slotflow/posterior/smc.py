@@ -26,10 +26,11 @@ of the weights, and they are compared as chains are (:mod:`.convergence`).
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..nn.charts import WhiteningChart
 from ..seeding import forked_rng
@@ -71,6 +72,7 @@ _DRIFT = 2.0
 # At the posterior itself, where sweeps need no q.
 _LAST_SWEEPS, _MOST_LAST_SWEEPS, _MEMORY, _LITTLE = 10, 100, 0.1, 0.05
 _MAX_STEPS = 200
+_BAR: dict[str, Any] = {"unit": "sweep", "delay": 2, "mininterval": 1, "leave": False}
 
 
 @torch.no_grad()
@@ -86,7 +88,16 @@ def temper(
     """Run SMC for one observation ``(*event)``; see :func:`refine`."""
     bridge = _Bridge(posterior, log_likelihood, x, defensive, prior, generator)
     size = math.ceil(num_samples / _POPULATIONS)
-    runs = [bridge.run(size) for _ in range(_POPULATIONS)]
+    with tqdm(desc="Moving particles", **_BAR) as bar:
+        runs = []
+        for i in range(1, _POPULATIONS + 1):
+            text = f"population {i} of {_POPULATIONS}, beta"
+
+            def told(beta: float, text: str = text) -> None:
+                bar.set_postfix_str(f"{text} {beta:.2g}", refresh=False)
+                bar.update()
+
+            runs.append(bridge.run(size, told))
     log_z = torch.tensor([run.log_evidence for run in runs], dtype=torch.float64)
     log_evidence = _log_mean(log_z)
     relative = (log_z - log_evidence).exp()
@@ -157,8 +168,11 @@ class _Bridge:
         self.moves = _moves(posterior, prior)
         self.dtype = torch.get_default_dtype()
 
-    def run(self, num: int) -> _Run:
-        """Take one population of ``num`` particles to the posterior."""
+    def run(self, num: int, told: Callable[[float], None]) -> _Run:
+        """Take one population of ``num`` particles to the posterior.
+
+        ``told`` is called with beta after each sweep.
+        """
         population = self._start(num)
         beta, steps, sweeps, done = 0.0, 0, 0, False
         log_evidence, variance, worst = 0.0, 0.0, -math.inf
@@ -190,6 +204,7 @@ class _Bridge:
                         population, move, beta, evaluate, self.generator
                     )
                     rates[move.name].append(rate)
+                told(beta)
                 if done := settled(population):
                     break
         return _Run(

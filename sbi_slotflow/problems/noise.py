@@ -242,7 +242,8 @@ class GaussianNoise:
             if found.ndim != shared.ndim or found.shape[:-1] != shared.shape[:-1]:
                 raise ValueError(
                     f"{self.kind} must map shared parameters {tuple(shared.shape)} to "
-                    f"{(*shared.shape[:-1], 'n')}, got {tuple(found.shape)}."
+                    f"{(*shared.shape[:-1], 'n')}, got {tuple(found.shape)}: "
+                    "shared[..., i : i + 1] keeps the last axis."
                 )
         if found.shape[-1] != num:
             raise ValueError(

@@ -286,6 +286,8 @@ class Population:
     def _marginals(self, nodes: Tensor) -> Marginals:
         """Marginals of the mixture over nodes; those free of s as they are."""
         given = self._given(nodes)
+        for part in given.parts if isinstance(given, _Product) else [given.law]:
+            _check_parameters(part)
         low, high = self._outer_bounds(given)
         if isinstance(given, _Joint) and given.flat is None:
             mixed = MixtureSameFamily(
@@ -338,6 +340,24 @@ class Population:
             ends = self._given(corners.reshape(-1, len(sides))).bounds()
             low, high = torch.cat([low, ends[0]]), torch.cat([high, ends[1]])
         return low.amin(0), high.amax(0)
+
+
+def _check_parameters(law: Distribution) -> None:
+    """Raise ValueError if a parameter of a distribution is not one that it may have."""
+    law = getattr(law, "base_dist", law)
+    for name, constraint in law.arg_constraints.items():
+        value = getattr(law, name, None)
+        if constraint.is_discrete or not isinstance(value, Tensor):
+            continue
+        good = constraint.check(value)
+        if not good.all():
+            bad = value[~good] if good.shape == value.shape else value
+            raise ValueError(
+                f"component(shared) must be a distribution for all shared parameters "
+                f"that shared allows, got {type(law).__name__} with {name} = "
+                f"{float(bad.flatten()[0]):g}, which must be {constraint}: bound the "
+                "prior of what it reads, or let component take its exponential."
+            )
 
 
 def _nodes(shared: Distribution, marginals: Marginals) -> Tensor:

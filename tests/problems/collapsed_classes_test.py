@@ -9,7 +9,9 @@ from scipy import stats
 from torch import Tensor
 from two_classes import bump, problem_of, wiggle
 
-from sbi_slotflow import rjmcmc
+from sbi_slotflow import WhiteNoise, rjmcmc
+from sbi_slotflow.problems.collapsed import Chains
+from sbi_slotflow.problems.marginal_likelihood import Target
 
 
 @pytest.mark.parametrize("total", [None, [1.0, 1.0, 0.0, 1.0]])
@@ -109,3 +111,25 @@ def test_a_class_that_is_linear_in_nothing_is_refused() -> None:
     problem = problem_of(0.5, [1, 1], [1, 1], linear=False)
     with pytest.raises(TypeError, match="has no collapsed sampler"):
         rjmcmc.collapsed(problem, torch.zeros(64))
+
+
+def test_no_move_changes_what_a_class_has_not() -> None:
+    problem = problem_of(0.5, [1, 1, 1], [1, 1, 1])
+    form, x = problem.linear_form(), torch.zeros(64, dtype=torch.float64)
+    assert form is not None
+    target = Target(problem.prior, form, WhiteNoise(0.5), x)
+    generator = torch.Generator().manual_seed(1)
+    start = problem.prior.sample((200,), generator)
+    chains = Chains(target, 200, 1, generator, start)
+    found = 0
+    for move in chains.moves.values():
+        for _ in range(5):
+            proposal = move()
+            legal = torch.isfinite(proposal.log_ratio)
+            u = proposal.u[legal][proposal.mask[legal]]
+            label = chains.coordinates.label(u)
+            rest = torch.where(chains.coordinates.free[label], u, 0.5)
+            rest[:, 0] = (label + 0.5) / 2
+            torch.testing.assert_close(u, rest, rtol=0, atol=0)
+            found += len(u)
+    assert found > 3_000

@@ -166,6 +166,7 @@ def test_what_a_function_returns_is_checked() -> None:
         (lambda s: -jitter(s), "must be positive"),
         (lambda s: jitter(s)[..., :3], "must have 9 entries"),
         (lambda s: jitter(s)[0], "must map shared parameters"),
+        (lambda s: s[..., 0], r"shared\[..., i : i \+ 1\] keeps the last axis"),
         (lambda s: jitter(s) * math.inf, "finite"),
         (lambda s: jitter(s) * math.nan, "finite"),
     ):

@@ -324,6 +324,12 @@ def test_other_priors_are_compared_with_a_population() -> None:
         (lambda s: Normal(s[:, 0], 1.0), ValueError, "event shape"),
         (lambda s: Independent(Normal(s, 1.0), 2), ValueError, "event shape"),
         (lambda s: [Normal(s @ torch.ones(3).to(s), 1.0)], ValueError, "it fails"),
+        (lambda s: [Normal(0.0, s[:, 0] - 3.0)], ValueError, "with scale = -"),
+        (
+            lambda s: Independent(Normal(0.0, s[:, :1] - 3.0), 1),
+            ValueError,
+            "which must be GreaterThan",
+        ),
         ("normal", TypeError, "component must be a torch Distribution"),
     ],
 )

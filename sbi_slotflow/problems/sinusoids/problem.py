@@ -431,6 +431,12 @@ def sinusoids(
                 "noise must be a name or a noise model with sample and log_prob, got "
                 f"{type(noise).__name__}."
             )
+        if getattr(noise, "kind", "") == "spectrum" and len(setup.grids) > 1:
+            raise ValueError(
+                "noise must not be a spectrum where there are several records, got "
+                f"{len(setup.grids)}: pass one grid, grids=Grid(duration, rate), or "
+                "errors or a covariance of all records one after the other."
+            )
         model = noise
     signal = SineSignal(setup.grids)
     simulator = AdditiveSimulator(signal, model, prior.layout, background=background)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sbi_slotflow import slot_nn
+from sbi_slotflow import GaussianNoise, slot_nn
 from sbi_slotflow.problems import Grid, Sinusoids, sinusoids
 from sbi_slotflow.problems.sinusoids.problem import ResampledNoise
 
@@ -278,6 +278,14 @@ def test_an_unknown_preset_or_noise_is_rejected() -> None:
         sinusoids(bad)
     with pytest.raises(ValueError, match=r"noise must be one of \['resampled', 'white"):
         sinusoids("tiny", noise=bad)
+
+
+def test_one_spectrum_is_not_that_of_several_records() -> None:
+    noise = GaussianNoise(spectrum=torch.ones(151))
+    with pytest.raises(ValueError, match="several records, got 2"):
+        sinusoids("tiny", noise=noise)
+    problem = sinusoids("tiny", noise=noise, grids=Grid(30.0, 10.0))
+    assert problem.num_data == 300
 
 
 def test_a_problem_of_ones_own_changes_what_it_names() -> None:
