@@ -14,10 +14,12 @@ prior. Gain: log q(truth) less log p(truth), nats. By evidence:
 signals that have it, over the bound with offset and all parameters of the planet
 unknown, where the bound allows the period to be known to 2 %; the median over signals.
 Refined by 2,000 draws of the posterior by evidence: "reliable" is a k-hat below 0.7 and
-100 effective draws. Schedules: four drawn once, the network of all schedules against
-one trained for each, with as few simulations for all alike; differences on the same
-signals. Calibration: `calibration.report` of 300 pairs, which an exact posterior fails
-with a probability of at most 5 %. One seed; `full` has three.
+100 effective draws. Exact: `rjmcmc.collapsed` from draws of the network, where its
+chains have converged; total variation of p(K | x) from it. Schedules: four drawn once,
+the network of all schedules against one trained for each, with as few simulations for
+all alike; differences on the same signals. Calibration: `calibration.report` of 300
+pairs, which an exact posterior fails with a probability of at most 5 %. One seed;
+`full` has three.
 
 Losses: Planets that the record hardly shows have posteriors as broad as their prior in
 all but one or two directions, in many cells at once: more sets of cells than are
@@ -25,6 +27,8 @@ weighed (evidence says too few planets), and a Gaussian above each set is a part
 Small eccentricities of strong planets are crescents in the plane of the disc.
 """
 
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +38,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, problems
+from sbi_slotflow import SlotPosterior, problems, rjmcmc
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Series
 from sbi_slotflow.problems.radial_velocity import observing_nights
@@ -69,7 +73,7 @@ NUM_CHECKED = 1_000
 class Size:
     """Seeds; simulations; signals for p(K), gain, widths, refining; schedules.
 
-    And pairs of the report.
+    And pairs of the report, and signals for the exact sampler.
     """
 
     num_seeds: int
@@ -84,12 +88,15 @@ class Size:
     schedule_signals: int
     schedule_gain: int
     num_report: int
+    num_exact: int
 
 
 BUDGETS: dict[Budget, Size] = {
-    "smoke": Size(1, 16, 8, 1, 1, 1, 60, 1, 16, 4, 1, 0),
-    "quick": Size(1, 16_000, 300, 40, 24, 16, 2_000, 4, 3_072, 300, 15, 300),
-    "full": Size(3, 130_000, 1_000, 300, 100, 60, 2_000, 4, 25_000, 1_000, 60, 1_000),
+    "smoke": Size(1, 16, 8, 1, 1, 1, 60, 1, 16, 4, 1, 0, 0),
+    "quick": Size(1, 16_000, 300, 40, 24, 16, 2_000, 4, 3_072, 300, 15, 300, 8),
+    "full": Size(
+        3, 130_000, 1_000, 300, 100, 60, 2_000, 4, 25_000, 1_000, 60, 1_000, 30
+    ),
 }
 
 
@@ -110,7 +117,7 @@ def _one_seed(budget: Budget, seed: int) -> xr.Dataset:
     rows = [
         cache.get(
             f"refined-{i}",
-            lambda i=i: _refined(problem, posterior, x[i], size.num_draws, seed, i),
+            lambda i=i: _refined(problem, posterior, x[i], size, seed, i),
         )
         for i in range(size.num_refined)
     ]
@@ -203,19 +210,45 @@ def _widths(
 
 
 def _refined(
-    problem: Series, posterior: SlotPosterior, x: Tensor, num: int, seed: int, i: int
+    problem: Series, posterior: SlotPosterior, x: Tensor, size: Size, seed: int, i: int
 ) -> xr.Dataset:
     generator = generator_for(seed, TEST, 2, i)
-    refined = quietly_refined(
-        posterior.with_evidence(_SHARE), problem, x, num, generator
-    )
+    evidence = posterior.with_evidence(_SHARE)
+    refined = quietly_refined(evidence, problem, x, size.num_draws, generator)
+    probs = {
+        "network": posterior.cardinality(x).probs,
+        "evidence": evidence.cardinality(x).probs,
+        "weighed": refined.cardinality().probs,
+        "exact": torch.full((problem.prior.max_cardinality + 1,), torch.nan),
+    }
+    seconds, rhat = np.nan, np.nan
+    if i < size.num_exact:
+        start, begun = torch.Generator().manual_seed(seed), time.process_time()
+        rows = posterior.sample((48,), x=x, generator=start, show_progress_bars=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whether it has converged is recorded
+            exact = rjmcmc.collapsed(problem, x, start=rows, seed=seed)
+        assert exact.diagnostics is not None
+        seconds, rhat = time.process_time() - begun, exact.diagnostics.worst_rhat
+        if exact.converged:
+            probs["exact"] = exact.cardinality().probs
     return xr.Dataset(
         {
             "reliable": refined.is_reliable,
-            "ess": refined.ess / num,
+            "ess": refined.ess / size.num_draws,
             "khat": refined.pareto_k,
+            "exact_seconds": seconds,
+            "exact_rhat": rhat,
+            **{f"p_{name}": ("k", p.flatten().numpy()) for name, p in probs.items()},
         }
     )
+
+
+def _variations(dataset: xr.Dataset, name: str) -> np.ndarray:
+    """Total variation of p(K | x) from the exact one; NaN where there is none."""
+    exact = dataset["p_exact"].transpose(..., "k").values
+    here = dataset[f"p_{name}"].transpose(..., "k").values
+    return 0.5 * np.abs(here - exact).sum(-1).ravel()
 
 
 def _beside(size: Size, seed: int, cache: Cache, i: int) -> xr.Dataset:
@@ -285,12 +318,51 @@ def claims(dataset: xr.Dataset) -> list[Claim]:
         ),
     ]
     found += width_claims(dataset, lambda name: "<= 1.3" if name == "period" else None)
+    found += _exact(dataset)
     loss = values("loss_many") - values("loss_alone")
     gain = values("gain_alone") - values("gain_many")
     text = "four new schedules, network of all less networks of each"
     found.append(_mean(f"{text}: -log q(true K)", loss, "<= 0.05"))
     found.append(_mean(f"{text}: -log q(truth), nats", gain, "<= 0.05"))
     return found + report_claims(dataset)
+
+
+def _exact(dataset: xr.Dataset) -> list[Claim]:
+    """The exact sampler, and how far p(K | x) is from it."""
+    rhat = dataset["exact_rhat"].values.ravel()
+    tried = np.isfinite(dataset["exact_seconds"].values.ravel())
+    converged = np.isfinite(_variations(dataset, "network"))
+    if not tried.any():
+        return []
+    num, all_tried = int(converged.sum()), int(tried.sum())
+    seconds = float(np.nanmedian(dataset["exact_seconds"].values))
+    found = [
+        Claim(
+            "exact sampler: chains have converged",
+            num / all_tried,
+            share_interval(num, all_tried),
+            note=f"{seconds:.0f} CPU s each (median); the worst R-hat of all is "
+            f"{np.nanmax(rhat):.3g}.",
+        )
+    ]
+    reliable = dataset["reliable"].values.ravel().astype(bool)
+    for name, label, rows in (
+        ("network", "network", converged),
+        ("evidence", "network by evidence", converged),
+        ("weighed", "refined, reliable or not", converged),
+        ("weighed", "refined reliably", converged & reliable),
+    ):
+        values = _variations(dataset, name)[rows]
+        if len(values):
+            found.append(
+                Claim(
+                    f"TV of p(K | x) from exact, {label}",
+                    float(values.mean()),
+                    mean_interval(values) if len(values) > 1 else None,
+                    note=f"Of {len(values)} signals, at most {values.max():.3f}.",
+                )
+            )
+    return found
 
 
 def _mean(

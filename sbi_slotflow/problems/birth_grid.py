@@ -1,7 +1,7 @@
 r"""Where a component may be born, and how much it would explain there.
 
 See Also:
-    :mod:`.collapsed`, whose births are drawn from the grid.
+    :mod:`sbi_slotflow.problems.collapsed`, whose births are drawn from the grid.
 """
 
 import math

@@ -6,7 +6,7 @@ first coordinate says which class a component is of, and those that a class has 
 stay at one half: no step moves either.
 
 See Also:
-    :mod:`.collapsed`, whose chains move in them.
+    :mod:`sbi_slotflow.problems.collapsed`, whose chains move in them.
 """
 
 import math
