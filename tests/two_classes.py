@@ -33,11 +33,12 @@ def problem_of(
     linear: bool = True,
     rates: tuple[float, float] = (10.0, 60.0),
 ) -> Classes:
-    """Bumps and wiggles of normal heights, of a mean that is not zero."""
-    height = Normal(torch.tensor([0.5]), torch.tensor([1.0]))
+    """Bumps and wiggles of normal heights, N(.5, 1) and N(1, 1/4)."""
+    high = Normal(torch.tensor([0.5]), torch.tensor([1.0]))
+    height = Normal(torch.tensor([1.0]), torch.tensor([0.5]))
     priors = {
         "bump": VariableKPrior(
-            MultipleIndependent([uniform(0, 1), height], validate_args=False),
+            MultipleIndependent([uniform(0, 1), high], validate_args=False),
             bumps,
             component_names=("time", "height"),
         ),

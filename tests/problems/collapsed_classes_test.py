@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -44,7 +45,7 @@ def test_data_that_say_nothing_leave_the_prior(total: list[float] | None) -> Non
     assert stats.chisquare(counts, expected).pvalue > 1e-4
     laws = {
         "bump": (stats.uniform(), stats.norm(0.5, 1)),
-        "wiggle": (stats.norm(0.5, 1), stats.uniform(), stats.uniform(10, 50)),
+        "wiggle": (stats.norm(1, 0.5), stats.uniform(), stats.uniform(10, 50)),
     }
     for name, each in laws.items():
         own = layout.of_class(name).unpack(layout.view(rows, name))
@@ -53,9 +54,12 @@ def test_data_that_say_nothing_leave_the_prior(total: list[float] | None) -> Non
             assert stats.kstest(column, law.cdf).pvalue > 1e-4
 
 
-def log_marginal(columns: Tensor, x: Tensor, sigma: float) -> Tensor:
-    """Log p(x) of sets of columns (S, k, T) with heights of N(.5, 1)."""
-    shift = x - 0.5 * columns.sum(1)
+def log_marginal(columns: Tensor, classes: list[int], x: Tensor, sigma: float):
+    """Log p(x) of sets of columns (S, k, T) whose heights have their class's law."""
+    mean = torch.tensor([0.5, 1.0]).double()[classes]
+    deviation = torch.tensor([1.0, 0.5]).double()[classes]
+    shift = x - (mean[:, None] * columns).sum(1)
+    columns = deviation[:, None] * columns
     gram = columns @ columns.mT / sigma**2
     inner = torch.einsum("skt,st->sk", columns, shift) / sigma**2
     precision = gram + torch.eye(columns.shape[1]).to(gram)
@@ -70,22 +74,15 @@ def evidences(x: Tensor, sigma: float) -> Tensor:
     """Log p(x | K_bump, K_wiggle) of 0 or 1 each, by a grid of places and rates."""
     places = (torch.arange(128).double() + 0.5) / 128
     rates = 20 + 4 * (torch.arange(16).double() + 0.5) / 16
-    ones = torch.ones_like(places)
-    bumps = bump(torch.stack([places, ones], -1))
-    grid = torch.cartesian_prod(torch.ones(1).double(), places, rates)
-    wiggles = wiggle(grid)
-    none = log_marginal(torch.zeros(1, 0, 64).double(), x, sigma)[0]
-    mean = [
-        log_marginal(columns, x, sigma).logsumexp(0) - math.log(len(columns))
-        for columns in (bumps[:, None], wiggles[:, None])
-    ]
-    both = []
-    for one in bumps:
-        pairs = torch.stack([one.expand_as(wiggles), wiggles], 1)
-        both.append(log_marginal(pairs, x, sigma))
-    both = torch.cat(both)
-    both = both.logsumexp(0) - math.log(len(both))
-    return torch.stack([none, mean[1], mean[0], both])
+    bumps = bump(torch.stack([places, torch.ones_like(places)], -1))
+    wiggles = wiggle(torch.cartesian_prod(torch.ones(1).double(), places, rates))
+    none = log_marginal(torch.zeros(1, 0, 64).double(), [], x, sigma)
+    bump_alone = log_marginal(bumps[:, None], [0], x, sigma)
+    wiggle_alone = log_marginal(wiggles[:, None], [1], x, sigma)
+    both = [torch.stack([one.expand_as(wiggles), wiggles], 1) for one in bumps]
+    together = torch.cat([log_marginal(pairs, [0, 1], x, sigma) for pairs in both])
+    every = (none, wiggle_alone, bump_alone, together)
+    return torch.stack([each.logsumexp(0) - math.log(len(each)) for each in every])
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -133,3 +130,32 @@ def test_no_move_changes_what_a_class_has_not() -> None:
             torch.testing.assert_close(u, rest, rtol=0, atol=0)
             found += len(u)
     assert found > 3_000
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_steps_between_two_of_a_class_have_a_density(label: int) -> None:
+    problem = problem_of(0.5, [1, 1, 1], [1, 1, 1])
+    form, x = problem.linear_form(), torch.zeros(64, dtype=torch.float64)
+    assert form is not None
+    target = Target(problem.prior, form, WhiteNoise(0.5), x)
+    chains = Chains(target, 1, 1, torch.Generator().manual_seed(1))
+    centres = (torch.arange(300).double() + 0.5) / 300
+    axes = [centres] * (1 + label)
+    others = torch.cartesian_prod(*axes).reshape(-1, 1 + label)
+    others = target.coordinates.of_class(others, label)
+    middle = target.coordinates.of_class(
+        torch.full((1, 1 + label), 0.5).double(), label
+    )
+    state = target.empty(len(others), torch.zeros(1, 0).double())
+    state.mask[:, :2] = True
+    state.u[:, 0], state.u[:, 1] = middle, others
+    density = chains._log_pairs(state)[:, 0, 1].exp()
+    # Some of the steps lead out of the cube.
+    resolution = target.resolution[label][target.coordinates.free[label]]
+    inside = [
+        np.prod(2 * stats.norm.cdf(0.5 / (scale * resolution.numpy())) - 1)
+        for scale in (0.1, 0.3, 1.0, 3.0)
+    ]
+    assert float(density.mean()) == pytest.approx(np.mean(inside), rel=1e-3)
+    state.u[:, 1, 0] = (1 - label + 0.5) / 2
+    assert torch.isneginf(chains._log_pairs(state)).all()
