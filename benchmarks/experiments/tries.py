@@ -204,15 +204,13 @@ def _both_ways(
         methods["smc"] = "importance"
     for name, method in methods.items():
         try:
-            result = one(
-                refine(
-                    posterior,
-                    likelihood,
-                    x,
-                    size.num_draws,
-                    method=method,
-                    generator=generator,
-                )
+            answer = refine(
+                posterior,
+                likelihood,
+                x,
+                size.num_draws,
+                method=method,
+                generator=generator,
             )
         except ValueError:  # no draw has a positive weight: it was told
             found |= {f"variation_{name}": math.nan, f"told_{name}": True}
