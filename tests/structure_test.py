@@ -42,6 +42,8 @@ BASE = {
     "linear",
     "coordinates",
     "birth_grid",
+    "first_fits",
+    "whitening",
     "marginal_likelihood",
     "collapsed",
 }
@@ -70,8 +72,8 @@ TESTS_OF_NO_MODULE = {
 
 # The most that the package may have: what it has, rounded up.
 # Aim: 19,000 lines before the rooms of new fields, 110 modules, 10 floors.
-MOST_LINES = 37_100
-MOST_MODULES = 141
+MOST_LINES = 37_300
+MOST_MODULES = 143
 MOST_FLOORS = 10
 
 Arrows = Mapping[str, Set[str]]

@@ -180,7 +180,6 @@ def _complaint(result: RefinedPosterior, method: Method) -> str:
     if method != "importance":
         advice = (
             "A posterior that fits better helps; where components are linear in some "
-            "parameters and noise is Gaussian of a known shape, rjmcmc.collapsed needs "
-            "none."
+            "parameters and noise is Gaussian, rjmcmc.collapsed needs none."
         )
     return f"the result cannot be relied on: {', '.join(wrong)}. {advice}"

@@ -242,10 +242,11 @@ class Problem:
         background = linear_background(self.simulator, self.prior)
         known = set() if background is None else set(background.indices)
         known |= set() if self.noise_level is None else {self.noise_level}
+        known |= set(getattr(noise, "depends_on", ()))
         if len(known) != self.layout.num_shared:
             raise TypeError(
-                "the collapsed sampler takes as shared parameters the noise level and "
-                "those in which a background is linear, problem "
+                "the collapsed sampler takes as shared parameters those of the noise "
+                "and those in which a background is linear, problem "
                 f"{self.name!r} has {self.shared_names}."
             )
         x = self.simulator.checked_data(x)

@@ -26,7 +26,10 @@ in the unit cube, the fractions of nu under its prior's marginals:
   much a component there would add to the marginal likelihood;
 - *split and merge*: :math:`u = w u_1 + (1 - w) u_2`, :math:`\delta = u_1 - u_2`, for w
   uniform and a step delta on four scales of the data's resolution;
-- *noise*: sigma on a logarithmic scale.
+- *noise*: sigma on a logarithmic scale;
+- *shape of the noise*, where that is unknown: one of its parameters, on the scale of
+  its prior's fractions, and sigma along with it, as far as it follows from what the
+  first fit leaves of the data.
 
 Of several classes a birth and a redraw also choose the class; the other moves keep it,
 and only two of one class merge.
@@ -44,6 +47,7 @@ from ..posterior.convergence import convergence_of
 from ..posterior.draws import ChainDraws
 from ..sets.checks import as_count
 from ..sets.prior import VariableKPrior
+from .first_fits import pursuit
 from .linear import LinearForm
 from .marginal_likelihood import State, Target, orthogonal
 from .noise import GaussianNoise
@@ -57,7 +61,6 @@ _SPLITS = (0.1, 0.3, 1.0, 3.0)
 _STEPS = (0.1, 3.0)
 # Powers of the likelihood at one temperature over the one below.
 _COOLING = 0.7
-_POLISH = 8
 # Draws of the prior that are tried where fits are ruled out.
 _TRIES = 100
 _BAR: dict[str, Any] = {"unit": "draw", "delay": 2, "mininterval": 1, "leave": False}
@@ -69,6 +72,8 @@ _MOVES: dict[str, float] = {
     "split or merge": 0.15,
     "noise": 0.05,
 }
+# Beside these where the shape of the noise is unknown.
+_SHAPE_SHARE = 0.15
 
 
 @torch.no_grad()
@@ -104,13 +109,13 @@ def collapsed(
     rows = []
     steps = range(-(burn_in // thin), num_draws)
     chains.move(burn_in % thin)
-    chains.counts = _no_counts()
+    chains.forget_counts()
     for step in tqdm(steps, "Sampling", **_BAR):
         chains.move(thin)
         if step >= 0:
             rows.append(target.rows(chains.state)[:num_chains])
         else:
-            chains.counts = _no_counts()
+            chains.forget_counts()
     theta = prior.layout.canonical(torch.stack(rows, 1))
     log_weights = counted(prior, theta)
     shares = {n: a / max(t, 1) for n, (t, a) in chains.counts.items()}
@@ -120,10 +125,6 @@ def collapsed(
     return ChainDraws(
         prior.layout, theta, x.reshape(-1), log_weights, diagnostics=found
     )
-
-
-def _no_counts() -> dict[str, list[int]]:
-    return {name: [0, 0] for name in (*_MOVES, "exchange")}
 
 
 def counted(prior: VariableKPrior, theta: Tensor) -> Tensor | None:
@@ -184,9 +185,21 @@ class Chains:
             "split or merge": self._split_or_merge,
             "noise": self._noise,
         }
-        self.counts = _no_counts()
+        self.shares = dict(_MOVES)
+        if target.whitening.shape is not None:
+            self.moves["noise shape"] = self._noise_shape
+            self.shares["noise shape"] = _SHAPE_SHARE
+        self.counts: dict[str, list[int]] = {}
+        self.forget_counts()
         self.odd = False
         self.state = self._start(start)
+        shared = self.state.shared[:1]
+        left = target.solve(self.state).residual[:1]
+        self._left = target.whitening.coloured(left, shared)[0]
+
+    def forget_counts(self) -> None:
+        """Count moves from now on."""
+        self.counts = {name: [0, 0] for name in (*self.shares, "exchange")}
 
     def move(self, num: int) -> None:
         """Make moves of kinds drawn at random, and exchange temperatures."""
@@ -194,9 +207,9 @@ class Chains:
             self._move()
 
     def _move(self) -> None:
-        shares = torch.tensor(list(_MOVES.values()))
+        shares = torch.tensor(list(self.shares.values()))
         kind = int(torch.multinomial(shares, 1, generator=self.generator))
-        name = list(_MOVES)[kind]
+        name = list(self.shares)[kind]
         proposal = self.moves[name]()
         legal = torch.isfinite(proposal.log_ratio)
         new = self.target.updated(self.state, *proposal[:4])
@@ -436,6 +449,45 @@ class Chains:
         slots = torch.zeros(len(shared), 0, dtype=torch.long)
         return Proposal(state.mask, state.u, shared, slots, log_ratio)
 
+    def _noise_shape(self) -> Proposal:
+        state, noise = self.state, self.target.noise
+        shape = self.target.whitening.shape
+        assert shape is not None
+        marginals, num = shape.marginals, len(shape.indices)
+        before = state.shared[:, shape.indices]
+        columns = zip(marginals, before.unbind(-1), strict=True)
+        fraction = torch.stack([m.fraction(value) for m, value in columns], -1)
+        # T numbers tell a fraction to about one over their root, or not at all.
+        scale = len(self.target.x) ** (-0.5 * self._uniform(len(before)))
+        which = (num * self._uniform(len(before), 1)).long()
+        step = (scale * self._normal(len(before))).unsqueeze(-1)
+        moved = fraction.scatter_add(1, which, step)
+        inside = ((moved > 0) & (moved < 1)).all(-1)
+        moved = torch.where(inside.unsqueeze(-1), moved, fraction)
+        columns = zip(marginals, moved.unbind(-1), strict=True)
+        after = torch.stack([m.quantile(value) for m, value in columns], -1)
+        log_ratio = sum(
+            m.log_density(before[:, d]) - m.log_density(after[:, d])
+            for d, m in enumerate(marginals)
+        )
+        shared = state.shared.clone()
+        shared[:, shape.indices] = after
+        if noise.sigma is None:
+            drift = self._log_level(after) - self._log_level(before)
+            shared[:, noise.shared_index] *= drift.exp()
+            log_ratio = log_ratio + drift
+        log_ratio = torch.where(inside, torch.as_tensor(log_ratio), -math.inf)
+        slots = torch.arange(state.mask.shape[1]).expand(len(before), -1)
+        return Proposal(state.mask, state.u, shared, slots, log_ratio)
+
+    def _log_level(self, values: Tensor) -> Tensor:
+        """Log of the level that the first fit's residual has, given shapes."""
+        shape, num = self.target.whitening.shape, len(self._left)
+        assert shape is not None
+        counts = shape.noise.multiplicity(num).to(values)
+        ratio = shape.noise.power(self._left) / shape.variances(values, num)
+        return 0.5 * (ratio @ counts / counts.sum()).clamp(min=1e-300).log()
+
     def _without(self, slot: Tensor) -> Tensor:
         mask = self.state.mask.clone()
         mask[self.rows, slot] = False
@@ -445,6 +497,7 @@ class Chains:
         """Where a component is missing, given those of a mask."""
         others = self.state._replace(mask=mask)
         residual, sigma = self.target.solve(others).residual, self.target.scale(others)
+        residual = self.target.whitening.as_usual(residual, others.shared)
         return self.target.grid.log_weights(residual, sigma, self.target.room(others))
 
     def _log_birth(self, weights: Tensor, u: Tensor) -> Tensor:
@@ -455,7 +508,8 @@ class Chains:
         rows, size = self.rows.unsqueeze(1), self.target.num_nonlinear
         u = state.u[rows, slots].flatten(0, 1)
         amplitudes = state.amplitudes[rows, slots].flatten(0, 1)
-        slopes = self.target.derivatives(u, amplitudes)
+        shared = state.shared.repeat_interleave(slots.shape[1], 0)
+        slopes = self.target.derivatives(u, amplitudes, shared)
         slopes = slopes.reshape(len(rows), slots.shape[1] * size, -1)
         basis = state.basis[rows, slots].flatten(1, 2)
         slopes = orthogonal(slopes, basis)
@@ -521,83 +575,3 @@ def _picked(log_pairs: Tensor, pair: Tensor) -> Tensor:
 
 def _log_diagonal(root: Tensor) -> Tensor:
     return torch.diagonal(root, dim1=-2, dim2=-1).log().sum(-1)
-
-
-class Fit(NamedTuple):
-    """A state of one chain, and its Bayesian information criterion."""
-
-    state: State
-    criterion: float
-
-
-def pursuit(target: Target) -> list[Fit]:
-    """Fit 0 to Kmax components, one after the other.
-
-    Each is put where it explains most of the residual, then all take Gauss-Newton
-    steps with the amplitudes eliminated (variable projection).
-    """
-    state = target.empty(1, _shared(target, target.x.unsqueeze(0)))
-    residual, fits = target.solve(state).residual, []
-    state = state._replace(shared=_shared(target, residual))
-    most, num = target.layout.max_cardinality, len(target.x)
-    least = 1e-24 * target.x.square().sum()
-    for k in range(most + 1):
-        if k > 0:
-            sigma = target.noise.scale(state.shared)
-            weights = target.grid.log_weights(residual, sigma, target.room(state))
-            cell = target.grid.centre(weights.argmax(-1))
-            mask, u = state.mask.clone(), state.u.clone()
-            mask[:, k - 1], u[:, k - 1] = True, cell
-            moved = torch.tensor([[k - 1]])
-            state = target.updated(state, mask, u, state.shared, moved)
-            state, residual = _polished(target, state)
-        size = k * target.layout.num_component_params
-        energy = residual.square().sum().clamp(min=least)
-        criterion = num * energy.log() + size * math.log(num)
-        fits.append(Fit(state, float(criterion)))
-    return fits
-
-
-def _polished(target: Target, state: State) -> tuple[State, Tensor]:
-    """Take Gauss-Newton steps of all components of one chain."""
-    slots = state.mask.nonzero()[:, 1]
-    residual, damping = target.solve(state).residual, 1e-3
-    for _ in range(_POLISH):
-        state = state._replace(shared=_shared(target, residual))
-        solution = target.solve(state)
-        residual = solution.residual
-        slopes = target.derivatives(state.u[0, slots], solution.mean[0, slots])
-        slopes = orthogonal(
-            slopes.flatten(0, 1)[None], state.basis[0, slots].flatten(0, 1)[None]
-        )[0]
-        curvature = slopes @ slopes.mT
-        diagonal = torch.diagonal(curvature)
-        diagonal = diagonal + 1e-12 * diagonal.max()
-        root = torch.linalg.cholesky_ex(curvature + torch.diag(damping * diagonal))[0]
-        gradient = (slopes @ residual[0]).unsqueeze(-1)
-        step = torch.cholesky_solve(gradient, root)
-        u = state.u.clone()
-        moved = (u[0, slots] + step.reshape(len(slots), -1)).clamp(1e-6, 1 - 1e-6)
-        u[0, slots] = torch.where(torch.isfinite(moved), moved, u[0, slots])
-        new = target.updated(state, state.mask, u, state.shared, slots.unsqueeze(0))
-        after = target.solve(new).residual
-        if after.square().sum() < residual.square().sum():
-            state, residual, damping = new, after, 0.1 * damping
-        else:
-            damping = 10 * damping
-    return state._replace(shared=_shared(target, residual)), residual
-
-
-def _shared(target: Target, residual: Tensor) -> Tensor:
-    """Shared parameters with the level of a residual ``(1, T)``, inside the prior."""
-    noise, marginals = target.noise, target.prior.shared_marginals
-    shared = residual.new_zeros(1, target.layout.num_shared)
-    middle = torch.tensor(0.5, dtype=torch.float64)
-    for i in target.background.indices:
-        shared[:, i] = marginals[i].quantile(middle)
-    if noise.sigma is None:
-        ends = torch.tensor([1e-3, 1 - 1e-3], dtype=torch.float64)
-        low, high = marginals[noise.shared_index].quantile(ends).tolist()
-        level = residual.square().mean(-1).sqrt().clamp(low, high)
-        shared[:, noise.shared_index] = level
-    return shared

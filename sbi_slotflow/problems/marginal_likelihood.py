@@ -30,6 +30,7 @@ from .linear import LinearForm
 from .noise import GaussianNoise
 from .simulator import WhiteNoise
 from .white_space import Background
+from .whitening import Whitening
 
 __all__ = ["Solution", "State", "Target", "Working", "orthogonal"]
 
@@ -100,8 +101,10 @@ class Target:
             none = torch.zeros(0, dtype=torch.float64), nothing @ nothing.mT
             background = Background((), nothing, torch.zeros_like(x), *none)
         self.background, self.data = background, x
-        self.x = noise.unit_white(x - background.constant)
-        self.columns = noise.unit_white(background.columns)
+        self._raw = x - background.constant
+        self.whitening = Whitening(noise, prior, self._raw)
+        self.x = self.whitening(self._raw)
+        self.columns = self.whitening(background.columns)
         self.layout = prior.layout
         members = prior.members
         marginals = [member.component_marginals for member in members]
@@ -122,9 +125,13 @@ class Target:
         """Number N of coordinates of a component."""
         return self.coordinates.size
 
-    def signals(self, u: Tensor) -> Tensor:
-        """The basis ``(..., M, T)`` at coordinates ``(..., N)``, made white."""
-        return self.noise.unit_white(self.form.basis(self.coordinates.place(u)))
+    def signals(self, u: Tensor, shared: Tensor | None = None) -> Tensor:
+        """The basis ``(..., M, T)`` at coordinates ``(..., N)``, made white.
+
+        Of a noise of unknown shape by the usual one, or by that of rows ``(C, S)``.
+        """
+        basis = self.form.basis(self.coordinates.place(u))
+        return self.whitening(basis, shared)
 
     def room(self, state: State) -> Tensor | None:
         """Which classes may have one more, ``(C, classes)``; None for a single one."""
@@ -136,7 +143,9 @@ class Target:
         counts = [(state.mask & (label == c)).sum(-1) < n for c, n in enumerate(most)]
         return torch.stack(counts, -1)
 
-    def derivatives(self, u: Tensor, amplitudes: Tensor) -> Tensor:
+    def derivatives(
+        self, u: Tensor, amplitudes: Tensor, shared: Tensor | None = None
+    ) -> Tensor:
         """Of signals by coordinates ``(C, N)``, amplitudes fixed, ``(C, N, T)``."""
         step = _SMALL * self.coordinates.of(self.resolution, u)
         steps = torch.diag_embed(step)
@@ -146,7 +155,7 @@ class Target:
         amplitudes = amplitudes.unsqueeze(-2).expand(*ends.shape[:-1], -1)
         place = self.coordinates.place(ends)
         above, below = self.form.signals(self.form.components(place, amplitudes))
-        return self.noise.unit_white(above - below) / width
+        return self.whitening(above - below, shared) / width
 
     def scale(self, state: State) -> Tensor:
         """Noise level ``(C,)``, as a power of the likelihood makes it."""
@@ -163,15 +172,16 @@ class Target:
         right = state.right.reshape(num, size) * weight.unsqueeze(-1)
         right = torch.where(active, right, 0.0)
         before, location = self.working.of_slots(self.coordinates.label(state.u))
+        x, columns = self._white(state.shared)
         if len(self.columns):
-            cross = state.basis.reshape(num, size, -1) @ self.columns.mT
+            cross = state.basis.reshape(num, size, -1) @ columns.mT
             cross = torch.where(active.unsqueeze(-1), cross, 0.0)
-            below = (self.columns @ self.columns.mT).expand(num, -1, -1)
+            below = (columns @ columns.mT).expand(num, -1, -1)
             upper = torch.cat([gram, cross * weight[:, None, None]], -1)
             lower = torch.cat([cross.mT, below], -1) * weight[:, None, None]
             gram = torch.cat([upper, lower], -2)
-            inner = (self.columns @ self.x).expand(num, -1) * weight.unsqueeze(-1)
-            right = torch.cat([right, inner], -1)
+            inner = (columns @ x.unsqueeze(-1)).squeeze(-1).expand(num, -1)
+            right = torch.cat([right, inner * weight.unsqueeze(-1)], -1)
             before, location = self._with_background(before, location)
         right = right + (before @ location.unsqueeze(-1)).squeeze(-1)
         root, failed = torch.linalg.cholesky_ex(gram + before)
@@ -180,8 +190,8 @@ class Target:
         mean = every[:, :size].reshape(num, mask.shape[1], -1)
         background = every[:, size:]
         used = torch.where(mask.unsqueeze(-1), mean, 0.0)
-        residual = self.x - torch.einsum("ckm,ckmt->ct", used, state.basis)
-        residual = residual - background @ self.columns
+        residual = x - torch.einsum("ckm,ckmt->ct", used, state.basis)
+        residual = residual - (background.unsqueeze(1) @ columns).squeeze(1)
         misfit = weight * residual.square().sum(-1)
         misfit = misfit + (off @ before @ off.mT).flatten()
         volume = torch.linalg.slogdet(before)[1]
@@ -189,6 +199,9 @@ class Target:
         scale = self.noise.scale(state.shared).log() + 0.5 * math.log(2 * math.pi)
         scale = -2 * len(self.x) * state.beta * scale
         value = 0.5 * (scale + volume - misfit)
+        if self.whitening.shape is not None:
+            log_det = self.whitening.log_det(state.shared, len(self.x))
+            value = value - state.beta * log_det
         value = torch.where((failed == 0) & (weight > 0), value, -math.inf)
         return Solution(
             value.nan_to_num(nan=-math.inf, neginf=-math.inf),
@@ -271,12 +284,13 @@ class Target:
             state.right.clone(),
         )
         for slot in moved.unbind(1):
-            basis[chain, slot] = self.signals(u[chain, slot])
+            basis[chain, slot] = self.signals(u[chain, slot], shared)
+        x = self._white(shared)[0]
         for slot in moved.unbind(1):
             cross = torch.einsum("cmt,ckpt->cmkp", basis[chain, slot], basis)
             gram[chain, slot] = cross
             gram[chain, :, :, slot] = cross.permute(0, 2, 3, 1)
-            right[chain, slot] = basis[chain, slot] @ self.x
+            right[chain, slot] = (basis[chain, slot] @ x.unsqueeze(-1)).squeeze(-1)
         rest = state.amplitudes, state.beta, state.level
         return State(mask, u, shared, basis, gram, right, *rest)
 
@@ -295,6 +309,17 @@ class Target:
             zeros.new_ones(num),
             zeros.new_full((num,), -math.inf),
         )
+
+    def _white(self, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Data and columns of the background, white by rows ``(C, S)``.
+
+        ``(T,)`` and ``(P, T)`` of a known shape, else with the C in front.
+        """
+        if self.whitening.shape is None:
+            return self.x, self.columns
+        x = self._raw.expand(len(shared), -1)
+        columns = self.background.columns.expand(len(shared), -1, -1)
+        return self.whitening(x, shared), self.whitening(columns, shared)
 
     def _prepare_background(self) -> None:
         """Choose the working prior of the background's amplitudes."""

@@ -181,7 +181,9 @@ class GaussianNoise:
         root = self.root(shared.double(), signal.shape[-1])
         white = torch.empty_like(signal, dtype=torch.float64)
         white = white.normal_(generator=generator)
-        noise = self._coloured(white, root) * self.scale(shared).double().unsqueeze(-1)
+        noise = self.coloured_given(white, root) * self.scale(
+            shared
+        ).double().unsqueeze(-1)
         return noise.to(signal)
 
     def log_prob(self, residual: Tensor, shared: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ class GaussianNoise:
         safe = torch.where(positive, level, 1.0)
         white = self.white_given(residual.double(), root) / safe.unsqueeze(-1)
         value = -0.5 * white.square().sum(-1) - num * safe.log()
-        value = value - 0.5 * num * math.log(2 * math.pi) - self._log_det(root, num)
+        value = value - 0.5 * num * math.log(2 * math.pi) - self.log_det(root, num)
         return torch.where(positive, value, -math.inf).to(residual)
 
     def whiten(self, residual: Tensor, shared: Tensor) -> Tensor:
@@ -276,7 +278,8 @@ class GaussianNoise:
             twice[-1] = 1.0
         return twice
 
-    def _log_det(self, root: Tensor, num_data: int) -> Tensor:
+    def log_det(self, root: Tensor, num_data: int) -> Tensor:
+        """Log determinant of a :meth:`root`, half of C's."""
         if self.kind == "covariance":
             return root.diagonal().log().sum()
         return (self.multiplicity(num_data).to(root) * root.log()).sum(-1)
@@ -297,7 +300,8 @@ class GaussianNoise:
             return signal
         return torch.fft.irfft(torch.fft.rfft(signal) / root, n=signal.shape[-1])
 
-    def _coloured(self, white: Tensor, root: Tensor) -> Tensor:
+    def coloured_given(self, white: Tensor, root: Tensor) -> Tensor:
+        """The inverse of :meth:`white_given`."""
         if self.kind == "errors":
             return white * root.to(white)
         if self.kind == "covariance":

@@ -229,11 +229,21 @@ def test_a_background_beneath_sinusoids_is_known_to_all() -> None:
     assert (trend.mean() - theta[0, 2]).abs() < 2.0
 
 
-def test_a_sampler_that_needs_the_shape_refuses_it() -> None:
+def test_the_exact_sampler_moves_the_shape() -> None:
     problem = lines()
-    x = problem.simulator(problem.prior.sample((1,), seeded(20)), seeded(21))
-    with pytest.raises(TypeError, match="the collapsed sampler takes"):
-        rjmcmc.collapsed(problem, x[0])
+    theta = problem.prior.sample((1,), seeded(20))
+    x = problem.simulator(theta, seeded(21))
+    draws = rjmcmc.collapsed(
+        problem, x[0], num_chains=4, num_levels=1, num_draws=60, burn_in=300, seed=1
+    )
+    parts = problem.layout.unpack(draws.rows)
+    assert (
+        parts.cardinality == problem.layout.cardinality(theta)
+    ).double().mean() > 0.5
+    shared, truth = parts.shared, problem.layout.unpack(theta).shared[0]
+    # False alarm: 6e-7 for each of two.
+    assert ((shared.mean(0) - truth).abs() < 5 * shared.std(0)).all()
+    assert (shared.std(0) > 0).all()
 
 
 def test_a_parameter_that_there_is_not_is_refused() -> None:
