@@ -9,7 +9,8 @@ Examples::
     python -m benchmarks report                        # writes benchmarks/REPORT.md
 
 A run that was stopped goes on where it was; what is done is not done again unless
-``--again``.
+``--again``. Experiments of a training of their own take several seeds, now or later
+(``run classes --seed 1 2``), and keep what they find together.
 """
 
 import argparse
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("list", help="list the experiments")
     run = commands.add_parser("run", help="run experiments")
     run.add_argument("names", nargs="*", metavar="NAME", help="all if none is given")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="one after the other"
+    )
     run.add_argument("--again", action="store_true", help="run what is done, too")
     figures = commands.add_parser("figures", help="draw the figures of what was run")
     figures.add_argument(
@@ -83,24 +86,27 @@ def _run(args: argparse.Namespace, known: list[str]) -> None:
     bar = tqdm(args.names or known, desc=args.budget, unit="experiment")
     for name in bar:
         bar.set_postfix_str(name)
-        result = Result(load(name), args.budget, args.out)
-        if result.done(args.seed) and not args.again:
-            tqdm.write(f"{name}: done before; --again runs it again")
-            continue
-        cache = Cache(name, args.budget, args.seed)
-        if args.again:
-            cache.clear()
-        experiment = result.experiment
-        cache.belongs_to(
-            {**experiment.budget(args.budget), "weights": experiment.weights}
-        )
-        result.measure(args.seed)
-        facts = result.facts()
-        met = [claim["met"] for claim in facts["claims"] if claim["met"] is not None]
-        tqdm.write(
-            f"{name}: {len(facts['claims'])} claims, {sum(met)} of {len(met)} targets "
-            f"met, {result.path}"
-        )
+        for seed in args.seed:
+            _run_seed(args, name, seed)
+
+
+def _run_seed(args: argparse.Namespace, name: str, seed: int) -> None:
+    result = Result(load(name), args.budget, args.out)
+    if result.done(seed) and not args.again:
+        tqdm.write(f"{name}, seed {seed}: done before; --again runs it again")
+        return
+    cache = Cache(name, args.budget, seed)
+    if args.again:
+        cache.clear()
+    experiment = result.experiment
+    cache.belongs_to({**experiment.budget(args.budget), "weights": experiment.weights})
+    result.measure(seed)
+    facts = result.facts()
+    met = [claim["met"] for claim in facts["claims"] if claim["met"] is not None]
+    tqdm.write(
+        f"{name}: {len(facts['claims'])} claims, {sum(met)} of {len(met)} targets "
+        f"met, {result.path}"
+    )
 
 
 if __name__ == "__main__":

@@ -81,25 +81,10 @@ def unseen(
     return theta, problem.simulator(theta, generator_for(seed, TEST, *stream, 1))
 
 
-def over_seeds(run: Callable[[int], xr.Dataset], first: int, num: int) -> xr.Dataset:
-    """Run with seeds ``first``, ``first + 1`` ..., along a dimension ``seed``."""
-    found = [run(first + i) for i in range(num)]
-    # Of some things seeds have different numbers.
-    most = {dim: max(part.sizes[dim] for part in found) for dim in found[0].dims}
-    padded = []
-    for part in found:
-        short = {d: (0, n - part.sizes[d]) for d, n in most.items()}
-        short = {d: ends for d, ends in short.items() if ends[1]}
-        padded.append(part.pad(short) if short else part)
-    joined = xr.concat(padded, "seed")
-    assert isinstance(joined, xr.Dataset)
-    return joined
-
-
 def by_seed(dataset: xr.Dataset, name: str) -> str:
     """The means of each seed, for a claim's note."""
     values = dataset[name]
-    if "seed" not in values.dims:
+    if values.sizes.get("seed", 1) == 1:
         return ""
     means = values.mean([dim for dim in values.dims if dim != "seed"]).values
     return f"By seed: {', '.join(f'{mean:.3g}' for mean in means)}. "

@@ -9,6 +9,8 @@ on, indented or not, until an empty line). It defines
 - ``run(budget, seed) -> xarray.Dataset``: the measurement, ``budget`` one of the names,
 - ``plot(dataset) -> Figure``: the figure, from the dataset alone,
 - ``claims(dataset) -> list[Claim]``: what is compared with what, from it alone,
+- ``ADDS_SEEDS = True``, if what runs of several seeds find is kept together, along a
+  dimension ``seed``: each run adds its own,
 - ``WEIGHTS``, if it uses shipped weights: their presets. What was measured with other
   weights than those is measured again, and marked in the report until then.
 
@@ -124,6 +126,11 @@ class Experiment:
             rf"^{heading}: (.*?)(?=\n\s*\n|\n[A-Z]\w+: |\Z)", text, re.S | re.M
         )
         return " ".join(found[1].split()) if found else ""
+
+    @property
+    def adds_seeds(self) -> bool:
+        """Whether runs of several seeds are kept together."""
+        return getattr(self.module, "ADDS_SEEDS", False)
 
     def budget(self, budget: Budget) -> dict[str, Any]:
         """What a budget means here."""

@@ -29,6 +29,7 @@ __all__ = [
     "RESULTS",
     "Cache",
     "Result",
+    "along_seeds",
     "concatenated",
     "decoded",
     "encoded",
@@ -125,12 +126,20 @@ class Result:
 
     def done(self, seed: int) -> bool:
         """Whether it is there, with that seed, budget and weights as they are now."""
+        return self._is_current() and str(seed) in self._runs()
+
+    def _is_current(self) -> bool:
+        """Whether it is there, of budget and weights as they are now."""
         if not self.path.exists():
             return False
-        facts = self.facts()
         means = plain(self.experiment.budget(self.budget))
-        same = facts["seed"] == seed and facts["budget means"] == means
+        same = self.facts()["budget means"] == means
         return same and self.is_of_shipped_weights()
+
+    def _runs(self) -> dict[str, Any]:
+        """What is known of the run of each seed, by the seed."""
+        facts = self.facts()
+        return facts.get("seeds", {str(facts["seed"]): {}})
 
     def is_of_shipped_weights(self) -> bool:
         """Whether the weights that were used, if any, are those shipped now."""
@@ -150,22 +159,37 @@ class Result:
         Args:
             seed: Seed of all that is random.
         """
-        self.path.unlink(missing_ok=True)
+        adds = self.experiment.adds_seeds
+        if not (adds and self._is_current()):
+            self.path.unlink(missing_ok=True)
         started = time.perf_counter()
         with forked_rng(generator_for(seed)):
             dataset = self.experiment.run(self.budget, seed)
         seconds = time.perf_counter() - started
-        facts = {
-            "experiment": self.experiment.name,
-            "command": f"python -m benchmarks run {self.experiment.name} "
-            f"--budget {self.budget} --seed {seed}",
-            "budget": self.budget,
-            "budget means": self.experiment.budget(self.budget),
-            "seed": seed,
-            "weights": self.experiment.weights,
+        run = {
             "seconds of this run (parts done before not counted)": round(seconds, 1),
             "machine": machine(),
             "versions": versions(),
+        }
+        seeds = {str(seed): run}
+        if adds:
+            dataset = dataset.expand_dims(seed=[seed])
+            if self.path.exists():
+                before = self.read()
+                before = before.sel(seed=before.seed != seed)
+                dataset = along_seeds([before, dataset])
+                seeds = self._runs() | seeds
+        text = " ".join(sorted(seeds, key=int))
+        facts = {
+            "experiment": self.experiment.name,
+            "command": f"python -m benchmarks run {self.experiment.name} "
+            f"--budget {self.budget} --seed {text}",
+            "budget": self.budget,
+            "budget means": self.experiment.budget(self.budget),
+            "seed": min(map(int, seeds)),
+            "weights": self.experiment.weights,
+            **run,
+            **({"seeds": seeds} if adds else {}),
         }
         self._conclude(facts, encoded(dataset, rounded=True))
 
@@ -220,6 +244,23 @@ def concatenated(
     joined = xr.concat(parts, along, **options)
     assert isinstance(joined, xr.Dataset)
     return joined
+
+
+def along_seeds(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Join datasets along their dimension ``seed``, in its order.
+
+    Of some things seeds have different numbers: gaps are filled with NaN.
+    """
+    parts = [part for part in parts if part.sizes["seed"]]
+    names = {dim for part in parts for dim in part.dims} - {"seed"}
+    most = {dim: max(part.sizes.get(dim, 0) for part in parts) for dim in names}
+    padded = []
+    for part in parts:
+        short = {d: (0, n - part.sizes[d]) for d, n in most.items() if d in part.dims}
+        short = {d: ends for d, ends in short.items() if ends[1]}
+        padded.append(part.pad(short) if short else part)
+    joined = concatenated(padded, "seed")
+    return joined.sortby("seed")
 
 
 def _processor() -> str:

@@ -125,6 +125,48 @@ def test_what_is_done_is_not_done_again_unless_asked(tmp_path, monkeypatch):
     assert facts["claims"][0]["met"] is False
 
 
+class _Adding(_Counting):
+    """One that keeps what several seeds find, of some things more than of others."""
+
+    BUDGETS: ClassVar[dict[str, Size]] = {"smoke": Size(2, 2)}
+    ADDS_SEEDS = True
+
+    def run(self, budget: str, seed: int) -> xr.Dataset:
+        self.runs += 1
+        values = np.full(1 + seed, float(self.runs))
+        return xr.Dataset({"runs": float(self.runs), "values": ("loud", values)})
+
+    def claims(self, dataset: xr.Dataset) -> list[Claim]:
+        return [Claim("runs", float(dataset["runs"].max()))]
+
+
+def test_seeds_are_added_and_none_is_lost(tmp_path, monkeypatch):
+    module = _Adding()
+    monkeypatch.setattr(
+        "benchmarks.__main__.load", lambda name: _experiment(name, module)
+    )
+    monkeypatch.setattr("benchmarks.__main__.discover", lambda: ["counting"])
+    command = ["run", "counting", "--budget", "smoke", "--out", str(tmp_path)]
+    main([*command, "--seed", "1"])
+    main([*command, "--seed", "0", "1"])
+    result = Result(_experiment("counting", module), "smoke", tmp_path)
+    dataset = result.read()
+    assert dataset.seed.values.tolist() == [0, 1]
+    assert dataset.runs.values.tolist() == [2.0, 1.0]
+    np.testing.assert_equal(dataset["values"].values, [[2.0, np.nan], [1.0, 1.0]])
+    facts = result.facts()
+    assert set(facts["seeds"]) == {"0", "1"}
+    assert facts["command"].endswith("--seed 0 1")
+    assert result.done(0)
+    assert result.done(1)
+    assert not result.done(2)
+    main([*command, "--seed", "1", "--again"])
+    assert result.read().runs.values.tolist() == [2.0, 3.0]
+    _Adding.BUDGETS = {"smoke": Size(1, 1)}
+    main([*command, "--seed", "1"])
+    assert result.read().seed.values.tolist() == [1], "the budget means something else"
+
+
 def test_a_stopped_run_keeps_its_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.store._PARTS", tmp_path)
     computed = []
