@@ -44,8 +44,9 @@ def write_report(budget: Budget = "quick", folder: Path | None = None) -> Path:
         if not result.path.exists():
             missing.append(name)
             continue
-        result.conclude()
-        claims = result.experiment.claims(result.read())
+        if result.is_current():  # what it then measured may be less than now
+            result.conclude()
+        claims = result.claims()
         if lost := _losses(claims):
             why = result.experiment.about("Losses")
             losses += [f"**[{name}](#{name})**: {why}", "", *lost, ""]
@@ -99,6 +100,8 @@ def _section(result: Result, claims: list[Claim]) -> str:
     lines.append("")
     if not result.is_of_shipped_weights():
         lines += ["Measured with earlier weights than those that are shipped now.", ""]
+    elif not result.is_current():
+        lines += ["Measured by an earlier protocol than that above.", ""]
     lines += [f"({i}) {note}  " for i, note in enumerate(notes, 1)]
     machine = facts["machine"]
     lines += [

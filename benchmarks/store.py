@@ -23,7 +23,7 @@ import xarray as xr
 
 from sbi_slotflow.seeding import forked_rng, generator_for
 
-from .experiment import Budget, Experiment
+from .experiment import Budget, Claim, Experiment
 
 __all__ = [
     "RESULTS",
@@ -126,14 +126,16 @@ class Result:
 
     def done(self, seed: int) -> bool:
         """Whether it is there, with that seed, budget and weights as they are now."""
-        return self._is_current() and str(seed) in self._runs()
+        return self.is_current() and str(seed) in self._runs()
 
-    def _is_current(self) -> bool:
+    def is_current(self) -> bool:
         """Whether it is there, of budget and weights as they are now."""
         if not self.path.exists():
             return False
         means = plain(self.experiment.budget(self.budget))
-        same = self.facts()["budget means"] == means
+        facts = self.facts()
+        same = facts["budget means"] == means
+        same = same and self.experiment.adds_seeds == ("seeds" in facts)
         return same and self.is_of_shipped_weights()
 
     def _runs(self) -> dict[str, Any]:
@@ -153,6 +155,13 @@ class Result:
         """The dataset."""
         return decoded(self.facts()["dataset"])
 
+    def claims(self) -> list[Claim]:
+        """The claims that are kept."""
+        return [
+            Claim(**{**kept, "interval": kept["interval"] and tuple(kept["interval"])})
+            for kept in self.facts()["claims"]
+        ]
+
     def measure(self, seed: int) -> None:
         """Run the experiment and keep what it found.
 
@@ -160,7 +169,7 @@ class Result:
             seed: Seed of all that is random.
         """
         adds = self.experiment.adds_seeds
-        if not (adds and self._is_current()):
+        if not (adds and self.is_current()):
             self.path.unlink(missing_ok=True)
         started = time.perf_counter()
         with forked_rng(generator_for(seed)):

@@ -15,7 +15,7 @@ moves with it; total variation of p(K | x) from it. Calibration: `calibration.re
 of 300 pairs, which an exact posterior fails with a probability of at most 5 %.
 
 Losses: The network alone is far from p(K | x): each simulation is seen once, and there
-are 41,000. SMC takes a minute a signal, where the likelihood costs microseconds.
+are 41,000; the report's check of coverage sees it. SMC takes a minute a signal, where the likelihood costs microseconds.
 """
 
 import time
@@ -175,7 +175,8 @@ def plot(dataset: xr.Dataset) -> Figure:
     refined = np.where(reliable, _variations(dataset, "refined"), np.nan)
     panels[1].plot(refined, "o", mfc="none", label="called reliable")
     panels[1].axhline(0.05, lw=0.7)
-    panels[1].legend(fontsize=SMALL, frameon=False)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    panels[1].legend(fontsize=SMALL, frameon=False, ncols=3, **above)
     dress(panels[1], "signal", "TV of p(K | x) from exact", "")
     return figure
 

@@ -77,6 +77,18 @@ def test_the_report_tells_what_was_measured_with_other_weights(tmp_path: Path):
     assert "earlier weights" in write_report("smoke", tmp_path).read_text()
 
 
+def test_what_an_earlier_protocol_found_is_kept_and_told(tmp_path: Path):
+    main(["run", "dataset", "--budget", "smoke", "--out", str(tmp_path)])
+    assert "earlier protocol" not in write_report("smoke", tmp_path).read_text()
+    place = tmp_path / "dataset.smoke.json"
+    facts = json.loads(place.read_text())
+    data = {"coords": {}, "data": {}}
+    place.write_text(json.dumps({**facts, "budget means": {}, "dataset": data}))
+    text = write_report("smoke", tmp_path).read_text()
+    assert "earlier protocol" in text
+    assert facts["claims"][0]["quantity"] in text
+
+
 class _Counting:
     """An experiment that counts how often it runs."""
 
