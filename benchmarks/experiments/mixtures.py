@@ -15,7 +15,8 @@ moves with it; total variation of p(K | x) from it. Calibration: `calibration.re
 of 300 pairs, which an exact posterior fails with a probability of at most 5 %.
 
 Losses: The network alone is far from p(K | x): each simulation is seen once, and there
-are 41,000; the report's check of coverage sees it. SMC takes a minute a signal, where the likelihood costs microseconds.
+are 41,000; the report's check of coverage sees it. SMC takes a minute a signal, where
+the likelihood costs microseconds.
 """
 
 import time

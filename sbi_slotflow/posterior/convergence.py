@@ -30,6 +30,8 @@ FEWEST_EFFECTIVE = 100
 _OUTER, _MOST_OUTER = 0.01, 0.5
 # Most draws of a chain that are compared: more change nothing and take time.
 _MOST_DRAWS = 2_000
+# Fewest draws of a chain that are compared.
+_FEWEST_DRAWS = 4
 _ADVICE = (
     "Run longer chains (num_draws, thin, burn_in), more of them (num_chains) or more "
     "temperatures (num_levels), or begin elsewhere."
@@ -152,6 +154,7 @@ def convergence_of(
     *,
     independent: bool = False,
     jumps: int | None = None,
+    counted: Tensor | None = None,
 ) -> Convergence:
     """Diagnose chains of theta rows.
 
@@ -163,8 +166,18 @@ def convergence_of(
         independent: Whether the draws of a chain are in no order, as particles are:
             then each counts as one.
         jumps: How many moves that change K were accepted, if that is known.
+        counted: Which draws count, bool ``(chains, draws)``; all if None. Of each chain
+            as many are looked at as the one with fewest has.
     """
     layout = prior.layout
+    if counted is not None and not counted.all():
+        fewest = int(counted.sum(-1).min())
+        if fewest < _FEWEST_DRAWS:
+            return Convergence({"K": math.inf}, {"K": float(fewest)}, jumps=jumps)
+        index = torch.stack([_evenly(each, fewest) for each in counted])
+        theta = theta.gather(1, index.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
+        if log_likelihood is not None:
+            log_likelihood = log_likelihood.gather(1, index)
     stride = math.ceil(theta.shape[1] / _MOST_DRAWS)
     some = theta[:, ::stride]
     classes = _classes(prior, some)
@@ -252,8 +265,9 @@ def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
             zip(layout.shared_names, prior.shared_marginals or (), strict=True)
         )
     ]
-    for count, dot, member, rows in _classes(prior, theta):
-        layout, probs = member.layout, member.cardinality_probs
+    classes = zip(_classes(prior, theta), prior.probs_by_class, strict=True)
+    for (count, dot, member, rows), probs in classes:
+        layout = member.layout
         parts, largest = layout.unpack(rows), int(probs.nonzero().max())
         if probs[largest] < _MOST_OUTER:  # or it may well be there by itself
             share = (parts.cardinality == largest).double().mean()
@@ -272,6 +286,12 @@ def _at_bounds(prior: VariableKPrior, theta: Tensor) -> dict[str, float]:
         for end, share in (("low", fraction < _OUTER), ("high", fraction > 1 - _OUTER)):
             found[f"{name} ({end})"] = float(share.double().mean())
     return found
+
+
+def _evenly(counted: Tensor, num: int) -> Tensor:
+    """Places of ``num`` of the draws of a chain that count."""
+    places = counted.nonzero().flatten()
+    return places[torch.linspace(0, len(places) - 1, num).round().long()]
 
 
 def _fixed() -> torch.Generator:

@@ -46,6 +46,11 @@ class Classes(Problem):
         members: A problem for each class by its name; each says where its components
             are, as a :class:`~sbi_slotflow.problems.Trace`, an image or sinusoids do.
 
+    Args:
+        cardinality: Other numbers of components than the members' own, as
+            :meth:`MultiClassPrior.with_cardinality` takes them: weights of K of each
+            class, by name, or of all together ("at most one of any kind").
+
     Raises:
         TypeError: If a member is no problem with an ``AdditiveSimulator``.
         ValueError: If members do not fit each other.
@@ -80,7 +85,13 @@ class Classes(Problem):
     simulator: AdditiveSimulator = field(init=False)
     members: Mapping[str, Problem] = field(default_factory=dict)
 
-    def __init__(self, name: str, members: Mapping[str, Problem]) -> None:
+    def __init__(
+        self,
+        name: str,
+        members: Mapping[str, Problem],
+        *,
+        cardinality: Sequence[float] | Tensor | Mapping[str, Any] | None = None,
+    ) -> None:
         if not isinstance(members, Mapping) or not members:
             raise TypeError(
                 f"members must map names to problems, at least one, got {members!r}."
@@ -107,6 +118,8 @@ class Classes(Problem):
                 if name in first.shared_names
             },
         )
+        if cardinality is not None:
+            prior = prior.with_cardinality(cardinality)
         signals = {
             key: member.simulator.component_signal for key, member in members.items()
         }

@@ -120,7 +120,7 @@ def collapsed(
     log_weights = counted(prior, theta)
     shares = {n: a / max(t, 1) for n, (t, a) in chains.counts.items()}
     values = target.log_likelihood(theta)
-    found = convergence_of(prior, theta, values, shares)
+    found = convergence_of(prior, theta, values, shares, counted=prior.allows(theta))
     found.warn()
     return ChainDraws(
         prior.layout, theta, x.reshape(-1), log_weights, diagnostics=found

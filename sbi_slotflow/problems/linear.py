@@ -249,6 +249,12 @@ class ClassForm(LinearForm):
         assert found is not None, "no components"
         return found
 
+    def check(self, components: Tensor) -> None:
+        """Compare each class's form with its signal; see the base."""
+        for c, _, own in self._each(components):
+            if len(own):
+                self.members[c].check(own)
+
     @property
     def _classes(self) -> ClassLayout:
         assert isinstance(self.layout, ClassLayout)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..sets.classes import ClassLayout
+from ..sets.multi_class import MultiClassPrior
 from ..sets.prior import VariableKPrior
 from .birth_grid import Grid
 from .coordinates import Coordinates
@@ -135,13 +136,17 @@ class Target:
 
     def room(self, state: State) -> Tensor | None:
         """Which classes may have one more, ``(C, classes)``; None for a single one."""
-        layout = self.layout
-        if not isinstance(layout, ClassLayout):
+        if not isinstance(self.bridged, MultiClassPrior):
             return None
         label = self.coordinates.label(state.u)
-        most = [own.max_cardinality for _, own in layout.classes]
-        counts = [(state.mask & (label == c)).sum(-1) < n for c, n in enumerate(most)]
-        return torch.stack(counts, -1)
+        num = len(self.coordinates.forms)
+        counts = torch.stack([(state.mask & (label == c)).sum(-1) for c in range(num)])
+        # One more of any class, where there is none beyond the last.
+        possible = torch.isfinite(self.bridged.log_joint).byte()
+        possible = torch.nn.functional.pad(possible, [0, 1] * num) > 0
+        counts = torch.minimum(counts, torch.tensor(possible.shape)[:, None] - 2)
+        more = counts.unsqueeze(-1) + torch.eye(num, dtype=torch.long).unsqueeze(1)
+        return possible[tuple(more)]
 
     def derivatives(
         self, u: Tensor, amplitudes: Tensor, shared: Tensor | None = None

@@ -89,9 +89,8 @@ def _starts(
             return rows[inside]
     else:
         rows = as_floats(start, "start")
-        if rows.ndim == 1:
-            rows = rows.unsqueeze(0)
         problem.layout.validate(rows)
+        rows = rows.reshape(-1, rows.shape[-1])
         if not len(rows):
             raise ValueError("start must have at least one row, got none.")
         inside = torch.isfinite(problem.prior.log_prob(rows))
@@ -156,6 +155,8 @@ def fixed_k(
             a component is too weak to have one mode.
     """
     problem = _checked(problem, "rjmcmc.fixed_k")
+    if len(problem.prior.members) > 1:
+        return problem.laplace_proposal(x)  # which says that there is none
     weights = torch.zeros(problem.prior.max_cardinality + 1)
     if not 0 <= k < len(weights) or problem.prior.cardinality_probs[k] == 0:
         raise ValueError(f"k must be a cardinality that the prior allows, got {k!r}.")

@@ -24,7 +24,6 @@ from .layout import ThetaParts
 from .marginals import Marginals, marginals_of
 from .prior import (
     VariableKPrior,
-    _between,
     _law,
     _one_dimensional,
     cardinality_weights,
@@ -145,6 +144,8 @@ class MultiClassPrior(VariableKPrior):
         layouts = {name: prior.layout for name, prior in self.classes.items()}
         self.layout: ClassLayout = ClassLayout.of(layouts, names, periods)
         self.log_joint = _joint([p.log_cardinality_probs for p in self.members])
+        # Of the number of all together, beside what follows from each class's.
+        self._log_said = torch.zeros(self.layout.max_cardinality + 1).double()
         self.component_marginals = ClassMarginals(
             self.layout, [prior.component_marginals for prior in self.members]
         )
@@ -233,11 +234,9 @@ class MultiClassPrior(VariableKPrior):
             }
             new = self._with_members(members)
             # What was said of all together stays said.
-            change = self.log_joint - _joint(
-                [prior.log_cardinality_probs for prior in self.members]
-            )
-            change = torch.where(change.isnan(), -torch.inf, change)
-            return new._with_joint(new.log_joint + change)
+            new._log_said = self._log_said
+            total = _totals_of(new.log_joint.shape)
+            return new._with_joint(new.log_joint + new._log_said[total])
         weights = cardinality_weights(cardinality).double()
         if len(weights) != self.max_cardinality + 1:
             raise ValueError(
@@ -254,6 +253,7 @@ class MultiClassPrior(VariableKPrior):
             )
         new = self._with_members(self.classes)
         ratio = torch.where(old > 0, weights / old, 0.0).log()
+        new._log_said = self._log_said + ratio
         total = _totals_of(self.log_joint.shape)
         return new._with_joint(self.log_joint + ratio[total])
 
@@ -262,29 +262,33 @@ class MultiClassPrior(VariableKPrior):
         counts = self.layout.counts(theta).unbind(-1)
         return torch.isfinite(self.log_joint)[tuple(counts)]
 
-    def bridged(self) -> "MultiClassPrior":
-        """Return the prior with some weight on all numbers between possible ones.
+    @property
+    def probs_by_class(self) -> list[Tensor]:
+        """P(K) of each class, whatever there is of the others."""
+        probs = self.log_joint.exp()
+        others = [[d for d in range(probs.ndim) if d != c] for c in range(probs.ndim)]
+        return [probs.sum(rest) if rest else probs for rest in others]
 
-        See the base; of several classes, each number lies between the least and the
-        largest of its class.
+    def bridged(self) -> "MultiClassPrior":
+        """Return the prior with some weight on numbers between possible ones.
+
+        See the base. A move changes one number by one, or one up and another down: only
+        where those do not lead everywhere, numbers on a shortest way get weight.
         """
         joint = self.log_joint
-        possible, inside = torch.isfinite(joint), torch.ones_like(joint).bool()
+        possible = torch.isfinite(joint)
+        linked = _linked(possible)
+        between = linked & ~possible
+        if not between.any():
+            return self
         members = {}
         for c, (name, prior) in enumerate(self.classes.items()):
             others = [d for d in range(joint.ndim) if d != c]
-            own = possible.any(others) if others else possible
-            own = own | _between(own)
-            shape = [-1 if d == c else 1 for d in range(joint.ndim)]
-            inside = inside & own.reshape(shape)
+            own = linked.any(others) if others else linked
             known = prior.cardinality_probs
             mean = known[known > 0].mean()
-            members[name] = prior.with_cardinality(
-                torch.where(own & (known == 0), mean, known)
-            )
-        between = inside & ~possible
-        if not between.any():
-            return self
+            weights = torch.where(own & (known == 0), mean, known)
+            members[name] = prior.with_cardinality(weights)
         mean = joint[possible].exp().mean().log()
         new = self._with_members(members)
         return new._with_joint(torch.where(between, mean, joint))
@@ -299,6 +303,7 @@ class MultiClassPrior(VariableKPrior):
                     getattr(distribution, "distribution", distribution), device
                 )
         self.log_joint = self.log_joint.to(device)
+        self._log_said = self._log_said.to(device)
         self.cardinality_probs = self.cardinality_probs.to(device)
         self.component = self._components()
         self.__dict__.pop("_moments", None)
@@ -383,6 +388,37 @@ class MultiClassPrior(VariableKPrior):
         # The support asks for them and hands them to _inside, which needs none.
         nothing = torch.zeros_like(parts.mask, dtype=parts.shared.dtype)
         return nothing, nothing[..., 0]
+
+
+def _linked(possible: Tensor) -> Tensor:
+    """Possible numbers, and what is on a way between them, bool ``(K_1max + 1, ...)``.
+
+    A step changes one number by one, or one up and another down.
+    """
+    ends = torch.eye(possible.ndim, dtype=torch.long)
+    steps = [*ends, *(-ends)]
+    steps += [a - b for a in ends for b in ends if not torch.equal(a, b)]
+    cells, size = possible.nonzero(), torch.tensor(possible.shape)
+    linked = torch.zeros_like(possible)
+    linked[tuple(cells[0])] = True
+    while True:
+        known = [tuple(cell) for cell in linked.nonzero().tolist()]
+        before: dict[tuple[int, ...], Any] = dict.fromkeys(known)
+        queue = list(before)
+        for cell in queue:  # breadth first, over all numbers
+            if possible[cell] and not linked[cell]:
+                while cell is not None:
+                    linked[cell], cell = True, before[cell]
+                break
+            for step in steps:
+                there = torch.tensor(cell) + step
+                if ((there >= 0) & (there < size)).all():
+                    key = tuple(there.tolist())
+                    if key not in before:
+                        before[key] = cell
+                        queue.append(key)
+        else:
+            return linked
 
 
 def _totals_of(shape: Sequence[int]) -> Tensor:

@@ -270,6 +270,11 @@ class VariableKPrior(Distribution):
         """The prior of each class; the prior itself where there is one class."""
         return [self]
 
+    @property
+    def probs_by_class(self) -> list[Tensor]:
+        """P(K) of each class."""
+        return [self.cardinality_probs]
+
     def allows(self, theta: Tensor) -> Tensor:
         """Tell which rows ``(..., E)`` have a cardinality that is possible."""
         return (self.cardinality_probs > 0)[self.layout.cardinality(theta)]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from two_classes import problem_of
 
 from sbi_slotflow import problems
 from sbi_slotflow.posterior.convergence import (
@@ -174,3 +175,32 @@ def test_only_what_is_wrong_is_complained_of() -> None:
     with pytest.warns(NotConverged) as found:
         bad.warn()
     assert "effective draws" not in str(found[0].message)
+
+
+def test_only_draws_that_count_are_compared() -> None:
+    prior = TINY.prior
+    theta = prior.sample((4, 200), torch.Generator().manual_seed(5)).double()
+    counted = torch.rand(4, 200, generator=torch.Generator().manual_seed(1)) < 0.5
+    fewest = int(counted.sum(-1).min())
+    found = convergence_of(prior, theta, counted=counted)
+    rows = zip(theta, counted, strict=True)
+    same = torch.stack([row[each][:fewest] for row, each in rows])
+    assert found.least_ess < 1.5 * convergence_of(prior, same).least_ess
+    # What does not count may be anything.
+    spoilt = torch.where(counted.unsqueeze(-1), theta, theta[0, 0])
+    assert convergence_of(prior, spoilt, counted=counted) == found
+    counted[2, 3:] = False
+    none = convergence_of(prior, theta, counted=counted)
+    assert not none.converged
+    assert none.worst_rhat == math.inf
+
+
+def test_bounds_of_a_class_are_those_of_all_together() -> None:
+    problem = problem_of(0.5, [1, 1, 1], [1, 1, 1])
+    full = problem.prior.with_cardinality([0, 0, 0, 0, 1])
+    theta = full.sample((4, 100), torch.Generator().manual_seed(5)).double()
+    assert not any(n.startswith("K") for n in convergence_of(full, theta).at_bounds)
+    few = problem.prior.with_cardinality([9, 1, 0, 0, 0])
+    theta = few.with_cardinality([0, 1, 0, 0, 0]).sample((4, 100)).double()
+    found = convergence_of(few, theta).at_bounds
+    assert found["K_bump = 1"] + found["K_wiggle = 1"] == pytest.approx(1.0)

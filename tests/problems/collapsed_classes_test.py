@@ -10,18 +10,19 @@ from scipy import stats
 from torch import Tensor
 from two_classes import bump, problem_of, wiggle
 
-from sbi_slotflow import WhiteNoise, rjmcmc
+from sbi_slotflow import AdditiveSimulator, WhiteNoise, rjmcmc
+from sbi_slotflow.problems import Classes, Trace
 from sbi_slotflow.problems.collapsed import Chains
 from sbi_slotflow.problems.marginal_likelihood import Target
 
 
-@pytest.mark.parametrize("total", [None, [1.0, 1.0, 0.0, 1.0]])
+# The second has no draws with two components: chains pass through them.
+@pytest.mark.parametrize("total", [None, [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
 def test_data_that_say_nothing_leave_the_prior(total: list[float] | None) -> None:
     # false alarm: 7 chi2 and KS tests on about 1,000 independent draws, each 1e-4
     problem = problem_of(1e4, [1, 2, 2], [2, 1])
-    if total is not None:  # no draws with two components: chains pass through them
-        prior = problem.prior.with_cardinality(total)
-        object.__setattr__(problem, "prior", prior)
+    if total is not None:
+        problem = Classes(problem.name, problem.members, cardinality=total)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         draws = rjmcmc.collapsed(
@@ -159,3 +160,45 @@ def test_steps_between_two_of_a_class_have_a_density(label: int) -> None:
     assert float(density.mean()) == pytest.approx(np.mean(inside), rel=1e-3)
     state.u[:, 1, 0] = (1 - label + 0.5) / 2
     assert torch.isneginf(chains._log_pairs(state)).all()
+
+
+def test_numbers_that_nothing_needs_to_pass_are_left_out() -> None:
+    """Two bumps in data of a prior with one component at most."""
+    problem = problem_of(0.5, [1, 1, 1], [1, 1, 1])
+    problem = Classes("one", problem.members, cardinality=[1, 1, 0, 0, 0])
+    x = bump(torch.tensor([[0.2, 1.3], [0.7, 1.3]])).sum(0)
+    x = x + 0.5 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = rjmcmc.collapsed(
+            problem, x, num_chains=4, num_levels=2, num_draws=60, burn_in=200, seed=1
+        )
+    assert (draws.weights > 0).all()
+    assert problem.prior.allows(draws.rows).all()
+
+
+def test_what_is_not_linear_is_refused_by_its_name() -> None:
+    problem = problem_of(0.5, [1, 1], [1, 1])
+    member = problem.members["bump"]
+
+    def square(components: Tensor) -> Tensor:
+        return bump(components) * components[..., 1:]
+
+    simulator = AdditiveSimulator(square, member.simulator.noise, member.layout)
+    wrong = Trace("bump", member.prior, simulator, 32, linear=("height",))
+    problem = Classes("wrong", {**problem.members, "bump": wrong})
+    with pytest.raises(ValueError, match=r"must be linear in \['height'\]"):
+        rjmcmc.collapsed(problem, torch.zeros(64))
+
+
+def test_starts_may_be_those_of_chains() -> None:
+    problem = problem_of(0.5, [1, 1], [1, 1])
+    start = problem.prior.sample((2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = rjmcmc.collapsed(
+            problem, torch.zeros(64), start=start, num_draws=2, burn_in=0, num_levels=1
+        )
+    assert draws.theta.shape == (8, 2, problem.layout.size)
+    with pytest.raises(TypeError, match="has no Laplace proposal"):
+        rjmcmc.fixed_k(problem, torch.zeros(64), 1)

@@ -109,6 +109,49 @@ def test_cardinalities_change_by_class_or_together(prior: MultiClassPrior) -> No
         prior.with_cardinality([1, 1])
 
 
+def test_a_class_gets_numbers_that_it_did_not_have(prior: MultiClassPrior) -> None:
+    two = prior.with_cardinality({"line": [0, 0, 1]})
+    again = two.with_cardinality({"line": [1, 1, 2]})
+    torch.testing.assert_close(again.log_joint, prior.log_joint)
+    one = two.with_cardinality({"line": [1, 1, 0]})
+    expected = torch.tensor([0.5, 0.5, 0.0]).double()
+    torch.testing.assert_close(one.log_joint.exp().sum(1), expected)
+    # What was said of all together stays said, also of numbers that come back.
+    few = prior.with_cardinality([0, 1, 1, 0]).with_cardinality({"line": [0, 1, 0]})
+    back = few.with_cardinality({"line": [1, 1, 2]})
+    assert set(back.cardinality_probs.nonzero().flatten().tolist()) == {1, 2}
+
+
+def test_probabilities_of_each_class_are_those_of_all_together(
+    prior: MultiClassPrior,
+) -> None:
+    few = prior.with_cardinality([1, 1, 0, 0])
+    theta = few.sample((20_000,), torch.Generator().manual_seed(0))
+    assert few.allows(theta).all()
+    for c, probs in enumerate(few.probs_by_class):
+        counts = torch.bincount(prior.layout.counts(theta)[:, c], minlength=len(probs))
+        # False alarm: five standard deviations, at most, of each of five shares.
+        assert (counts / len(theta) - probs).abs().max() < 5 * 0.5 / 20_000**0.5
+    more = prior.sample((500,), torch.Generator().manual_seed(3))
+    together = prior.layout.counts(more).sum(-1)
+    assert torch.equal(few.allows(more), together < 2)
+
+
+def test_only_numbers_on_a_way_are_bridged(prior: MultiClassPrior) -> None:
+    # One up and another down is a step: nothing is missing.
+    few = prior.with_cardinality([1, 1, 0, 0])
+    assert few.bridged() is few
+    gap = prior.with_cardinality([1, 0, 0, 1])
+    possible, linked = (p.log_joint.isfinite() for p in (gap, gap.bridged()))
+    assert possible.sum() == 2
+    assert linked.sum() == 4  # two of the ways of three steps are as short
+    theta = gap.bridged().sample((500,), torch.Generator().manual_seed(0))
+    assert not gap.allows(theta).all()
+    assert torch.isfinite(gap.bridged().log_prob(theta)).all()
+    one = prior.with_cardinality({"line": [1, 0, 1], "burst": [1, 0]})
+    assert (one.bridged().log_joint.isfinite().sum(1) > 0).all()
+
+
 def test_separations_hold_within_their_class() -> None:
     prior = MultiClassPrior({"line": line(min_separation=1.0), "burst": burst()})
     theta = prior.sample((500,), torch.Generator().manual_seed(0))

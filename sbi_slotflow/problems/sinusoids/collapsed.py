@@ -87,7 +87,9 @@ def collapsed(
         rows = theta.flatten(0, 1)
         values = statistics.log_likelihood_of(rows, prior.layout, WhiteNoise())
         values = values.reshape(theta.shape[:-1])
-        return theta, convergence_of(prior, theta, values, acceptance)
+        possible = prior.allows(theta)
+        found = convergence_of(prior, theta, values, acceptance, counted=possible)
+        return theta, found
 
     theta, found = run(num_levels or 1)
     if num_levels is None and not found.converged:
