@@ -14,8 +14,9 @@ than doubles beta: a component that q misses shows in no weight, and is found wh
 is small and births are cheap. Then the particles are resampled, and moved for as long
 as the mean weight of the next step still grows (particles that lag behind their target
 make the evidence too small), at the end until what their cardinality and density keep
-of where they started is a tenth; where a hundred sweeps do not suffice, the result says
-that it cannot be relied on. The small share of the prior lets moves reach every set.
+of where they started is a tenth, and as long again, which makes it a hundredth; where a
+hundred sweeps do not lead to the first, the result says that it cannot be relied on.
+The small share of the prior lets moves reach every set.
 
 Four populations of a quarter of the particles do so independently, and are weighed by
 their evidences. What they disagree in is what no weight of a single one can show: modes
@@ -196,8 +197,10 @@ class _Bridge:
             settled: Callable[[Population], bool] = _Drift(beta)
             if beta == 1.0:
                 settled = _Forgetting(self.prior.layout, population)
-            for _ in range(_MOST_LAST_SWEEPS if beta == 1.0 else _MOST_SWEEPS):
-                sweeps += 1
+            most = _MOST_LAST_SWEEPS if beta == 1.0 else _MOST_SWEEPS
+            count, last, done = 0, most, False
+            while count < last:
+                count, sweeps = count + 1, sweeps + 1
                 for move in self.moves:
                     evaluate = partial(self._evaluate, beta=beta)
                     population, rate = metropolis(
@@ -205,8 +208,9 @@ class _Bridge:
                     )
                     rates[move.name].append(rate)
                 told(beta)
-                if done := settled(population):
-                    break
+                if not done and (done := settled(population)):
+                    # What few particles seem to have forgotten they may have not.
+                    last = 2 * count if beta == 1.0 else count
         return _Run(
             population, log_evidence, variance, worst, least, steps, sweeps, done, rates
         )
