@@ -1,4 +1,4 @@
-r"""Tries: 200 random observations, and samplers that may be wrong without a word.
+r"""Tries: random observations of many kinds, and samplers that may be wrong without a word.
 
 Paper: none.
 
@@ -81,7 +81,7 @@ class Size:
 
 BUDGETS: dict[Budget, Size] = {
     "smoke": Size(1, 1, 1, 1, 128, 50, 60),
-    "quick": Size(60, 40, 60, 40, 2_000, 1_600, 1_000),
+    "quick": Size(60, 20, 60, 20, 2_000, 1_600, 1_000),
     "full": Size(300, 200, 300, 200, 2_000, 1_600, 2_000),
 }
 
