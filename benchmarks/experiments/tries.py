@@ -1,4 +1,4 @@
-r"""Tries: random observations of many kinds, and samplers that may be wrong without a word.
+r"""Tries: random observations, and samplers that may be wrong without a word.
 
 Paper: none.
 
