@@ -321,7 +321,7 @@ def test_what_the_sampler_cannot_do_is_refused() -> None:
     )
     simulator = AdditiveSimulator(bump, WhiteNoise(), prior.layout)
     two = Trace("two shared", prior, simulator, 32, linear=("height",))
-    with pytest.raises(TypeError, match="takes as shared parameters the noise level"):
+    with pytest.raises(TypeError, match="takes as shared parameters those of the"):
         rjmcmc.collapsed(two, torch.zeros(64))
     for names in (("height", "height"), ("time", "height")):
         with pytest.raises(ValueError, match="each once"):
