@@ -21,8 +21,10 @@ from sbi_slotflow import (
     SlotPosterior,
     calibration,
     load_pretrained,
+    rjmcmc,
     slot_nn,
 )
+from sbi_slotflow.posterior.draws import ChainDraws
 from sbi_slotflow.posterior.refine import RefinedPosterior
 from sbi_slotflow.pretrained import RECIPES
 from sbi_slotflow.problems import Problem, Sinusoids
@@ -106,6 +108,40 @@ def quietly_refined(
                 problem.log_likelihood, x, num, generator=generator, **options
             )
         )
+
+
+def sampled_exactly(
+    posterior: SlotPosterior, problem: Problem, x: Tensor, seed: int, **options: Any
+) -> tuple[ChainDraws, float]:
+    """Draws of the collapsed sampler that begins at the network's, and CPU seconds.
+
+    Whether chains have converged is recorded, and no warning.
+    """
+    generator, begun = torch.Generator().manual_seed(seed), time.process_time()
+    rows = posterior.sample((48,), x=x, generator=generator, show_progress_bars=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = rjmcmc.collapsed(problem, x, start=rows, seed=seed, **options)
+    return draws, time.process_time() - begun
+
+
+def evidences_by_importance(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Log p(x, K) of each K by importance sampling, and where it is reliable.
+
+    Where it is not, it is too small.
+    """
+    values, reliable = [], []
+    for k in range(problem.prior.max_cardinality + 1):
+        try:
+            result = rjmcmc.fixed_k(problem, x, k)
+        except ValueError:  # no draw has a positive weight
+            values.append(-math.inf)
+            reliable.append(False)
+        else:
+            values.append(result.log_evidence)
+            reliable.append(result.is_reliable)
+    log_p = problem.prior.log_cardinality_probs.double()
+    return torch.tensor(values, dtype=torch.float64) + log_p, torch.tensor(reliable)
 
 
 def width_claims(

@@ -25,8 +25,6 @@ cell, and one component more beside a strong one, are in too few draws. Particle
 it.
 """
 
-import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +34,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, problems, rjmcmc
+from sbi_slotflow import SlotPosterior, problems
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Classes
 from sbi_slotflow.seeding import generator_for
@@ -47,6 +45,7 @@ from ..common import (
     quietly_refined,
     report_claims,
     reported,
+    sampled_exactly,
     trained,
     unseen,
     width_claims,
@@ -212,11 +211,8 @@ def _refined(
     probs = torch.bincount(layout.kind(start), minlength=num_kinds) / len(start)
     found["p_network"] = "kind", probs.numpy()
     if i < size.num_exact:
-        begun = time.process_time()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it has converged is recorded
-            exact = rjmcmc.collapsed(problem, x, start=start[:48], seed=seed)
-        found["exact_seconds"] = time.process_time() - begun
+        exact, seconds = sampled_exactly(posterior, problem, x, seed)
+        found["exact_seconds"] = seconds
         if exact.converged:
             kinds = torch.bincount(layout.kind(exact.rows), minlength=num_kinds)
             found["p_exact"] = "kind", (kinds / len(exact.rows)).numpy()

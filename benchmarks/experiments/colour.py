@@ -26,8 +26,6 @@ up to a few deviations wrong.
 
 import inspect
 import math
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +38,7 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 
 import sbi_slotflow as sf
-from sbi_slotflow import SlotPosterior, rjmcmc
+from sbi_slotflow import SlotPosterior
 from sbi_slotflow.plots.style import POSTERIOR, TRUTH, dress
 from sbi_slotflow.problems import Problem
 from sbi_slotflow.seeding import generator_for
@@ -50,6 +48,7 @@ from ..common import (
     quietly_refined,
     report_claims,
     reported,
+    sampled_exactly,
     trained,
     unseen,
 )
@@ -211,12 +210,7 @@ def _refined(
     }
     seconds = math.nan
     if i < size.num_exact:
-        start, begun = torch.Generator().manual_seed(seed), time.process_time()
-        rows = posterior.sample((48,), x=x, generator=start, show_progress_bars=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it has converged is recorded
-            exact = rjmcmc.collapsed(problem, x, start=rows, seed=seed)
-        seconds = time.process_time() - begun
+        exact, seconds = sampled_exactly(posterior, problem, x, seed)
         if exact.converged:
             probs["exact"] = exact.cardinality().probs
     return xr.Dataset(

@@ -26,8 +26,6 @@ weighed (evidence says too few planets), and a Gaussian above each set is a part
 Small eccentricities of strong planets are crescents in the plane of the disc.
 """
 
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,7 +35,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sbi_slotflow import SlotPosterior, problems, rjmcmc
+from sbi_slotflow import SlotPosterior, problems
 from sbi_slotflow.plots.style import POSTERIOR, SMALL, TRUTH, dress
 from sbi_slotflow.problems import Series
 from sbi_slotflow.problems.radial_velocity import observing_nights
@@ -49,6 +47,7 @@ from ..common import (
     quietly_refined,
     report_claims,
     reported,
+    sampled_exactly,
     trained,
     unseen,
     width_claims,
@@ -215,13 +214,9 @@ def _refined(
     }
     seconds, rhat = np.nan, np.nan
     if i < size.num_exact:
-        start, begun = torch.Generator().manual_seed(seed), time.process_time()
-        rows = posterior.sample((48,), x=x, generator=start, show_progress_bars=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether it has converged is recorded
-            exact = rjmcmc.collapsed(problem, x, start=rows, seed=seed)
+        exact, seconds = sampled_exactly(posterior, problem, x, seed)
         assert exact.diagnostics is not None
-        seconds, rhat = time.process_time() - begun, exact.diagnostics.worst_rhat
+        rhat = exact.diagnostics.worst_rhat
         if exact.converged:
             probs["exact"] = exact.cardinality().probs
     return xr.Dataset(

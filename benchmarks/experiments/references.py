@@ -34,7 +34,7 @@ from sbi_slotflow.plots.style import DATA, POSTERIOR, dress
 from sbi_slotflow.problems import Grid
 from sbi_slotflow.seeding import generator_for
 
-from ..common import TEST, one, simulate
+from ..common import TEST, evidences_by_importance, one, simulate
 from ..experiment import Budget, Claim
 from ..intervals import mean_interval, share_interval
 from ..store import Cache
@@ -124,22 +124,13 @@ def _pair(i: int, size: Size, seed: int) -> dict:
     x = problem.simulator.component_signal(lines).sum(0)
     x = x + sigma * torch.randn(len(x), generator=generator).double()
     draws = rjmcmc.collapsed(problem, x, seed=i, num_draws=2 * size.num_draws)
-    evidences, reliable = [], []
-    for k in range(4):
-        try:
-            result = rjmcmc.fixed_k(problem, x, k)
-        except ValueError:  # no draw has a positive weight
-            evidences.append(-math.inf)
-            reliable.append(False)
-        else:
-            evidences.append(result.log_evidence)
-            reliable.append(result.is_reliable)
-    exact = torch.tensor(evidences, dtype=torch.float64).softmax(0)
+    log_p, reliable = evidences_by_importance(problem, x)
+    exact = log_p.softmax(0)
     needed = exact > 1e-3
     variation = metrics.total_variation(draws.cardinality().probs, exact)
     return {
         "variation": float(variation),
-        "reliable": bool(torch.tensor(reliable)[needed].all()),
+        "reliable": bool(reliable[needed].all()),
         "converged": draws.converged,
     }
 

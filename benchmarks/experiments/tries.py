@@ -55,7 +55,7 @@ from sbi_slotflow.problems.base import uniform
 from sbi_slotflow.seeding import generator_for
 from sbi_slotflow.sets.distribution import SetDistribution
 
-from ..common import TEST, one, trained
+from ..common import TEST, evidences_by_importance, one, trained
 from ..experiment import Budget, Claim
 from ..intervals import share_interval
 from ..store import Cache
@@ -235,20 +235,11 @@ def _pair(i: int, size: Size, seed: int) -> dict[str, Any]:
     x = problem.simulator.component_signal(lines).sum(0)
     x = x + torch.randn(len(x), generator=generator).double() / ratio
     draws = rjmcmc.collapsed(problem, x, seed=i, num_draws=2 * size.num_draws)
-    evidences, reliable = [], []
-    for k in range(4):
-        try:
-            result = rjmcmc.fixed_k(problem, x, k)
-        except ValueError:  # no draw has a positive weight
-            evidences.append(-math.inf)
-            reliable.append(False)
-        else:
-            evidences.append(result.log_evidence)
-            reliable.append(result.is_reliable)
-    exact = torch.tensor(evidences, dtype=torch.float64).softmax(0)
+    log_p, reliable = evidences_by_importance(problem, x)
+    exact = log_p.softmax(0)
     found = draws.cardinality().probs.double()
     needed = (exact > 1e-3) | (found > 1e-3)  # what is not reliable is too small
-    known = bool(torch.tensor(reliable)[needed].all())
+    known = bool(reliable[needed].all())
     far = metrics.total_variation(found, exact)
     return {
         "variation": float(far) if known else math.nan,

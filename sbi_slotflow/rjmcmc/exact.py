@@ -156,7 +156,10 @@ def fixed_k(
     """
     problem = _checked(problem, "rjmcmc.fixed_k")
     if len(problem.prior.members) > 1:
-        return problem.laplace_proposal(x)  # which says that there is none
+        raise TypeError(
+            "rjmcmc.fixed_k has no Laplace proposal for components of several classes, "
+            f"as those of {problem.name!r}."
+        )
     weights = torch.zeros(problem.prior.max_cardinality + 1)
     if not 0 <= k < len(weights) or problem.prior.cardinality_probs[k] == 0:
         raise ValueError(f"k must be a cardinality that the prior allows, got {k!r}.")

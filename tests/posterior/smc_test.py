@@ -396,6 +396,24 @@ def test_particles_that_stay_have_forgotten_nothing() -> None:
     assert [lost(mixed) for _ in range(_LAST_SWEEPS)].index(True) == _LAST_SWEEPS - 1
 
 
+def test_particles_move_as_long_again_as_they_seem_to_need(x, monkeypatch):
+    """Few particles seem to have forgotten where they started before they have."""
+    monkeypatch.setattr(
+        _Forgetting, "__call__", lambda self, population: _counted(self) == 7
+    )
+    options: dict[str, Any] = {"method": "smc", "generator": generator_for(3)}
+    result = refine(EXACT, LINEAR.log_likelihood, x, 400, **options)
+    assert isinstance(result, RefinedPosterior)
+    assert result.settled
+    assert result.diagnostics["steps"] == 1  # from the exact posterior
+    assert result.diagnostics["sweeps"] == 14
+
+
+def _counted(forgetting: _Forgetting) -> int:
+    forgetting.sweeps += 1
+    return forgetting.sweeps
+
+
 def test_particles_that_remember_where_they_started_are_not_relied_on(x, monkeypatch):
     assert tempered(EXACT, x, 400).settled
     monkeypatch.setattr("sbi_slotflow.posterior.smc._MOST_LAST_SWEEPS", 3)
