@@ -138,9 +138,11 @@ def test_probabilities_of_each_class_are_those_of_all_together(
 
 
 def test_only_numbers_on_a_way_are_bridged(prior: MultiClassPrior) -> None:
-    # One up and another down is a step: nothing is missing.
     few = prior.with_cardinality([1, 1, 0, 0])
     assert few.bridged() is few
+    # One up and another down is a step: nothing is missing.
+    one = prior.with_cardinality([0, 1, 0, 0])
+    assert one.bridged() is one
     gap = prior.with_cardinality([1, 0, 0, 1])
     possible, linked = (p.log_joint.isfinite() for p in (gap, gap.bridged()))
     assert possible.sum() == 2
