@@ -173,7 +173,8 @@ def convergence_of(
     if counted is not None and not counted.all():
         fewest = int(counted.sum(-1).min())
         if fewest < _FEWEST_DRAWS:
-            return Convergence({"K": math.inf}, {"K": float(fewest)}, jumps=jumps)
+            ends = {"K": math.inf}, {"K": float(fewest)}
+            return Convergence(*ends, {}, dict(acceptance or {}), jumps)
         index = torch.stack([_evenly(each, fewest) for each in counted])
         theta = theta.gather(1, index.unsqueeze(-1).expand(-1, -1, theta.shape[-1]))
         if log_likelihood is not None:
