@@ -14,11 +14,10 @@ pulses of known width and normal height in 64 samples, K = 0..2, sigma log-unifo
 draws of a network that has seen 2,000 simulations, by weights and by SMC. (2) `pairs`
 of sinusoids (`tiny`), 0.01 to 0.3 Hz apart, A/sigma log-uniform in 2 to 1e4: the
 collapsed sampler against importance sampling at each K, where that is reliable for all
-K that either finds. (3)
-`shifted`: SMC and weights on the linear-Gaussian problem from the posterior of an x
-that is off by up to 3 sigma in each entry, under 0.5 to 3 times the noise, against the
-closed form. "Silent" is an error of more than 0.1 in total variation where `converged`,
-or `is_reliable`, is true.
+K that either finds. (3) `shifted`: SMC and weights on the linear-Gaussian problem from
+the posterior of an x that is off by up to 3 sigma in each entry, under 0.5 to 3 times
+the noise, against the closed form. "Silent" is an error of more than 0.1 in total
+variation where `converged`, or `is_reliable`, is true.
 
 Losses: a chain that has a hundred effective draws knows a probability to 0.05: in about
 one of a thousand such tries it is off by more than 0.1 by chance.
