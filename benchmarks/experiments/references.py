@@ -11,7 +11,8 @@ separation, which no set of the prior explains: p(K | x) against importance samp
 each K (`rjmcmc.fixed_k`), where that is reliable for all K that either finds; "silent"
 is an error of more than 0.1 in total variation with no warning from the sampler. (3)
 `spikes` by the collapsed sampler of any linear form, at temperatures and without: total
-variation between two runs of other seeds. (4) `tiny` by that sampler and by the fast kernel for sinusoids.
+variation between two runs of other seeds. (4) `tiny` by that sampler and by the fast
+kernel for sinusoids.
 (5) Sequential Monte Carlo on the linear-Gaussian problem, 1,000 particles, from the
 posterior under 2.5 times the noise: z-scores of log p(x) against the closed form.
 
